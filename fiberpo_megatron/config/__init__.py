@@ -1,0 +1,6 @@
+"""Configuration of a run: schema, TOML files, command-line overrides."""
+
+from fiberpo_megatron.config.load import ConfigError, dump_config, load_config
+from fiberpo_megatron.config.schema import Config
+
+__all__ = ["Config", "ConfigError", "dump_config", "load_config"]

@@ -1,0 +1,352 @@
+"""Every setting of a run: pydantic models, unknown keys refused, one docstring with the unit under every field.
+
+Nothing here imports torch: a config can be loaded and checked on a login node.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Budget = tuple[float, float]
+Membership = Literal["soft", "hard"]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, field docstrings become descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    folder: Path = Path("runs/default")
+    """Folder of the run: config.toml, metrics.jsonl, checkpoints, rollouts, engine logs, report.html."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights (when drawn), prompt order and rollout sampling."""
+    threads_per_rank: int = Field(1, ge=1)
+    """CPU threads of each training rank (torch intra-op)."""
+    distributed_timeout_s: float = Field(600.0, gt=0)
+    """Seconds that a collective waits for the other ranks before the run stops and names the operation."""
+
+
+class ModelConfig(Section):
+    path: Path
+    """Hugging Face folder: config.json, tokenizer files and, unless `random_init`, safetensors weights."""
+    random_init: bool = False
+    """Draw fresh weights from `run.seed` instead of reading safetensors (for pre-training a toy model)."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Parameter and compute type. The optimizer always keeps float32 master weights."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation recomputation: `full` stores only the inputs of each layer."""
+    train_router: bool = False
+    """Let the optimizer change the MoE routers. Off by default in RL: a moving router changes which experts
+    the old policy used, which makes importance ratios noisy."""
+    router_aux_loss: float = Field(0.0, ge=0)
+    """Coefficient of the MoE load-balancing loss. It is not part of the policy gradient, hence 0 by default."""
+    log_prob_chunk_tokens: int = Field(4096, ge=1)
+    """Tokens whose float32 vocabulary row (one tensor-parallel shard) exists at the same time."""
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel ranks; sequence parallelism is on whenever this exceeds 1."""
+    pipeline: int = Field(1, ge=1)
+    """Pipeline stages."""
+    virtual_pipeline: int = Field(1, ge=1)
+    """Model chunks per pipeline stage (interleaved schedule when above 1)."""
+    context: int = Field(1, ge=1)
+    """Context-parallel ranks: each sequence is cut into 2 x context zigzag chunks."""
+    expert: int = Field(1, ge=1)
+    """Expert-parallel ranks; they are taken from the tensor x context x data ranks."""
+    expert_tensor: int = Field(1, ge=1)
+    """Tensor-parallel ranks inside one expert."""
+    data: int | None = Field(None, ge=1)
+    """Data-parallel ranks. Unset: the world size over tensor x pipeline x context; with no launcher around,
+    the smallest number that the expert layout allows."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state and master weights over the data-parallel ranks."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks of one model replica (tensor x pipeline x context)."""
+        return self.tensor * self.pipeline * self.context
+
+    def smallest_data(self) -> int:
+        """Smallest data-parallel size at which expert x expert_tensor divides tensor x context x data."""
+        data = 1
+        while (self.tensor * self.context * data) % (self.expert * self.expert_tensor):
+            data += 1
+        return data
+
+    def world_size(self) -> int:
+        """Number of processes of the layout."""
+        return self.model_ranks * (self.data or self.smallest_data())
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Decay after the warm-up, over `trainer.steps`, to `min_learning_rate`."""
+    min_learning_rate: float = Field(0.0, ge=0)
+    """Learning rate at the end of a decaying schedule."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimiser steps of linear warm-up from 0."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Adam's first-moment decay."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Adam's second-moment decay."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's denominator floor."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay (none on norms and biases)."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+class AlgorithmConfig(Section):
+    """The objective and the advantages. Mathematics: docs/fibration.md."""
+
+    objective: str = "fiberpo"
+    """fiberpo, fiberpo-domain, fiberpo-expert, fiberpo-expert-global, ppo, grpo, dapo, gspo, cispo, apc or
+    reinforce."""
+    epsilon: float | tuple[float, float] | None = None
+    """Token-level clip width (log ratio for fiberpo). A pair is (positive, non-positive advantage). Unset: the
+    objective's default."""
+    budgets: dict[str, Budget] | None = None
+    """(C+, C-) of each level, by the level's name (its keys joined by '+'). Unset: the preset's defaults."""
+    levels: list[list[str]] | None = None
+    """A level chain of one's own, fine to coarse, in place of the preset's."""
+    expert_membership: Membership | None = None
+    """How a token belongs to expert partitions (objectives with an expert level only). Unset: soft."""
+    expert_partitions: int | None = Field(None, ge=1)
+    """Number of contiguous expert blocks. Unset: the expert-parallel size."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound c of the dual-clip overlay: tokens with A < 0 and x > 0 use max(r A, c A)."""
+    unclip_positive: bool = False
+    """Overlay: tokens with A > 0 and x < 0 use r A."""
+    weighting: Literal["seq-mean", "token-mean"] = "seq-mean"
+    """mu of a token: 1/(trajectories x its trajectory's tokens), or 1/tokens."""
+    advantage: Literal["group-mean", "leave-one-out", "none"] = "group-mean"
+    """Baseline subtracted from a reward: the group's mean, the mean of the others, or none."""
+    normalise_std: bool = True
+    """Divide by the group's reward standard deviation (+1e-6)."""
+    routing_replay: Literal["none", "old"] = "none"
+    """`old`: training forwards use the experts chosen in the old-log-prob pass (R2)."""
+
+    def objective_options(self) -> dict[str, object]:
+        """Options that are set, as keyword arguments of `build_objective`."""
+        names = ("epsilon", "budgets", "levels", "expert_membership", "dual_clip")
+        options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.unclip_positive:
+            options["unclip_positive"] = True
+        return options
+
+
+class BatchConfig(Section):
+    prompts: int = Field(32, ge=1)
+    """Prompts (groups) per training step, over all ranks."""
+    samples_per_prompt: int = Field(8, ge=1)
+    """Trajectories per prompt."""
+    mini_batches: int = Field(1, ge=1)
+    """Parts, cut at group boundaries, into which a step's trajectories are split; one optimiser step each."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the same trajectories. Optimiser steps per training step = mini_batches x epochs."""
+    micro_batch_tokens: int = Field(8192, ge=1)
+    """Token budget of one packed row, padding included, over all context-parallel ranks."""
+    oversized: Literal["error", "own_micro_batch"] = "error"
+    """What happens to a trajectory longer than `micro_batch_tokens`."""
+
+    @model_validator(mode="after")
+    def mini_batches_fit(self) -> "BatchConfig":
+        if self.prompts % self.mini_batches:
+            fits = [m for m in range(1, self.prompts + 1) if self.prompts % m == 0]
+            raise ValueError(
+                f"batch.mini_batches = {self.mini_batches} does not divide batch.prompts = {self.prompts}; "
+                f"use one of {fits}"
+            )
+        return self
+
+
+class EngineConfig(Section):
+    """SGLang servers. Either their addresses, or how to start them."""
+
+    urls: list[str] = []
+    """Addresses of running servers (http://host:port). Empty: the run starts `count` servers itself."""
+    count: int = Field(1, ge=1)
+    """Servers started on this node when `urls` is empty."""
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel GPUs per server."""
+    port: int | None = Field(None, ge=1, le=65535)
+    """First port; server i listens on port + i. Unset: free ports are found."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    """Type in which the server computes. auto: the model's (`model.dtype`)."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of a server (platform without GPU)."""
+    max_total_tokens: int | None = Field(None, ge=1)
+    """Size of the KV cache in tokens. Unset on a GPU: from `memory_fraction`; without: 16384."""
+    max_running_requests: int = Field(64, ge=1)
+    """Requests decoded together."""
+    memory_fraction: float = Field(0.8, gt=0, le=1)
+    """Share of GPU memory for weights and KV cache."""
+    start_timeout_s: float = Field(300.0, gt=0)
+    """Seconds a server may take to become healthy."""
+    request_timeout_s: float = Field(600.0, gt=0)
+    """Seconds one generation request may take."""
+    extra_args: list[str] = []
+    """Further arguments of `python -m sglang.launch_server`."""
+
+
+class RolloutConfig(Section):
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; log-probs on both sides are those of logits / temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling mass. Below 1 the sampling distribution is not the policy's: ratios are biased."""
+    top_k: int = -1
+    """Sample among the k most likely tokens; -1 is all."""
+    max_response_tokens: int = Field(1024, ge=1)
+    """Response tokens after which a trajectory is cut."""
+    max_concurrent_requests: int = Field(256, ge=1)
+    """Requests that one data-parallel leader keeps in flight."""
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def greedy_is_not_sampling(self) -> "RolloutConfig":
+        if self.top_k == 0 or self.top_k < -1:
+            raise ValueError(f"rollout.top_k = {self.top_k}: use -1 (all tokens) or a number of at least 1")
+        return self
+
+
+class WeightSyncConfig(Section):
+    method: Literal["disk", "distributed"] = "distributed"
+    """distributed: rank 0 broadcasts to the engines (NCCL, gloo without GPU); disk: through a safetensors
+    folder that every engine can read."""
+    folder: Path | None = None
+    """Folder for `disk`. Unset: <run folder>/published."""
+    timeout_s: float = Field(300.0, gt=0)
+    """Seconds that one publication may take."""
+    bucket_mib: int = Field(256, ge=1)
+    """Weights sent in one broadcast (MiB)."""
+    verify_every: int = Field(1, ge=0)
+    """After every so many publications an engine scores a probe, compared with the trainer's log-probs; 0 never."""
+    verify_tolerance: float = Field(0.05, gt=0)
+    """Largest mean |log-prob difference| of the probe; 1e-3 is right in float32."""
+
+
+class AdditionTask(Section):
+    """Two-number addition at character level: `34+58=` is answered by `092`."""
+
+    kind: Literal["addition"]
+    name: str = "addition"
+    """Domain name in metrics."""
+    digits: int = Field(2, ge=1, le=6)
+    """Digits of each operand."""
+    held_out_every: int = Field(10, ge=2)
+    """Every so many-th problem (by a fixed hash) is kept for evaluation."""
+    weight: float = Field(1.0, gt=0)
+    """Share of prompts drawn from this domain, relative to the others."""
+
+
+class SortTask(Section):
+    """Sorting digits at character level: `s:40213=` is answered by `01234`."""
+
+    kind: Literal["sort"]
+    name: str = "sort"
+    """Domain name in metrics."""
+    length: int = Field(5, ge=2, le=16)
+    """Digits to sort."""
+    held_out_every: int = Field(10, ge=2)
+    """Every so many-th problem (by a fixed hash) is kept for evaluation."""
+    weight: float = Field(1.0, gt=0)
+    """Share of prompts drawn from this domain, relative to the others."""
+
+
+class JsonlTask(Section):
+    """Prompts from a file: one JSON object a line with `prompt` (string or chat messages) and `answer`."""
+
+    kind: Literal["jsonl"]
+    name: str
+    """Domain name in metrics."""
+    train: Path
+    """Training prompts."""
+    held_out: Path | None = None
+    """Evaluation prompts. Unset: this domain is not evaluated."""
+    reward: Literal["exact", "math_verify"] = "exact"
+    """exact: the stripped response equals the answer; math_verify: the math-verify library compares them."""
+    chat_template: bool = True
+    """Wrap a plain string prompt into the tokenizer's chat template as a user message."""
+    weight: float = Field(1.0, gt=0)
+    """Share of prompts drawn from this domain, relative to the others."""
+
+
+class DataConfig(Section):
+    tasks: list[AdditionTask | SortTask | JsonlTask] = Field(min_length=1)
+    """Domains from which prompts are drawn."""
+    max_prompt_tokens: int = Field(2048, ge=1)
+    """Longest prompt; a longer one stops the run with its line, before anything starts."""
+    random_reward: bool = False
+    """Control experiment: rewards are fair coin flips that ignore the answer."""
+
+    @model_validator(mode="after")
+    def names_differ(self) -> "DataConfig":
+        names = [task.name for task in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"data.tasks: the domain name {twice[0]!r} is used twice; give each task its own `name`")
+        return self
+
+
+class EvaluationConfig(Section):
+    every_steps: int = Field(0, ge=0)
+    """Evaluate on held-out prompts every so many steps; 0: only before the first and after the last step."""
+    prompts: int = Field(128, ge=0)
+    """Held-out prompts per evaluation, all domains together; 0 switches evaluation off."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Sampled responses per held-out prompt, at the rollout's temperature."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(1, ge=0)
+    """Save every so many steps; 0: only after the last. 1 loses nothing but the unfinished step."""
+    keep: int = Field(2, ge=1)
+    """Complete checkpoints kept, newest first."""
+
+
+class TelemetryConfig(Section):
+    tensorboard: bool = True
+    """Write TensorBoard event files to <run folder>/tensorboard."""
+    wandb_project: str | None = None
+    """Weights & Biases project; needs the wandb package and WANDB_API_KEY."""
+    rollouts_per_step: int = Field(4, ge=0)
+    """Trajectories written as text to <run folder>/rollouts each step."""
+
+
+class TrainerConfig(Section):
+    steps: int = Field(100, ge=1)
+    """Training steps; each generates once and takes batch.mini_batches x batch.epochs optimiser steps."""
+
+
+class SftConfig(Section):
+    steps: int = Field(200, ge=1)
+    """Optimiser steps."""
+    examples: int = Field(64, ge=1)
+    """Examples per optimiser step, over all ranks."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    batch: BatchConfig = BatchConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    data: DataConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    sft: SftConfig = SftConfig()
