@@ -203,8 +203,9 @@ class Layout(Protocol):
         """Rank 0's text on every rank; others pass None."""
         ...
 
-    def agree(self, error: str | None, where: str) -> None:
-        """Every rank calls it; if any rank passes an error, all raise one RuntimeError naming rank and error."""
+    def agree(self, error: str | None, where: str, reraise: bool = True) -> None:
+        """Every rank calls it with its error or None; if any rank passed one, those with `reraise` raise one
+        RuntimeError that names the first failing rank, `where` and the error."""
         ...
 
     def barrier(self) -> None: ...
@@ -230,8 +231,8 @@ class Policy(Protocol):
     ) -> OptimizerStep:
         """One optimiser step that maximises the gate's objective.
 
-        `log_probs` are this rank's current ones when they are already known (the first step on a fresh batch):
-        the no-gradient pass is then skipped, as it is with `single_pass`, where the gate sees one micro-batch
+        `log_probs` are this rank's current ones when they are already known (the first step on a fresh batch;
+        empty on ranks that are not on the last stage): the no-gradient pass is then skipped, as it is with `single_pass`, where the gate sees one micro-batch
         at a time. Raises FloatingPointError before the weights move when a gradient is not finite.
         """
         ...

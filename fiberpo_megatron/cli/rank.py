@@ -1,0 +1,61 @@
+"""One rank of a run: what torchrun, srun or the local launcher starts."""
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from typing import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from fiberpo_megatron.config import load_config
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`train|sft|eval CONFIG.toml [--resume] [--section.key value ...]`; returns the exit code.
+
+    An error is written where the launcher reads it, with its traceback on stderr; under torchrun or srun its message
+    is also the last line on stderr.
+    """
+    die_with_launcher()
+    errors = get_error_handler()
+    errors.initialize()
+    try:
+        _run(list(arguments))
+    except Exception as error:
+        errors.record_exception(error)
+        traceback.print_exc()
+        print(f"fiberpo: rank {os.environ.get('RANK', '?')}: {error}", file=sys.stderr, flush=True)
+        # Other ranks may sit in a collective: leave at once, without waiting for background threads or atexit hooks
+        sys.stdout.flush()
+        os._exit(1)
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    command, path, *rest = arguments
+    resume = rest[:1] == ["--resume"]
+    config = load_config(path, rest[1:] if resume else rest)
+    from fiberpo_megatron.trainer import assemble  # imports torch and Megatron: after the cheap checks
+
+    if command == "train":
+        assemble.run_train(config, resume)
+    elif command == "sft":
+        assemble.run_sft(config, resume)
+    else:
+        assemble.run_eval(config)
+
+
+def die_with_launcher() -> None:
+    """Ask the kernel to end this process when the local launcher dies, kill -9 included."""
+    launcher = os.environ.get("FIBERPO_LAUNCHER_PID")
+    if launcher is None:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    if os.getppid() != int(launcher):  # it died before the request was in place
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

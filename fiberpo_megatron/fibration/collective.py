@@ -1,0 +1,31 @@
+"""Sums over ranks: named float64 tables travel as one flat tensor through an injected `reduce`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+Reduce = Callable[[Tensor], "Tensor | None"]
+"""Sums a flat float64 tensor over ranks, in place or by returning the result."""
+
+
+def fused_sum(tables: Mapping[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:
+    """All tables summed over ranks in exactly one call of `reduce`; shapes are kept.
+
+    Every rank must hold the same tables in the same shapes and order.
+    """
+    if reduce is None:
+        return {name: table.double() for name, table in tables.items()}
+    flat = torch.cat([table.reshape(-1).double() for table in tables.values()])
+    result = reduce(flat)
+    flat = flat if result is None else result
+    summed: dict[str, Tensor] = {}
+    start = 0
+    for name, table in tables.items():
+        size = math.prod(table.shape)
+        summed[name] = flat[start : start + size].reshape(table.shape)
+        start += size
+    return summed

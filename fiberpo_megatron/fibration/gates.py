@@ -1,0 +1,90 @@
+"""Gates on the nodes of a tree and their adjoints (arXiv:2604.03044, equation 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fiberpo_megatron.fibration.tree import NodeTree
+
+PLUS, MINUS = 0, 1
+
+
+def gate(residual: Tensor, budget: Tensor | float, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """g(D, C, k) and its derivative in D: pass-through, rollback with slope -k, then zero.
+
+    Equation 4 of arXiv:2604.03044. Continuous and odd: g is C at |D| = C and 0 from (1 + 1/k) C on.
+    All arguments broadcast; at a kink the derivative is that of the inner branch.
+    """
+    size = residual.abs()
+    passed = size <= budget
+    rolled = (size < (1.0 + 1.0 / tokens) * budget) & ~passed
+    rollback = residual.sign() * ((tokens + 1.0) * budget) - tokens * residual
+    value = torch.where(passed, residual, torch.where(rolled, rollback, torch.zeros_like(residual)))
+    slope = torch.where(
+        passed, torch.ones_like(residual), torch.where(rolled, -tokens.expand_as(residual), 0.0)
+    )
+    return value, slope
+
+
+@dataclass(frozen=True)
+class GatedLevel:
+    """Gate results of one level: slopes of both channels [2, n] and log base weights [n]."""
+
+    slope: Tensor
+    log_weight: Tensor
+
+
+@dataclass(frozen=True)
+class GatedTree:
+    """Gate results of every level and each finest node's summed log base weight [F]."""
+
+    tree: NodeTree
+    levels: tuple[GatedLevel, ...]
+    log_weight: Tensor
+
+
+def gate_tree(tree: NodeTree) -> GatedTree:
+    """Residual, gate and base weight at every level.
+
+    Residual D_n = S_n - S_parent(n) (S_n at the coarsest level); log w_n = g(D+) - g(D-): equation 3 of
+    arXiv:2604.03044 with the hierarchy of arXiv:2603.08239.
+    """
+    gated = []
+    total = torch.zeros_like(tree.levels[0].mass)
+    for depth, nodes in enumerate(tree.levels):
+        residual = nodes.aggregate
+        if nodes.parent is not None:
+            residual = residual - tree.levels[depth + 1].aggregate.index_select(1, nodes.parent)
+        budget = residual.new_tensor(nodes.level.budget).unsqueeze(1)
+        value, slope = gate(residual, budget, nodes.tokens)
+        log_weight = value[PLUS] - value[MINUS]
+        gated.append(GatedLevel(slope, log_weight))
+        total = total + log_weight.index_select(0, nodes.of_finest)
+    return GatedTree(tree, tuple(gated), total)
+
+
+def adjoint(gated: GatedTree, weight: Tensor, clipped: Tensor) -> Tensor:
+    """What each token receives through the aggregates, per channel and finest node: [2, F].
+
+    `weight` [F] is W_n = sum_i w_i K(i, n) with w_i = mu_i A_i G_i; `clipped` [2, F] is the part of W_n
+    whose fiber clip stops the gradient of channel c. A token of sign channel c adds
+    mu_j K(j, n) times row c to its gradient.
+
+    With B_l the adjoint at level l, B_1 = (g'_1 - 1) W_1 + X and B_{l+1} = (g'_{l+1} - 1) W_{l+1} +
+    sum over children of (1 - g'_l) W_l: the same as collecting the fiber (-W + X), each node's own
+    gate (g' W) and its children's (-g' W), in a form that is exactly zero while nothing is active.
+    Both channels read the same because S- enters log G with the opposite sign, as does x in x-.
+    """
+    received = torch.zeros_like(clipped)
+    handed_up = clipped
+    for depth, (nodes, level) in enumerate(zip(gated.tree.levels, gated.levels, strict=True)):
+        lost = (1.0 - level.slope) * nodes.total(weight)
+        collected = (handed_up - lost) / nodes.mass
+        received += collected.index_select(1, nodes.of_finest)
+        if nodes.parent is not None:
+            above = gated.tree.levels[depth + 1].mass.shape[0]
+            handed_up = lost.new_zeros((2, above)).index_add_(1, nodes.parent, lost)
+    return received

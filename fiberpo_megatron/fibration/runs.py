@@ -1,0 +1,101 @@
+"""Runs of equal ids: packed tokens sum and gather by run, in chunks that stay in cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fiberpo_megatron.fibration.tokens import TokenBatch
+
+CPU_CHUNK = 1 << 16
+"""Tokens per chunk on a CPU: each float32 temporary is 256 KiB. On a GPU one chunk holds all tokens."""
+
+LONG_RUN = 64
+"""Mean tokens per run from which a loop over runs pays off on a CPU."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Maximal stretches of tokens with equal ids of every key, cut at chunk boundaries.
+
+    In a packed batch there are about as many runs as trajectories, so everything about ids is
+    decided on runs; tokens in any other order are right too, only with more runs.
+    """
+
+    lengths: Tensor
+    """[R] tokens per run."""
+    ids: dict[str, Tensor]
+    """Per key, the id of each run, int64 [R]."""
+    chunks: tuple[tuple[int, int, int, int], ...]
+    """Per chunk: first token, end token, first run, end run."""
+
+
+def find_runs(batch: TokenBatch, keys: tuple[str, ...], *, chunk: int | None = None) -> Runs:
+    """Runs of the batch over `keys`; ids are taken from the first token of each run."""
+    size, device = batch.size, batch.log_ratio.device
+    if chunk is None:
+        chunk = CPU_CHUNK if device.type == "cpu" else max(size, 1)
+    if size == 0:
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        return Runs(none, dict.fromkeys(keys, none), ())
+    cut = torch.zeros(size, dtype=torch.bool, device=device)
+    cut[::chunk] = True
+    for key in keys:
+        ids = batch.ids[key]
+        cut[1:] |= ids[1:] != ids[:-1]
+    starts = cut.nonzero().squeeze(1)
+    lengths = torch.diff(starts, append=starts.new_tensor([size]))
+    firsts = list(range(0, size, chunk))
+    run_at = torch.searchsorted(starts, starts.new_tensor(firsts)).tolist()
+    ends = [*firsts[1:], size]
+    run_ends = [*run_at[1:], starts.shape[0]]
+    return Runs(
+        lengths,
+        {key: batch.ids[key].index_select(0, starts).long() for key in keys},
+        tuple(zip(firsts, ends, run_at, run_ends, strict=True)),
+    )
+
+
+@dataclass(frozen=True)
+class RunSlice:
+    """The runs of one chunk: n tokens in r runs, which are runs first..end of the batch."""
+
+    tokens: int
+    lengths: Tensor
+    first: int
+    end: int
+
+    @cached_property
+    def run_of_token(self) -> Tensor:
+        """Run of each token within the slice, int64 [n]."""
+        index = torch.arange(self.end - self.first, device=self.lengths.device)
+        return torch.repeat_interleave(index, self.lengths, output_size=self.tokens)
+
+    @cached_property
+    def bounds(self) -> list[tuple[int, int]]:
+        """Token range of each run within the slice."""
+        ends = self.lengths.cumsum(0).tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+    @property
+    def long_on_cpu(self) -> bool:
+        """True where a python loop over runs costs less than one vectorised pass over [n, P] values."""
+        return self.lengths.device.type == "cpu" and self.tokens >= LONG_RUN * (self.end - self.first)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Float64 sums of [n] or [n, C] values over each run: [r] or [r, C]."""
+        return torch.segment_reduce(values.double(), "sum", lengths=self.lengths, axis=0, unsafe=True)
+
+    def spread(self, per_run: Tensor) -> Tensor:
+        """[r] or [r, C] values handed to their tokens: [n] or [n, C]."""
+        return per_run.index_select(0, self.run_of_token)
+
+
+def iterate(runs: Runs) -> Iterator[tuple[slice, RunSlice]]:
+    """Chunks of the batch with their runs."""
+    for start, end, first, stop in runs.chunks:
+        yield slice(start, end), RunSlice(end - start, runs.lengths[first:stop], first, stop)

@@ -1,0 +1,167 @@
+"""The flat token tensors an objective is called with, checked before anything crosses ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0
+"""Log ratios are clamped to +-20 (exp(20) = 4.9e8); the gradient beyond is zero."""
+
+SHARE_TOLERANCE = 1e-4
+"""How far a token's expert shares may sum from 1 (float32 counts are within 1e-6)."""
+
+MIN_TABLE_SIZE = 1024
+"""Smallest node table per key when ranks must agree on its size without knowing `counts`."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """This rank's response tokens; all tensors are [N] unless said otherwise."""
+
+    log_ratio: Tensor
+    advantages: Tensor
+    weights: Tensor
+    ids: dict[str, Tensor]
+    counts: Mapping[str, int] | None
+    expert_share: Tensor | None
+    """[N, P], rows sum to 1."""
+    any_weightless: bool
+    any_beyond_clamp: bool
+    max_log_ratio: float
+    """Largest clamped log ratio on this rank; -inf when it holds no token."""
+
+    @property
+    def size(self) -> int:
+        return self.log_ratio.shape[0]
+
+    @property
+    def partitions(self) -> int:
+        return 1 if self.expert_share is None else self.expert_share.shape[1]
+
+
+def make_batch(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    keys: Mapping[str, Tensor],
+    counts: Mapping[str, int] | None,
+    expert_share: Tensor | None,
+) -> TokenBatch:
+    """Checked batch; `keys` and `expert_share` hold only what the objective reads."""
+    if log_ratio.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"log_ratio is {log_ratio.dtype}; cast it to float32 or float64")
+    if log_ratio.dim() != 1:
+        raise ValueError(f"log_ratio has shape {tuple(log_ratio.shape)}; flatten it to [N] response tokens")
+    log_ratio = log_ratio.detach()
+    advantages = _like("advantages", advantages, log_ratio)
+    weights = _like("weights", weights, log_ratio)
+    low, high = _finite_range("log_ratio", log_ratio)
+    _finite_range("advantages", advantages)
+    smallest, _ = _finite_range("weights", weights)
+    if smallest < 0.0:
+        at = int(weights.argmin())
+        raise ValueError(f"weights[{at}] is {smallest}; an objective's token weights must not be negative")
+    return TokenBatch(
+        log_ratio=log_ratio,
+        advantages=advantages,
+        weights=weights,
+        ids={name: _check_ids(name, ids, log_ratio) for name, ids in keys.items()},
+        counts=counts,
+        expert_share=None if expert_share is None else _check_share(expert_share, log_ratio),
+        any_weightless=smallest == 0.0,
+        any_beyond_clamp=low < -MAX_LOG_RATIO or high > MAX_LOG_RATIO,
+        max_log_ratio=min(max(high, -MAX_LOG_RATIO), MAX_LOG_RATIO) if log_ratio.numel() else float("-inf"),
+    )
+
+
+def table_size(name: str, largest: int, counts: Mapping[str, int] | None, *, shared: bool) -> int:
+    """Number of ids of one key, the same on every rank.
+
+    With `counts` it is the caller's global number. Without, it is largest + 1 on a single rank; when
+    tables are `shared` between ranks it is padded to a power of two of at least MIN_TABLE_SIZE, which
+    agrees on all ranks as long as their largest ids round to the same size: pass `counts` otherwise.
+    """
+    if counts is not None:
+        if name not in counts:
+            raise ValueError(
+                f"counts lacks key {name!r}; add its global number of ids (got {sorted(counts)})"
+            )
+        return int(counts[name])
+    if not shared:
+        return max(1, largest + 1)
+    return int(max(MIN_TABLE_SIZE, 1 << max(0, largest).bit_length()))
+
+
+def require_keys(
+    keys: Mapping[str, Tensor] | None, names: Sequence[str], objective: str
+) -> dict[str, Tensor]:
+    """The tensors of the keys an objective reads; ValueError when one is missing."""
+    given = keys or {}
+    for name in names:
+        if name not in given:
+            raise ValueError(
+                f"objective {objective!r} reads key {name!r}: pass keys[{name!r}] (got {sorted(given)})"
+            )
+    return {name: given[name] for name in names}
+
+
+def _like(name: str, value: Tensor, log_ratio: Tensor) -> Tensor:
+    if value.shape != log_ratio.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} but log_ratio has {tuple(log_ratio.shape)}; "
+            "both must be flat over the same response tokens"
+        )
+    return value.detach().to(dtype=log_ratio.dtype, device=log_ratio.device)
+
+
+def _finite_range(name: str, value: Tensor) -> tuple[float, float]:
+    """(min, max); one pass, because aminmax hands NaN through."""
+    if value.numel() == 0:
+        return 0.0, 0.0
+    low, high = (float(end) for end in torch.aminmax(value))
+    if not (float("-inf") < low and high < float("inf")):
+        at = int((~torch.isfinite(value)).nonzero()[0])
+        raise ValueError(f"{name}[{at}] is {float(value[at])}; every response token needs a finite value")
+    return low, high
+
+
+def _check_ids(name: str, ids: Tensor, log_ratio: Tensor) -> Tensor:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"keys[{name!r}] is {ids.dtype}; ids must be int64 or int32")
+    if ids.shape != log_ratio.shape:
+        raise ValueError(
+            f"keys[{name!r}] has shape {tuple(ids.shape)}; it needs one id per token, {log_ratio.shape[0]}"
+        )
+    if ids.device != log_ratio.device:
+        raise ValueError(
+            f"keys[{name!r}] is on {ids.device} but log_ratio is on {log_ratio.device}; move one of them"
+        )
+    return ids
+
+
+def _check_share(share: Tensor, log_ratio: Tensor) -> Tensor:
+    if share.dim() != 2 or share.shape[0] != log_ratio.shape[0] or share.shape[1] < 1:
+        raise ValueError(
+            f"expert_share has shape {tuple(share.shape)}; it must be [N, P] with N = {log_ratio.shape[0]} "
+            "tokens and P >= 1 partitions (also [0, P] on a rank without tokens)"
+        )
+    share = share.detach().to(dtype=log_ratio.dtype, device=log_ratio.device)
+    if share.numel() == 0:
+        return share
+    low, _ = _finite_range("expert_share.flatten()", share.reshape(-1))
+    if low < 0.0:
+        at = int(share.argmin()) // share.shape[1]
+        raise ValueError(f"expert_share[{at}] holds {low}; a share of routed slots must not be negative")
+    error = (share @ share.new_ones(share.shape[1])).sub_(1.0).abs_()
+    worst = int(error.argmax())
+    if float(error[worst]) > SHARE_TOLERANCE:
+        raise ValueError(
+            f"level key 'expert': expert_share[{worst}] sums to {float(share[worst].sum())}, not 1; divide "
+            "each token's counts by their sum in float32"
+        )
+    return share

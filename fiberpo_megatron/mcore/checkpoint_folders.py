@@ -1,0 +1,166 @@
+"""Checkpoint folders: names, what makes one complete, the newest, pruning. No Megatron here.
+
+<root>/step-00000012/            complete: checkpoint.json is in it and every file has its recorded size
+<root>/.step-00000013.partial/   being written, or left by a run that died: never read
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+DESCRIPTION = "checkpoint.json"
+FORMAT = 1
+_STEP = re.compile(r"step-(\d+)")
+_PACKAGES = ("fiberpo-megatron", "megatron-core", "torch", "numpy")
+_log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a complete checkpoint says about itself (checkpoint.json, written last)."""
+
+    step: int | None
+    """From the folder's name; None for a folder of another name."""
+    layout: Mapping[str, int]
+    """Ranks along every dimension of the run that wrote it."""
+    model: Mapping[str, object]
+    """The architecture's fields that decide names and shapes of its tensors."""
+    packages: Mapping[str, str]
+    state: Mapping[str, object]
+    """The caller's own state."""
+    files: Mapping[str, int]
+    """Size in bytes of every other file, by path relative to the folder."""
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        """Write and sync checkpoint.json."""
+        with open(folder / DESCRIPTION, "w") as file:
+            json.dump(asdict(self), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def step_folder(root: str | Path, step: int) -> Path:
+    """Folder of the checkpoint of `step`."""
+    return Path(root) / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a folder's name."""
+    found = _STEP.fullmatch(folder.name)
+    return int(found[1]) if found else None
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a checkpoint is written before it gets its name (same parent, hence same file system)."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def packages() -> dict[str, str]:
+    """Installed versions of what decides a checkpoint's format."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a source tree that was not installed
+            continue
+    return found
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Size of every file below `folder` but checkpoint.json."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DESCRIPTION)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def describe(folder: str | Path) -> Description:
+    """Read checkpoint.json and check that the folder is complete; raises CheckpointError when it is not."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        beside = latest(folder.parent) if folder.parent.is_dir() else None
+        hint = (
+            f"the newest complete one there is {beside}"
+            if beside
+            else f"{folder.parent} holds no complete one"
+        )
+        raise CheckpointError(f"no checkpoint at {folder}; {hint}")
+    try:
+        read = json.loads((folder / DESCRIPTION).read_text())
+        if read.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{folder} has checkpoint format {read.get('format')}; this version reads {FORMAT}"
+            )
+        description = Description(**read)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} is not a complete checkpoint: it has no {DESCRIPTION}; take an earlier one, or delete it"
+        ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{folder / DESCRIPTION} is damaged ({error}); take an earlier checkpoint"
+        ) from error
+    found = sizes(folder)
+    for name, size in description.files.items():
+        if found.get(name) != size:
+            seen = "is missing" if name not in found else f"has {found[name]} bytes"
+            raise CheckpointError(
+                f"{folder} is damaged: {name} {seen}, {size} bytes were written; take an earlier checkpoint"
+            )
+    return description
+
+
+def complete_steps(root: str | Path) -> list[Path]:
+    """Complete checkpoints below `root`, oldest first. Incomplete ones are skipped with a warning."""
+    root = Path(root)
+    if not root.is_dir():
+        return []
+    found = []
+    for folder in root.iterdir():
+        step = step_of(folder)
+        if step is None or not folder.is_dir():
+            continue
+        try:
+            describe(folder)
+        except CheckpointError as error:
+            _log.warning("skipped: %s", error)
+        else:
+            found.append((step, folder))
+    return [folder for _, folder in sorted(found)]
+
+
+def latest(root: str | Path) -> Path | None:
+    """The newest complete checkpoint below `root`, or None.
+
+    With several ranks, ask on one and share the answer: a shared file system may show them different folders.
+    """
+    found = complete_steps(root)
+    return found[-1] if found else None
+
+
+def prune(root: str | Path, keep: int) -> list[Path]:
+    """Delete all but the `keep` newest complete checkpoints, and remains of unfinished ones; returns the deleted.
+
+    One rank calls it, while no checkpoint is being written. The newest complete one is never deleted.
+    """
+    root = Path(root)
+    doomed = complete_steps(root)[: -max(keep, 1)]
+    for folder in doomed:
+        hidden = partial_folder(folder)  # out of sight first: a kill in the middle leaves no half checkpoint
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.rename(hidden)
+    if root.is_dir():
+        for remains in root.glob(".step-*.partial"):
+            shutil.rmtree(remains, ignore_errors=True)
+    return doomed

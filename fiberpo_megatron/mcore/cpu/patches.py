@@ -1,0 +1,251 @@
+"""Every patch by which Megatron-Core runs without a GPU, each with its reason.
+
+The table `PATCHES` is the whole list; `tests/mcore/test_patches.py` leaves each one out and sees what fails.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+Undo = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One deviation from stock torch or Megatron-Core."""
+
+    name: str
+    reason: str
+    apply: Callable[[], Undo]
+    """Puts the patch in place and returns what takes it away again."""
+
+
+_applied: dict[str, Undo] = {}
+
+
+def install() -> None:
+    """Put every patch of the table in place, once per process."""
+    for patch in PATCHES:
+        if patch.name not in _applied:
+            _applied[patch.name] = patch.apply()
+
+
+def leave_out(name: str) -> None:
+    """Take one patch away again (for the test of the table)."""
+    _applied.pop(name)()
+
+
+def _replace(target: Any, **attributes: Any) -> Undo:
+    before = {name: getattr(target, name) for name in attributes if hasattr(target, name)}
+    for name, value in attributes.items():
+        setattr(target, name, value)
+
+    def undo() -> None:
+        for name in attributes:
+            if name in before:
+                setattr(target, name, before[name])
+            else:
+                delattr(target, name)
+
+    return undo
+
+
+def _is_cuda(device: object) -> bool:
+    return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Answers `device="cuda"`, `.cuda()` and `.to("cuda")` with the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": "cpu"}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        elif func is torch.Tensor.type and len(args) == 1:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _cuda_literals() -> Undo:
+    mode = _CudaToCpu()
+    mode.__enter__()
+    return lambda: mode.__exit__(None, None, None)
+
+
+class _NoStream:
+    """A CUDA stream or event where there is nothing to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record_event(self, *args: Any) -> "_NoStream":
+        return self
+
+    def query(self) -> bool:
+        return True
+
+    def wait_stream(self, *args: Any) -> None:
+        pass
+
+    wait_event = wait = record = synchronize = wait_stream
+
+
+def _streams() -> Undo:
+    main = _NoStream()
+    return _replace(
+        torch.cuda,
+        Stream=_NoStream,
+        Event=_NoStream,
+        stream=lambda *a: contextlib.nullcontext(),
+        current_stream=lambda *a: main,
+        default_stream=lambda *a: main,
+    )
+
+
+def _random_state() -> Undo:
+    import megatron.core.tensor_parallel.random as random
+
+    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    seed = torch.default_generator.manual_seed
+    undo_torch = _replace(torch.cuda, get_rng_state=get_state, set_rng_state=set_state, manual_seed=seed)
+    undo_megatron = _replace(random, _get_cuda_rng_state=get_state, _set_cuda_rng_state=set_state)
+    # Megatron warns at every fork that the CPU generator moved; here it is the one that should.
+    logger = logging.getLogger(random.__name__)
+    logger.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+    def undo() -> None:
+        undo_torch()
+        undo_megatron()
+
+    return undo
+
+
+def _uneven_gloo() -> Undo:
+    even_gather, even_scatter = dist.all_gather, dist.reduce_scatter
+
+    def all_gather(outs: Any, x: Any, group: Any = None, async_op: bool = False) -> Any:
+        sizes = [t.size(0) for t in outs]
+        if len(set(sizes)) == 1:
+            return even_gather(outs, x, group=group, async_op=async_op)
+        received = x.new_empty(sum(sizes), *x.shape[1:])
+        copies = torch.cat([x] * len(sizes))
+        dist.all_to_all_single(received, copies, sizes, [x.size(0)] * len(sizes), group=group)
+        for out, part in zip(outs, received.split(sizes)):
+            out.copy_(part)
+        return None
+
+    def reduce_scatter(
+        out: Any, xs: Any, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> Any:
+        sizes = [t.size(0) for t in xs]
+        if len(set(sizes)) == 1:
+            return even_scatter(out, xs, op=op, group=group, async_op=async_op)
+        received = out.new_empty(len(sizes), *out.shape)
+        equal = [out.size(0)] * len(sizes)
+        dist.all_to_all_single(received.flatten(0, 1), torch.cat(xs), equal, sizes, group=group)
+        out.copy_(received.sum(0))
+        return None
+
+    return _replace(dist, all_gather=all_gather, reduce_scatter=reduce_scatter)
+
+
+def _dispatcher_splits() -> Undo:
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    move = dispatcher.maybe_move_tensor_to_cpu
+
+    def to_numbers(x: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return x.numpy() if as_numpy and torch.is_tensor(x) else move(x, as_numpy, record_stream)
+
+    return _replace(dispatcher, maybe_move_tensor_to_cpu=to_numbers)
+
+
+def _router_without_transformer_engine() -> Undo:
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    return _replace(moe_utils, te_general_gemm=getattr(moe_utils, "te_general_gemm", None))
+
+
+def _adam_step_of_loaded_checkpoint() -> Undo:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    restore = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @torch.no_grad()
+    def restore_with_step(self: Any, model_param: Any, tensors: Any) -> None:
+        group, index = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+            tensors = {**tensors, "step": state["step"]}
+        restore(self, model_param, tensors)
+
+    return _replace(DistributedOptimizer, _set_main_param_and_optimizer_states=restore_with_step)
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "current_device",
+        "embeddings, linear layers and buffers are allocated on torch.cuda.current_device()",
+        lambda: _replace(torch.cuda, current_device=lambda: torch.device("cpu")),
+    ),
+    Patch(
+        "cuda_literals",
+        'device="cuda" and .cuda() stand in Megatron\'s code where no setting reaches; and its mixed-precision '
+        "optimizers compare Tensor.type() with the CUDA names",
+        _cuda_literals,
+    ),
+    Patch(
+        "random_state",
+        "the tensor-parallel random number tracker forks the CUDA generator; here it forks the CPU one",
+        _random_state,
+    ),
+    Patch(
+        "streams",
+        "the MoE token dispatcher copies its counts on a side stream and waits for events",
+        _streams,
+    ),
+    Patch(
+        "synchronize",
+        "the exchange of shapes between pipeline stages ends with torch.cuda.synchronize()",
+        lambda: _replace(torch.cuda, synchronize=lambda *a: None),
+    ),
+    Patch(
+        "router_without_transformer_engine",
+        "0.16.1 leaves te_general_gemm undefined where Transformer Engine is absent, and the router asks for it",
+        _router_without_transformer_engine,
+    ),
+    Patch(
+        "dispatcher_splits",
+        "split sizes of the MoE all-to-all become Python numbers only when they come from a GPU",
+        _dispatcher_splits,
+    ),
+    Patch(
+        "uneven_gloo",
+        "gloo takes no all-gather or reduce-scatter of unequal parts; experts with tensor parallelism need them",
+        _uneven_gloo,
+    ),
+    Patch(
+        "adam_step_of_loaded_checkpoint",
+        "torch's AdamW keeps `step` per parameter; loading a distributed-optimizer checkpoint looks for it among "
+        "the saved tensors and would leave one shared tensor that AdamW counts up once per parameter",
+        _adam_step_of_loaded_checkpoint,
+    ),
+)

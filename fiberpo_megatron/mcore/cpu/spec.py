@@ -1,0 +1,66 @@
+"""The transformer layer of the CPU platform: Megatron's local modules, our norm and core attention."""
+
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from fiberpo_megatron.mcore.cpu.attention import PackedAttention
+from fiberpo_megatron.mcore.cpu.norm import RmsNorm
+
+
+class CpuSpecProvider(LocalSpecProvider):
+    """Megatron's local modules, except where they cannot do packed rows or sequence parallelism."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        """RMSNorm with the sequence-parallel mark."""
+        return RmsNorm
+
+    def core_attention(self) -> type:
+        """Attention over packed rows, with grouped queries and context parallelism."""
+        return PackedAttention
+
+
+def layer_spec(*, num_experts: int | None, qk_layernorm: bool) -> Any:
+    """One pre-norm layer; dense when `num_experts` is None. Keys of checkpoints equal the GPU layer's."""
+    backend = CpuSpecProvider()
+    norm = backend.layer_norm(rms_norm=True)
+    qk_norm = norm if qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=backend.column_parallel_linear(),
+                    core_attention=backend.core_attention(),
+                    linear_proj=backend.row_parallel_linear(),
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=get_mlp_module_spec_for_backend(
+                backend=backend, num_experts=num_experts, moe_grouped_gemm=False
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_checkpoint_keys(num_experts),
+        ),
+    )
+
+
+def _checkpoint_keys(num_experts: int | None) -> dict[str, str]:
+    """Transformer Engine fuses these norms into the linear layer behind them; checkpoints use its names."""
+    keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if num_experts is None:
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return keys

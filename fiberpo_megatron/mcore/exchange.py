@@ -1,0 +1,93 @@
+"""Rollouts and short texts between ranks, as byte tensors: no pickling, unequal sizes welcome."""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fiberpo_megatron.types import RolloutBatch
+
+_ARRAYS = tuple(field.name for field in fields(RolloutBatch))
+_DTYPES = {
+    "tokens": np.int64,
+    "response_mask": np.bool_,
+    "rollout_log_probs": np.float32,
+    "lengths": np.int64,
+    "rewards": np.float32,
+    "correct": np.bool_,
+    "groups": np.int64,
+    "domains": np.int64,
+    "truncated": np.bool_,
+}
+
+
+def encode(batch: RolloutBatch) -> Tensor:
+    """uint8 [..]: the length of every array, then their bytes."""
+    arrays: list[NDArray[Any]] = [
+        np.ascontiguousarray(getattr(batch, name), dtype=_DTYPES[name]) for name in _ARRAYS
+    ]
+    header = np.array([len(array) for array in arrays], dtype=np.int64)
+    return torch.frombuffer(bytearray(b"".join(x.tobytes() for x in (header, *arrays))), dtype=torch.uint8)
+
+
+def decode(message: Tensor) -> RolloutBatch:
+    """The inverse of `encode`."""
+    data = message.numpy().tobytes()
+    counts = np.frombuffer(data, dtype=np.int64, count=len(_ARRAYS))
+    offset = counts.nbytes
+    arrays: dict[str, Any] = {}
+    for name, count in zip(_ARRAYS, counts.tolist()):
+        dtype = np.dtype(_DTYPES[name])
+        arrays[name] = np.frombuffer(data, dtype=dtype, count=count, offset=offset).copy()
+        offset += count * dtype.itemsize
+    return RolloutBatch(**arrays)
+
+
+def join(shares: Sequence[RolloutBatch]) -> RolloutBatch:
+    """One batch of all shares in order; groups are numbered 0, 1, ... through all of them."""
+    groups = []
+    seen = 0
+    for share in shares:
+        labels, dense = np.unique(share.groups, return_inverse=True)
+        groups.append(dense.astype(np.int64) + seen)
+        seen += len(labels)
+    joined = {name: np.concatenate([getattr(share, name) for share in shares]) for name in _ARRAYS}
+    return replace(RolloutBatch(**joined), groups=np.concatenate(groups))
+
+
+def text_to_bytes(text: str) -> Tensor:
+    """uint8 [..] of a text."""
+    data = bytearray(text.encode())
+    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def bytes_to_text(message: Tensor) -> str:
+    """The inverse of `text_to_bytes`."""
+    return message.numpy().tobytes().decode()
+
+
+def all_gather_bytes(message: Tensor, group: Any) -> list[Tensor]:
+    """Every rank's message, in the group's rank order; sizes may differ."""
+    size = torch.tensor([len(message)])
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, size, group=group)
+    longest = max(int(s.item()) for s in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(message)] = message
+    received = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(received, padded, group=group)
+    return [part[: int(s.item())] for part, s in zip(received, sizes)]
+
+
+def broadcast_bytes(message: Tensor | None, source: int, group: Any) -> Tensor:
+    """The message of global rank `source` on every rank of the group; the others pass None."""
+    size = torch.tensor([0 if message is None else len(message)])
+    dist.broadcast(size, src=source, group=group)
+    out = message if message is not None else torch.empty(int(size.item()), dtype=torch.uint8)
+    dist.broadcast(out, src=source, group=group)
+    return out

@@ -1,0 +1,92 @@
+"""Data-parallel wrapping, Megatron's optimizer and its learning-rate schedule."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from fiberpo_megatron.config.schema import OptimizerConfig
+from fiberpo_megatron.mcore.model import DTYPES, PolicyModel
+
+
+def wrap_data_parallel(
+    chunks: Sequence[PolicyModel], distributed_optimizer: bool
+) -> list[DistributedDataParallel]:
+    """DDP around every chunk; gradients are summed over ranks in float32, never averaged."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=False,
+        overlap_param_gather=False,  # parameters are always whole when they are read or published
+    )
+    wrapped = [
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    chunks[0].config.finalize_model_grads_func = _sum_gradients
+    return wrapped
+
+
+def _sum_gradients(chunks: list[torch.nn.Module], num_tokens: torch.Tensor | None, **kwargs: Any) -> None:
+    """Megatron's reduction of gradients without its division by the number of tokens."""
+    finalize_model_grads(chunks, None, **kwargs)
+
+
+def build_optimizer(
+    chunks: list[DistributedDataParallel],
+    optimizer: OptimizerConfig,
+    *,
+    dtype: str,
+    distributed_optimizer: bool,
+    total_steps: int,
+) -> tuple[Any, OptimizerParamScheduler]:
+    """Adam with decoupled weight decay and float32 master weights, and the schedule over `total_steps` steps."""
+    config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.learning_rate,
+        min_lr=optimizer.min_learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        bf16=DTYPES[dtype] is torch.bfloat16,
+        params_dtype=DTYPES[dtype],
+        use_distributed_optimizer=distributed_optimizer,
+        clip_grad=optimizer.clip_grad or float("inf"),  # 0 would also leave the norm uncomputed
+    )
+    built = get_megatron_optimizer(config, chunks)
+    scheduler = OptimizerParamScheduler(
+        built,
+        init_lr=0.0,
+        max_lr=optimizer.learning_rate,
+        min_lr=optimizer.min_learning_rate,
+        lr_warmup_steps=min(optimizer.warmup_steps, total_steps - 1),
+        lr_decay_steps=total_steps,
+        lr_decay_style=optimizer.schedule,
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=False,
+    )
+    return built, scheduler
+
+
+def non_finite_gradient(chunks: Sequence[DistributedDataParallel]) -> str | None:
+    """Name of a parameter of this rank whose gradient is not finite, or None."""
+    for chunk in chunks:
+        if all(buffer.grad_data.isfinite().all() for buffer in chunk.buffers + chunk.expert_parallel_buffers):
+            continue
+        for name, parameter in chunk.module.named_parameters():
+            if parameter.requires_grad and not parameter.main_grad.isfinite().all():
+                return name
+    return None

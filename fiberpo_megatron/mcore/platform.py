@@ -1,0 +1,71 @@
+"""Two platforms, one code: what differs between a GPU and a CPU run is answered here and nowhere else."""
+
+import os
+import warnings
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Platform(Protocol):
+    """What the rest of the package asks about the machine."""
+
+    name: str
+    backend: str
+    """torch.distributed backend of the model's groups: nccl or gloo."""
+    device: torch.device
+
+    def transformer_options(self) -> dict[str, Any]:
+        """Fields of Megatron's TransformerConfig that depend on the machine."""
+        ...
+
+    def layer_spec(self, *, num_experts: int | None, qk_layernorm: bool) -> Any:
+        """ModuleSpec of one transformer layer."""
+        ...
+
+    def final_norm(self) -> Any:
+        """Module of the norm after the last layer."""
+        ...
+
+    def packed_sequences(
+        self, cu_seqlens: Tensor, max_seqlen: int, context_rank: int, context_size: int
+    ) -> Any:
+        """Megatron's description of a packed row; `cu_seqlens` int32 [S + 1] before the context-parallel cut."""
+        ...
+
+
+_HARMLESS_WARNINGS = (
+    "Apex is not installed",
+    "Transformer Engine and Apex are not installed",
+    "full scope is deprecated",
+    "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
+    "When using sequence parallelism it is recommended to set the environment variable",
+    "The .grad attribute of a Tensor that is not a leaf",
+    "`torch.distributed.[a-z_]*` is deprecated",
+)
+"""What Megatron-Core says on every start without a consequence here."""
+
+
+@cache
+def activate() -> Platform:
+    """The platform of this machine, made ready once per process, before Megatron-Core is first imported."""
+    for message in _HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    if torch.cuda.is_available():
+        return _gpu()
+    # jit_fuser is torch.compile: it needs a C++ compiler and seconds per function, for no gain on a CPU. Megatron
+    # reads the switch while it is imported.
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    from fiberpo_megatron.mcore.cpu import patches
+    from fiberpo_megatron.mcore.cpu.platform import CpuPlatform
+
+    patches.install()
+    return CpuPlatform()
+
+
+def _gpu() -> Platform:
+    from fiberpo_megatron.mcore.gpu import GpuPlatform
+
+    return GpuPlatform()

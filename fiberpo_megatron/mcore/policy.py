@@ -1,0 +1,213 @@
+"""The trainer's face of the model: `types.Policy` on Megatron-Core."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fiberpo_megatron.config.schema import Config
+from fiberpo_megatron.mcore.architecture import read_architecture
+from fiberpo_megatron.mcore.layout import ParallelLayout
+from fiberpo_megatron.mcore.model import PolicyModel, build_model, draw_weights
+from fiberpo_megatron.mcore.optimizer import build_optimizer, non_finite_gradient, wrap_data_parallel
+from fiberpo_megatron.mcore.schedule import Schedule
+from fiberpo_megatron.types import Coefficients, Gate, MicroBatch, OptimizerStep, TokenScores, response_slices
+
+
+@dataclass(frozen=True)
+class AccumulatedGradient:
+    """What went into the gradient buffers."""
+
+    coefficients: tuple[Coefficients, ...]
+    """One per call of the gate; empty on ranks that are not on the last pipeline stage."""
+    gate_seconds: float
+    """Time spent in the gate on this rank."""
+    error: str | None
+    """What this rank saw that is not finite."""
+
+
+class MegatronPolicy:
+    """A model, its optimizer and the passes over them; build it with `build_policy`."""
+
+    def __init__(
+        self,
+        models: list[PolicyModel],
+        hf_config: Mapping[str, Any],
+        layout: ParallelLayout,
+        config: Config,
+        total_steps: int,
+    ) -> None:
+        self.layout = layout
+        self.hf_config = hf_config
+        self.models = models
+        distributed = config.parallel.distributed_optimizer
+        self.chunks = wrap_data_parallel(models, distributed)
+        self.optimizer, self.scheduler = build_optimizer(
+            self.chunks,
+            config.optimizer,
+            dtype=config.model.dtype,
+            distributed_optimizer=distributed,
+            total_steps=total_steps,
+        )
+        self.schedule = Schedule(self.chunks, models, layout, config.model.log_prob_chunk_tokens)
+        self._aux_loss = config.model.router_aux_loss
+
+    def log_probs(self, micro_batches: Sequence[MicroBatch], temperature: float) -> TokenScores | None:
+        """Forward without gradient; scores of this rank's response tokens on the last stage, None elsewhere."""
+        scores = self.schedule.forward(micro_batches, temperature)
+        if not self.layout.is_last_stage:
+            return None
+        return TokenScores(torch.cat([s.log_probs for s in scores]), torch.cat([s.entropy for s in scores]))
+
+    def step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        gate: Gate,
+        temperature: float,
+        *,
+        log_probs: Tensor | None = None,
+        single_pass: bool = False,
+    ) -> OptimizerStep:
+        """One optimiser step that maximises the gate's objective (see `types.Policy.step`)."""
+        gradient = self.accumulate(
+            micro_batches, gate, temperature, log_probs=log_probs, single_pass=single_pass
+        )
+        self._require_finite(gradient.error)
+        self.scheduler.step(1)
+        _, norm, _ = self.optimizer.step()
+        return OptimizerStep(
+            gradient_norm=float(norm),
+            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            coefficients=gradient.coefficients,
+            extra_forward=log_probs is None and not single_pass,
+            gate_seconds=gradient.gate_seconds,
+        )
+
+    def accumulate(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        gate: Gate,
+        temperature: float,
+        *,
+        log_probs: Tensor | None = None,
+        single_pass: bool = False,
+    ) -> "AccumulatedGradient":
+        """Leave minus the objective's gradient, summed over micro-batches and ranks, in the gradient buffers.
+
+        With the distributed optimizer each data-parallel rank's buffer is whole only in that rank's shard.
+        """
+        calls = _GateCalls(gate, response_slices(micro_batches))
+        if not single_pass:
+            if log_probs is None:
+                scores = self.log_probs(micro_batches, temperature)
+                log_probs = scores.log_probs if scores else None
+            error = calls.all_at_once(log_probs) if self.layout.is_last_stage else None
+            self.layout.agree(error, "the objective")
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        if self._aux_loss:
+            self._scale_aux_loss(micro_batches)
+        self.schedule.forward_backward(micro_batches, temperature, calls.loss)
+        return AccumulatedGradient(tuple(calls.coefficients), calls.seconds, calls.error)
+
+    def _scale_aux_loss(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Megatron weighs the auxiliary loss of a micro-batch by its tokens; make the sum a mean over tokens."""
+        local = torch.tensor(float(sum(len(batch.tokens) for batch in micro_batches)), dtype=torch.float64)
+        tokens = float(self.layout.sum_over_tokens(local))
+        for model in self.models:
+            model.config.moe_aux_loss_coeff = self._aux_loss / tokens
+
+    def _require_finite(self, error: str | None) -> None:
+        parameter = non_finite_gradient(self.chunks)
+        if error is None and parameter is not None:
+            error = f"the gradient of {parameter} is not finite" + (
+                "" if self.layout.is_last_stage else " (its cause may lie on a later pipeline stage)"
+            )
+        self.layout.agree(error, "the optimizer step (weights unchanged)", raises=FloatingPointError)
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face names and full tensors, one at a time; rank 0 gets the tensors, others empty ones."""
+        from fiberpo_megatron.mcore import weights
+
+        yield from weights.export_hf(self.models, self.hf_config, self.layout)
+
+    def save(self, folder: str, state: Mapping[str, object]) -> None:
+        """Write model, optimizer, schedule and the trainer's state as a distributed checkpoint."""
+        from fiberpo_megatron.mcore import checkpoint
+
+        checkpoint.save(self, folder, state)
+
+    def load(self, folder: str) -> dict[str, object]:
+        """Read a checkpoint written under any layout; returns the trainer's state."""
+        from fiberpo_megatron.mcore import checkpoint
+
+        return checkpoint.load(self, folder)
+
+
+class _GateCalls:
+    """The gate of one step: called once for all tokens, or once per micro-batch inside the loss."""
+
+    def __init__(self, gate: Gate, slices: Sequence[slice]) -> None:
+        self._gate = gate
+        self._slices = slices
+        self._gradient: Tensor | None = None
+        self.coefficients: list[Coefficients] = []
+        self.seconds = 0.0
+        self.error: str | None = None
+        """What is not finite, for a report after the pass: raising inside it would leave other ranks waiting."""
+
+    def all_at_once(self, log_probs: Tensor | None) -> str | None:
+        """Coefficients of all tokens; what the gate raised, as text."""
+        assert log_probs is not None, "the last pipeline stage knows its log-probs"
+        end = self._slices[-1].stop if self._slices else 0
+        try:
+            self._gradient = self._call(log_probs, slice(0, end))
+        except Exception as error:  # every rank raises it together, in `agree`
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def loss(self, index: int, log_probs: Tensor) -> Tensor:
+        """-sum_j c_j log p_j over one micro-batch: its gradient is that of the objective, with opposite sign."""
+        if index >= len(self._slices):
+            return log_probs.sum()  # a micro-batch that only fills up the schedule, without tokens
+        where = self._slices[index]
+        gradient = self._call(log_probs.detach(), where) if self._gradient is None else self._gradient[where]
+        return -(gradient.detach().to(log_probs) * log_probs).sum()
+
+    def _call(self, log_probs: Tensor, where: slice) -> Tensor:
+        if not log_probs.isfinite().all() and self.error is None:
+            self.error = f"{int((~log_probs.isfinite()).sum())} of {len(log_probs)} log-probs are not finite"
+        start = time.perf_counter()
+        coefficients = self._gate(log_probs, where)
+        self.seconds += time.perf_counter() - start
+        self.coefficients.append(coefficients)
+        gradient = coefficients.gradient
+        if not gradient.isfinite().all() and self.error is None:
+            bad = int((~gradient.isfinite()).sum())
+            self.error = f"{bad} of {len(gradient)} coefficients of the objective are not finite"
+        return gradient
+
+
+def build_policy(
+    config: Config, hf_config: Mapping[str, Any], layout: ParallelLayout, total_steps: int | None = None
+) -> MegatronPolicy:
+    """The policy of a run: weights drawn from `run.seed`, or read from `model.path`.
+
+    `total_steps`: optimiser steps of the learning-rate schedule; unset, those of the RL run.
+    """
+    if total_steps is None:
+        total_steps = config.trainer.steps * config.batch.mini_batches * config.batch.epochs
+    architecture = read_architecture(hf_config)
+    models = build_model(architecture, config.model, layout)
+    if config.model.random_init:
+        draw_weights(models, architecture, config.run.seed)
+    else:
+        from fiberpo_megatron.mcore import weights
+
+        weights.load_hf(models, hf_config, Path(config.model.path), layout)
+    return MegatronPolicy(models, hf_config, layout, config, total_steps)

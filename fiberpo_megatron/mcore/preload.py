@@ -1,0 +1,10 @@
+"""Imports the heavy modules, for servers that fork ranks (tests, tools)."""
+
+import megatron.core.distributed
+import megatron.core.models.gpt
+import megatron.core.optimizer
+import megatron.core.pipeline_parallel
+import megatron.core.transformer.moe.moe_layer  # noqa: F401
+import torch
+
+torch.set_num_threads(1)  # a forked process must not inherit a thread pool

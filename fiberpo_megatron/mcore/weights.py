@@ -1,0 +1,108 @@
+"""Hugging Face weights into and out of a Megatron model in any layout.
+
+Loading: every rank finds, by its family's table, which parts of which tensors make up its own parameters, and
+reads only those. Exporting: the owners of a bucket's shards send them to rank 0, one message per owner and
+bucket, where the full tensors are put together one at a time. No rank ever holds the whole model.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fiberpo_megatron.mcore.weight_tables import HF_EMBEDDING, HF_OUTPUT, Family, family_of, match_name
+from fiberpo_megatron.mcore.weights_export import export_hf
+from fiberpo_megatron.mcore.weights_files import HfFiles, save_hf
+from fiberpo_megatron.mcore.weights_local import LocalWeight, WeightLayout, local_weights
+from fiberpo_megatron.mcore.weights_transforms import Dimensions
+
+__all__ = ["export_hf", "load_hf", "save_hf"]
+
+
+def load_hf(
+    model_chunks: Sequence[nn.Module],
+    hf_config: Mapping[str, object],
+    folder: str | Path,
+    layout: WeightLayout,
+) -> None:
+    """Fill the model with the safetensors weights of `folder`, each rank reading only its part.
+
+    Every rank calls it. Values are cast to the parameters' type. Raises ValueError, on every rank, naming the
+    tensors that are unknown, missing or of the wrong shape, or the parameters that the family's table does
+    not fill. An optimizer that was built before has to refresh its main parameters
+    (`optimizer.reload_model_params()`).
+    """
+    dims = Dimensions.from_hf(hf_config)
+    error: ValueError | OSError | None = None
+    try:
+        family = family_of(hf_config, dims)
+        weights = local_weights(model_chunks, family, dims, layout)
+        files = HfFiles(Path(folder), family, dims)
+        _check_names(files, weights, family, dims)
+        for weight in weights:
+            _fill(weight, files, dims)
+    except (ValueError, OSError) as caught:
+        error = caught
+    if error is not None and layout.world_size == 1:
+        raise error
+    layout.agree(None if error is None else str(error), f"loading weights from {folder}", ValueError)
+
+
+def _check_names(files: HfFiles, weights: Sequence[LocalWeight], family: Family, dims: Dimensions) -> None:
+    """Every tensor of the files is known, and every one of this rank's layers and experts is used."""
+    used = {name for weight in weights for name in weight.hf_names}
+    missing = sorted(used - set(files.names))
+    layers = {weight.match.layer for weight in weights if weight.match.layer is not None}
+    experts = {weight.match.expert for weight in weights if weight.match.expert is not None}
+    templates = [template for rule in family.rules for template in rule.hf]
+    ignored = re.compile(family.ignored)
+    strangers = []
+    for name in files.names:
+        if name in used or ignored.fullmatch(name) or (dims.tied_embeddings and name == HF_OUTPUT):
+            continue
+        match = next(
+            (m for m in (match_name(template, name) for template in templates) if m is not None), None
+        )
+        if match is None or (match.layer or 0) >= dims.layers or (match.expert or 0) >= max(dims.experts, 1):
+            strangers.append(name)
+        elif match.layer in layers and (match.expert is None or match.expert in experts or not experts):
+            strangers.append(name)  # of this rank's layer, but the model as built has no place for it
+    problems = []
+    if missing:
+        problems.append(f"missing: {_listed(missing)}")
+    if strangers:
+        problems.append(f"unknown to the model: {_listed(sorted(strangers))}")
+    if problems:
+        raise ValueError(
+            f"{files.folder} does not hold the weights of its config.json; {'; '.join(problems)}"
+        )
+
+
+def _listed(names: Sequence[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _fill(weight: LocalWeight, files: HfFiles, dims: Dimensions) -> None:
+    """Check the shapes of the tensors behind a parameter and copy this rank's part into it."""
+    local = tuple(weight.tensor.shape)
+    try:
+        wanted = weight.rule.transform.hf_shapes(local, weight.shard.size, dims)
+    except ValueError as error:
+        raise ValueError(f"{weight.name}: {error}") from error
+    for name, shape in zip(weight.hf_names, wanted, strict=True):
+        if files.shape(name) != shape:
+            raise ValueError(f"{files.folder}: {name} has shape {files.shape(name)}, the model needs {shape}")
+    value = weight.rule.transform.load(files, weight.hf_names, local, weight.shard, dims)
+    assert value.shape == weight.tensor.shape, (weight.name, value.shape, weight.tensor.shape)
+    with torch.no_grad():
+        weight.tensor.copy_(value)
+    if dims.tied_embeddings and weight.hf_names == [HF_EMBEDDING] and HF_OUTPUT in files.names:
+        stored = weight.rule.transform.load(files, [HF_OUTPUT], local, weight.shard, dims)
+        if not torch.equal(stored, value):
+            raise ValueError(
+                f"{files.folder}: {HF_OUTPUT} differs from {HF_EMBEDDING} although config.json says "
+                "tie_word_embeddings = true; set it to false if the model has its own output weights"
+            )

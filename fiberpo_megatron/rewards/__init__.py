@@ -1,0 +1,5 @@
+"""Verifiers: which responses are right, and the reward they earn."""
+
+from fiberpo_megatron.rewards.reward import RandomReward, Reward, Score, TaskReward, build_reward, score
+
+__all__ = ["RandomReward", "Reward", "Score", "TaskReward", "build_reward", "score"]

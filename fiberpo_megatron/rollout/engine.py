@@ -1,0 +1,205 @@
+"""Starts SGLang servers on this machine and stops them; or checks the ones whose addresses are given."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import torch
+
+from fiberpo_megatron.config.schema import EngineConfig
+from fiberpo_megatron.rollout.client import EngineAddress
+from fiberpo_megatron.rollout.command import Server, server_command, server_environment
+from fiberpo_megatron.rollout.errors import EngineStartError, EngineUnreachable
+from fiberpo_megatron.rollout.ports import free_ports, is_free
+
+POLL_S = 0.1
+CHECK_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 15.0
+LAUNCHER = Path(__file__).with_name("launcher.py")
+
+
+@contextmanager
+def engines(
+    config: EngineConfig,
+    model: Path,
+    folder: Path,
+    *,
+    dtype: str,
+    seed: int = 0,
+    host: str = "127.0.0.1",
+    first_gpu: int = 0,
+    gpu: bool | None = None,
+    routed_experts: bool = False,
+    deterministic: bool | None = None,
+) -> Iterator[list[EngineAddress]]:
+    """Healthy engines; those that were started here are stopped at the end, whatever the reason.
+
+    `model`: Hugging Face folder. `folder`: gets engine_<i>.log. `dtype`: used where `engine.dtype` is auto.
+    `host`: address to bind, reachable by all ranks. `first_gpu`: server i takes `engine.tensor` GPUs from
+    first_gpu + i * engine.tensor. `gpu` unset: whether torch sees one. `deterministic` (unset: without a GPU):
+    honour per-request sampling seeds.
+
+    Raises EngineStartError (busy port, missing sglang, exit or no health before `engine.start_timeout_s`, with the
+    log's tail) and EngineUnreachable for a given address without a server.
+    """
+    if config.urls:
+        addresses = [EngineAddress(url.rstrip("/")) for url in config.urls]
+        for address in addresses:
+            check_reachable(address)
+        yield addresses
+        return
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    check_startable(config, model, host)
+    ports = free_ports(2 * config.count, host)
+    if config.port is not None:
+        ports[: config.count] = range(config.port, config.port + config.count)
+    servers = [
+        Server(
+            model=model,
+            dtype=dtype if config.dtype == "auto" else config.dtype,
+            host=host,
+            port=ports[i],
+            internal_port=ports[config.count + i],
+            seed=seed + i,
+            gpu=gpu,
+            first_gpu=first_gpu + i * config.tensor,
+            routed_experts=routed_experts,
+            deterministic=not gpu if deterministic is None else deterministic,
+        )
+        for i in range(config.count)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    started: list[EngineProcess] = []
+    try:
+        for i, server in enumerate(servers):
+            started.append(start_server(server, config, folder / f"engine_{i}.log"))
+        deadline = time.monotonic() + config.start_timeout_s
+        for process in started:
+            process.wait_until_healthy(deadline)
+        yield [process.address for process in started]
+    finally:
+        stop_all(started)
+
+
+def check_startable(config: EngineConfig, model: Path, host: str) -> None:
+    """Raise what can be known before a process is started."""
+    if importlib.util.find_spec("sglang") is None:
+        raise EngineStartError(
+            "(not started)", "sglang is not installed", "Run `make env` or install fiberpo-megatron[cuda]"
+        )
+    if not (model / "config.json").is_file():
+        raise EngineStartError(
+            "(not started)", f"{model} has no config.json", "Set model.path to a Hugging Face folder"
+        )
+    for i in range(config.count if config.port is not None else 0):
+        port = (config.port or 0) + i
+        if not is_free(port, host):
+            raise EngineStartError(
+                f"http://{host}:{port}",
+                f"port {port} is in use by another process",
+                "Stop that process, choose another rollout.engine.port, or leave it unset to have a free one found",
+            )
+
+
+def check_reachable(address: EngineAddress) -> None:
+    """Raise EngineUnreachable unless a server answers at this address."""
+    try:
+        with httpx.Client(trust_env=False, timeout=CHECK_TIMEOUT_S) as http:
+            http.get(f"{address.url}/model_info").raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise EngineUnreachable(
+            address.url,
+            f"no SGLang server answers ({type(error).__name__}: {error})",
+            "Start it, or correct rollout.engine.urls",
+        ) from error
+
+
+@dataclass(frozen=True)
+class EngineProcess:
+    """A server that was started here."""
+
+    address: EngineAddress
+    process: "subprocess.Popen[bytes]"
+
+    def wait_until_healthy(self, deadline: float) -> None:
+        """Return once the server has generated a token. `deadline`: of time.monotonic()."""
+        begin = time.monotonic()
+        with httpx.Client(base_url=self.address.url, trust_env=False) as http:
+            while True:
+                code = self.process.poll()
+                if code is not None:
+                    raise EngineStartError(
+                        self.address.url,
+                        f"the server process ended with {_exit_text(code)} while starting",
+                        "The end of its log says why",
+                        self.address.log,
+                    )
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise EngineStartError(
+                        self.address.url,
+                        f"the server was not healthy after {time.monotonic() - begin:.0f} s",
+                        "See its log; raise rollout.engine.start_timeout_s if it was still loading",
+                        self.address.log,
+                    )
+                if _generates(http, left):
+                    return
+                time.sleep(POLL_S)
+
+
+def start_server(server: Server, config: EngineConfig, log: Path) -> EngineProcess:
+    """Start one server in a process group of its own; it dies with this process, even at kill -9."""
+    command = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *server_command(server, config)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=server_environment(os.environ, config, server.gpu),
+            start_new_session=True,
+        )
+    return EngineProcess(EngineAddress(f"http://{server.host}:{server.port}", log), process)
+
+
+def stop_all(started: Sequence[EngineProcess], timeout_s: float = STOP_TIMEOUT_S) -> None:
+    """SIGTERM to every server, SIGKILL to the process groups of those that remain after `timeout_s`."""
+    for engine in started:
+        engine.process.terminate()
+    deadline = time.monotonic() + timeout_s
+    for engine in started:
+        try:
+            engine.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            _kill_group(engine.process.pid)
+            engine.process.wait()
+
+
+def _kill_group(group: int) -> None:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _generates(http: httpx.Client, timeout_s: float) -> bool:
+    """Whether the server answers a request for one token. (SGLang's /health does the same and then sleeps 1 s.)"""
+    request = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
+    try:
+        return http.post("/generate", json=request, timeout=timeout_s).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def _exit_text(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

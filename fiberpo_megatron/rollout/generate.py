@@ -1,0 +1,167 @@
+"""Spreads generation over the engines and gives the synchronous trainer a sampler."""
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from fiberpo_megatron.rollout.background import BackgroundLoop
+from fiberpo_megatron.rollout.client import EngineAddress, EngineClient, Sampling
+from fiberpo_megatron.types import Completion
+
+Progress = Callable[[int, int], None]
+"""(prompts done, prompts in all), called from the sampler's thread."""
+
+
+def response_seeds(seed: int, count: int) -> list[int]:
+    """`count` sampling seeds of one prompt: hashed, so that neighbouring prompts never share a response's seed."""
+    digests = (hashlib.blake2b(f"{seed}:{i}".encode(), digest_size=8).digest() for i in range(count))
+    return [int.from_bytes(digest, "little") >> 1 for digest in digests]
+
+
+async def generate(
+    clients: Sequence[EngineClient],
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    sampling: Sampling,
+    *,
+    max_concurrent: int,
+    seeds: Sequence[int] | None = None,
+    routed_experts: tuple[int, int] | None = None,
+    partial: bool = False,
+    progress: Progress | None = None,
+) -> list[list[Completion]]:
+    """`count` responses to each prompt, in order. The first failure cancels the rest and is raised.
+
+    A prompt's responses travel as one request; it goes to the engine with the fewest responses in flight.
+    `max_concurrent`: responses in flight, all engines together (one prompt's at least). `seeds`: one per prompt;
+    the same seed, weights and sampling then give the same responses whatever else the engines do.
+    """
+    slots = asyncio.Semaphore(max(1, max_concurrent // count))
+    in_flight = [0] * len(clients)
+    done = 0
+
+    async def one(index: int) -> list[Completion]:
+        nonlocal done
+        async with slots:
+            engine = in_flight.index(min(in_flight))
+            in_flight[engine] += 1
+            try:
+                completions = await clients[engine].generate(
+                    prompts[index],
+                    count,
+                    sampling,
+                    seeds=None if seeds is None else response_seeds(seeds[index], count),
+                    routed_experts=routed_experts,
+                    partial=partial,
+                )
+            finally:
+                in_flight[engine] -= 1
+        done += 1
+        if progress is not None:
+            progress(done, len(prompts))
+        return completions
+
+    return await _all_or_first_error([one(index) for index in range(len(prompts))])
+
+
+async def _all_or_first_error(work: Sequence[Awaitable[list[Completion]]]) -> list[list[Completion]]:
+    """Results in order; at the first error the rest is cancelled and that error raised."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EngineSampler:
+    """The trainer's sampler: synchronous, with a thread for the network. Close it when done.
+
+    `vocabulary`: token ids of a prompt must lie below it (SGLang's scheduler crashes on others when it runs without
+    tokenizer). `timeout_s`: of one prompt's request. `transport`: the network seam for tests.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[EngineAddress],
+        sampling: Sampling,
+        *,
+        max_concurrent: int,
+        timeout_s: float,
+        vocabulary: int,
+        routed_experts: tuple[int, int] | None = None,
+        progress: Progress | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        if not engines:
+            raise ValueError("no engines; give rollout.engine.urls or let the run start some")
+        self.sampling, self.max_concurrent, self.vocabulary = sampling, max_concurrent, vocabulary
+        self.routed_experts, self.progress = routed_experts, progress
+        self._loop = BackgroundLoop("rollout")
+        self._clients = [EngineClient(e, timeout_s, max_concurrent, transport) for e in engines]
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """`count` completions of each prompt (token ids), in order. `seeds`: one per prompt."""
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; pass one seed per prompt")
+        for index, prompt in enumerate(prompts):
+            self._check_tokens(prompt, f"prompt {index}")
+        work = generate(
+            self._clients,
+            prompts,
+            count,
+            self.sampling,
+            max_concurrent=self.max_concurrent,
+            seeds=seeds,
+            routed_experts=self.routed_experts,
+            progress=self.progress,
+        )
+        return self._loop.run(work)
+
+    def score(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
+        """Per engine: [len - 1] log-probs of token_ids[1:] at temperature 1."""
+        self._check_tokens(token_ids, "the text to score")
+
+        async def all_engines() -> list[NDArray[np.float32]]:
+            return list(await asyncio.gather(*(client.score(token_ids) for client in self._clients)))
+
+        return self._loop.run(all_engines())
+
+    def close(self) -> None:
+        """Close connections and thread; idempotent."""
+
+        async def close_all() -> None:
+            for client in self._clients:
+                await client.close()
+
+        if self._clients:
+            self._loop.run(close_all())
+            self._clients = []
+        self._loop.close()
+
+    def _check_tokens(self, token_ids: Sequence[int], what: str) -> None:
+        if not token_ids:
+            raise ValueError(f"{what} has no tokens; an engine cannot start from nothing")
+        low, high = min(token_ids), max(token_ids)
+        if low < 0 or high >= self.vocabulary:
+            raise ValueError(
+                f"{what} has token {low if low < 0 else high}, but the model's vocabulary is 0 .. "
+                f"{self.vocabulary - 1}; tokenizer and model do not belong together"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,38 @@
+"""SGLang plugin (entry-point group `sglang.srt.plugins`) for servers without a GPU.
+
+SGLang loads it in every process of the server. Each step uses a table or a hook that SGLang offers for
+plugins; the README beside this folder says what fails without it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def _plain_buffer(
+    dims: Sequence[int],
+    dtype: Any,
+    device: str,
+    pin_memory: bool,
+    allocator: object,
+    registration_granularity_bytes: int | None = None,
+) -> Any:
+    """A host buffer that is not registered with a CUDA driver."""
+    import torch
+
+    return torch.empty(dims, dtype=dtype, device=device)
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    """Batch-invariant Triton kernels are not installed on a CPU."""
+
+
+def register() -> None:
+    """Entry point of the plugin."""
+    from sglang.srt import server_args
+    from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    ALLOC_MEMORY_FUNCS["cpu"] = _plain_buffer
+    server_args.add_deterministic_attention_backend_choices(["torch_native"])
+    server_args.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
+    HookRegistry.register("sglang.srt.batch_invariant_ops.enable_batch_invariant_mode", _nothing, HookType.REPLACE)

@@ -1,0 +1,117 @@
+"""What NVIDIA's management library says about this machine's GPUs; nothing without a GPU."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+GIB = 2**30
+
+THROTTLE_REASONS = {
+    "nvmlClocksEventReasonSwPowerCap": "power cap",
+    "nvmlClocksThrottleReasonHwSlowdown": "hardware slowdown",
+    "nvmlClocksEventReasonSwThermalSlowdown": "temperature (software)",
+    "nvmlClocksThrottleReasonHwThermalSlowdown": "temperature (hardware)",
+    "nvmlClocksThrottleReasonHwPowerBrakeSlowdown": "power brake",
+}
+"""NVML constants of reasons that cost speed, and how they are shown."""
+
+
+@dataclass(frozen=True)
+class GpuReading:
+    """One GPU at one moment; None where the GPU does not report it."""
+
+    index: int
+    """NVML's number of the GPU, whatever CUDA_VISIBLE_DEVICES says."""
+    name: str
+    utilisation: float | None
+    """% of the last sampling period (up to 1 s) in which a kernel ran."""
+    memory_used: float | None
+    """GiB, all processes."""
+    memory_total: float | None
+    """GiB"""
+    power: float | None
+    """W"""
+    temperature: float | None
+    """°C"""
+    ecc_uncorrected: int | None
+    """Uncorrected memory errors since the driver was loaded."""
+    throttle_reasons: tuple[str, ...]
+    """Why the clocks are held back right now."""
+
+
+class GpuMonitor:
+    """Reads all GPUs of the machine. Without nvidia-ml-py, driver or GPU there is nothing to read."""
+
+    def __init__(self, nvml: Any | None = None) -> None:
+        """`nvml` stands in for the pynvml module in tests."""
+        self._nvml = nvml if nvml is not None else _import_nvml()
+        self._handles: list[Any] = []
+        if self._nvml is None:
+            return
+        try:
+            self._nvml.nvmlInit()
+            count = self._nvml.nvmlDeviceGetCount()
+            self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
+        except self._nvml.NVMLError:  # no driver, or no GPU behind it
+            self._handles = []
+
+    def read(self) -> list[GpuReading]:
+        """One reading per GPU."""
+        return [self._reading(index, handle) for index, handle in enumerate(self._handles)]
+
+    def _reading(self, index: int, handle: Any) -> GpuReading:
+        nvml = self._nvml
+        assert nvml is not None
+        memory = self._ask("nvmlDeviceGetMemoryInfo", handle)
+        utilisation = self._ask("nvmlDeviceGetUtilizationRates", handle)
+        milliwatts = self._ask("nvmlDeviceGetPowerUsage", handle)
+        name = self._ask("nvmlDeviceGetName", handle)
+        return GpuReading(
+            index=index,
+            name=name.decode() if isinstance(name, bytes) else str(name),
+            utilisation=None if utilisation is None else float(utilisation.gpu),
+            memory_used=None if memory is None else memory.used / GIB,
+            memory_total=None if memory is None else memory.total / GIB,
+            power=None if milliwatts is None else milliwatts / 1000,
+            temperature=self._ask("nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU),
+            ecc_uncorrected=self._ask(
+                "nvmlDeviceGetTotalEccErrors",
+                handle,
+                nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
+                nvml.NVML_VOLATILE_ECC,
+            ),
+            throttle_reasons=self._throttle_reasons(handle),
+        )
+
+    def _throttle_reasons(self, handle: Any) -> tuple[str, ...]:
+        bits = self._ask("nvmlDeviceGetCurrentClocksEventReasons", handle) or 0
+        return tuple(text for name, text in THROTTLE_REASONS.items() if bits & getattr(self._nvml, name))
+
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        """The library's answer; None where this GPU or driver does not support the question."""
+        assert self._nvml is not None
+        try:
+            return getattr(self._nvml, function)(*arguments)
+        except self._nvml.NVMLError:
+            return None
+
+
+def gpu_metrics(readings: Sequence[GpuReading]) -> dict[str, float]:
+    """Readings as flat metrics: gpu/<index>/<what>; `throttled` is 1 while clocks are held back."""
+    metrics: dict[str, float] = {}
+    for reading in readings:
+        head = f"gpu/{reading.index}"
+        for what in ("utilisation", "memory_used", "memory_total", "power", "temperature", "ecc_uncorrected"):
+            value = getattr(reading, what)
+            if value is not None:
+                metrics[f"{head}/{what}"] = float(value)
+        metrics[f"{head}/throttled"] = float(bool(reading.throttle_reasons))
+    return metrics
+
+
+def _import_nvml() -> Any | None:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    return pynvml

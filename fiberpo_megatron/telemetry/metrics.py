@@ -1,0 +1,132 @@
+"""Names, units and reductions of the metrics of a run.
+
+A record is a flat mapping from slash-separated names to numbers. Every name may be logged; those listed here
+have a unit, a title for plots, and a rule by which several values of one step (one per optimiser step) become
+one.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from math import fsum, isfinite, nan
+from typing import Literal
+
+Kind = Literal["train", "eval", "sft"]
+"""What a record is about: a training step, an evaluation, a supervised step."""
+Reduction = Literal["mean", "max", "min", "sum", "last"]
+
+
+def steps_done(kind: str, step: int) -> int:
+    """Steps done at a record, for an axis that training and evaluation share: records of training steps are
+    numbered from 0 by the step itself, those of evaluations by the steps before them."""
+    return step if kind == "eval" else step + 1
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric, or all that match a pattern."""
+
+    pattern: str
+    """Name; `*` stands for any characters."""
+    title: str
+    unit: str
+    """Unit of the values: "" for pure numbers, "share" for numbers in [0, 1]."""
+    reduction: Reduction = "mean"
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("reward/mean", "mean reward", ""),
+    Metric("reward/std", "standard deviation of rewards", ""),
+    Metric("accuracy_token", "accuracy per token", "share"),
+    Metric("accuracy", "accuracy", "share"),
+    Metric("accuracy/*", "accuracy by domain", "share"),
+    Metric("response_length/mean", "mean response length", "tokens"),
+    Metric("response_length/max", "longest response", "tokens", "max"),
+    Metric("truncated_share", "truncated responses", "share"),
+    Metric("entropy", "entropy of the next-token distribution", "nats"),
+    Metric("ratio/mean", "mean importance ratio", ""),
+    Metric("ratio/p99", "99th percentile of importance ratios", "", "max"),
+    Metric("ratio/max", "largest importance ratio", "", "max"),
+    Metric("effective_sample_size", "effective sample size", "share"),
+    Metric("objective/value", "objective", ""),
+    Metric("token/count", "response tokens", "tokens", "sum"),
+    Metric("token/weight", "weight of all tokens", ""),
+    Metric("token/*", "token-level clipping", "share"),
+    Metric("gate/time_share", "time in the gate", "share"),
+    Metric("gate/*/nodes", "nodes of the level", ""),
+    Metric("gate/*/s_plus/p99", "99th percentile of S+", "", "max"),
+    Metric("gate/*/s_minus/p99", "99th percentile of S-", "", "max"),
+    Metric("gate/*/s_*", "aggregate drift", ""),
+    Metric("gate/*/base_weight/*", "base weight", ""),
+    Metric("gate/*", "gate regime", "share"),
+    Metric("expert/mass/*", "weight routed to an expert partition", "share"),
+    Metric("expert/drift/*", "mean |log ratio| of an expert partition", "nats"),
+    Metric("expert/entropy", "entropy of the expert weights", "nats"),
+    Metric("rollout_diff/mean", "mean |rollout - trainer| log-prob", "nats"),
+    Metric("rollout_diff/max", "largest |rollout - trainer| log-prob", "nats", "max"),
+    Metric("gradient_norm", "gradient norm before clipping", ""),
+    Metric("gradient_norm_max", "largest gradient norm before clipping", "", "max"),
+    Metric("extra_forwards", "extra forward passes", "", "sum"),
+    Metric("learning_rate", "learning rate", "", "last"),
+    Metric("loss", "loss", "nats"),
+    Metric("tokens_per_second", "throughput", "tokens/s", "last"),
+    Metric("useful_token_share", "tokens that are not padding", "share"),
+    Metric("weight_version", "version of the published weights", "", "last"),
+    Metric("seconds/*", "time of a phase", "s", "sum"),
+    Metric("gpu/*/utilisation", "GPU utilisation", "%"),
+    Metric("gpu/*/memory_used", "GPU memory in use", "GiB", "max"),
+    Metric("gpu/*/power", "GPU power", "W"),
+    Metric("gpu/*/temperature", "GPU temperature", "°C", "max"),
+    Metric("gpu/*/ecc_uncorrected", "uncorrected ECC errors since boot", "", "last"),
+    Metric("gpu/*/throttled", "GPU clocks held back", "share", "max"),
+)
+
+_REDUCERS: dict[Reduction, Callable[[list[float]], float]] = {
+    "mean": lambda values: fsum(values) / len(values),
+    "max": max,
+    "min": min,
+    "sum": fsum,
+    "last": lambda values: values[-1],
+}
+
+
+@lru_cache(maxsize=4096)
+def describe(name: str) -> Metric:
+    """The first listed metric that matches `name`; for an unknown name a plain one that is averaged."""
+    for metric in METRICS:
+        if fnmatchcase(name, metric.pattern):
+            return metric
+    return Metric(name, name, "")
+
+
+def is_known(name: str) -> bool:
+    """Whether the name is listed in METRICS."""
+    return any(fnmatchcase(name, metric.pattern) for metric in METRICS)
+
+
+def combine(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """One value per name from several records of the same step, in order, by each metric's reduction.
+
+    Names may be missing in some records. A value that is not finite makes the result nan: it must be seen.
+    """
+    values: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record.items():
+            values.setdefault(name, []).append(float(value))
+    return {name: _reduce(describe(name).reduction, numbers) for name, numbers in values.items()}
+
+
+def _reduce(reduction: Reduction, values: list[float]) -> float:
+    if not all(map(isfinite, values)):
+        return nan
+    return _REDUCERS[reduction](values)
+
+
+def format_value(name: str, value: float) -> str:
+    """A value with its unit, short enough for a line of the console."""
+    unit = describe(name).unit
+    if unit == "share":
+        return f"{100 * value:.1f} %"
+    digits = f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{digits} {unit}" if unit else digits

@@ -1,0 +1,228 @@
+"""Builds a run from its config: the real collaborators of the loop, in the order in which they can fail."""
+
+import json
+import os
+import socket
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Collection, Iterator, Mapping
+
+import torch
+
+from fiberpo_megatron.config import Config, dump_config
+from fiberpo_megatron.data.prompts import PromptSets, build_prompt_sets
+from fiberpo_megatron.data.tokenizer import Tokenizer, load_tokenizer, response_text, stop_token_ids
+from fiberpo_megatron.fibration import build_objective
+from fiberpo_megatron.mcore.checkpoint import latest
+from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout, stop_layout
+from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
+from fiberpo_megatron.mcore.weights import save_hf
+from fiberpo_megatron.rewards import build_reward
+from fiberpo_megatron.rollout.client import EngineAddress, Sampling
+from fiberpo_megatron.rollout.engine import engines
+from fiberpo_megatron.rollout.generate import EngineSampler
+from fiberpo_megatron.telemetry.gpu import GpuMonitor
+from fiberpo_megatron.telemetry.metrics import Kind
+from fiberpo_megatron.telemetry.report import write_report
+from fiberpo_megatron.telemetry.sinks import open_sinks
+from fiberpo_megatron.telemetry.timers import Timers
+from fiberpo_megatron.trainer.generation import Generator
+from fiberpo_megatron.trainer.loop import Training, evaluate, publish, train
+from fiberpo_megatron.trainer.recorder import RunCheckpoints, RunRecorder
+from fiberpo_megatron.trainer.sft import fine_tune
+from fiberpo_megatron.trainer.together import together
+from fiberpo_megatron.weight_sync import Publisher, build_publisher
+
+
+@dataclass(frozen=True)
+class Base:
+    """What every command needs."""
+
+    config: Config
+    hf_config: Mapping[str, Any]
+    layout: ParallelLayout
+    tokenizer: Tokenizer
+    prompts: PromptSets
+    checkpoints: RunCheckpoints
+
+    def say(self, text: str) -> None:
+        """One line for the person at the terminal."""
+        if self.layout.is_logger:
+            print(text, flush=True)
+
+
+def run_train(config: Config, resume: bool) -> None:
+    """`fiberpo train`: reinforcement learning from `model.path`, or from the newest checkpoint."""
+    with _base(config) as base, ExitStack() as stack:
+        policy = build_policy(config, base.hf_config, base.layout)
+        start = _restore(base, policy, resume)
+        run = stack.enter_context(_training(base, policy, start, ("train", "eval")))
+        train(run, start)
+        _finish(base, policy)
+
+
+def run_eval(config: Config) -> None:
+    """`fiberpo eval`: sampled accuracy of `model.path` on the held-out prompts."""
+    with _base(config) as base, ExitStack() as stack:
+        policy = build_policy(config, base.hf_config, base.layout)
+        run = stack.enter_context(_training(base, policy, 0, ("eval",)))
+        publish(run, 0, probe=None)
+        evaluate(run, 0)
+
+
+def run_sft(config: Config, resume: bool) -> None:
+    """`fiberpo sft`: supervised warm-up; leaves a Hugging Face folder for `fiberpo train`."""
+    with _base(config) as base, ExitStack() as stack:
+        policy = build_policy(config, base.hf_config, base.layout, total_steps=config.sft.steps)
+        start = _restore(base, policy, resume)
+        recorder = stack.enter_context(_recorder(base, start, config.sft.steps, ("sft",), "warm-up"))
+        fine_tune(config, policy, base.prompts, recorder, base.checkpoints, Timers(), start)
+        _finish(base, policy)
+
+
+@contextmanager
+def _base(config: Config) -> Iterator[Base]:
+    hf_config = json.loads((config.model.path / "config.json").read_text())
+    layout = start_layout(hf_config, config.parallel, config.run)
+    try:
+        tokenizer = load_tokenizer(config.model.path)
+        prompts = build_prompt_sets(config.data.tasks, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
+        checkpoints = RunCheckpoints(config.run.folder / "checkpoints", config.checkpoint)
+        if layout.rank == 0:
+            config.run.folder.mkdir(parents=True, exist_ok=True)
+            (config.run.folder / "config.toml").write_text(dump_config(config))
+        yield Base(config, hf_config, layout, tokenizer, prompts, checkpoints)
+    finally:
+        stop_layout()
+
+
+def _restore(base: Base, policy: MegatronPolicy, resume: bool) -> int:
+    """The step from which to go on: 0, or the newest complete checkpoint's after loading it."""
+    if not resume:
+        return 0
+    newest = latest(base.checkpoints.folder) if base.layout.rank == 0 else None
+    path = base.layout.share_text(str(newest or "") if base.layout.rank == 0 else None)
+    if not path:
+        base.say(f"No complete checkpoint in {base.checkpoints.folder}: starting from the beginning")
+        return 0
+    step = policy.load(path)["step"]
+    assert isinstance(step, int)
+    base.say(f"Resumed from {path}")
+    return step
+
+
+@contextmanager
+def _training(base: Base, policy: MegatronPolicy, start: int, kinds: Collection[Kind]) -> Iterator[Training]:
+    """Engines, sampler, publisher, recorder and objective around a policy."""
+    config = base.config
+    objective = build_objective(config.algorithm.objective, **config.algorithm.objective_options())  # type: ignore[arg-type]
+    with ExitStack() as stack:
+        addresses = _engines(base, stack)
+        stop_ids = stop_token_ids(config.model.path, base.tokenizer)
+        sampler = stack.enter_context(
+            EngineSampler(
+                addresses,
+                Sampling(
+                    max_response_tokens=config.rollout.max_response_tokens,
+                    stop_token_ids=stop_ids,
+                    temperature=config.rollout.temperature,
+                    top_p=config.rollout.top_p,
+                    top_k=config.rollout.top_k,
+                ),
+                max_concurrent=config.rollout.max_concurrent_requests,
+                timeout_s=config.rollout.engine.request_timeout_s,
+                vocabulary=int(base.hf_config["vocab_size"]),
+            )
+        )
+        reward = build_reward(config.data, config.run.seed)
+        stack.callback(reward.close)
+        publisher: Publisher = stack.enter_context(
+            build_publisher(
+                config.weight_sync,
+                addresses,
+                leader=base.layout.rank == 0,
+                model=config.model.path,
+                folder=config.weight_sync.folder or config.run.folder / "published",
+                engine_tensor=config.rollout.engine.tensor,
+            )
+        )
+        recorder = stack.enter_context(_recorder(base, start, config.trainer.steps, kinds, "training"))
+        yield Training(
+            config=config,
+            policy=policy,
+            prompts=base.prompts,
+            generator=Generator(
+                sampler, lambda ids: response_text(base.tokenizer, ids, stop_ids), reward, config.run.seed
+            ),
+            objective=objective,
+            publisher=publisher,
+            recorder=recorder,
+            checkpoints=base.checkpoints,
+            timers=Timers(),
+        )
+
+
+def _engines(base: Base, stack: ExitStack) -> list[EngineAddress]:
+    """Addresses on every rank; rank 0 starts the servers when there are none to be found."""
+    config, layout = base.config, base.layout
+    folder = config.run.folder / "engines"
+    if not config.rollout.engine.urls:
+        base.say(f"Starting SGLang (log: {folder}/engine_0.log) ...")
+    addresses: list[EngineAddress] = []
+    with together(layout, "starting the rollout engines"):
+        if layout.rank == 0:
+            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
+            needed = config.rollout.engine.count * config.rollout.engine.tensor
+            spare = torch.cuda.device_count() >= local_ranks + needed
+            addresses = stack.enter_context(
+                engines(
+                    config.rollout.engine,
+                    config.model.path,
+                    folder,
+                    dtype=config.model.dtype,
+                    seed=config.run.seed,
+                    host="127.0.0.1" if local_ranks == layout.world_size else socket.gethostname(),
+                    first_gpu=local_ranks if spare else 0,  # beside the training ranks, else on their GPUs
+                )
+            )
+    urls = layout.share_text(json.dumps([a.url for a in addresses]) if layout.rank == 0 else None)
+    return addresses or [EngineAddress(url) for url in json.loads(urls)]
+
+
+@contextmanager
+def _recorder(base: Base, start: int, steps: int, kinds: Collection[Kind], title: str) -> Iterator[RunRecorder]:
+    config = base.config
+    with ExitStack() as stack:
+        sinks = None
+        if base.layout.is_logger:
+            sinks = stack.enter_context(
+                open_sinks(
+                    config.run.folder,
+                    config.telemetry,
+                    title=title,
+                    done_steps=start,
+                    total_steps=steps,
+                    kinds=kinds,
+                    config=config.model_dump(mode="json"),
+                )
+            )
+        yield RunRecorder(
+            config.run.folder,
+            base.layout,
+            sinks,
+            GpuMonitor(),
+            base.prompts.domains,
+            config.telemetry.rollouts_per_step,
+        )
+
+
+def _finish(base: Base, policy: MegatronPolicy) -> None:
+    """The last weights as a Hugging Face folder, and the report."""
+    folder = base.config.run.folder
+    with together(base.layout, "writing the trained model"):
+        save_hf(policy.export_weights(), folder / "hf", base.config.model.path, writer=base.layout.rank == 0)
+    base.say(f"Weights: {folder / 'hf'}")
+    if base.layout.is_logger:
+        print(f"Report: {write_report(folder)}", flush=True)
+    base.layout.barrier()

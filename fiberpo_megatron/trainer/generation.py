@@ -1,0 +1,77 @@
+"""This leader's share of a step's prompts, sampled by the engines and scored."""
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Callable, Protocol, Sequence
+
+from fiberpo_megatron.rewards import Reward
+from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory
+
+
+class Sampler(Protocol):
+    """What the trainer needs of the rollout engines."""
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]
+    ) -> list[list[Completion]]:
+        """`count` completions of each prompt, in order; one sampling seed per prompt."""
+        ...
+
+    def score(self, token_ids: Sequence[int]) -> Sequence[Sequence[float]]:
+        """Per engine: log-probs [len - 1] of token_ids[1:] at temperature 1."""
+        ...
+
+
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Prompts in, scored groups out."""
+
+    sampler: Sampler
+    decode: Callable[[Sequence[int]], str]
+    """Response token ids to text, stop and special tokens left out."""
+    reward: Reward
+    seed: int
+    """Sampling depends on it, on the weights' version and on the prompt, not on which rank asks."""
+
+    def groups(self, prompts: Sequence[Prompt], count: int, version: str) -> list[RolloutGroup]:
+        """`count` scored trajectories of each prompt, all sampled with weights `version`.
+
+        Raises RuntimeError when an engine answered with other weights: the loop is synchronous, so that would
+        mean that a publication was lost.
+        """
+        if not prompts:
+            return []
+        seeds = [self._seed(prompt, version) for prompt in prompts]
+        sampled = self.sampler.sample([p.token_ids for p in prompts], count, seeds)
+        return [
+            RolloutGroup(prompt, tuple(self._trajectory(prompt, i, c, version) for i, c in enumerate(completions)))
+            for prompt, completions in zip(prompts, sampled, strict=True)
+        ]
+
+    def _seed(self, prompt: Prompt, version: str) -> int:
+        name = f"{self.seed} {version} {prompt.domain} {prompt.index}".encode()
+        return int.from_bytes(blake2b(name, digest_size=4).digest(), "big") >> 1  # engines take 31 bits
+
+    def _trajectory(self, prompt: Prompt, index: int, completion: Completion, version: str) -> Trajectory:
+        seen = {span.version for span in completion.weight_spans}
+        if seen - {version}:
+            raise RuntimeError(
+                f"a rollout of prompt {prompt.text!r} was sampled with weights {sorted(seen)}, but {version!r} was "
+                "published last; check that nobody else publishes to these engines"
+            )
+        if not completion.token_ids:
+            raise RuntimeError(
+                f"the engine returned an empty response to prompt {prompt.text!r} "
+                f"(finish reason {completion.finish_reason!r}); raise rollout.max_response_tokens"
+            )
+        text = self.decode(completion.token_ids)
+        score = self.reward.score(prompt, text, index)
+        return Trajectory(prompt, completion, text, score.reward, score.correct)
+
+
+def share(prompts: Sequence[Prompt], data_rank: int, data_size: int) -> Sequence[Prompt]:
+    """The contiguous share of a data-parallel rank: joined in rank order the shares are the step's prompts again,
+    so the batch does not depend on the layout."""
+    return prompts[len(prompts) * data_rank // data_size : len(prompts) * (data_rank + 1) // data_size]

@@ -1,0 +1,185 @@
+"""The main loop: generate -> score -> advantages -> pack -> old log-probs -> k optimiser steps -> publish -> log.
+
+Every rank runs it; every collaborator is passed in, so the same function trains a toy policy with a fake engine in
+the tests and a Megatron model with SGLang on a cluster.
+"""
+
+from dataclasses import dataclass
+from typing import Iterator, Mapping, Protocol, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from fiberpo_megatron.config import Config
+from fiberpo_megatron.telemetry.timers import Timers
+from fiberpo_megatron.trainer.advantages import group_advantages
+from fiberpo_megatron.trainer.batch import flatten, mini_batches
+from fiberpo_megatron.trainer.generation import Generator, share
+from fiberpo_megatron.trainer.optimise import Objective, optimise
+from fiberpo_megatron.trainer.together import together
+from fiberpo_megatron.trainer.verify import verify_publication
+from fiberpo_megatron.types import Policy, Prompt, RolloutBatch, RolloutGroup
+
+
+class Prompts(Protocol):
+    """The data: a pure function of the step, so that resuming needs nothing but the step number."""
+
+    @property
+    def domains(self) -> Sequence[str]:
+        """Names, in the order of `Prompt.domain`."""
+        ...
+
+    def prompts_at(self, seed: int, step: int, count: int) -> list[Prompt]: ...
+
+    def held_out(self, count: int) -> list[Prompt]: ...
+
+
+class Publisher(Protocol):
+    """Carries weights to the engines; every rank calls it, only rank 0 talks to them."""
+
+    def publish(self, weights: Iterator[tuple[str, Tensor]], version: str) -> None: ...
+
+
+class Recorder(Protocol):
+    """Where metrics and samples go. Called on every rank; writes on the ranks that should."""
+
+    def record(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        """`step`: training steps done."""
+        ...
+
+    def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None: ...
+
+
+class Checkpoints(Protocol):
+    def save(self, policy: Policy, step: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything the loop works with."""
+
+    config: Config
+    policy: Policy
+    prompts: Prompts
+    generator: Generator
+    objective: Objective
+    publisher: Publisher
+    recorder: Recorder
+    checkpoints: Checkpoints
+    timers: Timers
+
+
+def train(run: Training, start: int = 0) -> None:
+    """Train from step `start` (0, or the step of the checkpoint that was loaded) to `trainer.steps`."""
+    config = run.config
+    publish(run, start, probe=None)
+    if start == 0:
+        evaluate(run, 0)
+    for step in range(start, config.trainer.steps):
+        done = step + 1
+        with run.timers("total"):
+            rollouts = generate(run, step)
+            metrics = learn(run, rollouts)
+            publish(run, done, probe=rollouts)
+        run.recorder.record("train", done, metrics | _throughput(rollouts, run.timers.take()))
+        if _due(done, config.evaluation.every_steps, config.trainer.steps):
+            evaluate(run, done)
+        if _due(done, config.checkpoint.every_steps, config.trainer.steps):
+            with run.timers("checkpoint"):  # last: a step whose checkpoint exists has been recorded
+                run.checkpoints.save(run.policy, done)
+
+
+def generate(run: Training, step: int) -> RolloutBatch:
+    """The step's trajectories, each leader sampling its share, joined on every rank."""
+    batch = run.config.batch
+    prompts = run.prompts.prompts_at(run.config.run.seed, step, batch.prompts)
+    return _rollouts(run, prompts, batch.samples_per_prompt, step, log=True)
+
+
+def learn(run: Training, rollouts: RolloutBatch) -> dict[str, float]:
+    """Advantages, packing and all optimiser steps on one batch of rollouts."""
+    algorithm = run.config.algorithm
+    with run.timers("pack"):
+        advantages = group_advantages(
+            rollouts.rewards, rollouts.groups, algorithm.advantage, algorithm.normalise_std
+        )
+        parts = mini_batches(
+            rollouts,
+            advantages,
+            batch=run.config.batch,
+            weighting=algorithm.weighting,
+            domains=len(run.prompts.domains),
+            layout=run.policy.layout,
+        )
+    metrics = optimise(
+        run.policy,
+        run.objective,
+        parts,
+        epochs=run.config.batch.epochs,
+        temperature=run.config.rollout.temperature,
+        timers=run.timers,
+    )
+    return _rollout_summary(rollouts, run.prompts.domains) | metrics
+
+
+def publish(run: Training, version: int, probe: RolloutBatch | None) -> None:
+    """Send the weights to the engines as `version` and compare what an engine then says with the trainer."""
+    layout = run.policy.layout
+    with run.timers("publish"), together(layout, f"publishing weights {version}"):
+        run.publisher.publish(run.policy.export_weights(), str(version))
+    every = run.config.weight_sync.verify_every
+    if probe is not None and every and version % every == 0:
+        with run.timers("verify"):
+            verify_publication(run.policy, run.generator.sampler, probe, run.config.weight_sync, version)
+
+
+def evaluate(run: Training, step: int) -> None:
+    """Sampled accuracy on held-out prompts with the weights of `step`."""
+    evaluation = run.config.evaluation
+    prompts = run.prompts.held_out(evaluation.prompts) if evaluation.prompts else []
+    if not prompts:
+        return
+    with run.timers("evaluate"):
+        rollouts = _rollouts(run, prompts, evaluation.samples_per_prompt, step, log=False)
+    run.recorder.record("eval", step, _rollout_summary(rollouts, run.prompts.domains))
+
+
+def _rollouts(run: Training, prompts: list[Prompt], count: int, version: int, *, log: bool) -> RolloutBatch:
+    layout = run.policy.layout
+    mine = share(prompts, layout.data_rank, layout.data_size)
+    groups: list[RolloutGroup] = []
+    with run.timers("generate" if log else "evaluate_generate"), together(layout, "generating rollouts"):
+        if layout.is_leader:
+            groups = run.generator.groups(mine, count, str(version))
+    if log:
+        run.recorder.rollouts(version, groups)
+    with run.timers("exchange"):
+        return layout.gather_rollouts(flatten(groups) if layout.is_leader else None)
+
+
+def _rollout_summary(rollouts: RolloutBatch, names: Sequence[str]) -> dict[str, float]:
+    lengths = rollouts.response_lengths
+    summary = {
+        "reward/mean": float(rollouts.rewards.mean()),
+        "reward/std": float(rollouts.rewards.std()),
+        "accuracy": float(rollouts.correct.mean()),
+        "response_length/mean": float(lengths.mean()),
+        "response_length/max": float(lengths.max()),
+        "truncated_share": float(rollouts.truncated.mean()),
+    }
+    for domain in np.unique(rollouts.domains).tolist():
+        summary[f"accuracy/{names[domain]}"] = float(rollouts.correct[rollouts.domains == domain].mean())
+    return summary
+
+
+def _throughput(rollouts: RolloutBatch, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Times of the phases since the last record, and tokens (prompts included) over the step's total."""
+    return {
+        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+        "tokens_per_second": len(rollouts.tokens) / seconds["total"],
+        "gate/time_share": seconds["gate"] / seconds["total"],
+    }
+
+
+def _due(done: int, every: int, last: int) -> bool:
+    return done == last or (every > 0 and done % every == 0)

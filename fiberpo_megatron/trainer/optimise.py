@@ -1,0 +1,154 @@
+"""The optimiser steps of one training step: old log-probs, then mini_batches x epochs exact policy-gradient steps.
+
+Whatever the objective, the policy minimises -sum_j c_j log pi(a_j) with c_j = dJ / d log pi(a_j) in closed form
+(docs/fibration.md): loss normalisation, micro-batching, packing and layout cannot change the gradient.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Callable, Mapping, Protocol, Sequence
+
+import torch
+from torch import Tensor
+
+from fiberpo_megatron.telemetry.metrics import combine
+from fiberpo_megatron.telemetry.timers import Timers
+from fiberpo_megatron.trainer.batch import MiniBatch
+from fiberpo_megatron.types import Coefficients, Layout, OptimizerStep, Policy, TokenScores
+
+
+class Objective(Protocol):
+    """A built objective of `fiberpo_megatron.fibration`."""
+
+    spans_micro_batches: bool
+    """Whether a token's coefficient depends on tokens of other trajectories."""
+
+    def __call__(self, log_ratio: Tensor, advantages: Tensor, weights: Tensor, **fibration: Any) -> Any: ...
+
+
+@dataclass
+class ObjectiveGate:
+    """Coefficients of one mini-batch's tokens under the objective; remembers what it was shown."""
+
+    objective: Objective
+    mini_batch: MiniBatch
+    old_log_probs: Tensor
+    """float32 [n]"""
+    reduce: Callable[[Tensor], Tensor] | None
+    """Sum over the ranks that hold the other tokens; None while a call sees whole trajectories only."""
+    seen: list[Tensor] = field(default_factory=list)
+    """Log-probs of the calls so far, in order."""
+
+    def __call__(self, log_probs: Tensor, part: slice) -> Coefficients:
+        self.seen.append(log_probs.detach())
+        out = self._evaluate(log_probs, part, self.reduce, metrics=self.reduce is not None)
+        return Coefficients(out.gradient, out.metrics.as_dict() if self.reduce is not None else {})
+
+    def metrics(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The objective's metrics over everything seen, when the calls were made one micro-batch at a time."""
+        log_probs = torch.cat(self.seen)
+        return dict(self._evaluate(log_probs, slice(0, len(log_probs)), reduce, metrics=True).metrics.as_dict())
+
+    def _evaluate(
+        self, log_probs: Tensor, part: slice, reduce: Callable[[Tensor], Tensor] | None, metrics: bool
+    ) -> Any:
+        batch, device = self.mini_batch, log_probs.device
+        return self.objective(
+            log_probs.detach() - self.old_log_probs[part].to(device),
+            batch.advantages[part].to(device),
+            batch.weights[part].to(device),
+            keys={key: ids[part].to(device) for key, ids in batch.keys.items()},
+            counts=batch.counts,
+            reduce=reduce,
+            metrics=metrics,
+        )
+
+
+def optimise(
+    policy: Policy,
+    objective: Objective,
+    parts: Sequence[MiniBatch],
+    *,
+    epochs: int,
+    temperature: float,
+    timers: Timers,
+) -> dict[str, float]:
+    """Take len(parts) x epochs optimiser steps; metrics are complete on last-stage ranks."""
+    layout = policy.layout
+    with timers("old_log_probs"):
+        scores = [policy.log_probs(part.micro_batches, temperature) for part in parts]
+        metrics = _rollout_metrics(layout, parts, scores)
+    steps: list[tuple[OptimizerStep, Mapping[str, float]]] = []
+    with timers("train"):
+        for epoch in range(epochs):
+            for index, (part, old) in enumerate(zip(parts, scores)):
+                fresh = epoch == 0 and index == 0
+                steps.append(_step(policy, objective, part, old, temperature, fresh))
+    timers.add("gate", sum(outcome.gate_seconds for outcome, _ in steps))
+    return metrics | _summary(steps, parts)
+
+
+def _step(
+    policy: Policy,
+    objective: Objective,
+    part: MiniBatch,
+    old: TokenScores | None,
+    temperature: float,
+    fresh: bool,
+) -> tuple[OptimizerStep, Mapping[str, float]]:
+    """One optimiser step. `fresh`: the weights have not moved since the old log-probs, so x = 0 by definition and
+    no extra forward is needed; nor is it where every level lies inside one micro-batch."""
+    layout = policy.layout
+    old_log_probs = old.log_probs if old is not None else torch.zeros(0)
+    single_pass = not fresh and not objective.spans_micro_batches and layout.context_size == 1
+    gate = ObjectiveGate(objective, part, old_log_probs, None if single_pass else layout.sum_over_tokens)
+    outcome = policy.step(
+        part.micro_batches,
+        gate,
+        temperature,
+        log_probs=old_log_probs if fresh else None,
+        single_pass=single_pass,
+    )
+    if not layout.is_last_stage:
+        return outcome, {}
+    if single_pass:
+        return outcome, gate.metrics(layout.sum_over_tokens)
+    (coefficients,) = outcome.coefficients
+    return outcome, coefficients.metrics
+
+
+def _rollout_metrics(
+    layout: Layout, parts: Sequence[MiniBatch], scores: Sequence[TokenScores | None]
+) -> dict[str, float]:
+    """Entropy, and how far the engine's log-probs are from the trainer's for the same weights and tokens."""
+    known = [(part, s) for part, s in zip(parts, scores) if s is not None]
+    if not known:
+        return {}
+    device = known[0][1].log_probs.device
+    differences = torch.cat([(s.log_probs - p.rollout_log_probs.to(device)).abs() for p, s in known]).double()
+    entropy = torch.cat([s.entropy for _, s in known]).double()
+    total, tokens, nats = layout.sum_over_tokens(
+        torch.stack([differences.sum(), torch.tensor(float(len(differences)), device=device), entropy.sum()]).double()
+    ).tolist()
+    largest = torch.cat([differences, differences.new_zeros(1)]).max().reshape(1)
+    return {
+        "rollout_diff/mean": total / tokens,
+        "rollout_diff/max": layout.max_over_tokens(largest).item(),
+        "entropy": nats / tokens,
+    }
+
+
+def _summary(
+    steps: Sequence[tuple[OptimizerStep, Mapping[str, float]]], parts: Sequence[MiniBatch]
+) -> dict[str, float]:
+    """One record of all optimiser steps, by each metric's own rule (means, but the largest of maxima)."""
+    norms = [outcome.gradient_norm for outcome, _ in steps]
+    outcomes = [
+        {"gradient_norm": outcome.gradient_norm, "learning_rate": outcome.learning_rate, **metrics}
+        for outcome, metrics in steps
+    ]
+    return {
+        **combine(outcomes),
+        "gradient_norm_max": max(norms),
+        "extra_forwards": float(sum(outcome.extra_forward for outcome, _ in steps)),
+        "useful_token_share": sum(part.useful_share for part in parts) / len(parts),
+    }

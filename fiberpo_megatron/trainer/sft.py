@@ -1,0 +1,87 @@
+"""Supervised warm-up with the RL policy's own code: coefficients 1/tokens instead of an objective's."""
+
+from typing import Protocol, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fiberpo_megatron.config import Config
+from fiberpo_megatron.data.packing import assign_rows, pack, padded_lengths
+from fiberpo_megatron.data.prompts import Example
+from fiberpo_megatron.telemetry.timers import Timers
+from fiberpo_megatron.trainer.loop import Checkpoints, Recorder
+from fiberpo_megatron.types import Coefficients, Policy, RolloutBatch
+
+
+class Examples(Protocol):
+    """Supervised examples: a pure function of the step."""
+
+    def examples_at(self, seed: int, step: int, count: int) -> list[Example]: ...
+
+
+def supervised_batch(examples: Sequence[Example]) -> RolloutBatch:
+    """Examples as trajectories whose response is the target."""
+    count = len(examples)
+    prompts = [example.prompt.token_ids for example in examples]
+    targets = [example.target_ids for example in examples]
+    tokens = np.concatenate([np.array([*p, *t]) for p, t in zip(prompts, targets)]).astype(np.int64)
+    mask = np.concatenate([[False] * len(p) + [True] * len(t) for p, t in zip(prompts, targets)])
+    return RolloutBatch(
+        tokens=tokens,
+        response_mask=mask.astype(np.bool_),
+        rollout_log_probs=np.zeros(len(tokens), np.float32),
+        lengths=np.array([len(p) + len(t) for p, t in zip(prompts, targets)], np.int64),
+        rewards=np.zeros(count, np.float32),
+        correct=np.ones(count, np.bool_),
+        groups=np.arange(count, dtype=np.int64),
+        domains=np.zeros(count, np.int64),
+        truncated=np.zeros(count, np.bool_),
+    )
+
+
+def fine_tune(
+    config: Config,
+    policy: Policy,
+    examples: Examples,
+    recorder: Recorder,
+    checkpoints: Checkpoints,
+    timers: Timers,
+    start: int = 0,
+) -> None:
+    """Maximise the mean log-prob of the target tokens for `sft.steps` optimiser steps."""
+    layout = policy.layout
+    for step in range(start, config.sft.steps):
+        batch = supervised_batch(examples.examples_at(config.run.seed, step, config.sft.examples))
+        with timers("total"):
+            metrics = _step(config, policy, batch)
+        seconds = timers.take()["total"]
+        done = step + 1
+        recorder.record("sft", done, metrics | {"tokens_per_second": len(batch.tokens) / seconds, "seconds/total": seconds})
+        if done == config.sft.steps or (config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0):
+            checkpoints.save(policy, done)
+
+
+def _step(config: Config, policy: Policy, batch: RolloutBatch) -> dict[str, float]:
+    layout = policy.layout
+    sizes = padded_lengths(batch.lengths, layout.sequence_multiple)
+    ranks = assign_rows(sizes, layout.data_size, config.batch.micro_batch_tokens, config.batch.oversized)
+    micro_batches = pack(
+        batch,
+        ranks[layout.data_rank],
+        sequence_multiple=layout.sequence_multiple,
+        context_rank=layout.context_rank,
+        context_size=layout.context_size,
+    )
+    targets = int(batch.response_mask.sum())
+    losses: list[Tensor] = []
+
+    def gate(log_probs: Tensor, part: slice) -> Coefficients:
+        losses.append(-log_probs.double().sum() / targets)
+        return Coefficients(torch.full_like(log_probs, 1.0 / targets))
+
+    outcome = policy.step(micro_batches, gate, temperature=1.0, single_pass=True)
+    metrics = {"gradient_norm": outcome.gradient_norm, "learning_rate": outcome.learning_rate}
+    if layout.is_last_stage:
+        metrics["loss"] = layout.sum_over_tokens(torch.stack(losses).sum().reshape(1)).item()
+    return metrics

@@ -1,0 +1,18 @@
+"""Work that only some ranks do, with an outcome that all ranks share."""
+
+from contextlib import contextmanager
+from typing import Iterator
+
+from fiberpo_megatron.types import Layout
+
+
+@contextmanager
+def together(layout: Layout, where: str) -> Iterator[None]:
+    """Every rank enters; if the body raises on any rank, all ranks raise, so that nobody waits for a rank that
+    stopped. A rank whose own body failed raises its own error; the others a RuntimeError that names it."""
+    try:
+        yield
+    except Exception as error:
+        layout.agree(f"{type(error).__name__}: {error}", where, reraise=False)
+        raise
+    layout.agree(None, where)

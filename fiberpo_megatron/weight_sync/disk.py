@@ -1,0 +1,86 @@
+"""Publishing through a safetensors folder that every engine can read."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fiberpo_megatron.rollout.client import EngineAddress
+from fiberpo_megatron.weight_sync.base import Deadline, Publisher, Weights
+
+SHARD_BYTES = 4 * 1024**3
+CONFIGURATION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py"}
+
+
+class DiskPublisher(Publisher):
+    """Writes <folder>/<version>/ in one move, has every engine load it, and removes older versions.
+
+    `model`: Hugging Face folder from which configuration and tokenizer files are copied. `shard_bytes`: size at
+    which a safetensors file ends.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[EngineAddress],
+        *,
+        model: Path,
+        folder: Path,
+        leader: bool,
+        timeout_s: float,
+        shard_bytes: int = SHARD_BYTES,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        super().__init__(engines, leader=leader, timeout_s=timeout_s, transport=transport)
+        self.model, self.folder, self.shard_bytes = model, folder.resolve(), shard_bytes
+
+    def _send(self, weights: Weights, version: str, deadline: Deadline) -> None:
+        written = self._write(weights, version)
+        with self._paused():
+            self._on_all(lambda client: client.update_weights_from_disk(written, version, deadline.left()))
+        for old in self.folder.iterdir():
+            if old != written:
+                shutil.rmtree(old)
+
+    def _write(self, weights: Weights, version: str) -> Path:
+        """The complete folder of this version."""
+        final, partial = self.folder / version, self.folder / f"{version}.partial"
+        for stale in (final, partial):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for source in self.model.iterdir():
+            if source.suffix in CONFIGURATION_SUFFIXES and not source.name.endswith(".index.json"):
+                shutil.copyfile(source, partial / source.name)
+        write_shards(weights, partial, self.shard_bytes)
+        os.replace(partial, final)
+        return final
+
+
+def write_shards(weights: Weights, folder: Path, shard_bytes: int) -> None:
+    """Safetensors files of about `shard_bytes` and the index that Hugging Face loaders read."""
+    places: dict[str, str] = {}
+    shard: dict[str, Tensor] = {}
+    total = size = 0
+
+    def finish() -> None:
+        name = f"model-{len(set(places.values())) + 1:05}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        places.update(dict.fromkeys(shard, name))
+
+    for name, tensor in weights:
+        if name in shard or name in places:
+            raise ValueError(f"the weight {name} was exported twice")
+        if shard and size + tensor.nbytes > shard_bytes:
+            finish()
+            shard, size = {}, 0
+        shard[name] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    if shard:
+        finish()
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))

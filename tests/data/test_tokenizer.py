@@ -1,0 +1,37 @@
+import json
+
+import pytest
+
+from fiberpo_megatron.data.tokenizer import load_tokenizer, response_text, stop_token_ids
+from tests.data.characters import CharacterTokenizer
+
+
+def test_a_missing_folder_or_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.path = .*nowhere is not a folder"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"holds no tokenizer .*tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot load the tokenizer of model\.path"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("listed", "expected"), [([7, 5], (1, 5, 7)), (9, (1, 9)), (None, (1,))])
+def test_stop_tokens_of_the_generation_config_count_too(tmp_path, listed, expected):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    assert stop_token_ids(tmp_path, CharacterTokenizer()) == expected
+
+
+def test_a_model_without_stop_token_is_refused(tmp_path):
+    tokenizer = CharacterTokenizer()
+    tokenizer.eos_token_id = None
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        stop_token_ids(tmp_path, tokenizer)
+
+
+def test_response_text_keeps_a_stop_token_inside():
+    """Only the last token is taken for the stop; other special tokens are skipped by the tokenizer."""
+    tokenizer = CharacterTokenizer()
+    comma = ord(",") + 10
+    assert response_text(tokenizer, [*tokenizer.encode("a", add_special_tokens=False), comma], [comma]) == "a"
+    assert response_text(tokenizer, [comma, *tokenizer.encode("a")], [comma]) == ",a"

@@ -1,0 +1,179 @@
+"""One run of the policy on one layout, returned as global tensors so that layouts can be compared."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fiberpo_megatron.config.schema import Config
+from fiberpo_megatron.data.packing import assign_rows, pack, padded_lengths
+from fiberpo_megatron.mcore.global_tensors import global_shards, gradient_shards
+from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout
+from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
+from fiberpo_megatron.types import Coefficients, Gate, MicroBatch, RolloutBatch, concatenated_response_tokens
+
+TEMPERATURE = 0.7
+QWEN3_MOE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 51,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "initializer_range": 0.1,
+}
+
+Piece = tuple[str, tuple[int, ...], tuple[int, ...], NDArray[Any]]
+
+
+@dataclass
+class Run:
+    """What one rank returns."""
+
+    log_probs: dict[int, float]
+    """By flat token index; empty away from the last pipeline stage."""
+    entropy: dict[int, float]
+    gradients: dict[str, list[Piece]]
+    """By name of the gate: pieces of the global gradient."""
+    parameters: list[Piece]
+    """Pieces of the global parameters after the steps."""
+    micro_batches: int
+    norms: list[float]
+
+
+def make_batch(seed: int = 0, vocab: int = 51) -> RolloutBatch:
+    """Trajectories of very different lengths, one with a single response token, some with prompts only inside."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array([3, 41, 7, 2, 64, 5, 5, 19, 33, 4, 11, 6], dtype=np.int64)
+    mask = np.concatenate([np.arange(n) >= max(1, n // 3) for n in lengths])
+    count = len(lengths)
+    return RolloutBatch(
+        tokens=rng.integers(0, vocab, int(lengths.sum())),
+        response_mask=mask,
+        rollout_log_probs=np.zeros(len(mask), dtype=np.float32),
+        lengths=lengths,
+        rewards=rng.random(count).astype(np.float32),
+        correct=np.zeros(count, dtype=bool),
+        groups=np.arange(count) // 3,
+        domains=np.zeros(count, dtype=np.int64),
+        truncated=np.zeros(count, dtype=bool),
+    )
+
+
+def make_config(**sections: Any) -> Config:
+    """A float32 config with a trained router; `sections` override."""
+    base: dict[str, Any] = {
+        "run": {"distributed_timeout_s": 60.0},
+        "model": {"path": "unused", "random_init": True, "dtype": "float32", "train_router": True},
+        # An eps near the gradients' size keeps Adam from turning rounding noise into whole steps.
+        "optimizer": {"learning_rate": 1e-2, "eps": 1e-2, "clip_grad": 0.03},
+        "data": {"tasks": [{"kind": "addition"}]},
+    }
+    for section, values in sections.items():
+        base[section] = {**base.get(section, {}), **values}
+    return Config.model_validate(base)
+
+
+def micro_batches_for(batch: RolloutBatch, layout: ParallelLayout, budget: int | None) -> list[MicroBatch]:
+    """This rank's rows; `budget` None puts everything into one row."""
+    sizes = padded_lengths(batch.lengths, layout.sequence_multiple)
+    budget = budget or int(sizes.sum())
+    rows = assign_rows(sizes, layout.data_size, budget)[layout.data_rank]
+    return pack(
+        batch,
+        rows,
+        sequence_multiple=layout.sequence_multiple,
+        context_rank=layout.context_rank,
+        context_size=layout.context_size,
+    )
+
+
+def fixed_gate(micro_batches: list[MicroBatch], tokens: int) -> Gate:
+    """Fixed random coefficients by flat token index: the same for any layout and any order of calls."""
+    weights = torch.from_numpy(np.random.default_rng(1).normal(size=tokens)) / tokens
+    mine = weights[concatenated_response_tokens(micro_batches)]
+    return lambda log_probs, where: Coefficients(mine[where])
+
+
+def coupled_gate(micro_batches: list[MicroBatch], tokens: int, layout: ParallelLayout) -> Gate:
+    """Coefficients that depend on the log-probs of every token of every rank."""
+    fixed = fixed_gate(micro_batches, tokens)
+
+    def gate(log_probs: Tensor, where: slice) -> Coefficients:
+        weights = fixed(log_probs, where).gradient
+        total = layout.sum_over_tokens((weights * log_probs.double()).sum())
+        return Coefficients(weights * (1 + torch.tanh(10 * total)) * log_probs.double().exp())
+
+    return gate
+
+
+def pieces(shards: Iterable[Any]) -> list[Piece]:
+    """ShardedTensors as (key, global shape, global offset, array without the prepended axes)."""
+    return [
+        (s.key, tuple(s.global_shape), tuple(s.global_offset), s.data.detach().double().numpy().copy())
+        for s in shards
+    ]
+
+
+def assemble(per_rank: Iterable[list[Piece]]) -> dict[str, NDArray[Any]]:
+    """Global tensors from all ranks' pieces; replicas must agree bitwise."""
+    out: dict[str, NDArray[Any]] = {}
+    filled: dict[str, NDArray[Any]] = {}
+    for rank_pieces in per_rank:
+        for key, shape, offset, data in rank_pieces:
+            target = out.setdefault(key, np.zeros(shape))
+            mask = filled.setdefault(key, np.zeros(shape, dtype=bool))
+            data = data.reshape((1,) * (len(shape) - data.ndim) + data.shape)
+            at = tuple(slice(start, start + size) for start, size in zip(offset, data.shape))
+            if mask[at].all():
+                np.testing.assert_array_equal(target[at], data, err_msg=f"replicas of {key} differ")
+            target[at], mask[at] = data, True
+    assert all(mask.all() for mask in filled.values()), [k for k, m in filled.items() if not m.all()]
+    return out
+
+
+def run_policy(
+    hf_config: dict[str, Any],
+    sections: dict[str, Any],
+    budget: int | None,
+    steps: int = 3,
+    extra: Callable[[MegatronPolicy, list[MicroBatch]], None] | None = None,
+) -> Run:
+    """Scores, gradients of both gates and parameters after `steps` optimiser steps, on the launched ranks."""
+    config = make_config(**sections)
+    layout = start_layout(hf_config, config.parallel, config.run)
+    batch = make_batch(vocab=hf_config["vocab_size"])
+    batches = micro_batches_for(batch, layout, budget)
+    tokens = len(batch.tokens)
+    policy = build_policy(config, hf_config, layout)
+    scores = policy.log_probs(batches, TEMPERATURE)
+    index = concatenated_response_tokens(batches).tolist()
+    gates = {"fixed": fixed_gate(batches, tokens), "coupled": coupled_gate(batches, tokens, layout)}
+    gradients = {}
+    if not config.parallel.distributed_optimizer:
+        for name, gate in gates.items():
+            policy.accumulate(batches, gate, TEMPERATURE, single_pass=name == "fixed")
+            gradients[name] = pieces(gradient_shards(policy.models))
+    if extra:
+        extra(policy, batches)
+    norms = [policy.step(batches, gates["coupled"], TEMPERATURE).gradient_norm for _ in range(steps)]
+    return Run(
+        log_probs=dict(zip(index, scores.log_probs.tolist())) if scores else {},
+        entropy=dict(zip(index, scores.entropy.tolist())) if scores else {},
+        gradients=gradients,
+        parameters=pieces(global_shards(policy.models)),
+        micro_batches=len(batches),
+        norms=norms,
+    )

@@ -1,0 +1,243 @@
+"""A slow reading of the maths: python loops over tokens, levels and partitions, gradients by autograd.
+
+Shares nothing with the package: nodes are dictionary keys, aggregates are sums over all tokens at every
+level (no tower property), gates are `if`s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Case:
+    """One mini-batch; tensors are float64 [N], ids int64 [N], share [N, P]."""
+
+    x: Tensor
+    advantages: Tensor
+    weights: Tensor
+    ids: dict[str, Tensor]
+    share: Tensor | None = None
+
+    def call(self, objective, part: Tensor | None = None, **options):
+        take = (lambda t: t) if part is None else (lambda t: t[part])
+        share = None if self.share is None else take(self.share)
+        return objective(
+            take(self.x),
+            take(self.advantages),
+            take(self.weights),
+            keys={key: take(ids) for key, ids in self.ids.items()},
+            expert_share=share,
+            **options,
+        )
+
+
+@dataclass
+class Spec:
+    """What the fibred objective is configured with."""
+
+    levels: list[list[str]]
+    budgets: dict[str, tuple[float, float]]
+    epsilon: tuple[float, float] = (0.2, 0.2)
+    soft: bool = True
+    dual_clip: float | None = None
+    unclip_positive: bool = False
+    extra: dict = field(default_factory=dict)
+
+    def build(self, build_objective, name: str = "fiberpo"):
+        uses_experts = any("expert" in level for level in self.levels)
+        return build_objective(
+            name,
+            epsilon=self.epsilon,
+            budgets=self.budgets,
+            levels=self.levels,
+            expert_membership=("soft" if self.soft else "hard") if uses_experts else None,
+            dual_clip=self.dual_clip,
+            unclip_positive=self.unclip_positive,
+        )
+
+
+def slow_gate(residual: Tensor, budget: float, k: float) -> Tensor:
+    """Equation 4 of arXiv:2604.03044, one number."""
+    size = abs(float(residual))
+    if size <= budget:
+        return residual
+    if size < (1 + 1 / k) * budget:
+        sign = 1.0 if float(residual) > 0 else -1.0
+        return sign * (k + 1) * budget - k * residual
+    return residual * 0.0
+
+
+def slow_clip(value: Tensor, low: float, high: float) -> Tensor:
+    if float(value) < low:
+        return value * 0.0 + low
+    if float(value) > high:
+        return value * 0.0 + high
+    return value
+
+
+def kernel(case: Case, spec: Spec) -> list[list[tuple[int, float]]]:
+    """Per token its (partition, share) pairs; [(0, 1)] without experts."""
+    n = case.x.shape[0]
+    if not any("expert" in level for level in spec.levels):
+        return [[(0, 1.0)] for _ in range(n)]
+    out = []
+    for i in range(n):
+        row = case.share[i].tolist()
+        out.append(list(enumerate(row)) if spec.soft else [(row.index(max(row)), 1.0)])
+    return out
+
+
+def node_of(case: Case, level: list[str], i: int, p: int) -> tuple[int, ...]:
+    return tuple(p if key == "expert" else int(case.ids[key][i]) for key in level)
+
+
+def slow_fiber(case: Case, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
+    """(G [N], gradient [N], J) of the fibred objective, sections 2 and 3 of docs/fibration.md."""
+    x = case.x.clone().requires_grad_(True)
+    n = x.shape[0]
+    shares = kernel(case, spec)
+    clamped = [xi if abs(float(xi)) <= 20 else xi * 0.0 + (20.0 if float(xi) > 0 else -20.0) for xi in x]
+    zero = torch.zeros((), dtype=torch.float64)
+    plus = [xi if float(xi) >= 0 else zero for xi in clamped]
+    minus = [zero if float(xi) >= 0 else -xi for xi in clamped]
+    parts = [_level_sums(case, level, shares, plus, minus) for level in spec.levels]
+    log_weight: list[dict] = []
+    for depth, level in enumerate(spec.levels):
+        table = {}
+        c_plus, c_minus = spec.budgets["+".join(level)]
+        for node, (mass, k, s_plus, s_minus, parent_of) in parts[depth].items():
+            d_plus, d_minus = s_plus / mass, s_minus / mass
+            if depth + 1 < len(spec.levels):
+                i, p = parent_of
+                above = parts[depth + 1][node_of(case, spec.levels[depth + 1], i, p)]
+                d_plus, d_minus = d_plus - above[2] / above[0], d_minus - above[3] / above[0]
+            k = max(k, 1.0)
+            table[node] = slow_gate(d_plus, c_plus, k) - slow_gate(d_minus, c_minus, k)
+        log_weight.append(table)
+    ratios = []
+    for i in range(n):
+        ratios.append(_token(case, spec, i, clamped[i], shares[i], parts[0], log_weight))
+    ratio = torch.stack(ratios)
+    value = (case.weights * case.advantages * ratio).sum()
+    (gradient,) = torch.autograd.grad(value, x)
+    return ratio.detach(), gradient, value.detach()
+
+
+def _level_sums(case, level, shares, plus, minus) -> dict:
+    table: dict = {}
+    for i in range(case.x.shape[0]):
+        mu = float(case.weights[i])
+        if mu == 0.0:
+            continue
+        for p, share in shares[i]:
+            if share == 0.0:
+                continue
+            node = node_of(case, level, i, p)
+            mass, k, s_plus, s_minus, seen = table.get(node, (0.0, 0.0, 0.0, 0.0, (i, p)))
+            table[node] = (
+                mass + mu * share,
+                k + share,
+                s_plus + mu * share * plus[i],
+                s_minus + mu * share * minus[i],
+                seen,
+            )
+    return table
+
+
+def _token(case, spec, i, x, pairs, finest, log_weight) -> Tensor:
+    advantage = float(case.advantages[i])
+    raw = torch.exp(x)
+    if spec.dual_clip is not None and advantage < 0 and float(x) > 0:
+        return slow_clip(raw, 0.0, spec.dual_clip)
+    if spec.unclip_positive and advantage > 0 and float(x) < 0:
+        return raw
+    epsilon = spec.epsilon[0] if advantage > 0 else spec.epsilon[1]
+    upper = float("inf") if spec.dual_clip is not None and advantage < 0 else epsilon
+    s_plus = s_minus = total = torch.zeros((), dtype=torch.float64)
+    for p, share in pairs:
+        node = node_of(case, spec.levels[0], i, p)
+        if share == 0.0 or node not in finest:
+            continue
+        mass, _, sum_plus, sum_minus, _ = finest[node]
+        s_plus, s_minus = s_plus + share * sum_plus / mass, s_minus + share * sum_minus / mass
+        for depth, level in enumerate(spec.levels):
+            total = total + share * log_weight[depth][node_of(case, level, i, p)]
+    if float(x) >= 0:
+        fiber = slow_clip(x - s_plus, -epsilon, upper) - slow_clip(-s_minus, -epsilon, upper)
+    else:
+        fiber = slow_clip(x + s_minus, -epsilon, upper) - slow_clip(s_plus, -epsilon, upper)
+    return torch.exp(fiber + total)
+
+
+def slow_gspo(case: Case, epsilon: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+    x = case.x.clone().requires_grad_(True)
+    ratio = []
+    for i in range(x.shape[0]):
+        same = [j for j in range(x.shape[0]) if case.ids["trajectory"][j] == case.ids["trajectory"][i]]
+        s = torch.exp(sum(x[j] for j in same) / len(same))
+        bounds = (0.0, 1 + epsilon[0]) if float(case.advantages[i]) >= 0 else (1 - epsilon[1], float("inf"))
+        ratio.append(slow_clip(s, *bounds))
+    return _finish(case, x, torch.stack(ratio))
+
+
+def slow_apc(case: Case, delta: float) -> tuple[Tensor, Tensor, Tensor]:
+    x = case.x.clone().requires_grad_(True)
+    r = torch.exp(x)
+    ratio = []
+    for i in range(x.shape[0]):
+        same = [j for j in range(x.shape[0]) if case.ids["trajectory"][j] == case.ids["trajectory"][i]]
+        others = [(r[j] - 1).abs() for j in same if j != i]
+        bound = len(same) * delta - sum(others, torch.zeros((), dtype=torch.float64))
+        bound = bound if float(bound) > 0 else bound * 0.0
+        change = r[i] - 1
+        if abs(float(change)) > float(bound) or float(bound) == 0.0:  # an interval of no width is flat
+            change = bound if float(change) > 0 else -bound
+        ratio.append(1 + change)
+    return _finish(case, x, torch.stack(ratio))
+
+
+def slow_ppo(case: Case, epsilon: tuple[float, float], dual_clip: float | None = None):
+    x = case.x.clone().requires_grad_(True)
+    ratio = []
+    for i in range(x.shape[0]):
+        r, advantage = torch.exp(x[i]), float(case.advantages[i])
+        clipped = slow_clip(r, 1 - epsilon[1], 1 + epsilon[0])
+        best = r if float(r) * advantage <= float(clipped) * advantage else clipped
+        if dual_clip is not None and advantage < 0:
+            best = slow_clip(best, 0.0, dual_clip)
+        ratio.append(best)
+    return _finish(case, x, torch.stack(ratio))
+
+
+def _finish(case: Case, x: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    value = (case.weights * case.advantages * ratio).sum()
+    (gradient,) = torch.autograd.grad(value, x)
+    return ratio.detach(), gradient, value.detach()
+
+
+def random_case(
+    seed: int, *, trajectories: int = 6, longest: int = 6, partitions: int = 3, scale: float = 0.3
+) -> Case:
+    """Ids nested from trajectory to all; ragged lengths from one token; exact zeros among the log ratios."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (trajectories,), generator=draw)
+    trajectory = torch.repeat_interleave(torch.arange(trajectories), lengths)
+    n = trajectory.shape[0]
+    ids = {"trajectory": trajectory}
+    group = torch.arange(trajectories)
+    for key, size in (("pair", 4), ("prompt_group", 3), ("half", 2), ("domain", 2), ("all", 1)):
+        parents = torch.randint(0, size, (int(group.max()) + 1,), generator=draw)
+        group = parents[group]
+        ids[key] = group[trajectory]
+    share = torch.rand(n, partitions, generator=draw, dtype=torch.float64)
+    share = share * (torch.rand(n, partitions, generator=draw, dtype=torch.float64) < 0.7)
+    share[:, 0] += (share.sum(1) == 0).double()
+    weights = torch.rand(n, generator=draw, dtype=torch.float64) + 0.1
+    x = torch.randn(n, generator=draw, dtype=torch.float64) * scale
+    x[torch.rand(n, generator=draw) < 0.15] = 0.0
+    advantages = torch.randn(n, generator=draw, dtype=torch.float64)
+    return Case(x, advantages, weights / weights.sum(), ids, share / share.sum(1, keepdim=True))

@@ -1,0 +1,196 @@
+"""The same coefficients for any cut over ranks, with two reductions of node sums."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fiberpo_megatron.fibration import OBJECTIVES, PRESET_LEVELS, build_objective
+from tests.fibration.oracle import Case, random_case
+from tests.fibration.ranks import Collective, joined, run_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+TIGHT = {name: {"+".join(level): (0.1, 0.08) for level in PRESET_LEVELS[name]} for name in PRESET_LEVELS}
+
+
+def tight(name: str, *, soft: bool = True):
+    """An objective whose gates and clips are active on `random_case`."""
+    if name in PRESET_LEVELS:
+        membership = ("soft" if soft else "hard") if "expert" in name else None
+        return build_objective(name, epsilon=0.1, budgets=TIGHT[name], expert_membership=membership)
+    if name == "apc":
+        return build_objective(name, budgets={"trajectory": (0.1, 0.1)})
+    return build_objective(name)
+
+
+def cut(case: Case, ranks: int, seed: int, *, trajectories_whole: bool) -> list[Tensor]:
+    """Token indices per rank: by trajectory (data parallel) or token by token (context parallel)."""
+    draw = torch.Generator().manual_seed(seed)
+    owner_of = torch.randint(0, ranks, (1 + int(case.ids["trajectory"].max()),), generator=draw)
+    owner = owner_of[case.ids["trajectory"]]
+    if not trajectories_whole:
+        owner = torch.randint(0, ranks, case.x.shape, generator=draw)
+    return [(owner == rank).nonzero().squeeze(1) for rank in range(ranks)]
+
+
+def counts_of(case: Case) -> dict[str, int]:
+    return {key: int(ids.max()) + 1 for key, ids in case.ids.items()}
+
+
+@pytest.mark.parametrize("given_counts", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_any_cut_gives_the_same_coefficients(name: str, whole: bool, given_counts: bool) -> None:
+    case = random_case(1, trajectories=9)
+    objective = tight(name)
+    alone = case.call(objective)
+    parts = cut(case, 4, seed=3, trajectories_whole=whole)
+    outputs, collective = run_ranks(
+        objective, case, parts, in_place=whole, counts=counts_of(case) if given_counts else None
+    )
+    assert collective.calls == [2] * 4
+    # only the order of float64 sums differs; 1e-10 relative is the project's bound for it
+    torch.testing.assert_close(joined(outputs, parts, "gradient"), alone.gradient, rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(joined(outputs, parts, "gated_ratio"), alone.gated_ratio, rtol=1e-10, atol=0)
+    assert sum(float(out.value) for out in outputs) == pytest.approx(float(alone.value), rel=1e-10, abs=1e-14)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 5),
+    st.sampled_from(list(PRESET_LEVELS)),
+    st.booleans(),
+    st.booleans(),
+)
+def test_random_cuts(seed: int, ranks: int, name: str, soft: bool, whole: bool) -> None:
+    case = random_case(seed)
+    objective = tight(name, soft=soft)
+    alone = case.call(objective)
+    parts = cut(case, ranks, seed + 1, trajectories_whole=whole)
+    outputs, _ = run_ranks(objective, case, parts, counts=counts_of(case))
+    torch.testing.assert_close(joined(outputs, parts, "gradient"), alone.gradient, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_empty_rank_and_a_rank_without_some_node(name: str) -> None:
+    case = random_case(2)
+    first = (case.ids["trajectory"] == 0).nonzero().squeeze(1)
+    rest = (case.ids["trajectory"] != 0).nonzero().squeeze(1)
+    parts = [torch.zeros(0, dtype=torch.long), first, rest, torch.zeros(0, dtype=torch.long)]
+    objective = tight(name)
+    outputs, collective = run_ranks(objective, case, parts)
+    alone = case.call(objective)
+    assert collective.calls == [2] * 4
+    assert outputs[0].gradient.shape == (0,) and float(outputs[0].value) == 0.0
+    torch.testing.assert_close(joined(outputs, parts, "gradient"), alone.gradient, rtol=1e-10, atol=1e-15)
+    assert outputs[0].metrics == outputs[2].metrics
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_token_anywhere(name: str) -> None:
+    case = random_case(2)
+    empty = torch.zeros(0, dtype=torch.long)
+    outputs, _ = run_ranks(tight(name), case, [empty, empty], counts=counts_of(case))
+    assert all(value == value for value in outputs[0].metrics.as_dict().values())
+    assert case.call(tight(name), empty).gradient.shape == (0,)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_calls_without_metrics(name: str) -> None:
+    """Two reductions for objectives with aggregates, none for the others."""
+    case = random_case(4)
+    parts = cut(case, 2, 0, trajectories_whole=True)
+    outputs, collective = run_ranks(tight(name), case, parts, metrics=False)
+    aggregates = name in PRESET_LEVELS or name in ("gspo", "apc")
+    assert collective.calls == [2 if aggregates else 0] * 2
+    assert outputs[0].metrics is None
+    torch.testing.assert_close(
+        joined(outputs, parts, "gradient"), case.call(tight(name)).gradient, rtol=1e-10, atol=1e-15
+    )
+
+
+def production_case(tokens: int) -> Case:
+    """1,024 trajectories, 64 groups, 6 domains, 8 partitions."""
+    trajectory = torch.arange(tokens) * 1024 // tokens
+    share = torch.full((tokens, 8), 1 / 8, dtype=torch.float64)
+    group = trajectory // 16
+    return Case(
+        torch.zeros(tokens, dtype=torch.float64),
+        torch.ones(tokens, dtype=torch.float64),
+        torch.full((tokens,), 1 / tokens, dtype=torch.float64),
+        {"trajectory": trajectory, "prompt_group": group, "domain": group % 6},
+        share,
+    )
+
+
+@pytest.mark.parametrize("given_counts", [True, False])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_traffic(name: str, given_counts: bool) -> None:
+    """Under 1 MB per call, whatever the number of tokens."""
+    traffic = []
+    for tokens in (2048, 8192):
+        case = production_case(tokens)
+        collective = Collective(1)
+        case.call(
+            build_objective(name),
+            reduce=collective.reduce_of(0),
+            counts=counts_of(case) if given_counts else None,
+        )
+        assert len(collective.sizes) == 2
+        traffic.append(sum(collective.sizes))
+    assert traffic[0] == traffic[1] < 1_000_000
+
+
+def test_nesting_violated_across_ranks_is_seen_by_all() -> None:
+    """Each rank's ids nest, together they do not: every rank raises after the same reduction."""
+    case = random_case(3)
+    trajectory = case.ids["trajectory"]
+    at = (trajectory == trajectory.bincount().argmax()).nonzero().squeeze(1)
+    case.ids["prompt_group"] = case.ids["prompt_group"].clone()
+    case.ids["prompt_group"][at[0]] = 1 + case.ids["prompt_group"].max()
+    rest = torch.arange(case.x.shape[0])
+    parts = [at[:1], rest[~torch.isin(rest, at[:1])]]
+    objective = tight("fiberpo-domain")
+    collective = Collective(2)
+    messages = []
+    for_rank = [collective.reduce_of(rank) for rank in range(2)]
+
+    def call(rank: int) -> None:
+        try:
+            case.call(objective, parts[rank], reduce=for_rank[rank])
+        except ValueError as error:
+            messages.append(str(error))
+
+    threads = [threading.Thread(target=call, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(messages) == 2 and messages[0] == messages[1]
+    node = int(trajectory[at[0]])
+    assert (
+        f"level 'trajectory' is not nested in level 'prompt_group': node (trajectory {node})" in messages[0]
+    )
+
+
+def test_local_errors_come_before_the_first_reduction() -> None:
+    case = random_case(3)
+    case.weights[0] = -1.0
+    collective = Collective(1)
+    with pytest.raises(ValueError, match="negative"):
+        case.call(tight("fiberpo-expert"), reduce=collective.reduce_of(0))
+    assert collective.calls == [0]
+
+
+def test_reduce_on_one_rank_changes_nothing() -> None:
+    case = random_case(6)
+    objective = tight("fiberpo-expert-global")
+    alone, reduced = case.call(objective), case.call(objective, reduce=lambda tensor: tensor)
+    assert torch.equal(alone.gradient, reduced.gradient)

@@ -1,0 +1,243 @@
+"""Every objective without a hierarchy against its paper's formula, and the options each one reads."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog
+
+from fiberpo_megatron.fibration import OBJECTIVES, PRESET_LEVELS, build_objective
+from tests.fibration.oracle import random_case, slow_apc, slow_gspo, slow_ppo
+
+
+def close(out, expected) -> None:
+    ratio, gradient, value = expected
+    torch.testing.assert_close(out.gated_ratio, ratio, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(out.gradient, gradient, rtol=1e-11, atol=1e-14)
+    assert float(out.value) == pytest.approx(float(value), abs=1e-13)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("name", "options", "epsilon"),
+    [
+        ("ppo", {}, (0.2, 0.2)),
+        ("grpo", {"epsilon": 0.1}, (0.1, 0.1)),
+        ("dapo", {}, (0.28, 0.2)),
+        ("dapo", {"epsilon": 0.1, "epsilon_high": 0.3}, (0.3, 0.1)),
+        ("ppo", {"epsilon": (0.3, 0.1)}, (0.3, 0.1)),
+    ],
+)
+def test_token_clips(name: str, options: dict, epsilon: tuple[float, float], seed: int) -> None:
+    case = random_case(seed)
+    close(case.call(build_objective(name, **options)), slow_ppo(case, epsilon))
+
+
+def test_dual_clip_of_the_token_clips() -> None:
+    case = random_case(0, scale=1.0)
+    close(case.call(build_objective("grpo", dual_clip=1.5)), slow_ppo(case, (0.2, 0.2), 1.5))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("epsilon", [(4e-4, 3e-4), (0.1, 0.05)])
+def test_gspo(seed: int, epsilon: tuple[float, float]) -> None:
+    case = random_case(seed, scale=0.2)
+    close(case.call(build_objective("gspo", epsilon=epsilon)), slow_gspo(case, epsilon))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("delta", [0.05, 0.2, 2.0])
+def test_apc(seed: int, delta: float) -> None:
+    case = random_case(seed)
+    out = case.call(build_objective("apc", budgets={"trajectory": (0.6 * delta, 0.4 * delta)}))
+    close(out, slow_apc(case, delta))
+
+
+def test_cispo_and_reinforce_by_hand() -> None:
+    x = torch.tensor([0.0, math.log(3.0), -math.log(4.0)], dtype=torch.float64)
+    advantages = torch.tensor([2.0, 1.0, -1.0], dtype=torch.float64)
+    weights = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    plain = build_objective("reinforce")(x, advantages, weights)
+    assert plain.gradient.tolist() == pytest.approx([1.0, 0.75, -0.0625])
+    clipped = build_objective("cispo", epsilon=(1.0, 0.5))(x, advantages, weights)
+    assert clipped.gated_ratio.tolist() == pytest.approx([1.0, 2.0, 0.5])
+    assert clipped.gradient.tolist() == pytest.approx([1.0, 0.5, -0.125])  # clipped tokens keep a gradient
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_on_policy_every_objective_is_the_policy_gradient(name: str) -> None:
+    """First-order agreement at x = 0. GSPO spreads a trajectory's weight evenly, so mu is even too."""
+    case = random_case(3)
+    case.x = torch.zeros_like(case.x)
+    lengths = case.ids["trajectory"].bincount()
+    case.weights = (1.0 / (lengths.shape[0] * lengths.double()))[case.ids["trajectory"]]
+    case.advantages = torch.randn(lengths.shape[0], dtype=torch.float64)[case.ids["trajectory"]]
+    out = case.call(build_objective(name))
+    torch.testing.assert_close(out.gradient, case.weights * case.advantages, rtol=1e-14, atol=0)
+    assert torch.equal(out.gated_ratio, torch.ones_like(case.x))
+
+
+# ---- APC-Obj against the constrained problem it censors ----
+
+
+def constrained_optimum(advantages: np.ndarray, budget: float) -> tuple[float, np.ndarray]:
+    """max sum A_i r_i subject to sum |r_i - 1| <= budget and r >= 0, as a linear programme: r = 1 + p - n."""
+    size = advantages.shape[0]
+    cost = np.concatenate([-advantages, advantages])
+    bounds = [(0, None)] * size + [(0, 1)] * size
+    solution = linprog(cost, A_ub=np.ones((1, 2 * size)), b_ub=[budget], bounds=bounds)
+    return float(advantages.sum() - solution.fun), 1 + solution.x[:size] - solution.x[size:]
+
+
+def apc_value(ratio: np.ndarray, advantages: np.ndarray, delta: float) -> float:
+    size = ratio.shape[0]
+    objective = build_objective("apc", budgets={"trajectory": (0.5 * delta, 0.5 * delta)})
+    out = objective(
+        torch.from_numpy(np.log(np.maximum(ratio, 1e-8))),
+        torch.from_numpy(advantages),
+        torch.ones(size, dtype=torch.float64),
+        keys={"trajectory": torch.zeros(size, dtype=torch.long)},
+    )
+    return float(out.value)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 6), st.floats(0.01, 0.6), st.floats(0.01, 2.0))
+def test_apc_never_exceeds_the_constrained_optimum_and_reaches_it(
+    seed: int, size: int, delta: float, spread: float
+) -> None:
+    draw = np.random.default_rng(seed)
+    advantages = draw.normal(size=size)
+    optimum, best = constrained_optimum(advantages, size * delta)
+    for _ in range(5):
+        ratio = np.exp(draw.normal(size=size) * spread)
+        assert apc_value(ratio, advantages, delta) <= optimum + 1e-9
+        towards = best + draw.normal(size=size) * 0.05  # also close to the optimum
+        assert apc_value(np.maximum(towards, 1e-6), advantages, delta) <= optimum + 1e-6
+    # shrunk by 1e-9 so that rounding of the log ratio stays inside the constraint
+    assert apc_value(1 + (best - 1) * (1 - 1e-9), advantages, delta) == pytest.approx(optimum, abs=1e-6)
+
+
+# ---- names, options and defaults ----
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_defaults_work_without_a_warning(name: str) -> None:
+    objective = build_objective(name)
+    assert objective.name == name
+    out = random_case(0).call(objective)
+    assert torch.isfinite(out.gradient).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "spans", "experts", "levels"),
+    [
+        ("fiberpo", False, False, ("trajectory",)),
+        ("fiberpo-domain", True, False, ("trajectory", "prompt_group", "domain")),
+        ("fiberpo-expert", True, True, ("trajectory+expert", "trajectory", "prompt_group", "domain")),
+        (
+            "fiberpo-expert-global",
+            True,
+            True,
+            ("trajectory+expert", "prompt_group+expert", "domain+expert", "expert"),
+        ),
+        *((name, False, False, ()) for name in OBJECTIVES if name not in PRESET_LEVELS),
+    ],
+)
+def test_attributes(name: str, spans: bool, experts: bool, levels: tuple[str, ...]) -> None:
+    objective = build_objective(name)
+    assert objective.spans_micro_batches is spans
+    assert objective.uses_experts is experts
+    assert objective.level_names == levels
+
+
+def test_experts_inside_a_trajectory_do_not_span_micro_batches() -> None:
+    objective = build_objective("fiberpo", levels=[["trajectory", "expert"], ["trajectory"]])
+    assert objective.uses_experts and not objective.spans_micro_batches
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("fibrepo", {}, "unknown objective 'fibrepo'; choose one of fiberpo"),
+        ("grpo", {"budgets": {}}, "does not read 'budgets'; remove it"),
+        ("reinforce", {"epsilon": 0.1}, "reads no option"),
+        ("gspo", {"dual_clip": 3.0}, "does not read 'dual_clip'"),
+        ("ppo", {"unclip_positive": True}, "does not read 'unclip_positive'"),
+        ("ppo", {"expert_membership": "soft"}, "does not read 'expert_membership'"),
+        ("fiberpo", {"expert_membership": "soft"}, "add 'expert' to a level"),
+        ("fiberpo-expert", {"expert_membership": "firm"}, "choose 'soft' or 'hard'"),
+        ("fiberpo", {"epsilon_high": 0.1}, "does not read 'epsilon_high'"),
+        ("dapo", {"epsilon": (0.1, 0.2), "epsilon_high": 0.1}, "pass one of the two"),
+        ("fiberpo", {"epsilon": -0.1}, "must be positive"),
+        ("fiberpo", {"epsilon": (0.1, 0.1, 0.1)}, "pass a pair"),
+        ("grpo", {"epsilon": 1.5}, "1 - epsilon must stay"),
+        ("fiberpo", {"budgets": {}}, "level 'trajectory' has no budget"),
+        ("fiberpo", {"budgets": {"trajectory": (0.1, 0.0)}}, "C_minus of level 'trajectory' is 0.0"),
+        ("fiberpo", {"budgets": {"trajectory": (-0.1, 0.1)}}, "C_plus of level 'trajectory' is -0.1"),
+        ("fiberpo", {"budgets": {"trajectory": 0.1}}, "pass a pair"),
+        (
+            "fiberpo",
+            {"budgets": {"trajectory": (0.2, 0.1), "domain": (0.2, 0.1)}},
+            "which the objective does not",
+        ),
+        ("fiberpo", {"levels": [["session"]]}, "level 'session' has no budget"),
+        ("fiberpo", {"levels": []}, "non-empty list"),
+        ("fiberpo", {"levels": ["trajectory"]}, "a level must be"),
+        ("fiberpo", {"levels": [["trajectory"], ["trajectory"]]}, "occurs twice"),
+        ("fiberpo", {"levels": [["trajectory", "trajectory"]]}, "names a key twice"),
+        ("fiberpo", {"levels": [["trajectory"], ["expert"]]}, "'trajectory' is not nested in 'expert'"),
+        ("fiberpo", {"dual_clip": 0.9}, "must be above 1"),
+        ("apc", {"budgets": {"domain": (0.1, 0.1)}}, "exactly budgets"),
+    ],
+)
+def test_refused_options(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_objective(name, **options)
+
+
+def test_warnings_for_unsound_budgets() -> None:
+    with pytest.warns(UserWarning, match="C_minus 0.3 >= C_plus 0.2"):
+        build_objective("fiberpo", budgets={"trajectory": (0.2, 0.3)})
+    with pytest.warns(UserWarning, match="epsilon 0.3 is not well below level 'trajectory'"):
+        build_objective("fiberpo", epsilon=0.3, budgets={"trajectory": (0.2, 0.1)})
+
+
+# ---- the autograd function ----
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_surrogate_has_the_closed_form_gradient(name: str) -> None:
+    case = random_case(5)
+    objective = build_objective(name)
+    old = -torch.rand(case.x.shape, dtype=torch.float64)
+    new = (old + case.x).requires_grad_(True)
+    case.x = new.detach() - old
+    out = case.call(objective)
+    value, again = objective.surrogate(
+        new, old, case.advantages, case.weights, keys=case.ids, expert_share=case.share
+    )
+    (-2.0 * value).backward()
+    assert torch.equal(new.grad, -2.0 * out.gradient)
+    assert float(value) == float(out.value) and again.metrics == out.metrics
+
+
+def test_surrogate_gradcheck() -> None:
+    case = random_case(6)
+    case.x[case.x == 0] = 0.02
+    objective = build_objective("fiberpo-expert")
+    old = torch.zeros_like(case.x)
+
+    def value(log_probs: torch.Tensor) -> torch.Tensor:
+        return objective.surrogate(
+            log_probs, old, case.advantages, case.weights, keys=case.ids, expert_share=case.share
+        )[0]
+
+    assert torch.autograd.gradcheck(value, (case.x.requires_grad_(True),), eps=1e-7, atol=1e-6)

@@ -1,0 +1,112 @@
+"""The process around math-verify. The library itself is optional: where it is missing, a stand-in of the same
+name is laid on the worker's path, so that time limits, crashes and restarts are tested everywhere."""
+
+import os
+import signal
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from fiberpo_megatron.rewards import math_answers
+from fiberpo_megatron.rewards.math_answers import MathVerifier
+
+STAND_IN = """
+import os, sys, time
+def parse(text, parsing_timeout):
+    if text == "hang":
+        while True: pass
+    if text == "die":
+        print("out of memory", file=sys.stderr, flush=True)
+        os._exit(3)
+    if text == "raise":
+        raise RecursionError
+    return text.strip("$")
+def verify(gold, target, timeout_seconds):
+    return float(gold) == float(target)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(math_answers, "find_spec", lambda name: object())
+    verifier = MathVerifier(timeout_s=0.5)
+    yield verifier
+    verifier.close()
+
+
+def test_equal_text_needs_no_library(stand_in):
+    assert stand_in("x", " x\n")
+    assert not stand_in("x", "  ")
+    assert stand_in._process is None
+
+
+def test_the_library_decides_the_rest(stand_in):
+    assert stand_in("0.5", "0.50") and not stand_in("0.5", "0.6") and not stand_in("0.5", "raise")
+    assert stand_in("7", "\ud800 \x00" * 10**6 + "7") is False
+
+
+def test_a_comparison_that_never_ends_is_wrong_and_the_next_one_works(stand_in):
+    began = time.monotonic()
+    assert not stand_in("1", "hang")
+    assert time.monotonic() - began < 20, "killed by its alarm, not waited for"
+    assert stand_in("1", "1.0")
+
+
+def test_a_process_that_dies_is_reported_with_its_last_words(stand_in):
+    with pytest.raises(RuntimeError, match=r"(?s)ended with exit code 3; .*out of memory"):
+        stand_in("1", "die")
+    assert stand_in("1", "1.0"), "a new process answers"
+
+
+def test_a_process_killed_between_calls_is_reported(stand_in):
+    assert stand_in("1", "1.0")
+    os.kill(stand_in._process.pid, signal.SIGKILL)
+    stand_in._process.wait()
+    with pytest.raises(RuntimeError, match="exit code -9"):
+        stand_in("1", "1.00")
+
+
+def test_closing_leaves_no_process(stand_in):
+    assert stand_in("1", "1.0")
+    process = stand_in._process
+    stand_in.close()
+    assert process.returncode is not None
+    stand_in.close()
+
+
+def test_a_missing_library_names_the_command(monkeypatch):
+    monkeypatch.setattr(math_answers, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="run `pip install math-verify`"):
+        MathVerifier()
+
+
+def test_the_worker_imports_nothing_of_this_package():
+    assert "fiberpo_megatron" not in Path(math_answers.WORKER).read_text()
+
+
+@pytest.mark.skipif(find_spec("math_verify") is None, reason="math-verify is not installed")
+@pytest.mark.parametrize(
+    ("answer", "response", "correct"),
+    [
+        (r"\frac12", "the half: 0.5", True),
+        ("72", r"so \boxed{72}.", True),
+        ("72", r"\boxed{71} or \boxed{72}", False),
+        ("72", "I think 71 or 72", True),  # the last number counts: documented
+        ("72", "73", False),
+        ("x+1", "$1+x$", True),
+        ("1,000", "1000", True),
+        ("3", "9**9**9**9", False),
+        ("3", "\\boxed{" * 3000, False),
+        ("3", "", False),
+    ],
+)
+def test_the_real_library(answer, response, correct):
+    verifier = MathVerifier(timeout_s=2.0)
+    try:
+        assert verifier(answer, response) is correct
+    finally:
+        verifier.close()

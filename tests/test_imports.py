@@ -1,0 +1,68 @@
+"""Dependencies point down: read from the import statements, so nothing has to be importable here."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fiberpo_megatron"
+PARTS = {
+    # part: other parts of this package that it may import
+    "config": set(),
+    "types": set(),
+    "fibration": set(),
+    "telemetry": {"config", "types"},
+    "data": {"config", "types"},
+    "rewards": {"config", "types"},
+    "mcore": {"config", "types"},
+    "rollout": {"config", "types"},
+    "weight_sync": {"config", "types", "rollout"},
+    "trainer": {"config", "types", "fibration", "telemetry", "data", "rewards", "mcore", "rollout", "weight_sync"},
+    "launch": {"config"},
+    "cli": {"config", "types", "telemetry", "launch", "trainer", "mcore"},
+}
+SOURCES = [p for p in sorted(PACKAGE.rglob("*.py")) if "sglang_cpu" not in p.parts and p.parent != PACKAGE]
+
+
+def imports(source: Path) -> set[str]:
+    """Dotted names of everything that a file imports, relative imports refused."""
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}: write absolute imports"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def part_of(source: Path) -> str:
+    return source.relative_to(PACKAGE).parts[0]
+
+
+def test_every_part_is_listed():
+    assert {part_of(source) for source in SOURCES} == set(PARTS) - {"types"}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(source: Path):
+    part = part_of(source)
+    for name in imports(source):
+        if name.startswith("fiberpo_megatron.") and not name.startswith("fiberpo_megatron.__"):
+            other = name.split(".")[1]
+            assert other == part or other in PARTS[part], f"{source} imports {name}"
+        top = name.split(".")[0]
+        if top == "megatron":
+            assert part == "mcore", f"{source}: only mcore imports Megatron"
+        if top == "sglang":
+            pytest.fail(f"{source}: SGLang is started as a process, never imported")
+        if name.startswith("torch.distributed") and not name.startswith("torch.distributed.elastic"):
+            allowed = {"mcore", "weight_sync", "launch"}  # launch: the rendezvous store of the local ranks
+            assert part in allowed, f"{source}: only {allowed} import torch.distributed"
+        if part == "config":
+            assert top != "torch", f"{source}: config must load without torch"
+    if part == "fibration":
+        import sys
+
+        outside = {n.split(".")[0] for n in imports(source)} - {"torch", "fiberpo_megatron"}
+        assert outside <= set(sys.stdlib_module_names) | {"__future__"}, f"{source}: torch and the standard library alone"

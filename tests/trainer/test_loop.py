@@ -1,0 +1,146 @@
+"""The whole loop with a toy policy and a fake engine."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Mapping, Sequence
+
+import pytest
+import torch
+
+from fiberpo_megatron.config import Config
+from fiberpo_megatron.fibration import build_objective
+from fiberpo_megatron.rewards import Score
+from fiberpo_megatron.telemetry.timers import Timers
+from fiberpo_megatron.trainer.generation import Generator
+from fiberpo_megatron.trainer.loop import Training, train
+from fiberpo_megatron.types import Prompt, RolloutGroup
+from tests.trainer.toy import CountingPrompts, FakeEngine, TablePolicy
+
+
+@dataclass
+class Memory:
+    """Recorder and checkpoints that keep everything."""
+
+    records: list[tuple[str, int, dict[str, float]]] = field(default_factory=list)
+    samples: list[tuple[int, int]] = field(default_factory=list)
+    saved: list[int] = field(default_factory=list)
+
+    def record(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        self.records.append((kind, step, dict(metrics)))
+
+    def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        self.samples.append((step, len(groups)))
+
+    def save(self, policy: TablePolicy, step: int) -> None:
+        self.saved.append(step)
+
+    def values(self, kind: str, name: str) -> list[float]:
+        return [metrics[name] for k, _, metrics in self.records if k == kind]
+
+
+class FirstToken:
+    """Right when the first response token is the wanted one."""
+
+    def score(self, prompt: Prompt, response: str, sample: int = 0) -> Score:
+        right = response.split()[0] == prompt.answer
+        return Score(float(right), right)
+
+    def close(self) -> None:
+        pass
+
+
+def training(objective: str = "fiberpo", *, engine: FakeEngine | None = None, **sections: object) -> tuple[Training, Memory]:
+    config = Config.model_validate(
+        {
+            "model": {"path": Path("unused")},
+            "data": {"tasks": [{"kind": "addition"}]},
+            "trainer": {"steps": 3},
+            "batch": {"prompts": 12, "samples_per_prompt": 8, "mini_batches": 2, "epochs": 2, "micro_batch_tokens": 64},
+            "evaluation": {"prompts": 12, "samples_per_prompt": 4, "every_steps": 2},
+            **sections,
+        }
+    )
+    memory, engine = Memory(), engine or FakeEngine(seed=0)
+    generator = Generator(engine, lambda ids: " ".join(map(str, ids)), FirstToken(), seed=0)
+    run = Training(
+        config, TablePolicy(30.0), CountingPrompts(), generator, build_objective(objective), engine, memory, memory, Timers()
+    )
+    return run, memory
+
+
+@pytest.mark.parametrize("objective", ["fiberpo", "grpo", "ppo", "gspo", "fiberpo-domain"])
+def test_every_objective_learns_the_toy_task(objective: str):
+    run, memory = training(objective, trainer={"steps": 25})
+    train(run)
+    accuracy = memory.values("train", "accuracy")
+    assert accuracy[0] < 0.3 and accuracy[-1] > 0.7
+    assert memory.values("eval", "accuracy")[-1] > 0.7
+
+
+def test_what_a_run_records():
+    run, memory = training()
+    train(run)
+    assert [(kind, step) for kind, step, _ in memory.records] == [
+        ("eval", 0), ("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("eval", 3)
+    ]  # fmt: skip
+    assert memory.saved == [1, 2, 3] and memory.samples == [(0, 12), (1, 12), (2, 12)]
+    record = memory.records[-2][2]
+    for name in ("reward/mean", "entropy", "ratio/mean", "ratio/p99", "ratio/max", "token/clip_share", "gradient_norm",
+                 "rollout_diff/mean", "rollout_diff/max", "tokens_per_second", "seconds/train", "seconds/generate",
+                 "gate/trajectory/plus/pass", "response_length/mean", "accuracy/counting"):  # fmt: skip
+        assert name in record, name
+    assert record["rollout_diff/max"] < 1e-5  # the fake engine computes with exactly the published table
+
+
+def test_extra_forward_is_run_exactly_when_it_brings_something():
+    run, memory = training("fiberpo")  # every level inside a trajectory: one pass
+    train(run)
+    assert memory.values("train", "extra_forwards") == [0, 0, 0]
+    run, memory = training("fiberpo-domain")  # 4 optimiser steps, the first on fresh log-probs
+    train(run)
+    assert memory.values("train", "extra_forwards") == [3, 3, 3]
+
+
+def test_first_optimiser_step_has_ratio_one():
+    run, memory = training(batch={"prompts": 12, "samples_per_prompt": 8})
+    train(run)
+    assert memory.values("train", "ratio/mean") == [1.0, 1.0, 1.0]
+    assert memory.values("train", "token/clip_share") == [0.0, 0.0, 0.0]
+
+
+def test_resuming_sees_the_same_prompts_as_running_straight():
+    whole, memory = training(trainer={"steps": 4})
+    train(whole)
+    part, after = training(trainer={"steps": 4})
+    train(part, start=2)
+    assert [step for kind, step, _ in after.records if kind == "train"] == [3, 4]
+    assert after.samples == memory.samples[2:]
+
+
+def test_engine_with_other_weights_stops_the_run_with_both_figures():
+    engine = FakeEngine(seed=0)
+    run, memory = training(engine=engine)
+    engine.corrupt = 3.0
+    with pytest.raises(RuntimeError, match=r"(?s)engine 0.*trainer"):
+        train(run)
+    assert not memory.saved  # no checkpoint of a step whose weights did not arrive
+
+
+def test_rollouts_of_a_version_that_was_not_published_last_are_refused():
+    engine = FakeEngine(seed=0)
+    run, _ = training(engine=engine)
+    publish = engine.publish
+    engine.publish = lambda weights, version: publish(weights, "stale")
+    with pytest.raises(RuntimeError, match=r"sampled with weights \['stale'\], but '0' was published last"):
+        train(run)
+
+
+def test_gradient_does_not_depend_on_micro_batches_mini_batch_fixed():
+    tables = []
+    for budget in (12, 64, 4096):
+        torch.manual_seed(0)
+        run, _ = training("fiberpo-domain", batch={"prompts": 12, "samples_per_prompt": 8, "epochs": 3, "micro_batch_tokens": budget})
+        train(run)
+        tables.append(run.policy.table.detach().clone())
+    for table in tables[1:]:
+        torch.testing.assert_close(table, tables[0], rtol=1e-4, atol=1e-5)  # fp32 sums in another order, 9 steps

@@ -1,0 +1,437 @@
+"""Time and memory of every objective (value and gradient) on packed batches.
+
+Each objective runs beside
+  (a) padded: the same formula on [B, T] tensors with plain torch and autograd, handed ready-padded inputs,
+  (b) the memory floor: bytes in and out of one call over this machine's measured copy bandwidth.
+Response lengths are log-normal, capped at four times their mean; (a) works on [B, longest].
+
+    python tools/bench_objective.py --sizes 65536 1048576 --objectives fiberpo grpo --json bench.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fiberpo_megatron.fibration import OBJECTIVES, PRESET_LEVELS, build_objective
+
+MEAN_LENGTH = 1024
+LOG_SIGMA = 0.8
+PARTITIONS = 8
+GROUP = 16
+DOMAINS = 6
+EPSILON = 0.05
+BUDGET = (0.12, 0.10)
+
+
+@dataclass
+class Packed:
+    """One flat batch."""
+
+    log_ratio: Tensor
+    advantages: Tensor
+    weights: Tensor
+    keys: dict[str, Tensor]
+    share: Tensor | None
+    lengths: Tensor
+
+
+@dataclass
+class Result:
+    objective: str
+    tokens: int
+    trajectories: int
+    padding: float
+    """Cells of the padded layout per token."""
+    ours_ms: float
+    ours_no_metrics_ms: float
+    padded_ms: float
+    floor_ms: float
+    speedup: float
+    speedup_no_metrics: float
+    over_floor: float
+    ours_peak_mb: float
+    """Peak memory of a call beyond its inputs, outputs included."""
+    padded_peak_mb: float
+    peak_ratio: float
+
+
+def make_packed(tokens: int, *, experts: bool, scale: float, device: str, seed: int = 0) -> Packed:
+    """Log-normal lengths of mean MEAN_LENGTH, capped at 4 x that; log ratios of deviation `scale`."""
+    draw = torch.Generator().manual_seed(seed)
+    count = max(1, tokens // MEAN_LENGTH)
+    lengths = torch.exp(LOG_SIGMA * torch.randn(count, generator=draw))
+    lengths = (lengths * MEAN_LENGTH / lengths.mean()).clamp(1, 4 * MEAN_LENGTH).long()
+    lengths[-1] = (lengths[-1] + tokens - lengths.sum()).clamp(1, 4 * MEAN_LENGTH)
+    trajectory = torch.repeat_interleave(torch.arange(count), lengths)
+    size = trajectory.shape[0]
+    group = torch.arange(count) // GROUP
+    domain = group % DOMAINS
+    share = None
+    if experts:
+        share = torch.rand(size, PARTITIONS, generator=draw)
+        share = (share / share.sum(1, keepdim=True)).to(device)
+    return Packed(
+        (torch.randn(size, generator=draw) * scale).to(device),
+        torch.randn(count, generator=draw)[trajectory].to(device),
+        (1.0 / (count * lengths.float()))[trajectory].to(device),
+        {
+            "trajectory": trajectory.to(device),
+            "prompt_group": group[trajectory].to(device),
+            "domain": domain[trajectory].to(device),
+        },
+        share,
+        lengths.to(device),
+    )
+
+
+def pad(flat: Tensor, lengths: Tensor) -> Tensor:
+    """[N, ...] to [B, T, ...], zeros after each trajectory's end."""
+    mask = padding_mask(lengths)
+    out = flat.new_zeros((*mask.shape, *flat.shape[1:]))
+    out[mask] = flat
+    return out
+
+
+def padding_mask(lengths: Tensor) -> Tensor:
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(1)
+
+
+# ---- (a): the same formulas as one would write them on [B, T] ----
+
+
+def padded_gate(residual: Tensor, budget: float, tokens: Tensor) -> Tensor:
+    size = residual.abs()
+    rollback = residual.sign() * (tokens + 1) * budget - tokens * residual
+    inner = torch.where(size < (1 + 1 / tokens) * budget, rollback, torch.zeros_like(residual))
+    return torch.where(size <= budget, residual, inner)
+
+
+def padded_fiber(x: Tensor, advantages: Tensor, mu: Tensor, mask: Tensor, row_ids: list[Tensor]) -> Tensor:
+    """FiberPO and FiberPO-Domain: trajectory aggregates by row sums, coarser ones by index_add over rows."""
+    plus, minus = torch.clamp(x, min=0), torch.clamp(-x, min=0)
+    mass, tokens = (mu * mask).sum(1), mask.sum(1).to(x.dtype)
+    s_plus, s_minus = (mu * plus * mask).sum(1) / mass, (mu * minus * mask).sum(1) / mass
+    log_weight = padded_gates(s_plus, s_minus, mass, tokens, row_ids)
+    same = torch.where(x >= 0, s_plus.unsqueeze(1), s_minus.unsqueeze(1))
+    other = torch.where(x >= 0, s_minus.unsqueeze(1), s_plus.unsqueeze(1))
+    sign = torch.where(x >= 0, 1.0, -1.0)
+    fiber = torch.clamp(x - sign * same, -EPSILON, EPSILON) - torch.clamp(-sign * other, -EPSILON, EPSILON)
+    return (mu * torch.exp(fiber + log_weight.unsqueeze(1)) * advantages * mask).sum()
+
+
+def padded_gates(
+    s_plus: Tensor, s_minus: Tensor, mass: Tensor, tokens: Tensor, row_ids: list[Tensor]
+) -> Tensor:
+    """Summed log base weights over a chain of levels, for each row of the finest level."""
+    total = torch.zeros_like(s_plus)
+    back = torch.arange(s_plus.shape[0], device=s_plus.device)
+    for ids in row_ids:
+        up = s_plus.new_zeros(int(ids.max()) + 1)
+        above_mass = up.index_add(0, ids, mass)
+        above_plus = up.index_add(0, ids, mass * s_plus) / above_mass
+        above_minus = up.index_add(0, ids, mass * s_minus) / above_mass
+        gated = padded_gate(s_plus - above_plus[ids], BUDGET[0], tokens)
+        gated = gated - padded_gate(s_minus - above_minus[ids], BUDGET[1], tokens)
+        total = total + gated[back]
+        tokens, back = up.index_add(0, ids, tokens), ids[back]
+        mass, s_plus, s_minus = above_mass, above_plus, above_minus
+    gated = padded_gate(s_plus, BUDGET[0], tokens) - padded_gate(s_minus, BUDGET[1], tokens)
+    return total + gated[back]
+
+
+def padded_expert(
+    x: Tensor, advantages: Tensor, mu: Tensor, mask: Tensor, share: Tensor, row_ids: list[Tensor]
+) -> Tensor:
+    """Both expert presets, soft: (trajectory, expert) aggregates by einsum over [B, T, P]."""
+    plus, minus = torch.clamp(x, min=0), torch.clamp(-x, min=0)
+    weight = mu * mask
+    mass = torch.einsum("bt,btp->bp", weight, share)
+    tokens = torch.einsum("bt,btp->bp", mask.to(x.dtype), share).clamp(min=1)
+    s_plus = torch.einsum("bt,btp->bp", weight * plus, share) / mass
+    s_minus = torch.einsum("bt,btp->bp", weight * minus, share) / mass
+    log_weight = padded_gates(
+        s_plus.reshape(-1), s_minus.reshape(-1), mass.reshape(-1), tokens.reshape(-1), row_ids
+    ).view_as(mass)
+    token_plus = torch.einsum("btp,bp->bt", share, s_plus)
+    token_minus = torch.einsum("btp,bp->bt", share, s_minus)
+    same = torch.where(x >= 0, token_plus, token_minus)
+    other = torch.where(x >= 0, token_minus, token_plus)
+    sign = torch.where(x >= 0, 1.0, -1.0)
+    fiber = torch.clamp(x - sign * same, -EPSILON, EPSILON) - torch.clamp(-sign * other, -EPSILON, EPSILON)
+    ratio = torch.exp(fiber + torch.einsum("btp,bp->bt", share, log_weight))
+    return (mu * ratio * advantages * mask).sum()
+
+
+def padded_token(name: str, x: Tensor, advantages: Tensor, mu: Tensor, mask: Tensor) -> Tensor:
+    """The objectives without a hierarchy."""
+    if name == "gspo":
+        ratio = torch.exp((x * mask).sum(1) / mask.sum(1)).unsqueeze(1)
+        best = torch.minimum(ratio * advantages, ratio.clamp(1 - 3e-4, 1 + 4e-4) * advantages)
+        return (mu * best * mask).sum()
+    ratio = torch.exp(x)
+    if name == "reinforce":
+        return (mu * ratio * advantages * mask).sum()
+    if name == "cispo":
+        return (mu * ratio.clamp(0.0, 5.0).detach() * advantages * x * mask).sum()
+    if name == "apc":
+        change = ratio - 1
+        size = change.abs() * mask
+        bound = (mask.sum(1, keepdim=True) * sum(BUDGET) - (size.sum(1, keepdim=True) - size)).clamp(min=0)
+        return (mu * (1 + torch.maximum(torch.minimum(change, bound), -bound)) * advantages * mask).sum()
+    upper = 1.28 if name == "dapo" else 1.2
+    best = torch.minimum(ratio * advantages, ratio.clamp(0.8, upper) * advantages)
+    return (mu * best * mask).sum()
+
+
+def row_chain(name: str, batch: Packed) -> list[Tensor]:
+    """Each level's parent node per node, fine to coarse; (row, partition) nodes are flattened."""
+    first = batch.lengths.cumsum(0) - batch.lengths
+    group = batch.keys["prompt_group"][first]
+    domain_of_group = torch.zeros(int(group.max()) + 1, dtype=torch.long, device=group.device)
+    domain_of_group[group] = batch.keys["domain"][first]
+    rows = torch.arange(group.shape[0], device=group.device)
+    p = torch.arange(PARTITIONS, device=group.device)
+
+    def by_partition(parent: Tensor) -> Tensor:
+        return (parent.unsqueeze(1) * PARTITIONS + p).reshape(-1)
+
+    if name == "fiberpo":
+        return []
+    if name == "fiberpo-domain":
+        return [group, domain_of_group]
+    if name == "fiberpo-expert":
+        return [rows.repeat_interleave(PARTITIONS), group, domain_of_group]
+    return [by_partition(group), by_partition(domain_of_group), p.repeat(DOMAINS)]
+
+
+def ours(name: str, batch: Packed, *, metrics: bool) -> Callable[[], Any]:
+    options: dict[str, Any] = {}
+    if name in PRESET_LEVELS:
+        names = ["+".join(level) for level in PRESET_LEVELS[name]]
+        options = {"epsilon": EPSILON, "budgets": dict.fromkeys(names, BUDGET)}
+    objective = build_objective(name, **options)
+    counts = {key: int(ids.max()) + 1 for key, ids in batch.keys.items()}
+
+    def call() -> Any:
+        return objective(
+            batch.log_ratio,
+            batch.advantages,
+            batch.weights,
+            keys=batch.keys,
+            expert_share=batch.share,
+            counts=counts,
+            metrics=metrics,
+        )
+
+    return call
+
+
+def padded(name: str, batch: Packed) -> Callable[[], Tensor]:
+    mask = padding_mask(batch.lengths)
+    x, advantages = pad(batch.log_ratio, batch.lengths), pad(batch.advantages, batch.lengths)
+    mu = pad(batch.weights, batch.lengths)
+    share = None if batch.share is None else pad(batch.share, batch.lengths)
+    chain = row_chain(name, batch) if name in PRESET_LEVELS else []
+
+    def call() -> Tensor:
+        leaf = x.detach().requires_grad_(True)
+        if share is not None:
+            value = padded_expert(leaf, advantages, mu, mask, share, chain)
+        elif name in PRESET_LEVELS:
+            value = padded_fiber(leaf, advantages, mu, mask, chain)
+        else:
+            value = padded_token(name, leaf, advantages, mu, mask)
+        torch.autograd.backward(value)
+        assert leaf.grad is not None
+        return leaf.grad
+
+    return call
+
+
+# ---- measuring ----
+
+
+def best_ms(call: Callable[[], Any], repeats: int, device: str) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 1e3 * min(times)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_mb(call: Callable[[], Any], device: str) -> float:
+    """Peak memory of a call beyond what was held before it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        synchronize(device)
+        del result
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # hand freed memory back, so that the call cannot reuse it
+    Path("/proc/self/clear_refs").write_text("5")  # resets this process's peak resident size
+    before = _status_kb("VmRSS")
+    result = call()
+    peak = _status_kb("VmHWM")
+    del result
+    return (peak - before) / 2**10
+
+
+def _status_kb(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written per second by a large copy."""
+    source = torch.ones(1 << 26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / (best_ms(lambda: target.copy_(source), 5, device) / 1e3)
+
+
+def bytes_in_out(name: str, batch: Packed) -> int:
+    """Inputs the objective reads (with the ids of its keys) and its two outputs, once each."""
+    size = batch.log_ratio.numel()
+    keys = build_objective(name).keys
+    share = 0 if batch.share is None else batch.share.numel() * 4
+    return size * (3 * 4 + 8 * len(keys) + 2 * 4) + share
+
+
+def measure_one(name: str, tokens: int, kind: str, options: argparse.Namespace) -> tuple[float, float]:
+    """(ms, peak MB) of one implementation."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    batch = make_packed(tokens, experts="expert" in name, scale=options.scale, device=options.device)
+    call = padded(name, batch) if kind == "padded" else ours(name, batch, metrics=kind == "ours")
+    call()
+    peak = peak_mb(call, options.device)
+    return best_ms(call, options.repeats, options.device), peak
+
+
+def isolated(name: str, tokens: int, kind: str, options: argparse.Namespace) -> tuple[float, float]:
+    """measure_one in a process of its own, so that peaks do not mix; in this process on a GPU."""
+    if options.device == "cuda":
+        return measure_one(name, tokens, kind, options)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(measure_one, (name, tokens, kind, options))
+
+
+def bench(name: str, tokens: int, bandwidth: float, options: argparse.Namespace) -> Result:
+    batch = make_packed(tokens, experts="expert" in name, scale=options.scale, device="cpu")
+    floor = 1e3 * bytes_in_out(name, batch) / bandwidth
+    padding = batch.lengths.numel() * int(batch.lengths.max()) / batch.log_ratio.numel()
+    full, peak = isolated(name, tokens, "ours", options)
+    bare, _ = isolated(name, tokens, "ours_no_metrics", options)
+    slow, slow_peak = isolated(name, tokens, "padded", options)
+    return Result(
+        name,
+        batch.log_ratio.numel(),
+        batch.lengths.numel(),
+        padding,
+        full,
+        bare,
+        slow,
+        floor,
+        slow / full,
+        slow / bare,
+        full / floor,
+        peak,
+        slow_peak,
+        peak / max(slow_peak, 1e-9),
+    )
+
+
+def table_line(result: Result | None) -> str:
+    heads = (
+        "objective",
+        "tokens",
+        "ours",
+        "no metrics",
+        "padded",
+        "floor",
+        "speedup",
+        "x floor",
+        "peak",
+        "padded peak",
+    )
+    units = ("", "", "ms", "ms", "ms", "ms", "", "", "MB", "MB")
+    if result is None:
+        cells = [f"{head} {unit}".strip() for head, unit in zip(heads, units, strict=True)]
+    else:
+        numbers = (
+            result.ours_ms,
+            result.ours_no_metrics_ms,
+            result.padded_ms,
+            result.floor_ms,
+            result.speedup,
+            result.speedup_no_metrics,
+            result.ours_peak_mb,
+            result.padded_peak_mb,
+        )
+        cells = [result.objective, str(result.tokens), *(f"{number:.1f}" for number in numbers)]
+    return f"{cells[0]:<22}" + "".join(f"{cell:>15}" for cell in cells[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[1 << 16, 1 << 18, 1 << 20, 1 << 22], help="tokens"
+    )
+    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls; the fastest counts")
+    parser.add_argument("--scale", type=float, default=0.05, help="standard deviation of the log ratio")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    bandwidth = copy_bandwidth(options.device)
+    print(f"{options.device}, {options.threads} threads, copy bandwidth {bandwidth / 1e9:.1f} GB/s")
+    print(table_line(None))
+    results = []
+    for tokens in options.sizes:
+        for name in options.objectives:
+            results.append(bench(name, tokens, bandwidth, options))
+            print(table_line(results[-1]), flush=True)
+    if options.json is not None:
+        report = {
+            "device": options.device,
+            "threads": options.threads,
+            "torch": torch.__version__,
+            "copy_bandwidth": bandwidth,
+            "scale": options.scale,
+            "results": [asdict(result) for result in results],
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Makes .venv with everything the demo and the tests need on a machine without GPU. Does nothing when it is current.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+"$python" - <<'PY' || exit 1
+import sys
+if sys.version_info[:2] != (3, 11):
+    sys.exit(f"Python 3.11 is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=/path/to/python3.11 ...")
+PY
+stamp=.venv/.made-from
+wanted=$(cat setup.py tools/requirements-cpu.txt tools/requirements-cpu-nodeps.txt tools/make_env.sh | sha256sum)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
+torch=$(grep '^torch==' tools/requirements-cpu.txt)
+echo "Installing into .venv ($torch and SGLang's CPU parts: about 1.5 GB) ..."
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+pip() { .venv/bin/python -m pip --disable-pip-version-check install --quiet "$@"; }
+# torch first, from wherever pip finds the CPU build, else from PyTorch's own index: nothing later may pull CUDA
+pip "$torch" 2>/dev/null || pip "$torch" --index-url https://download.pytorch.org/whl/cpu
+pip -r tools/requirements-cpu.txt
+pip --no-deps -r tools/requirements-cpu-nodeps.txt
+pip --no-deps --no-build-isolation -e . 2>/dev/null || pip --no-deps -e .
+echo "$wanted" > "$stamp"
