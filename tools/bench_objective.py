@@ -213,7 +213,7 @@ def row_chain(name: str, batch: Packed) -> list[Tensor]:
         return [group, domain_of_group]
     if name == "fiberpo-expert":
         return [rows.repeat_interleave(PARTITIONS), group, domain_of_group]
-    return [by_partition(group), by_partition(domain_of_group), p.repeat(DOMAINS)]
+    return [by_partition(group), by_partition(domain_of_group), p.repeat(domain_of_group.max() + 1)]
 
 
 def ours(name: str, batch: Packed, *, metrics: bool) -> Callable[[], Any]:

@@ -135,7 +135,7 @@ def warn_wide_epsilon(chain: LevelChain, epsilon: Budget) -> None:
         if max(epsilon) > 0.5 * delta:
             warnings.warn(
                 f"epsilon {max(epsilon)} is not well below level {level.name!r}'s delta {delta:g} (C_plus + "
-                "C_minus): the token clip should be the finer control; lower epsilon to at most half of delta, "
-                "or raise the level's budgets",
+                "C_minus): the token clip should be the finer control; lower epsilon to at most half of "
+                "delta, or raise the level's budgets",
                 stacklevel=2,
             )

@@ -103,8 +103,8 @@ def make_node_map(
     if nodes.base_nodes * nodes.partitions > MAX_TABLE_NODES:
         raise ValueError(
             f"level {level_name(keys)!r} needs a table of {nodes.base_nodes} x {nodes.partitions} nodes "
-            f"(limit {MAX_TABLE_NODES}); give its nodes one dense key of their own, or pass the exact counts of "
-            f"{list(keys)} (they are {[sizes[key] for key in keys]} now)"
+            f"(limit {MAX_TABLE_NODES}); give its nodes one dense key of their own, or pass the exact "
+            f"counts of {list(keys)} (they are {[sizes[key] for key in keys]} now)"
         )
     return nodes
 

@@ -1,7 +1,7 @@
-"""Saving and resuming: Megatron's distributed checkpoints, written so that a crash at any moment loses nothing.
+"""Saving and resuming: Megatron's distributed checkpoints, written so that a crash loses no earlier one.
 
-A checkpoint is written into a hidden sibling folder, synced, described by checkpoint.json and only then renamed.
-What bears its final name is complete; an interrupted or failed save leaves the earlier ones as they are.
+A checkpoint is written into a hidden sibling folder, synced, described by checkpoint.json and only then
+renamed. What bears its final name is complete; an interrupted or failed save leaves earlier ones as they are.
 """
 
 import errno
@@ -62,20 +62,21 @@ class CheckpointedPolicy(Protocol):
 def save(policy: CheckpointedPolicy, folder: str | Path, state: Mapping[str, object]) -> None:
     """Write model, optimizer, schedule, every rank's random state and the caller's JSON-able `state`.
 
-    Every rank calls it, on a file system that all share. Raises RuntimeError on every rank, naming folder and
-    cause, when a file cannot be written; earlier checkpoints are untouched. A folder of that name is replaced.
+    Every rank calls it, on a file system that all share. A folder of that name is replaced. Raises
+    RuntimeError on every rank, naming folder and cause, when a file cannot be written; earlier ones are
+    untouched.
     """
     layout = policy.layout
     folder = Path(folder)
     partial = partial_folder(folder)
-    on_first = _Stages(layout, folder)
-    on_first.run(lambda: _fresh(partial), only_first=True)
+    stages = _Stages(layout, folder)
+    stages.run(lambda: _fresh(partial), only_first=True)
     sharded = sharded_state(policy, is_loading=False)
     sharded["random_state"] = random_state(layout.rank, layout.world_size, with_data=True)
     tensors, common = save_preprocess(sharded)
-    on_first.run(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, partial), only_first=True)
-    on_first.run(lambda: _write_tensors(tensors, partial, layout))
-    on_first.run(lambda: _finish(policy, partial, folder, state), only_first=True)
+    stages.run(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, partial), only_first=True)
+    stages.run(lambda: _write_tensors(tensors, partial, layout))
+    stages.run(lambda: _finish(policy, partial, folder, state), only_first=True)
 
 
 class _Stages:
@@ -124,8 +125,8 @@ def _fresh(partial: Path) -> None:
 def _write_tensors(tensors: dict[str, Any], partial: Path, layout: ParallelLayout) -> None:
     """One file a rank, written by this process and synced.
 
-    Megatron's own strategy forks writer processes and a queue manager for every save: seconds for a small model,
-    not allowed in daemonic processes, and a hang where psutil is missing. The format is the same.
+    Megatron's own strategy forks writer processes and a queue manager: seconds for a small model, not allowed
+    in daemonic processes, and a hang where psutil is missing. The format is the same.
     """
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
     torch_checkpoint.save(
@@ -143,7 +144,7 @@ def _finish(policy: CheckpointedPolicy, partial: Path, folder: Path, state: Mapp
     Description(
         step=step_of(folder),
         layout=_dimensions(policy.layout),
-        model=_model_fields(policy.hf_config),
+        model=_model_fields(policy),
         packages=packages(),
         state=state,
         files=sizes(partial),
@@ -172,7 +173,7 @@ def load(policy: CheckpointedPolicy, folder: str | Path) -> dict[str, object]:
     error = None
     try:
         description = describe(folder)
-        _check_model(description, policy.hf_config, folder)
+        _check_model(description, policy, folder)
     except CheckpointError as caught:
         error = str(caught)
     _agree(layout, error, folder)
@@ -205,14 +206,18 @@ def _dimensions(layout: ParallelLayout) -> dict[str, int]:
     return {**{name: getattr(parallel, name) for name in names}, "data": layout.data_size}
 
 
-def _model_fields(hf_config: Mapping[str, Any]) -> dict[str, object]:
-    """The architecture without what may change between runs of the same weights."""
-    fields = asdict(read_architecture(hf_config))
-    return {key: value for key, value in fields.items() if key not in ("initializer_range", "max_positions")}
+def _model_fields(policy: CheckpointedPolicy) -> dict[str, object]:
+    """What decides the tensors of a checkpoint: architecture, precision, kind of optimizer."""
+    fields = asdict(read_architecture(policy.hf_config))
+    for free in ("initializer_range", "max_positions"):
+        fields.pop(free)
+    fields["dtype"] = str(next(policy.models[0].parameters()).dtype).removeprefix("torch.")
+    fields["distributed_optimizer"] = policy.layout.parallel.distributed_optimizer
+    return fields
 
 
-def _check_model(description: Description, hf_config: Mapping[str, Any], folder: Path) -> None:
-    ours = _model_fields(hf_config)
+def _check_model(description: Description, policy: CheckpointedPolicy, folder: Path) -> None:
+    ours = _model_fields(policy)
     differing = [
         f"{key} {description.model.get(key)} (this run: {ours.get(key)})"
         for key in sorted(ours.keys() | description.model.keys())
@@ -220,6 +225,6 @@ def _check_model(description: Description, hf_config: Mapping[str, Any], folder:
     ]
     if differing:
         raise CheckpointError(
-            f"{folder} was written for another model: {', '.join(differing)}; resume with its config.json, or "
-            "start in another run folder"
+            f"{folder} was written for another model: {', '.join(differing)}; resume with the config that "
+            "wrote it, or start in another run folder"
         )

@@ -103,7 +103,7 @@ def describe(folder: str | Path) -> Description:
         description = Description(**read)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{folder} is not a complete checkpoint: it has no {DESCRIPTION}; take an earlier one, or delete it"
+            f"{folder} is not a complete checkpoint: it has no {DESCRIPTION}; take an earlier one"
         ) from error
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
@@ -150,9 +150,10 @@ def latest(root: str | Path) -> Path | None:
 
 
 def prune(root: str | Path, keep: int) -> list[Path]:
-    """Delete all but the `keep` newest complete checkpoints, and remains of unfinished ones; returns the deleted.
+    """Delete all but the `keep` newest complete checkpoints, and remains of unfinished ones.
 
-    One rank calls it, while no checkpoint is being written. The newest complete one is never deleted.
+    Returns the deleted ones. One rank calls it, while no checkpoint is being written. The newest complete one is
+    never deleted.
     """
     root = Path(root)
     doomed = complete_steps(root)[: -max(keep, 1)]

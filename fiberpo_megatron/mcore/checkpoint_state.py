@@ -35,8 +35,8 @@ def sharded_state(policy: Any, is_loading: bool) -> dict[str, Any]:
 
 @contextmanager
 def _cheap_collections() -> Iterator[None]:
-    """Megatron calls gc.collect() for each of its optimizers: half a second of a small model's save, were it to
-    walk over everything that was imported."""
+    """Megatron calls gc.collect() for each of its optimizers: half a second of a small model's save, if it
+    walks over everything that was imported."""
     gc.freeze()
     try:
         yield

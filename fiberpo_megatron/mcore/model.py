@@ -98,7 +98,7 @@ def transformer_config(
         recompute_granularity="full" if model.recompute == "full" else None,
         recompute_method="uniform" if model.recompute == "full" else None,
         recompute_num_layers=1 if model.recompute == "full" else None,
-        **_expert_options(architecture, model),
+        **_expert_options(architecture, model, dtype),
         **activate().transformer_options(),
     )
 
@@ -107,14 +107,14 @@ def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
-def _expert_options(architecture: Architecture, model: ModelConfig) -> dict[str, Any]:
+def _expert_options(architecture: Architecture, model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     if architecture.experts is None:
         return {}
     return {
         "num_moe_experts": architecture.experts,
         "moe_ffn_hidden_size": architecture.ffn_size,
         "moe_router_topk": architecture.experts_per_token,
-        "moe_router_dtype": "fp32",
+        "moe_router_dtype": "fp64" if dtype is torch.float64 else "fp32",
         # softmax over the chosen experts equals the softmax over all, renormalised over the chosen
         "moe_router_pre_softmax": not architecture.norm_topk_prob,
         "moe_router_load_balancing_type": "aux_loss" if model.router_aux_loss else "none",

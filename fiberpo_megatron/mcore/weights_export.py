@@ -50,7 +50,7 @@ def export_hf(
     """Hugging Face names and full tensors in a fixed order (embedding, layers, norm, output), one at a time.
 
     Every rank iterates to the end. Rank 0 gets the tensors, on the model's device and not sharing memory with
-    it; other ranks get empty ones of the same type. Floating-point tensors are cast to `dtype` if it is given.
+    it; other ranks get empty ones of the same type. Floating-point tensors are cast to `dtype` when given.
     Rank 0 holds about `bucket_bytes` of foreign shards at a time. Parameters have to be whole: finish an
     overlapped parameter gather first. Raises ValueError for a family without a table.
     """

@@ -69,8 +69,8 @@ def local_weights(
             found.append(LocalWeight(canonical, tensor, rule, match, shard))
     if strangers:
         raise ValueError(
-            f"no rule in the weight table for the parameter(s) {', '.join(strangers)}; the model has a part that "
-            "this family's table does not describe"
+            f"no rule in the weight table for the parameter(s) {', '.join(strangers)}; the model has a part "
+            "that this family's table does not describe"
         )
     return sorted(found, key=lambda weight: family.position(weight.name))
 

@@ -174,8 +174,8 @@ class Qkv:
         fused = (dims.heads + 2 * dims.kv_heads) * dims.head_dim
         if local[0] * size != fused:
             raise ValueError(
-                f"{local[0]} rows x {size} shards, but {dims.heads} query and {dims.kv_heads} key-value heads "
-                f"of size {dims.head_dim} make {fused}"
+                f"{local[0]} rows x {size} shards, but {dims.heads} query and {dims.kv_heads} key-value "
+                f"heads of size {dims.head_dim} make {fused}"
             )
         return [(heads * dims.head_dim, *local[1:]) for heads in (dims.heads, dims.kv_heads, dims.kv_heads)]
 

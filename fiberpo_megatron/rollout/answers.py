@@ -1,4 +1,4 @@
-"""SGLang's JSON answers, checked and turned into types. A bad answer raises ValueError; the client adds the server."""
+"""SGLang's JSON answers, checked and turned into types. A bad one raises ValueError; the client adds the server."""
 
 import base64
 import math
@@ -56,8 +56,8 @@ def experts_array(encoded: str, rows: int, layers: int, top_k: int) -> NDArray[n
     raw = base64.b64decode(encoded, validate=True)
     if len(raw) != 4 * rows * layers * top_k:
         raise ValueError(
-            f"routed_experts has {len(raw)} bytes, {4 * rows * layers * top_k} were expected for {rows} positions x "
-            f"{layers} layers x top-{top_k}"
+            f"routed_experts has {len(raw)} bytes, {4 * rows * layers * top_k} were expected for {rows} positions "
+            f"x {layers} layers x top-{top_k}"
         )
     return np.frombuffer(raw, dtype="<i4").astype(np.int32).reshape(rows, layers, top_k)
 

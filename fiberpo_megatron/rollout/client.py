@@ -27,7 +27,7 @@ from fiberpo_megatron.types import Completion
 
 CONTROL_TIMEOUT_S = 60.0
 KEEP_ALIVE_S = 3.0
-"""Idle connections are dropped sooner than the server drops them (5 s), so that none is used while it closes."""
+"""Idle connections are dropped sooner than the server drops them (5 s): none is used while it closes."""
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,10 @@ class EngineClient:
             )
 
     async def tensor_parallel_size(self, timeout_s: float = CONTROL_TIMEOUT_S) -> int:
-        """Ranks among which the server splits its weights. Refuses a server with data-parallel replicas: SGLang
-        cannot update those by broadcast."""
+        """Ranks among which the server splits its weights.
+
+        Refuses a server with data-parallel replicas: SGLang cannot update those by broadcast.
+        """
         answer = await self._call("GET", "/server_info", None, timeout_s)
         with self._answer_errors("/server_info"):
             if answers.field(answer, "dp_size", int) != 1:
@@ -217,8 +219,13 @@ class EngineClient:
     # Weights
 
     async def update_weights_from_disk(self, folder: Path, version: str, timeout_s: float) -> None:
-        """Load safetensors of `folder` (a path on the server's machine) in place; refused: old weights stay."""
-        request = {"model_path": str(folder), "weight_version": version}
+        """Load the safetensors of `folder` (a path on the server's machine) in place.
+
+        A folder that cannot be read leaves the old weights. A tensor of the wrong shape kills the server: its
+        rollback reads the same folder.
+        """
+        # load_format: a server that was started with random weights would draw random ones again
+        request = {"model_path": str(folder), "weight_version": version, "load_format": "auto"}
         await self._command("/update_weights_from_disk", request, timeout_s)
 
     async def begin_weight_update(self, timeout_s: float) -> None:
@@ -257,7 +264,10 @@ class EngineClient:
         version: str | None,
         timeout_s: float,
     ) -> None:
-        """Receive one flat bucket of these tensors from rank 0 of `group` and load it. `version`: after the last."""
+        """Receive one flat bucket of these tensors from rank 0 of `group` and load it.
+
+        `version`: given with the last bucket.
+        """
         request: dict[str, object] = {
             "names": list(names),
             "dtypes": list(dtypes),

@@ -51,6 +51,8 @@ def server_command(server: Server, config: EngineConfig) -> list[str]:
         "--port",
         str(server.port),
     ]
+    if not any(server.model.glob("*.safetensors")):
+        command += ["--load-format", "dummy"]
     command += ["--nccl-port", str(server.internal_port), "--dtype", server.dtype]
     command += ["--random-seed", str(server.seed), "--max-running-requests", str(config.max_running_requests)]
     # token ids in and out: no tokenizer, no text, no grammar
@@ -66,7 +68,7 @@ def server_command(server: Server, config: EngineConfig) -> list[str]:
         command += ["--mem-fraction-static", str(config.memory_fraction)]
     else:
         command += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
-        command += ["--disable-overlap-schedule", "--disable-cuda-graph"]
+        command += ["--disable-overlap-schedule", "--disable-cuda-graph", "--disable-radix-cache"]
     tokens = config.max_total_tokens or (None if server.gpu else CPU_KV_TOKENS)
     if tokens is not None:
         command += ["--max-total-tokens", str(tokens)]

@@ -2,12 +2,14 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,6 @@ from fiberpo_megatron.rollout.ports import free_ports, is_free
 
 POLL_S = 0.1
 CHECK_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 15.0
 LAUNCHER = Path(__file__).with_name("launcher.py")
 
 
@@ -42,13 +43,14 @@ def engines(
 ) -> Iterator[list[EngineAddress]]:
     """Healthy engines; those that were started here are stopped at the end, whatever the reason.
 
-    `model`: Hugging Face folder. `folder`: gets engine_<i>.log. `dtype`: used where `engine.dtype` is auto.
-    `host`: address to bind, reachable by all ranks. `first_gpu`: server i takes `engine.tensor` GPUs from
-    first_gpu + i * engine.tensor. `gpu` unset: whether torch sees one. `deterministic` (unset: without a GPU):
-    honour per-request sampling seeds.
+    `model`: Hugging Face folder; without safetensors the weights are random until the first publication.
+    `folder`: gets engine_<i>.log. `dtype`: used where `engine.dtype` is auto. `host`: address to bind, which all
+    ranks must reach. `first_gpu`: server i takes `engine.tensor` GPUs from first_gpu + i * engine.tensor.
+    `gpu` unset: whether torch sees one. `deterministic` (unset: without a GPU): honour per-request sampling seeds.
 
-    Raises EngineStartError (busy port, missing sglang, exit or no health before `engine.start_timeout_s`, with the
-    log's tail) and EngineUnreachable for a given address without a server.
+    Call it from a thread that outlives the engines. Raises EngineStartError (busy port, missing sglang, exit or no
+    health before `engine.start_timeout_s`, with the log's tail), and EngineUnreachable for a given address
+    without a server.
     """
     if config.urls:
         addresses = [EngineAddress(url.rstrip("/")) for url in config.urls]
@@ -105,7 +107,7 @@ def check_startable(config: EngineConfig, model: Path, host: str) -> None:
             raise EngineStartError(
                 f"http://{host}:{port}",
                 f"port {port} is in use by another process",
-                "Stop that process, choose another rollout.engine.port, or leave it unset to have a free one found",
+                "Stop that process, change rollout.engine.port, or leave it unset to have a free one found",
             )
 
 
@@ -128,6 +130,8 @@ class EngineProcess:
 
     address: EngineAddress
     process: "subprocess.Popen[bytes]"
+    temporary: Path
+    """Its sockets and other temporary files, which SGLang leaves behind."""
 
     def wait_until_healthy(self, deadline: float) -> None:
         """Return once the server has generated a token. `deadline`: of time.monotonic()."""
@@ -158,42 +162,34 @@ class EngineProcess:
 def start_server(server: Server, config: EngineConfig, log: Path) -> EngineProcess:
     """Start one server in a process group of its own; it dies with this process, even at kill -9."""
     command = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *server_command(server, config)]
+    temporary = tempfile.mkdtemp(prefix="fiberpo-engine-")
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=server_environment(os.environ, config, server.gpu),
+            env=server_environment(os.environ, config, server.gpu) | {"TMPDIR": temporary},
             start_new_session=True,
         )
-    return EngineProcess(EngineAddress(f"http://{server.host}:{server.port}", log), process)
+    return EngineProcess(EngineAddress(f"http://{server.host}:{server.port}", log), process, Path(temporary))
 
 
-def stop_all(started: Sequence[EngineProcess], timeout_s: float = STOP_TIMEOUT_S) -> None:
-    """SIGTERM to every server, SIGKILL to the process groups of those that remain after `timeout_s`."""
+def stop_all(started: Sequence[EngineProcess]) -> None:
+    """SIGKILL to the process groups; returns when the servers are gone.
+
+    No SIGTERM first: SGLang looks for it every 5 s only, and a server holds nothing that is worth saving.
+    """
     for engine in started:
-        engine.process.terminate()
-    deadline = time.monotonic() + timeout_s
+        with suppress(ProcessLookupError):
+            os.killpg(engine.process.pid, signal.SIGKILL)
     for engine in started:
-        try:
-            engine.process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            _kill_group(engine.process.pid)
-            engine.process.wait()
-
-
-def _kill_group(group: int) -> None:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+        engine.process.wait()
+        shutil.rmtree(engine.temporary, ignore_errors=True)
 
 
 def _generates(http: httpx.Client, timeout_s: float) -> bool:
-    """Whether the server answers a request for one token. (SGLang's /health does the same and then sleeps 1 s.)"""
+    """Whether the server generates a token. (SGLang's /health asks for one too, and then sleeps 1 s.)"""
     request = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
     try:
         return http.post("/generate", json=request, timeout=timeout_s).status_code == httpx.codes.OK

@@ -1,4 +1,4 @@
-"""What can go wrong with an engine: one small tree, every message with the server, what was seen and the fix."""
+"""What can go wrong with an engine: a small tree; every message has the server, what was seen and the fix."""
 
 from pathlib import Path
 

@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]
 
 
 def response_seeds(seed: int, count: int) -> list[int]:
-    """`count` sampling seeds of one prompt: hashed, so that neighbouring prompts never share a response's seed."""
+    """`count` sampling seeds of one prompt; hashed, so that neighbouring prompts share none."""
     digests = (hashlib.blake2b(f"{seed}:{i}".encode(), digest_size=8).digest() for i in range(count))
     return [int.from_bytes(digest, "little") >> 1 for digest in digests]
 
@@ -39,8 +39,8 @@ async def generate(
     """`count` responses to each prompt, in order. The first failure cancels the rest and is raised.
 
     A prompt's responses travel as one request; it goes to the engine with the fewest responses in flight.
-    `max_concurrent`: responses in flight, all engines together (one prompt's at least). `seeds`: one per prompt;
-    the same seed, weights and sampling then give the same responses whatever else the engines do.
+    `max_concurrent`: responses in flight, all engines together (one prompt's at least). `seeds`: one per
+    prompt; the same seed, weights and sampling then give the same responses whatever else the engines do.
     """
     slots = asyncio.Semaphore(max(1, max_concurrent // count))
     in_flight = [0] * len(clients)
@@ -84,8 +84,8 @@ async def _all_or_first_error(work: Sequence[Awaitable[list[Completion]]]) -> li
 class EngineSampler:
     """The trainer's sampler: synchronous, with a thread for the network. Close it when done.
 
-    `vocabulary`: token ids of a prompt must lie below it (SGLang's scheduler crashes on others when it runs without
-    tokenizer). `timeout_s`: of one prompt's request. `transport`: the network seam for tests.
+    `vocabulary`: token ids of a prompt must lie below it (without tokenizer, others kill SGLang's scheduler).
+    `timeout_s`: of one prompt's request. `transport`: the network seam for tests.
     """
 
     def __init__(

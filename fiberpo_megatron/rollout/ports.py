@@ -4,7 +4,7 @@ import random
 import socket
 
 LOWEST, HIGHEST = 18000, 21999
-"""Below the kernel's ephemeral range, which connections take ports from, and below SGLang's own picks (22000 on)."""
+"""Below the kernel's ephemeral range, from which connections take ports, and below SGLang's own picks (22000)."""
 
 
 def is_free(port: int, host: str) -> bool:

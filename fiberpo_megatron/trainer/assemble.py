@@ -26,13 +26,15 @@ from fiberpo_megatron.telemetry.gpu import GpuMonitor
 from fiberpo_megatron.telemetry.metrics import Kind
 from fiberpo_megatron.telemetry.report import write_report
 from fiberpo_megatron.telemetry.sinks import open_sinks
-from fiberpo_megatron.telemetry.timers import Timers
+from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.generation import Generator
 from fiberpo_megatron.trainer.loop import Training, evaluate, publish, train
 from fiberpo_megatron.trainer.recorder import RunCheckpoints, RunRecorder
 from fiberpo_megatron.trainer.sft import fine_tune
 from fiberpo_megatron.trainer.together import together
-from fiberpo_megatron.weight_sync import Publisher, build_publisher
+from fiberpo_megatron.weight_sync.base import Publisher
+from fiberpo_megatron.weight_sync.disk import DiskPublisher
+from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def run_sft(config: Config, resume: bool) -> None:
         policy = build_policy(config, base.hf_config, base.layout, total_steps=config.sft.steps)
         start = _restore(base, policy, resume)
         recorder = stack.enter_context(_recorder(base, start, config.sft.steps, ("sft",), "warm-up"))
-        fine_tune(config, policy, base.prompts, recorder, base.checkpoints, Timers(), start)
+        fine_tune(config, policy, base.prompts, recorder, base.checkpoints, PhaseTimers(), start)
         _finish(base, policy)
 
 
@@ -137,16 +139,7 @@ def _training(base: Base, policy: MegatronPolicy, start: int, kinds: Collection[
         )
         reward = build_reward(config.data, config.run.seed)
         stack.callback(reward.close)
-        publisher: Publisher = stack.enter_context(
-            build_publisher(
-                config.weight_sync,
-                addresses,
-                leader=base.layout.rank == 0,
-                model=config.model.path,
-                folder=config.weight_sync.folder or config.run.folder / "published",
-                engine_tensor=config.rollout.engine.tensor,
-            )
-        )
+        publisher = stack.enter_context(_publisher(base, addresses))
         recorder = stack.enter_context(_recorder(base, start, config.trainer.steps, kinds, "training"))
         yield Training(
             config=config,
@@ -159,7 +152,7 @@ def _training(base: Base, policy: MegatronPolicy, start: int, kinds: Collection[
             publisher=publisher,
             recorder=recorder,
             checkpoints=base.checkpoints,
-            timers=Timers(),
+            timers=PhaseTimers(),
         )
 
 
@@ -190,6 +183,19 @@ def _engines(base: Base, stack: ExitStack) -> list[EngineAddress]:
     return addresses or [EngineAddress(url) for url in json.loads(urls)]
 
 
+def _publisher(base: Base, addresses: list[EngineAddress]) -> Publisher:
+    config, settings = base.config, base.config.weight_sync
+    leader = base.layout.rank == 0
+    if settings.method == "disk":
+        folder = settings.folder or config.run.folder / "published"
+        return DiskPublisher(
+            addresses, model=config.model.path, folder=folder, leader=leader, timeout_s=settings.timeout_s
+        )
+    return DistributedPublisher(
+        addresses, leader=leader, timeout_s=settings.timeout_s, bucket_mib=settings.bucket_mib
+    )
+
+
 @contextmanager
 def _recorder(base: Base, start: int, steps: int, kinds: Collection[Kind], title: str) -> Iterator[RunRecorder]:
     config = base.config
@@ -201,7 +207,7 @@ def _recorder(base: Base, start: int, steps: int, kinds: Collection[Kind], title
                     config.run.folder,
                     config.telemetry,
                     title=title,
-                    done_steps=start,
+                    first_step=start,
                     total_steps=steps,
                     kinds=kinds,
                     config=config.model_dump(mode="json"),

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fiberpo_megatron.config import Config
-from fiberpo_megatron.telemetry.timers import Timers
+from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.advantages import group_advantages
 from fiberpo_megatron.trainer.batch import flatten, mini_batches
 from fiberpo_megatron.trainer.generation import Generator, share
@@ -44,7 +44,7 @@ class Recorder(Protocol):
     """Where metrics and samples go. Called on every rank; writes on the ranks that should."""
 
     def record(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
-        """`step`: training steps done."""
+        """`step`: of "train" and "sft" records the step's index from 0, of "eval" records the steps done."""
         ...
 
     def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None: ...
@@ -66,7 +66,7 @@ class Training:
     publisher: Publisher
     recorder: Recorder
     checkpoints: Checkpoints
-    timers: Timers
+    timers: PhaseTimers
 
 
 def train(run: Training, start: int = 0) -> None:
@@ -77,11 +77,10 @@ def train(run: Training, start: int = 0) -> None:
         evaluate(run, 0)
     for step in range(start, config.trainer.steps):
         done = step + 1
-        with run.timers("total"):
-            rollouts = generate(run, step)
-            metrics = learn(run, rollouts)
-            publish(run, done, probe=rollouts)
-        run.recorder.record("train", done, metrics | _throughput(rollouts, run.timers.take()))
+        rollouts = generate(run, step)
+        metrics = learn(run, rollouts)
+        publish(run, done, probe=rollouts)
+        run.recorder.record("train", step, metrics | _throughput(rollouts, run.timers.read()))
         if _due(done, config.evaluation.every_steps, config.trainer.steps):
             evaluate(run, done)
         if _due(done, config.checkpoint.every_steps, config.trainer.steps):
@@ -173,11 +172,12 @@ def _rollout_summary(rollouts: RolloutBatch, names: Sequence[str]) -> dict[str, 
 
 
 def _throughput(rollouts: RolloutBatch, seconds: Mapping[str, float]) -> dict[str, float]:
-    """Times of the phases since the last record, and tokens (prompts included) over the step's total."""
+    """Times of the phases since the last record, and tokens (prompts included) over all of it."""
+    total = seconds["seconds/total"]
     return {
-        **{f"seconds/{phase}": value for phase, value in seconds.items()},
-        "tokens_per_second": len(rollouts.tokens) / seconds["total"],
-        "gate/time_share": seconds["gate"] / seconds["total"],
+        **seconds,
+        "tokens_per_second": len(rollouts.tokens) / total,
+        "gate/time_share": seconds["seconds/gate"] / total,
     }
 
 

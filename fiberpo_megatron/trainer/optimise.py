@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.telemetry.metrics import combine
-from fiberpo_megatron.telemetry.timers import Timers
+from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.batch import MiniBatch
 from fiberpo_megatron.types import Coefficients, Layout, OptimizerStep, Policy, TokenScores
 
@@ -70,7 +70,7 @@ def optimise(
     *,
     epochs: int,
     temperature: float,
-    timers: Timers,
+    timers: PhaseTimers,
 ) -> dict[str, float]:
     """Take len(parts) x epochs optimiser steps; metrics are complete on last-stage ranks."""
     layout = policy.layout

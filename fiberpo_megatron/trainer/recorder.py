@@ -28,7 +28,7 @@ class RunRecorder:
 
     def record(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
         if self.sinks is not None:
-            self.sinks.record(kind, step, {**metrics, **gpu_metrics(self.gpu.read())})
+            self.sinks.write(step, kind, {**metrics, **gpu_metrics(self.gpu.read())})
 
     def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         if self.layout.is_leader and self.layout.data_rank == 0:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.data.packing import assign_rows, pack, padded_lengths
 from fiberpo_megatron.data.prompts import Example
-from fiberpo_megatron.telemetry.timers import Timers
+from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.loop import Checkpoints, Recorder
 from fiberpo_megatron.types import Coefficients, Policy, RolloutBatch
 
@@ -46,18 +46,18 @@ def fine_tune(
     examples: Examples,
     recorder: Recorder,
     checkpoints: Checkpoints,
-    timers: Timers,
+    timers: PhaseTimers,
     start: int = 0,
 ) -> None:
     """Maximise the mean log-prob of the target tokens for `sft.steps` optimiser steps."""
     layout = policy.layout
     for step in range(start, config.sft.steps):
         batch = supervised_batch(examples.examples_at(config.run.seed, step, config.sft.examples))
-        with timers("total"):
-            metrics = _step(config, policy, batch)
-        seconds = timers.take()["total"]
+        metrics = _step(config, policy, batch)
+        seconds = timers.read()
+        metrics["tokens_per_second"] = len(batch.tokens) / seconds["seconds/total"]
+        recorder.record("sft", step, metrics | seconds)
         done = step + 1
-        recorder.record("sft", done, metrics | {"tokens_per_second": len(batch.tokens) / seconds, "seconds/total": seconds})
         if done == config.sft.steps or (config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0):
             checkpoints.save(policy, done)
 

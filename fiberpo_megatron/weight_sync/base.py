@@ -1,4 +1,4 @@
-"""What all ways of publishing share: who talks to the engines, the pause around an update, the version check."""
+"""What all ways of publishing share: who talks to the engines, the pause around an update, the checks."""
 
 import asyncio
 import time
@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from fiberpo_megatron.rollout.background import BackgroundLoop
 from fiberpo_megatron.rollout.client import EngineAddress, EngineClient
 from fiberpo_megatron.rollout.errors import EngineError
+from fiberpo_megatron.weight_sync.manifest import Manifest
 
 Weights = Iterator[tuple[str, Tensor]]
 """Hugging Face names and full tensors. Every rank iterates it to the end (gathering a tensor is collective);
@@ -38,13 +40,15 @@ class Deadline:
 class Publisher(ABC):
     """Publishes weights to all engines. Every rank calls `publish`; only the leader (rank 0) talks to engines.
 
-    `timeout_s`: bound of one publication. `transport`: the network seam for tests.
+    `model`: Hugging Face folder whose tensors a publication must have. `timeout_s`: bound of one publication.
+    `transport`: the network seam for tests.
     """
 
     def __init__(
         self,
         engines: Sequence[EngineAddress],
         *,
+        model: Path,
         leader: bool,
         timeout_s: float,
         transport: httpx.AsyncBaseTransport | None = None,
@@ -53,17 +57,18 @@ class Publisher(ABC):
             raise ValueError("no engines to publish to; give rollout.engine.urls or let the run start some")
         self.leader, self.timeout_s = leader, timeout_s
         self.clients = [EngineClient(e, timeout_s, transport=transport) for e in engines] if leader else []
+        self._manifest = Manifest(model) if leader else None
         self._loop = BackgroundLoop("weight-sync") if leader else None
 
     def publish(self, weights: Weights, version: str) -> None:
         """Load `weights` into every engine as `version`; running requests go on with the new weights.
 
-        Raises EngineError naming the engine. The weights are drained on every rank in any case, so that no rank
-        waits in a gather for one that failed.
+        Raises EngineError naming the engine, and ValueError for weights that are not the model's. The weights are
+        drained on every rank in any case, so that no rank waits in a gather for one that failed.
         """
         try:
-            if self.leader:
-                self._send(weights, version, Deadline(self.timeout_s))
+            if self._manifest is not None:
+                self._send(self._manifest.checked(weights), version, Deadline(self.timeout_s))
                 self._check_version(version)
         finally:
             for _ in weights:

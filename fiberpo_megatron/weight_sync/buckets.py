@@ -41,8 +41,8 @@ class Bucket:
 def buckets(weights: Weights, limit: int) -> Iterator[tuple[Bucket, bool]]:
     """(bucket, whether it is the last one). A bucket has at most `limit` bytes, or one tensor.
 
-    A tensor whose element size does not divide its offset (float32 after an odd number of bfloat16) begins a new
-    bucket: the engine views the bytes in place.
+    A tensor whose element size does not divide its offset (float32 after an odd number of bfloat16) begins a
+    new bucket: the engine views the bytes in place.
     """
     bucket = Bucket()
     for name, tensor in weights:

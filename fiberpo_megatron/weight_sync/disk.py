@@ -20,8 +20,7 @@ CONFIGURATION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py"}
 class DiskPublisher(Publisher):
     """Writes <folder>/<version>/ in one move, has every engine load it, and removes older versions.
 
-    `model`: Hugging Face folder from which configuration and tokenizer files are copied. `shard_bytes`: size at
-    which a safetensors file ends.
+    Configuration and tokenizer files are copied from `model`. `shard_bytes`: size at which a safetensors file ends.
     """
 
     def __init__(
@@ -35,7 +34,7 @@ class DiskPublisher(Publisher):
         shard_bytes: int = SHARD_BYTES,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        super().__init__(engines, leader=leader, timeout_s=timeout_s, transport=transport)
+        super().__init__(engines, model=model, leader=leader, timeout_s=timeout_s, transport=transport)
         self.model, self.folder, self.shard_bytes = model, folder.resolve(), shard_bytes
 
     def _send(self, weights: Weights, version: str, deadline: Deadline) -> None:
@@ -72,8 +71,6 @@ def write_shards(weights: Weights, folder: Path, shard_bytes: int) -> None:
         places.update(dict.fromkeys(shard, name))
 
     for name, tensor in weights:
-        if name in shard or name in places:
-            raise ValueError(f"the weight {name} was exported twice")
         if shard and size + tensor.nbytes > shard_bytes:
             finish()
             shard, size = {}, 0

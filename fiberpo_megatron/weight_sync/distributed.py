@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from itertools import accumulate
+from pathlib import Path
 
 import httpx
 import torch
@@ -34,13 +35,14 @@ class DistributedPublisher(Publisher):
         self,
         engines: Sequence[EngineAddress],
         *,
+        model: Path,
         leader: bool,
         timeout_s: float,
         bucket_mib: int,
         backend: str | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        super().__init__(engines, leader=leader, timeout_s=timeout_s, transport=transport)
+        super().__init__(engines, model=model, leader=leader, timeout_s=timeout_s, transport=transport)
         self.bucket_bytes = bucket_mib * MIB
         self.backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
         self.device = torch.device("cuda" if self.backend == "nccl" else "cpu")
@@ -152,7 +154,8 @@ def _in_thread(work: Callable[[], None]) -> "Future[None]":
 
     def run() -> None:
         try:
-            future.set_result(work())
+            work()
+            future.set_result(None)
         except BaseException as error:
             future.set_exception(error)
 

@@ -1,8 +1,8 @@
 """The process group of trainer rank 0 and the engines, outside torch's default group.
 
-It is built from torch's backend class alone and registered nowhere: the trainer's own groups (and Megatron's) stay
-untouched, and an eagerly initialised default group is not split for it. The store prefixes are those under which
-SGLang (`init_custom_process_group`) and torch (`_new_process_group_helper`) look for the other side.
+It is built from torch's backend class alone and registered nowhere: the trainer's own groups (and Megatron's)
+stay untouched, and an eagerly initialised default group is not split for it. The store prefixes are those under
+which SGLang (`init_custom_process_group`) and torch (`_new_process_group_helper`) look for the other side.
 """
 
 import socket
@@ -27,8 +27,10 @@ def store_host(engine_urls: list[str]) -> str:
 
 
 class UpdateGroup:
-    """Rank 0 of `size` ranks; the engines are the others. `connect` blocks until all of them have joined (gloo) or
-    returns at once and the first broadcast waits (NCCL)."""
+    """Rank 0 of `size` ranks; the engines are the others.
+
+    `connect` blocks until all have joined (gloo), or returns at once and the first broadcast waits (NCCL).
+    """
 
     def __init__(self, name: str, backend: str, host: str, size: int, timeout_s: float) -> None:
         self.name, self.backend, self.size = name, backend, size

@@ -1,4 +1,4 @@
-"""Does an engine compute with the weights that the trainer has? Compares both sides' log-probs of the same tokens."""
+"""Does an engine compute with the trainer's weights? Compares both sides' log-probs of the same tokens."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,13 +19,13 @@ def compare_log_probs(
 ) -> float:
     """Mean absolute difference of two [n] log-prob arrays of the same tokens, at the same temperature.
 
-    Raises WeightMismatch, with both figures, when it exceeds `tolerance`, when a value is not finite, or when the
-    engine's `reported_version` is not `version`; ValueError when the shapes differ or are empty.
+    Raises WeightMismatch, with both figures, when it exceeds `tolerance`, when a value is not finite, or when
+    the engine's `reported_version` is not `version`; ValueError when the shapes differ or are empty.
     """
     ours, theirs = np.asarray(trainer, dtype=np.float64), np.asarray(engine_log_probs, dtype=np.float64)
     if ours.shape != theirs.shape or ours.ndim != 1 or ours.size == 0:
         raise ValueError(
-            f"log-probs to compare have shapes {ours.shape} and {theirs.shape}; both must be [n], n > 0"
+            f"cannot compare log-probs of shapes {ours.shape} and {theirs.shape}; both must be [n > 0]"
         )
     difference = np.abs(ours - theirs)
     worst = int(np.argmax(np.where(np.isfinite(difference), difference, np.inf)))
@@ -41,8 +41,8 @@ def compare_log_probs(
         )
     if not mean <= tolerance:  # also true for nan
         raise WeightMismatch(
-            f"after publishing weights {version!r}, {engine} and the trainer disagree: {figures}; the tolerance of the "
-            f"mean is {tolerance:g}. The publication lost or mixed weights, or the two sides compute in different "
-            "types (rollout.engine.dtype, weight_sync.verify_tolerance)"
+            f"after publishing weights {version!r}, {engine} and the trainer disagree: {figures}; the tolerance of "
+            f"the mean is {tolerance:g}. The publication lost or mixed weights, or the two sides compute in "
+            "different types (rollout.engine.dtype, weight_sync.verify_tolerance)"
         )
     return mean

@@ -10,7 +10,7 @@ import torch
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.fibration import build_objective
 from fiberpo_megatron.rewards import Score
-from fiberpo_megatron.telemetry.timers import Timers
+from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.generation import Generator
 from fiberpo_megatron.trainer.loop import Training, train
 from fiberpo_megatron.types import Prompt, RolloutGroup
@@ -63,7 +63,7 @@ def training(objective: str = "fiberpo", *, engine: FakeEngine | None = None, **
     memory, engine = Memory(), engine or FakeEngine(seed=0)
     generator = Generator(engine, lambda ids: " ".join(map(str, ids)), FirstToken(), seed=0)
     run = Training(
-        config, TablePolicy(30.0), CountingPrompts(), generator, build_objective(objective), engine, memory, memory, Timers()
+        config, TablePolicy(30.0), CountingPrompts(), generator, build_objective(objective), engine, memory, memory, PhaseTimers()
     )
     return run, memory
 
@@ -81,7 +81,7 @@ def test_what_a_run_records():
     run, memory = training()
     train(run)
     assert [(kind, step) for kind, step, _ in memory.records] == [
-        ("eval", 0), ("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("eval", 3)
+        ("eval", 0), ("train", 0), ("train", 1), ("eval", 2), ("train", 2), ("eval", 3)
     ]  # fmt: skip
     assert memory.saved == [1, 2, 3] and memory.samples == [(0, 12), (1, 12), (2, 12)]
     record = memory.records[-2][2]
@@ -113,7 +113,7 @@ def test_resuming_sees_the_same_prompts_as_running_straight():
     train(whole)
     part, after = training(trainer={"steps": 4})
     train(part, start=2)
-    assert [step for kind, step, _ in after.records if kind == "train"] == [3, 4]
+    assert [step for kind, step, _ in after.records if kind == "train"] == [2, 3]
     assert after.samples == memory.samples[2:]
 
 

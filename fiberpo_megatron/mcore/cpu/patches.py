@@ -71,8 +71,6 @@ class _CudaToCpu(TorchFunctionMode):
                 kwargs = {**kwargs, "device": "cpu"}
             if kwargs.get("pin_memory"):
                 kwargs = {**kwargs, "pin_memory": False}
-        elif func is torch.Tensor.type and len(args) == 1:
-            return func(*args).replace("torch.", "torch.cuda.", 1)
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], "cpu", *args[2:])
         return func(*args, **(kwargs or {}))
@@ -82,6 +80,19 @@ def _cuda_literals() -> Undo:
     mode = _CudaToCpu()
     mode.__enter__()
     return lambda: mode.__exit__(None, None, None)
+
+
+def _cuda_type_names() -> Undo:
+    stock = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = stock(self, *args, **kwargs)
+        # Under a function mode torch calls this method twice, the second time from inside `stock`.
+        if not isinstance(answer, str) or answer.startswith("torch.cuda."):
+            return answer
+        return answer.replace("torch.", "torch.cuda.", 1)
+
+    return _replace(torch.Tensor, type=type_)
 
 
 class _NoStream:
@@ -208,9 +219,13 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "cuda_literals",
-        'device="cuda" and .cuda() stand in Megatron\'s code where no setting reaches; and its mixed-precision '
-        "optimizers compare Tensor.type() with the CUDA names",
+        'device="cuda" and .cuda() stand in Megatron\'s code where no setting reaches',
         _cuda_literals,
+    ),
+    Patch(
+        "cuda_type_names",
+        "the mixed-precision and distributed optimizers compare Tensor.type() with the names of CUDA tensors",
+        _cuda_type_names,
     ),
     Patch(
         "random_state",

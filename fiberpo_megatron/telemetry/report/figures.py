@@ -1,0 +1,171 @@
+"""Charts as inline SVG: lines and stacked areas over the steps of a run."""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+
+from fiberpo_megatron.telemetry.report.run_data import Series
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b7280", "#8c564b")
+"""Okabe and Ito's colours, which people with colour-blindness tell apart, in an order for white paper."""
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.edgecolor": "#9aa1ab",
+    "axes.labelcolor": "#4b5563",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#e8eaee",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#6b7280",
+    "ytick.color": "#6b7280",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "text.parse_math": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "report",
+}
+WIDTH, HEIGHT = 4.9, 2.55
+"""Inches; the page scales the picture to its column."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve."""
+
+    label: str
+    series: Series
+    colour: str | None = None
+    markers: bool = False
+    """Points joined by a thin line: for a few measurements rather than a value every step."""
+    band: Series | None = None
+    """Half-width of a shaded band around the curve, at the same steps."""
+
+
+def line_chart(lines: Sequence[Line], *, unit: str, log: bool = False, percent: bool = False) -> str:
+    """SVG of several curves; noisy ones are drawn pale with a moving average over them.
+
+    `percent` shows shares times 100. `log` asks for a logarithmic axis, taken when all values are positive.
+    """
+    scale = 100.0 if percent else 1.0
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas("%" if percent else unit)
+        for number, line in enumerate(lines):
+            _draw(axes, line, line.colour or PALETTE[number % len(PALETTE)], scale)
+        values = np.concatenate([line.series.finite for line in lines])
+        if log and values.size and values.min() > 0:
+            _log_axis(axes)
+        elif percent and values.size and values.min() >= 0:
+            axes.set_ylim(bottom=0)
+        if len(lines) > 1 or lines[0].band is not None:
+            _legend(axes)
+        return _svg(figure)
+
+
+def stacked_chart(
+    parts: Sequence[tuple[str, Series, str | None]], *, unit: str, percent: bool = False, smooth: bool = False
+) -> str:
+    """SVG of areas on top of each other: (label, series, colour). Missing values count as 0."""
+    steps = np.unique(np.concatenate([series.steps for _, series, _ in parts]))
+    scale = 100.0 if percent else 1.0
+    heights = [_aligned(series, steps) * scale for _, series, _ in parts]
+    if smooth:
+        heights = [moving_average(height, window_of(len(steps))) for height in heights]
+    colours = [colour or PALETTE[i % len(PALETTE)] for i, (_, _, colour) in enumerate(parts)]
+    if len(steps) == 1:  # an area needs two points
+        steps, heights = np.array([steps[0] - 0.5, steps[0] + 0.5]), [np.repeat(h, 2) for h in heights]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas("%" if percent else unit)
+        labels = [label for label, _, _ in parts]
+        axes.stackplot(steps, heights, labels=labels, colors=colours, linewidth=0.4, edgecolor="white")
+        axes.set_xlim(steps[0], steps[-1])
+        axes.set_ylim(0, 100 if percent else None)
+        _legend(axes)
+        return _svg(figure)
+
+
+def moving_average(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """[n] centred mean over up to `window` values, shorter at the ends; values that are nan are left out."""
+    known = np.isfinite(values)
+    ones = np.ones(window)
+    counts = np.convolve(known, ones, "same")
+    sums = np.convolve(np.where(known, values, 0.0), ones, "same")
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+
+
+def window_of(count: int) -> int:
+    """Steps of the moving average: odd, about a fifteenth of the run."""
+    return min(count, 2 * (count // 30) + 1)
+
+
+def _draw(axes: Axes, line: Line, colour: str, scale: float) -> None:
+    steps, values = line.series.steps, line.series.values * scale
+    if line.markers or len(steps) < 3:
+        axes.plot(steps, values, "o-", color=colour, linewidth=1.0, markersize=4, label=line.label, zorder=3)
+        return
+    window = window_of(len(steps))
+    smooth = moving_average(values, window)
+    if window > 1:
+        axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.28)
+    axes.plot(steps, smooth, color=colour, linewidth=1.6, label=line.label)
+    if line.band is not None:
+        half = moving_average(_aligned(line.band, steps) * scale, window)
+        axes.fill_between(steps, smooth - half, smooth + half, color=colour, alpha=0.12, linewidth=0)
+
+
+def _aligned(series: Series, steps: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[len(steps)] values of the series at `steps`, 0 where it has none."""
+    known = dict(zip(series.steps.tolist(), np.nan_to_num(series.values).tolist(), strict=True))
+    return np.array([known.get(step, 0.0) for step in steps.tolist()])
+
+
+def _canvas(unit: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel("steps done")
+    axes.set_ylabel(unit)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axes.margins(x=0.02)
+    return figure, axes
+
+
+def _log_axis(axes: Axes) -> None:
+    """Logarithmic y axis with plain numbers at 1, 2 and 5 of each decade, or at decades when there are many."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(axes: Axes) -> None:
+    """Above the plot, or right of it when it is long, so that it hides no data."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 4:
+        axes.legend(
+            handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.0
+        )
+    else:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, borderaxespad=0.1, handlelength=1.2)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    # Sizes come from the page; the view box keeps the proportions.
+    return re.sub(r'^<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", text, count=1)

@@ -1,0 +1,245 @@
+"""The page: headline, charts, sample rollouts and settings in one HTML file."""
+
+import os
+from collections.abc import Iterator, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from fiberpo_megatron.telemetry.metrics import format_value, steps_done
+from fiberpo_megatron.telemetry.report.panels import Panel, Section, build_sections
+from fiberpo_megatron.telemetry.report.run_data import RunData, Series, load_run
+
+REPORT_FILE = "report.html"
+LONGEST_TEXT = 2000
+"""Characters of a prompt or response that are shown."""
+AVERAGED_STEPS = 10
+"""Steps at the beginning and end of a run over which headline figures are averaged."""
+
+CSS = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: #1f2937; font: 15px/1.5 system-ui, "Segoe UI", "Helvetica Neue",
+  Arial, "DejaVu Sans", sans-serif; }
+main { max-width: 1280px; margin: 0 auto; padding: 28px 24px 60px; }
+h1 { font-size: 26px; margin: 0 0 2px; font-weight: 650; }
+h2 { font-size: 18px; margin: 40px 0 12px; padding-bottom: 6px; border-bottom: 1px solid #e5e7eb; }
+h3 { font-size: 15px; margin: 22px 0 8px; }
+.about { color: #6b7280; margin: 0 0 20px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px; }
+.card { border: 1px solid #e5e7eb; border-radius: 8px; padding: 12px 14px; }
+.card.main { border-color: #0072B2; background: #f3f8fc; grid-column: span 2; }
+.card.main b { font-size: 28px; }
+.card b { display: block; font-size: 22px; font-weight: 650; white-space: nowrap; }
+.card span { color: #6b7280; font-size: 13px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(370px, 1fr)); gap: 18px 22px; }
+figure { margin: 0; }
+figcaption { font-weight: 600; font-size: 14px; }
+figcaption span { color: #6b7280; font-weight: 400; }
+figure svg { width: 100%; height: auto; display: block; }
+figure p { margin: 0; color: #6b7280; font-size: 12.5px; line-height: 1.35; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
+th { text-align: left; color: #6b7280; font-weight: 600; border-bottom: 1px solid #d1d5db;
+  padding: 4px 10px 4px 0; }
+td { vertical-align: top; border-bottom: 1px solid #eef0f3; padding: 5px 10px 5px 0; }
+td pre { margin: 0; min-width: 6em; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 14em; overflow-y: auto;
+  font: 13px/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+td.right { color: #04724d; } td.wrong { color: #b5303f; }
+.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.settings { columns: 2 420px; column-gap: 36px; }
+.settings table { break-inside: avoid; margin-bottom: 16px; }
+.settings td:first-child { width: 46%; color: #4b5563; }
+.empty { color: #6b7280; border: 1px dashed #d1d5db; border-radius: 8px; padding: 24px; }
+@media print {
+  .charts { grid-template-columns: 1fr 1fr; }
+  figure, .card, tr { break-inside: avoid; }
+}
+"""
+
+
+def write_report(run_folder: Path | str) -> Path:
+    """Write <run folder>/report.html from what the folder holds and return its path.
+
+    May be called during the run. ValueError if the folder does not exist or a line of metrics.jsonl is broken.
+    """
+    folder = Path(run_folder)
+    page = render(load_run(folder))
+    path = folder / REPORT_FILE
+    partial = path.with_suffix(".partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def render(data: RunData) -> str:
+    """The whole page."""
+    sections = build_sections(data)
+    body = "\n".join(_section(section) for section in sections)
+    if not sections:
+        body = '<p class="empty">No metrics yet. Write the report again when the run has done a step.</p>'
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(data.name)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{escape(data.name)}</h1>\n<p class='about'>{escape(_about(data))}</p>\n"
+        f"{_cards(data)}\n{body}\n{_rollouts(data)}\n{_settings(data.config)}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _about(data: RunData) -> str:
+    config = data.config
+    names = [task.get("name", task.get("kind", "")) for task in _get(config, "data", "tasks") or []]
+    parts = [
+        _get(config, "algorithm", "objective") if _kind(data) == "train" else "supervised warm-up",
+        f"model {_get(config, 'model', 'path')}" if _get(config, "model", "path") else None,
+        f"tasks {', '.join(names)}" if names else None,
+        _layout(_get(config, "parallel") or {}),
+        f"seed {_get(config, 'run', 'seed')}" if _get(config, "run", "seed") is not None else None,
+    ]
+    return " · ".join(str(part) for part in parts if part)
+
+
+def _layout(parallel: Mapping[str, Any]) -> str | None:
+    names = ("tensor", "pipeline", "context", "expert", "data")
+    sizes = [f"{name} {parallel[name]}" for name in names if (parallel.get(name) or 1) > 1]
+    return f"parallel: {', '.join(sizes)}" if sizes else None
+
+
+def _cards(data: RunData) -> str:
+    cards = [
+        f'<div class="card{" main" if main else ""}"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
+        for value, label, main in _headline(data)
+    ]
+    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
+
+
+def _headline(data: RunData) -> Iterator[tuple[str, str, bool]]:
+    """(value, label, whether it is the main one)"""
+    held_out = data.series("eval", "accuracy")
+    if held_out is not None and held_out.finite.size:
+        values = held_out.finite
+        text = f"{100 * values[0]:.1f} %" + (f" → {100 * values[-1]:.1f} %" if values.size > 1 else "")
+        yield text, f"held-out accuracy, after {held_out.steps[0]} and {held_out.steps[-1]} steps", True
+    kind = _kind(data)
+    for name, label in (("reward/mean", "mean reward"), ("loss", "loss")):
+        series = data.series(kind, name)
+        if series is not None and series.finite.size:
+            text, steps = _change(name, series)
+            yield text, f"{label}, first and last {steps} steps", False
+    yield from _progress(data, kind)
+    for name, label in (
+        ("tokens_per_second", "throughput, median"),
+        ("rollout_diff/mean", "|rollout − trainer| log-prob, median"),
+        ("ratio/max", "largest importance ratio"),
+    ):
+        series = data.series(kind, name)
+        if series is not None and series.finite.size:
+            ordered = sorted(series.finite)
+            yield format_value(name, ordered[-1 if name == "ratio/max" else len(ordered) // 2]), label, False
+
+
+def _progress(data: RunData, kind: str) -> Iterator[tuple[str, str, bool]]:
+    records = data.records.get(kind, [])
+    if not records:
+        return
+    done = steps_done(kind, records[-1]["step"])
+    planned = _get(data.config, "sft" if kind == "sft" else "trainer", "steps")
+    yield (f"{done} / {planned}" if planned else str(done)), "steps done", False
+    times = data.series(kind, "seconds/total")
+    if times is not None:
+        yield _duration(float(times.finite.sum())), "time of these steps, evaluation included", False
+
+
+def _change(name: str, series: Series) -> tuple[str, int]:
+    values = series.finite
+    count = max(1, min(AVERAGED_STEPS, values.size // 2))
+    first, last = float(values[:count].mean()), float(values[-count:].mean())
+    return f"{format_value(name, first)} → {format_value(name, last)}", count
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _section(section: Section) -> str:
+    charts = "\n".join(_figure(panel) for panel in section.panels)
+    return f'<section>\n<h2>{escape(section.title)}</h2>\n<div class="charts">\n{charts}\n</div>\n</section>'
+
+
+def _figure(panel: Panel) -> str:
+    unit = f" <span>({escape(panel.unit)})</span>" if panel.unit else ""
+    note = f"<p>{escape(panel.note)}</p>" if panel.note else ""
+    return f"<figure><figcaption>{escape(panel.title)}{unit}</figcaption>{panel.svg}{note}</figure>"
+
+
+def _rollouts(data: RunData) -> str:
+    if not data.rollouts:
+        return ""
+    parts = [f"<h3>Step {step}</h3>\n{_rollout_table(records)}" for step, records in data.rollouts]
+    return f"<section>\n<h2>Sample rollouts</h2>\n{''.join(parts)}\n</section>"
+
+
+def _rollout_table(records: list[dict[str, Any]]) -> str:
+    rows = []
+    for record in records:
+        log_probs = [value for value in record.get("log_probs", []) if isinstance(value, (int, float))]
+        mean = f"{sum(log_probs) / len(log_probs):.3f}" if log_probs else ""
+        mark = "right" if record.get("correct") else "wrong"
+        rows.append(
+            f"<tr><td>{_text(record.get('prompt'))}</td>"
+            f"<td class='{mark}'>{_text(record.get('response'))}</td>"
+            f"<td>{_text(record.get('answer'))}</td>"
+            f"<td class='number'>{escape(str(record.get('reward', '')))}</td>"
+            f"<td class='number'>{mean}</td><td>{escape(str(record.get('finish_reason', '')))}</td></tr>"
+        )
+    head = "".join(
+        f"<th>{title}</th>"
+        for title in ("prompt", "response", "answer", "reward", "log-prob, nats/token", "finish reason")
+    )
+    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _text(value: object) -> str:
+    text = "" if value is None else str(value)
+    if len(text) > LONGEST_TEXT:
+        text = f"{text[:LONGEST_TEXT]} … ({len(text)} characters)"
+    return f"<pre>{escape(text)}</pre>"
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    if not config:
+        return ""
+    tables = []
+    for section, content in config.items():
+        rows = "".join(
+            f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in _flat(content)
+        )
+        tables.append(f"<table><tr><th colspan='2'>{escape(section)}</th></tr>{rows}</table>")
+    return f'<section>\n<h2>Settings</h2>\n<div class="settings">{"".join(tables)}</div>\n</section>'
+
+
+def _flat(content: Any, head: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested tables as dotted names; a list of tables is numbered."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _flat(value, f"{head}.{key}" if head else str(key))
+    elif isinstance(content, list) and content and all(isinstance(item, Mapping) for item in content):
+        for number, item in enumerate(content):
+            yield from _flat(item, f"{head}[{number}]")
+    else:
+        yield head, content
+
+
+def _kind(data: RunData) -> str:
+    """What the run is about: training unless it has only supervised steps."""
+    return "sft" if "sft" in data.records and "train" not in data.records else "train"
+
+
+def _get(config: Mapping[str, Any], *keys: str) -> Any:
+    value: Any = config
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

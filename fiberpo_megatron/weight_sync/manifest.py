@@ -1,0 +1,69 @@
+"""Which tensors a publication must have. SGLang takes a missing or an unknown one without a word, and a wrong shape
+ends its process, so this side checks."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+Shape = tuple[int, ...]
+TIED = "lm_head.weight"
+
+
+class Manifest:
+    """Names and shapes of a model's tensors: of the model folder's safetensors, or else of the first publication."""
+
+    def __init__(self, model: Path) -> None:
+        self.shapes: Mapping[str, Shape] | None = folder_shapes(model) or None
+        self.source = str(model)
+        configuration = json.loads((model / "config.json").read_text())
+        self.tied = bool(configuration.get("tie_word_embeddings", False))
+        """The output layer shares the embedding's weight and may be left out."""
+
+    def checked(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The same weights; ValueError at the first that does not belong, or at the end when some are missing."""
+        seen: dict[str, Shape] = {}
+        for name, tensor in weights:
+            if name in seen:
+                raise ValueError(f"the weight {name} was exported twice")
+            seen[name] = tuple(tensor.shape)
+            self._check(name, seen[name])
+            yield name, tensor
+        if not seen:
+            raise ValueError("the policy exported no weights")
+        if self.shapes is None:
+            self.shapes, self.source = seen, "the first publication"
+        missing = sorted(name for name in self.shapes.keys() - seen.keys() if not self._may_differ(name))
+        if missing:
+            raise ValueError(
+                f"{len(missing)} weights of {self.source} were not exported, the first is {missing[0]}; "
+                "complete the policy's export"
+            )
+
+    def _check(self, name: str, shape: Shape) -> None:
+        if self.shapes is None or self._may_differ(name):
+            return
+        if name not in self.shapes:
+            raise ValueError(
+                f"the exported weight {name} is not in {self.source}; correct the policy's export"
+            )
+        if self.shapes[name] != shape:
+            raise ValueError(
+                f"the exported weight {name} has shape {shape}, in {self.source} it has {self.shapes[name]}; "
+                "correct the policy's export"
+            )
+
+    def _may_differ(self, name: str) -> bool:
+        return self.tied and name == TIED
+
+
+def folder_shapes(folder: Path) -> dict[str, Shape]:
+    """Names and shapes in a folder's safetensors files, from their headers."""
+    shapes: dict[str, Shape] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+    return shapes

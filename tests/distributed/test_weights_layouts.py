@@ -1,0 +1,94 @@
+"""Hugging Face weights in every layout: transformers' log-probs, and an export equal bit for bit to the files."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fiberpo_megatron.mcore.layout import start_layout
+from fiberpo_megatron.mcore.policy import build_policy
+from fiberpo_megatron.mcore.weights import export_hf
+from fiberpo_megatron.types import concatenated_response_tokens
+from tests.distributed.parity import TEMPERATURE, make_batch, make_config, micro_batches_for
+from tests.distributed.spawn import run_ranks
+from tests.mcore.weights_reference import DENSE, MODELS, MOE, read_config, reference_log_probs, write_model
+
+LAYOUTS: dict[str, tuple[int, dict[str, int], list[str]]] = {
+    "one process": (1, {}, list(MODELS)),
+    "TP2": (2, {"tensor": 2}, list(MODELS)),
+    "PP2": (2, {"pipeline": 2}, list(MODELS)),
+    "VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}, list(MODELS)),
+    "EP2": (2, {"expert": 2}, list(MOE)),
+    "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}, ["qwen3_moe", "qwen2", "qwen3-tied"]),
+    "PP2xEP2": (4, {"pipeline": 2, "expert": 2}, ["qwen3_moe", "mixtral"]),
+    "TP2xEP2, ETP2": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2}, ["qwen3_moe"]),
+}
+"""Processes, parallel sizes, models."""
+
+Exported = list[tuple[str, Tensor]]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, NDArray[Any]]]:
+    """Folder of all models, one in several files, and transformers' log-probs of the test batch."""
+    root = tmp_path_factory.mktemp("models")
+    batch = make_batch(vocab=51)
+    reference = {}
+    for name in MODELS:
+        model = write_model(root / name, name, max_shard_size="50KB" if name == "mixtral" else "5GB")
+        reference[name] = reference_log_probs(model, batch, TEMPERATURE)
+    return root, reference
+
+
+def load_score_export(
+    root: Path, names: list[str], parallel: dict[str, int]
+) -> dict[str, tuple[dict[int, float], Exported]]:
+    """Per model: log-probs by flat token index, and the exported tensors as this rank sees them."""
+    config = make_config(parallel=parallel)
+    layout = start_layout(read_config(root / names[0]), config.parallel, config.run)
+    batch = make_batch(vocab=51)
+    micro_batches = micro_batches_for(batch, layout, None)
+    index = concatenated_response_tokens(micro_batches).tolist()
+    out = {}
+    for name in names:
+        sections = make_config(parallel=parallel, model={"path": root / name, "random_init": False})
+        policy = build_policy(sections, read_config(root / name), layout)
+        scores = policy.log_probs(micro_batches, TEMPERATURE)
+        # a bucket smaller than the model, so that several are sent
+        exported = list(export_hf(policy.models, policy.hf_config, layout, bucket_bytes=20_000))
+        out[name] = (dict(zip(index, scores.log_probs.tolist())) if scores else {}, exported)
+    return out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_in_and_out(layout: str, models: tuple[Path, dict[str, NDArray[Any]]]) -> None:
+    root, reference = models
+    ranks, parallel, names = LAYOUTS[layout]
+    outcomes = run_ranks(ranks, load_score_export, root, names, parallel)
+    for name in names:
+        scored = {token: value for outcome in outcomes for token, value in outcome[name][0].items()}
+        tokens = sorted(scored)
+        assert len(tokens) == make_batch(vocab=51).response_mask.sum()
+        got = np.array([scored[token] for token in tokens])
+        # float32 sums in another order than transformers': about 1e-6 each
+        np.testing.assert_allclose(got, reference[name][tokens], atol=1e-5, rtol=0, err_msg=name)
+        files = [load_file(file) for file in sorted((root / name).glob("*.safetensors"))]
+        stored = {tensor: value for file in files for tensor, value in file.items()}
+        exported = dict(outcomes[0][name][1])
+        assert exported.keys() == stored.keys()
+        assert all(torch.equal(exported[tensor], stored[tensor]) for tensor in stored)
+        for other in outcomes[1:]:
+            assert [n for n, _ in other[name][1]] == list(exported)
+            assert all(len(tensor) == 0 for _, tensor in other[name][1])
+
+
+def test_families_are_covered() -> None:
+    from fiberpo_megatron.mcore.weight_tables import FAMILIES
+
+    assert {family for family, _ in MODELS.values()} == set(FAMILIES)
+    assert not DENSE.keys() & MOE.keys()

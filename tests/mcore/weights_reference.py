@@ -1,0 +1,75 @@
+"""Tiny Hugging Face models of every family, with transformers' own answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from fiberpo_megatron.types import RolloutBatch
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": 51,  # odd: two tensor-parallel ranks pad it
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+_QWEN3_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+DENSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("qwen3", {}),
+    "qwen2": ("qwen2", {"head_dim": None}),
+    "llama": ("llama", {}),
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+}
+MOE: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("qwen3_moe", _QWEN3_MOE),
+    "qwen3_moe-unnormalised-tied": (
+        "qwen3_moe",
+        {**_QWEN3_MOE, "norm_topk_prob": False, "tie_word_embeddings": True},
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+MODELS = {**DENSE, **MOE}
+"""By name: model_type and config fields beyond the common shape."""
+
+
+def write_model(folder: Path, name: str, max_shard_size: str = "5GB") -> Any:
+    """Save a randomly drawn model as transformers does; returns it. Norms and biases are drawn too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family, fields = MODELS[name]
+    given = {key: value for key, value in {**_SHAPE, **fields}.items() if value is not None}
+    config = AutoConfig.for_model(family, **given)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1.0, 0.2)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+@torch.no_grad()
+def reference_log_probs(model: Any, batch: RolloutBatch, temperature: float) -> NDArray[Any]:
+    """[N] log-probs of every token of the batch under transformers; 0 for the first of a trajectory."""
+    out = torch.zeros(len(batch.tokens))
+    for start, end in zip(batch.offsets[:-1], batch.offsets[1:]):
+        tokens = torch.from_numpy(batch.tokens[start:end])[None]
+        logits = model(input_ids=tokens).logits.float() / temperature
+        scores = logits.log_softmax(-1)[0, :-1].gather(-1, tokens[0, 1:, None])[:, 0]
+        out[start + 1 : end] = scores
+    return out.numpy()

@@ -1,0 +1,347 @@
+"""Compares one layout with a single float64 process: the objective's coefficients and the parameter gradient.
+
+    python tools/layout_parity.py --tensor 2 --pipeline 2 --objective fiberpo-domain --micro-batch-tokens 64
+
+A small Qwen3-MoE with the same seeded weights is run (a) by one process in float64 with all trajectories in one
+micro-batch and (b) by tensor x pipeline x context x data processes in float32 with the given token budget. The last
+line is a JSON object with `coefficient_max_relative_diff` and `gradient_max_relative_diff`: the largest difference
+over the largest reference value, for gradients per global tensor. The reference runs on CPU, the layout on GPUs
+where there are any.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+DEADLINE_S = 300.0
+TEMPERATURE = 0.8
+MODEL: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "initializer_range": 0.1,
+}
+GROUPS, SAMPLES, DOMAINS = 6, 4, 3
+
+Piece = tuple[str, tuple[int, ...], tuple[int, ...], NDArray[np.float64]]
+
+
+@dataclass
+class Outcome:
+    """What one rank found."""
+
+    coefficients: dict[int, float]
+    """By flat token index; empty away from the last pipeline stage."""
+    log_probs: dict[int, float]
+    gradient: list[Piece]
+    """(key, global shape, offset, values) of this rank's parts of the global gradient."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Trajectories, advantages and old log-probs, from the seed alone (old log-probs: from the reference)."""
+
+    lengths: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    response_mask: NDArray[np.bool_]
+    advantages: NDArray[np.float64]
+    """[B]"""
+    expert_share: NDArray[np.float64]
+    """[N, partitions]"""
+    drift: NDArray[np.float64]
+    """[N] log ratio to the old policy."""
+
+
+def make_problem(seed: int, partitions: int) -> Problem:
+    """Trajectories of 3 to 64 tokens; ratios spread enough for clips and gates to act."""
+    rng = np.random.default_rng(seed)
+    count = GROUPS * SAMPLES
+    lengths = np.concatenate([[64, 3], rng.integers(3, 40, count - 2)])
+    mask = np.concatenate([np.arange(n) >= max(1, n // 3) for n in lengths])
+    total = len(mask)
+    shift = np.repeat(rng.normal(scale=0.15, size=count), lengths)
+    return Problem(
+        lengths=lengths,
+        tokens=rng.integers(0, MODEL["vocab_size"], total),
+        response_mask=mask,
+        advantages=rng.normal(size=count),
+        expert_share=rng.dirichlet(np.ones(partitions), size=total),
+        drift=shift + rng.normal(scale=0.2, size=total),
+    )
+
+
+class Gate:
+    """The objective over this rank's response tokens."""
+
+    def __init__(self, args: argparse.Namespace, problem: Problem, old: dict[int, float], index: Tensor) -> None:
+        from fiberpo_megatron.fibration import build_objective
+
+        self.objective = build_objective(args.objective)
+        trajectory = np.repeat(np.arange(len(problem.lengths)), problem.lengths)[index]
+        responses = np.add.reduceat(problem.response_mask, np.concatenate([[0], np.cumsum(problem.lengths)[:-1]]))
+        group = trajectory // SAMPLES
+        self.old = torch.tensor([old[i] for i in index.tolist()], dtype=torch.float64)
+        self.advantages = torch.from_numpy(problem.advantages[trajectory])
+        self.weights = torch.from_numpy(1.0 / (len(problem.lengths) * responses[trajectory]))
+        self.share = torch.from_numpy(problem.expert_share[index])
+        ids = {"trajectory": trajectory, "prompt_group": group, "domain": group % DOMAINS}
+        self.keys = {name: torch.from_numpy(values) for name, values in ids.items()}
+        self.counts = {"trajectory": len(problem.lengths), "prompt_group": GROUPS, "domain": DOMAINS}
+
+    def __call__(self, log_probs: Tensor, where: slice, reduce: Any) -> Tensor:
+        device = log_probs.device
+        out = self.objective(
+            log_probs.double() - self.old[where].to(device),
+            self.advantages[where].to(device),
+            self.weights[where].to(device),
+            keys={name: ids[where].to(device) for name, ids in self.keys.items()},
+            expert_share=self.share[where].to(device) if self.objective.uses_experts else None,
+            reduce=reduce,
+            counts=self.counts,
+            metrics=False,
+        )
+        return out.gradient
+
+
+def rollout_batch(problem: Problem) -> Any:
+    """The problem as a RolloutBatch."""
+    from fiberpo_megatron.types import RolloutBatch
+
+    count = len(problem.lengths)
+    return RolloutBatch(
+        tokens=problem.tokens,
+        response_mask=problem.response_mask,
+        rollout_log_probs=np.zeros(len(problem.tokens), dtype=np.float32),
+        lengths=problem.lengths,
+        rewards=np.zeros(count, dtype=np.float32),
+        correct=np.zeros(count, dtype=bool),
+        groups=np.arange(count) // SAMPLES,
+        domains=np.arange(count) // SAMPLES % DOMAINS,
+        truncated=np.zeros(count, dtype=bool),
+    )
+
+
+def make_config(args: argparse.Namespace) -> Any:
+    """A run's config for this layout; routers train, so that their gradient is compared too."""
+    from fiberpo_megatron.config.schema import Config
+
+    sizes = {name: getattr(args, name) for name in ("tensor", "pipeline", "context", "expert", "data")}
+    return Config.model_validate(
+        {
+            "run": {"seed": args.seed, "distributed_timeout_s": DEADLINE_S / 3},
+            "model": {"path": ".", "random_init": True, "dtype": "float32", "train_router": True},
+            "parallel": {**sizes, "distributed_optimizer": False},
+            "data": {"tasks": [{"kind": "addition"}]},
+        }
+    )
+
+
+def local_micro_batches(problem: Problem, layout: Any, budget: int | None) -> list[Any]:
+    """This rank's rows; None puts everything into one."""
+    from fiberpo_megatron.data.packing import assign_rows, pack, padded_lengths
+
+    sizes = padded_lengths(problem.lengths, layout.sequence_multiple)
+    rows = assign_rows(sizes, layout.data_size, budget or int(sizes.sum()), "own_micro_batch")
+    return pack(
+        rollout_batch(problem),
+        rows[layout.data_rank],
+        sequence_multiple=layout.sequence_multiple,
+        context_rank=layout.context_rank,
+        context_size=layout.context_size,
+    )
+
+
+def pieces(shards: Any) -> list[Piece]:
+    """Sharded tensors as plain data."""
+    return [
+        (s.key, tuple(s.global_shape), tuple(s.global_offset), s.data.detach().double().cpu().numpy().copy())
+        for s in shards
+    ]
+
+
+def run_reference(args: argparse.Namespace, problem: Problem) -> Outcome:
+    """One process, one micro-batch, float64; defines the old log-probs as its own minus the drift."""
+    from fiberpo_megatron.mcore.architecture import read_architecture
+    from fiberpo_megatron.mcore.global_tensors import gradient_shards
+    from fiberpo_megatron.mcore.layout import start_layout
+    from fiberpo_megatron.mcore.model import build_model, draw_weights
+    from fiberpo_megatron.mcore.schedule import Schedule
+
+    config = make_config(argparse.Namespace(tensor=1, pipeline=1, context=1, expert=1, data=1, seed=args.seed))
+    layout = start_layout(MODEL, config.parallel, config.run)
+    architecture = read_architecture(MODEL)
+    models = build_model(architecture, config.model, layout, dtype=torch.float64)
+    draw_weights(models, architecture, args.seed)
+    (batch,) = local_micro_batches(problem, layout, None)
+    index = batch.response_tokens
+    found: dict[str, Tensor] = {}
+
+    def loss(_: int, log_probs: Tensor) -> Tensor:
+        values = log_probs.detach()
+        old = dict(zip(index.tolist(), (values.numpy() - problem.drift[index]).tolist()))
+        found["log_probs"] = values
+        found["gradient"] = Gate(args, problem, old, index)(values, slice(0, len(values)), None)
+        return -(found["gradient"] * log_probs).sum()
+
+    Schedule(models, models, layout, 4096).forward_backward([batch], TEMPERATURE, loss)
+    for parameter in models[0].parameters():
+        parameter.main_grad = parameter.grad
+    names = index.tolist()
+    return Outcome(
+        coefficients=dict(zip(names, found["gradient"].tolist())),
+        log_probs=dict(zip(names, found["log_probs"].tolist())),
+        gradient=pieces(gradient_shards(models)),
+    )
+
+
+def run_rank(args: argparse.Namespace, problem: Problem, reference: Outcome) -> Outcome:
+    """One rank of the layout, through the policy that training uses."""
+    from fiberpo_megatron.mcore.global_tensors import gradient_shards
+    from fiberpo_megatron.mcore.layout import start_layout
+    from fiberpo_megatron.mcore.policy import build_policy
+    from fiberpo_megatron.types import Coefficients, concatenated_response_tokens
+
+    config = make_config(args)
+    layout = start_layout(MODEL, config.parallel, config.run)
+    policy = build_policy(config, MODEL, layout)
+    batches = local_micro_batches(problem, layout, args.micro_batch_tokens)
+    index = concatenated_response_tokens(batches)
+    old = {i: value - problem.drift[i] for i, value in reference.log_probs.items()}
+    gate = Gate(args, problem, old, index)
+    single = not gate.objective.spans_micro_batches and layout.context_size == 1
+    reduce = None if single else layout.sum_over_tokens
+    seen: list[Tensor] = []
+
+    def coefficients(log_probs: Tensor, where: slice) -> Coefficients:
+        seen.append(gate(log_probs, where, reduce))
+        return Coefficients(seen[-1])
+
+    policy.accumulate(batches, coefficients, TEMPERATURE, single_pass=single)
+    values = torch.cat(seen).tolist() if seen else []
+    return Outcome(dict(zip(index.tolist(), values)), {}, pieces(gradient_shards(policy.models)))
+
+
+def assemble(outcomes: list[Outcome]) -> dict[str, NDArray[np.float64]]:
+    """Global gradients from every rank's pieces."""
+    whole: dict[str, NDArray[np.float64]] = {}
+    for outcome in outcomes:
+        for key, shape, offset, values in outcome.gradient:
+            target = whole.setdefault(key, np.full(shape, np.nan))
+            values = values.reshape((1,) * (len(shape) - values.ndim) + values.shape)
+            target[tuple(slice(o, o + n) for o, n in zip(offset, values.shape))] = values
+    return whole
+
+
+def launch(args: argparse.Namespace, folder: Path, world_size: int, mode: str, on_cpu: bool) -> list[Outcome]:
+    """Run `world_size` processes of this file; stops them all at the deadline or when one fails."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
+    processes = []
+    for rank in range(world_size):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
+        }
+        command = [sys.executable, __file__, *sys.argv[1:], "--mode", mode, "--folder", str(folder)]
+        processes.append(subprocess.Popen(command, env=environment))
+    try:
+        deadline = time.monotonic() + DEADLINE_S
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            if any(process.poll() for process in processes):
+                break
+            time.sleep(0.05)
+        failed = [rank for rank, process in enumerate(processes) if process.poll() != 0]
+        if failed:
+            raise SystemExit(f"layout_parity: rank {failed[0]} of {world_size} failed or passed {DEADLINE_S:.0f} s")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [pickle.loads((folder / f"{mode}-{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def compare(reference: Outcome, outcomes: list[Outcome]) -> dict[str, float]:
+    """Largest differences, relative to the largest reference value."""
+    coefficients: dict[int, float] = {}
+    for outcome in outcomes:
+        coefficients |= outcome.coefficients
+    assert coefficients.keys() == reference.coefficients.keys(), "some response tokens have no coefficient"
+    size = max(abs(c) for c in reference.coefficients.values())
+    worst = max(abs(coefficients[i] - c) for i, c in reference.coefficients.items())
+    gradient = 0.0
+    found = assemble(outcomes)
+    for key, wanted in assemble([reference]).items():
+        rows = found[key][tuple(slice(0, n) for n in wanted.shape)]  # without the rows that pad the vocabulary
+        assert np.isfinite(rows).all(), f"no rank holds all of {key}"
+        gradient = max(gradient, float(np.abs(rows - wanted).max() / np.abs(wanted).max()))
+    return {"coefficient_max_relative_diff": worst / size, "gradient_max_relative_diff": gradient}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("tensor", "pipeline", "expert", "context", "data"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--objective", default="fiberpo-domain")
+    parser.add_argument("--micro-batch-tokens", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mode", choices=["compare", "reference", "rank"], default="compare", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Compare, or be one of the processes that are compared."""
+    args = parse()
+    if args.mode == "compare":
+        from fiberpo_megatron.mcore.layout import check_layout
+
+        world_size = args.tensor * args.pipeline * args.context * args.data
+        check_layout(MODEL, make_config(args).parallel, world_size)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (reference,) = launch(args, folder, 1, "reference", on_cpu=True)
+            outcomes = launch(args, folder, world_size, "rank", on_cpu=False)
+        print(json.dumps(compare(reference, outcomes)))
+        return
+    problem = make_problem(args.seed, partitions=max(2, args.expert))
+    rank = int(os.environ["RANK"])
+    if args.mode == "reference":
+        outcome = run_reference(args, problem)
+    else:
+        outcome = run_rank(args, problem, pickle.loads((args.folder / "reference-0").read_bytes()))
+    (args.folder / f"{args.mode}-{rank}").write_bytes(pickle.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main()
