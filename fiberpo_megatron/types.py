@@ -214,7 +214,8 @@ class Layout(Protocol):
 class Policy(Protocol):
     """The trainer's face of the model."""
 
-    layout: Layout
+    @property
+    def layout(self) -> Layout: ...
 
     def log_probs(self, micro_batches: Sequence[MicroBatch], temperature: float) -> TokenScores | None:
         """Forward without gradient; scores on the last pipeline stage, None elsewhere."""

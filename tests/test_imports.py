@@ -17,7 +17,17 @@ PARTS = {
     "mcore": {"config", "types"},
     "rollout": {"config", "types"},
     "weight_sync": {"config", "types", "rollout"},
-    "trainer": {"config", "types", "fibration", "telemetry", "data", "rewards", "mcore", "rollout", "weight_sync"},
+    "trainer": {
+        "config",
+        "types",
+        "fibration",
+        "telemetry",
+        "data",
+        "rewards",
+        "mcore",
+        "rollout",
+        "weight_sync",
+    },
     "launch": {"config"},
     "cli": {"config", "types", "telemetry", "launch", "trainer", "mcore"},
 }
@@ -65,4 +75,6 @@ def test_imports_point_down(source: Path):
         import sys
 
         outside = {n.split(".")[0] for n in imports(source)} - {"torch", "fiberpo_megatron"}
-        assert outside <= set(sys.stdlib_module_names) | {"__future__"}, f"{source}: torch and the standard library alone"
+        assert outside <= set(sys.stdlib_module_names) | {"__future__"}, (
+            f"{source}: torch and the standard library alone"
+        )

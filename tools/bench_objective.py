@@ -131,9 +131,7 @@ def padded_fiber(x: Tensor, advantages: Tensor, mu: Tensor, mask: Tensor, row_id
     return (mu * torch.exp(fiber + log_weight.unsqueeze(1)) * advantages * mask).sum()
 
 
-def padded_gates(
-    s_plus: Tensor, s_minus: Tensor, mass: Tensor, tokens: Tensor, row_ids: list[Tensor]
-) -> Tensor:
+def padded_gates(s_plus: Tensor, s_minus: Tensor, mass: Tensor, tokens: Tensor, row_ids: list[Tensor]) -> Tensor:
     """Summed log base weights over a chain of levels, for each row of the finest level."""
     total = torch.zeros_like(s_plus)
     back = torch.arange(s_plus.shape[0], device=s_plus.device)
@@ -213,7 +211,7 @@ def row_chain(name: str, batch: Packed) -> list[Tensor]:
         return [group, domain_of_group]
     if name == "fiberpo-expert":
         return [rows.repeat_interleave(PARTITIONS), group, domain_of_group]
-    return [by_partition(group), by_partition(domain_of_group), p.repeat(domain_of_group.max() + 1)]
+    return [by_partition(group), by_partition(domain_of_group), p.repeat(int(domain_of_group.max()) + 1)]
 
 
 def ours(name: str, batch: Packed, *, metrics: bool) -> Callable[[], Any]:
@@ -264,14 +262,17 @@ def padded(name: str, batch: Packed) -> Callable[[], Tensor]:
 
 
 def best_ms(call: Callable[[], Any], repeats: int, device: str) -> float:
+    """Fastest of `repeats` calls. With one CPU thread it is that thread's own time, so that other jobs on
+    the machine do not count; else wall time."""
+    clock = time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     call()
     times = []
     for _ in range(repeats):
         synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         call()
         synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return 1e3 * min(times)
 
 
@@ -365,21 +366,9 @@ def bench(name: str, tokens: int, bandwidth: float, options: argparse.Namespace)
 
 
 def table_line(result: Result | None) -> str:
-    heads = (
-        "objective",
-        "tokens",
-        "ours",
-        "no metrics",
-        "padded",
-        "floor",
-        "speedup",
-        "x floor",
-        "peak",
-        "padded peak",
-    )
-    units = ("", "", "ms", "ms", "ms", "ms", "", "", "MB", "MB")
     if result is None:
-        cells = [f"{head} {unit}".strip() for head, unit in zip(heads, units, strict=True)]
+        cells = ["objective", "tokens", "ours ms", "no metrics ms", "padded ms", "floor ms"]
+        cells += ["speedup", "no metrics", "peak MB", "padded MB"]
     else:
         numbers = (
             result.ours_ms,
@@ -396,16 +385,10 @@ def table_line(result: Result | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[1 << 16, 1 << 18, 1 << 20, 1 << 22], help="tokens"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1 << 16, 1 << 18, 1 << 20, 1 << 22], help="tokens")
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; the fastest counts")
     parser.add_argument("--scale", type=float, default=0.05, help="standard deviation of the log ratio")

@@ -3,11 +3,12 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import fiberpo_megatron
 from fiberpo_megatron.config import Config, ConfigError, load_config
+from fiberpo_megatron.trainer.preflight import preflight
 
 _OVERRIDES = "further --section.key value pairs override the config, e.g. --parallel.tensor 2"
 
@@ -56,8 +57,10 @@ def _report(folder: Path) -> int:
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(options.config, overrides)
-    check_inputs(config, options.command, getattr(options, "resume", False))
-    flags = ["--resume"] if getattr(options, "resume", False) else []
+    resume = getattr(options, "resume", False)
+    if "RANK" not in os.environ or os.environ["RANK"] == "0":
+        preflight(config, options.command, resume)
+    flags = ["--resume"] if resume else []
     words = [options.command, str(options.config), *flags, *overrides]
     if "RANK" in os.environ:  # started by torchrun or srun: this process is a rank
         from fiberpo_megatron.cli.rank import main as run_rank
@@ -74,37 +77,15 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def local_world_size(config: Config) -> int:
-    """Ranks to start on this machine: the layout's, or one per GPU when the data-parallel size is left open."""
+    """Ranks to start on this machine: the layout's; with the data-parallel size left open, as many replicas as the
+    GPUs hold beside the engines."""
     import torch
 
-    parallel = config.parallel
+    parallel, engine = config.parallel, config.rollout.engine
     gpus = torch.cuda.device_count()
-    if parallel.data is None and gpus > parallel.world_size():
-        return gpus // parallel.model_ranks * parallel.model_ranks
-    return parallel.world_size()
-
-
-def check_inputs(config: Config, command: str, resume: bool) -> None:
-    """Files that must exist and folders that must not be taken, before any process starts. Raises ConfigError."""
-    model = config.model.path
-    if not (model / "config.json").is_file():
-        raise ConfigError(f"model.path = {model}: there is no {model / 'config.json'} (current folder: {Path.cwd()})")
-    if not config.model.random_init and not any(model.glob("*.safetensors")):
-        raise ConfigError(
-            f"model.path = {model} has no *.safetensors weights; name a folder that has, or set "
-            "model.random_init = true to start from fresh weights"
-        )
-    if command == "train" and config.model.random_init:
-        raise ConfigError(
-            "model.random_init = true: reinforcement learning needs a model that is sometimes right; warm it up with "
-            "`fiberpo sft` and set model.path to the folder that it writes"
-        )
-    metrics = config.run.folder / "metrics.jsonl"
-    if command != "eval" and not resume and metrics.exists():
-        raise ConfigError(
-            f"run.folder = {config.run.folder} already holds a run ({metrics}); continue it with --resume, or choose "
-            "another folder with --run.folder"
-        )
+    serving = 0 if engine.urls else engine.count * engine.tensor
+    replicas = (gpus - serving) // parallel.model_ranks
+    return max(parallel.world_size(), replicas * parallel.model_ranks if parallel.data is None else 0)
 
 
 if __name__ == "__main__":

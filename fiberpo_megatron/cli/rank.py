@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from typing import Sequence
+from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

@@ -4,8 +4,9 @@ import difflib
 import tomllib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import tomli_w
 from pydantic import BaseModel, ValidationError

@@ -102,7 +102,12 @@ def pack(
 
 
 def _pack_row(
-    batch: RolloutBatch, offsets: NDArray[np.int64], row: list[int], multiple: int, context_rank: int, context_size: int
+    batch: RolloutBatch,
+    offsets: NDArray[np.int64],
+    row: list[int],
+    multiple: int,
+    context_rank: int,
+    context_size: int,
 ) -> MicroBatch:
     inputs = [batch.lengths[i] - 1 for i in row] or [0]
     starts = [offsets[i] for i in row] or [0]

@@ -71,9 +71,7 @@ class _Call:
         if self.nodes is not None:
             return self.nodes.sizes[TRAJECTORY_KEY]
         ids = self.runs.ids[TRAJECTORY_KEY]
-        return table_size(
-            TRAJECTORY_KEY, int(ids.max()) if ids.numel() else -1, self.batch.counts, shared=shared
-        )
+        return table_size(TRAJECTORY_KEY, int(ids.max()) if ids.numel() else -1, self.batch.counts, shared=shared)
 
     def _chunks(self) -> Iterator[Chunk]:
         batch = self.batch
@@ -81,9 +79,7 @@ class _Call:
             x = batch.log_ratio[tokens]
             if batch.any_beyond_clamp:
                 x = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-            yield Chunk(
-                tokens, runs, x, batch.advantages[tokens], batch.weights[tokens], batch.any_weightless
-            )
+            yield Chunk(tokens, runs, x, batch.advantages[tokens], batch.weights[tokens], batch.any_weightless)
 
     def _table(self, rows: int) -> Tensor:
         assert self.nodes is not None

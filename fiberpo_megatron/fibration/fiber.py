@@ -49,9 +49,7 @@ class FiberRule(Rule):
         x, mu = chunk.log_ratio, chunk.weights
         return mu, chunk.counted, x.clamp(min=0.0).mul_(mu), x.clamp(max=0.0).mul_(mu).neg_()
 
-    def prepare(
-        self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor
-    ) -> Gating:
+    def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> Gating:
         assert nodes is not None and sums is not None
         gated = gate_tree(build_tree(self.chain, nodes, sums, parents))
         return FiberGating(self, gated, (nodes.base_nodes, nodes.partitions), like)

@@ -23,9 +23,7 @@ def gate(residual: Tensor, budget: Tensor | float, tokens: Tensor) -> tuple[Tens
     rolled = (size < (1.0 + 1.0 / tokens) * budget) & ~passed
     rollback = residual.sign() * ((tokens + 1.0) * budget) - tokens * residual
     value = torch.where(passed, residual, torch.where(rolled, rollback, torch.zeros_like(residual)))
-    slope = torch.where(
-        passed, torch.ones_like(residual), torch.where(rolled, -tokens.expand_as(residual), 0.0)
-    )
+    slope = torch.where(passed, torch.ones_like(residual), torch.where(rolled, -tokens.expand_as(residual), 0.0))
     return value, slope
 
 

@@ -67,14 +67,10 @@ def make_chain(levels: Sequence[Sequence[str]], budgets: Mapping[str, Budget], *
     names = [level_name(level) for level in keys]
     unknown = sorted(set(budgets) - set(names))
     if unknown:
-        raise ValueError(
-            f"budgets name levels {unknown} which the objective does not have; its levels are {names}"
-        )
+        raise ValueError(f"budgets name levels {unknown} which the objective does not have; its levels are {names}")
     missing = [name for name in names if name not in budgets]
     if missing:
-        raise ValueError(
-            f"level {missing[0]!r} has no budget; add budgets[{missing[0]!r}] = (C_plus, C_minus)"
-        )
+        raise ValueError(f"level {missing[0]!r} has no budget; add budgets[{missing[0]!r}] = (C_plus, C_minus)")
     return LevelChain(
         tuple(Level(level, check_budget(level_name(level), budgets[level_name(level)])) for level in keys),
         soft,
@@ -89,9 +85,7 @@ def check_levels(levels: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]
     chain = []
     for level in levels:
         if isinstance(level, str) or not level or not all(isinstance(key, str) and key for key in level):
-            raise ValueError(
-                f"a level must be a non-empty list of key names such as ['trajectory']; got {level!r}"
-            )
+            raise ValueError(f"a level must be a non-empty list of key names such as ['trajectory']; got {level!r}")
         if len(set(level)) != len(level):
             raise ValueError(f"level {level_name(level)!r} names a key twice; name each key once")
         if frozenset(level) in seen:
@@ -113,9 +107,7 @@ def check_budget(name: str, budget: Budget) -> Budget:
     try:
         plus, minus = (float(value) for value in budget)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"the budget of level {name!r} must be a pair (C_plus, C_minus); got {budget!r}"
-        ) from None
+        raise ValueError(f"the budget of level {name!r} must be a pair (C_plus, C_minus); got {budget!r}") from None
     for label, value in (("C_plus", plus), ("C_minus", minus)):
         if not 0.0 < value < float("inf"):
             raise ValueError(f"{label} of level {name!r} is {value}; a budget must be positive and finite")

@@ -80,9 +80,7 @@ class NodeMap:
             return [runs.spread(row.view(-1).index_select(0, base)) for row in table]
         if runs.long_on_cpu:
             rows = table.index_select(1, base).unbind(1)
-            products = [
-                row @ kernel[start:end].t() for row, (start, end) in zip(rows, runs.bounds, strict=True)
-            ]
+            products = [row @ kernel[start:end].t() for row, (start, end) in zip(rows, runs.bounds, strict=True)]
             return list(torch.cat(products, dim=1))
         return [runs.spread(row.index_select(0, base)).mul_(kernel).sum(1) for row in table]
 
@@ -109,9 +107,7 @@ def make_node_map(
     return nodes
 
 
-def combine_ids(
-    ids: Mapping[str, Tensor], keys: Sequence[str], sizes: Mapping[str, int], *, like: Tensor
-) -> Tensor:
+def combine_ids(ids: Mapping[str, Tensor], keys: Sequence[str], sizes: Mapping[str, int], *, like: Tensor) -> Tensor:
     """One index from several ids, the first key most significant; zeros when there are no keys."""
     index = torch.zeros_like(like)
     for key in keys:

@@ -157,13 +157,10 @@ def level_metrics(gated: GatedTree) -> tuple[LevelMetrics, ...]:
         regimes = _means(joint)
         shares = [_means(torch.stack([passed[c], rolled[c], zeroed[c]])) for c in (PLUS, MINUS)]
         plus, minus = (
-            ChannelMetrics(shares[c][0], shares[c][1], shares[c][2], spread(nodes.aggregate[c]))
-            for c in (PLUS, MINUS)
+            ChannelMetrics(shares[c][0], shares[c][1], shares[c][2], spread(nodes.aggregate[c])) for c in (PLUS, MINUS)
         )
         size = nodes.mass.shape[0]
-        found.append(
-            LevelMetrics(nodes.level.name, size, plus, minus, spread(level.log_weight.exp()), *regimes)
-        )
+        found.append(LevelMetrics(nodes.level.name, size, plus, minus, spread(level.log_weight.exp()), *regimes))
     return tuple(found)
 
 

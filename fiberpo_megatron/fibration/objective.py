@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -103,8 +103,8 @@ class Objective:
         joins the ranks that do. `call` takes the keyword arguments of `__call__`.
         """
         out = self(log_probs.detach() - old_log_probs.detach(), advantages, weights, **call)
-        value: Tensor = _ClosedForm.apply(log_probs, out.value, out.gradient)  # type: ignore[no-untyped-call]
-        return value, out
+        attach: Callable[..., Tensor] = _ClosedForm.apply
+        return attach(log_probs, out.value, out.gradient), out
 
 
 class _ClosedForm(torch.autograd.Function):

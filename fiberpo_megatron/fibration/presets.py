@@ -73,9 +73,7 @@ class _Options:
     unclip_positive: bool
 
 
-_FIBER_READS = frozenset(
-    ("epsilon", "budgets", "expert_membership", "levels", "dual_clip", "unclip_positive")
-)
+_FIBER_READS = frozenset(("epsilon", "budgets", "expert_membership", "levels", "dual_clip", "unclip_positive"))
 _READS: dict[str, frozenset[str]] = {
     **dict.fromkeys(PRESET_LEVELS, _FIBER_READS),
     **{name: frozenset(("epsilon", "epsilon_high", "dual_clip")) for name in ("ppo", "grpo", "dapo")},
@@ -125,17 +123,13 @@ def build_objective(
         value = getattr(options, field.name)
         if value is not None and value is not False and field.name not in _READS[name]:
             reads = ", ".join(sorted(_READS[name])) or "no option"
-            raise ValueError(
-                f"objective {name!r} does not read {field.name!r}; remove it ({name} reads {reads})"
-            )
+            raise ValueError(f"objective {name!r} does not read {field.name!r}; remove it ({name} reads {reads})")
     return Objective(name, _rule(name, options))
 
 
 def _rule(name: str, options: _Options) -> Rule:
     if options.dual_clip is not None and not 1.0 < options.dual_clip < float("inf"):
-        raise ValueError(
-            f"dual_clip is {options.dual_clip}; it bounds the ratio of bad tokens and must be above 1"
-        )
+        raise ValueError(f"dual_clip is {options.dual_clip}; it bounds the ratio of bad tokens and must be above 1")
     if name in PRESET_LEVELS:
         return _fiber_rule(name, options)
     if name == "apc":
@@ -178,9 +172,7 @@ def _epsilon(name: str, options: _Options) -> Epsilon:
     given = options.epsilon
     if options.epsilon_high is not None:
         if given is not None and not isinstance(given, int | float):
-            raise ValueError(
-                f"epsilon is the pair {tuple(given)} and epsilon_high is also given; pass one of the two"
-            )
+            raise ValueError(f"epsilon is the pair {tuple(given)} and epsilon_high is also given; pass one of the two")
         pair = (options.epsilon_high, DEFAULT_EPSILON[name][1] if given is None else given)
     elif given is None:
         pair = DEFAULT_EPSILON[name]

@@ -112,9 +112,7 @@ class Rule(ABC):
         return ()
 
     @abstractmethod
-    def prepare(
-        self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor
-    ) -> Gating:
+    def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> Gating:
         """Gating from the reduced node sums [C, base_nodes, P]; `like` gives the tokens' dtype."""
 
 
@@ -123,9 +121,7 @@ def equal(left: Tensor, right: Tensor) -> Tensor:
     return torch.eq(left, right, out=torch.empty_like(left))
 
 
-def pessimistic_clip(
-    ratio: Tensor, advantages: Tensor, epsilon: Epsilon, dual_clip: float | None = None
-) -> Tensor:
+def pessimistic_clip(ratio: Tensor, advantages: Tensor, epsilon: Epsilon, dual_clip: float | None = None) -> Tensor:
     """G of min(r A, clip(r, 1 - e_low, 1 + e_high) A) = G A (PPO, arXiv:1707.06347 equation 7).
 
     With A >= 0 only the upper bound can bind, with A < 0 only the lower one; `dual_clip` c bounds the

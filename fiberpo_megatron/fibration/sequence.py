@@ -26,9 +26,7 @@ class GSPORule(_TrajectoryRule):
     def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
         return chunk.counted, chunk.only_counted(chunk.log_ratio.clone())
 
-    def prepare(
-        self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor
-    ) -> Gating:
+    def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> Gating:
         assert sums is not None
         return _GSPOGating(self.epsilon, sums, like)
 
@@ -68,9 +66,7 @@ class APCRule(_TrajectoryRule):
     def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
         return chunk.counted, chunk.only_counted(torch.expm1(chunk.log_ratio).abs_())
 
-    def prepare(
-        self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor
-    ) -> Gating:
+    def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> Gating:
         assert sums is not None
         return _APCGating((sums[0] * self.delta - sums[1]).unsqueeze(0), like)
 
@@ -83,17 +79,18 @@ class _APCGating(Gating):
     def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
         change = torch.expm1(chunk.log_ratio)
         slack = values[0]
-        free = (slack >= 0).to(slack.dtype)
-        bound = (change.abs() + slack).clamp_(min=0.0)
-        censored = change.sign() * bound
-        scale = chunk.weights * chunk.advantages
-        ratio = torch.where(slack >= 0, chunk.ratio, 1.0 + censored)
-        return GatedChunk(ratio, scale * chunk.ratio * free, free, (self._pushed(chunk, change, slack),))
+        free = torch.ge(slack, 0.0, out=torch.empty_like(slack))
+        censored = (change.abs() + slack).clamp_(min=0.0).mul_(change.sign()).add_(1.0)
+        free_ratio = chunk.ratio * free
+        ratio = (1.0 - free).mul_(censored).add_(free_ratio)
+        gradient = free_ratio.mul_(chunk.weights).mul_(chunk.advantages)
+        return GatedChunk(ratio, gradient, free, (self._pushed(chunk, change, slack),))
 
     def _pushed(self, chunk: Chunk, change: Tensor, slack: Tensor) -> Tensor:
         """q_i = mu A sign(r_i - 1) where the bound B_i > 0 is what G_i follows."""
-        follows = (slack < 0) & (change.abs() + slack > 0)
-        return chunk.weights * chunk.advantages * change.sign() * follows
+        follows = torch.gt(change.abs() + slack, 0.0, out=torch.empty_like(slack))
+        follows.mul_(torch.lt(slack, 0.0, out=torch.empty_like(slack)))
+        return follows.mul_(chunk.weights).mul_(chunk.advantages).mul_(change.sign())
 
     def adjoint(self, sums: Tensor) -> Tensor | None:
         return torch.cat([sums.to(self.dtype), self.node_values])

@@ -11,9 +11,7 @@ from fiberpo_megatron.fibration.rule import Chunk, Epsilon, GatedChunk, Gating, 
 class _TokenRule(Rule, Gating):
     """A rule that needs no node: it is its own gating."""
 
-    def prepare(
-        self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor
-    ) -> Gating:
+    def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> Gating:
         return self
 
 

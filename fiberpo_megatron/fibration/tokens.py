@@ -88,25 +88,19 @@ def table_size(name: str, largest: int, counts: Mapping[str, int] | None, *, sha
     """
     if counts is not None:
         if name not in counts:
-            raise ValueError(
-                f"counts lacks key {name!r}; add its global number of ids (got {sorted(counts)})"
-            )
+            raise ValueError(f"counts lacks key {name!r}; add its global number of ids (got {sorted(counts)})")
         return int(counts[name])
     if not shared:
         return max(1, largest + 1)
     return int(max(MIN_TABLE_SIZE, 1 << max(0, largest).bit_length()))
 
 
-def require_keys(
-    keys: Mapping[str, Tensor] | None, names: Sequence[str], objective: str
-) -> dict[str, Tensor]:
+def require_keys(keys: Mapping[str, Tensor] | None, names: Sequence[str], objective: str) -> dict[str, Tensor]:
     """The tensors of the keys an objective reads; ValueError when one is missing."""
     given = keys or {}
     for name in names:
         if name not in given:
-            raise ValueError(
-                f"objective {objective!r} reads key {name!r}: pass keys[{name!r}] (got {sorted(given)})"
-            )
+            raise ValueError(f"objective {objective!r} reads key {name!r}: pass keys[{name!r}] (got {sorted(given)})")
     return {name: given[name] for name in names}
 
 
@@ -138,9 +132,7 @@ def _check_ids(name: str, ids: Tensor, log_ratio: Tensor) -> Tensor:
             f"keys[{name!r}] has shape {tuple(ids.shape)}; it needs one id per token, {log_ratio.shape[0]}"
         )
     if ids.device != log_ratio.device:
-        raise ValueError(
-            f"keys[{name!r}] is on {ids.device} but log_ratio is on {log_ratio.device}; move one of them"
-        )
+        raise ValueError(f"keys[{name!r}] is on {ids.device} but log_ratio is on {log_ratio.device}; move one of them")
     return ids
 
 

@@ -144,9 +144,7 @@ def _agreed_id(
     return (total / reports.clamp(min=1.0)).round().long()
 
 
-def _parent(
-    chain: LevelChain, depth: int, anchors: list[Tensor], count: int, ids: Mapping[str, Tensor]
-) -> Tensor:
+def _parent(chain: LevelChain, depth: int, anchors: list[Tensor], count: int, ids: Mapping[str, Tensor]) -> Tensor:
     fine, coarse = anchors[depth], anchors[depth + 1]
     parent = torch.zeros(count, dtype=torch.int64, device=fine.device)
     parent[fine] = coarse

@@ -6,6 +6,7 @@ renamed. What bears its final name is complete; an interrupted or failed save le
 
 import errno
 import shutil
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -92,7 +93,7 @@ class _Stages:
         if self._layout.rank == 0 or not only_first:
             try:
                 part()
-            except Exception as caught:
+            except (Exception, CheckpointException) as caught:  # torch's is a BaseException
                 error = _cause(caught, self._folder)
         try:
             self._layout.agree(error, f"saving the checkpoint {self._folder} (earlier ones are untouched)")
@@ -102,12 +103,12 @@ class _Stages:
             raise
 
 
-def _cause(error: Exception, folder: Path) -> str:
+def _cause(error: BaseException, folder: Path) -> str:
     """The first failure inside torch's collective exceptions, with the space left when the disk is full."""
-    inner: BaseException = error
+    inner = error
     if isinstance(error, CheckpointException) and error.failures:
         inner = next(iter(error.failures.values()))[0]
-    text = f"{type(inner).__name__}: {inner}"
+    text = f"{type(inner).__name__}: {textwrap.shorten(str(inner), 300)}"
     full = isinstance(inner, OSError) and inner.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left" in text:
         free = shutil.disk_usage(folder.parent).free / 2**20
@@ -185,10 +186,8 @@ def load(policy: CheckpointedPolicy, folder: str | Path) -> dict[str, object]:
     try:
         loaded = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
         restore_state(policy, loaded)
-    except Exception as caught:  # torch and Megatron raise many types for a damaged file
-        error = (
-            f"{_cause(caught, folder)}; the checkpoint is damaged or of another model, take an earlier one"
-        )
+    except (Exception, CheckpointException) as caught:  # a damaged file raises many types
+        error = f"{_cause(caught, folder)}; the checkpoint is damaged or of another model, take an earlier one"
     _agree(layout, error, folder)
     if same_layout:
         restore_random_state(loaded["random_state"])

@@ -88,18 +88,12 @@ def describe(folder: str | Path) -> Description:
     folder = Path(folder)
     if not folder.is_dir():
         beside = latest(folder.parent) if folder.parent.is_dir() else None
-        hint = (
-            f"the newest complete one there is {beside}"
-            if beside
-            else f"{folder.parent} holds no complete one"
-        )
+        hint = f"the newest complete one there is {beside}" if beside else f"{folder.parent} holds no complete one"
         raise CheckpointError(f"no checkpoint at {folder}; {hint}")
     try:
         read = json.loads((folder / DESCRIPTION).read_text())
         if read.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{folder} has checkpoint format {read.get('format')}; this version reads {FORMAT}"
-            )
+            raise CheckpointError(f"{folder} has checkpoint format {read.get('format')}; this version reads {FORMAT}")
         description = Description(**read)
     except FileNotFoundError as error:
         raise CheckpointError(
@@ -108,9 +102,7 @@ def describe(folder: str | Path) -> Description:
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(
-            f"{folder / DESCRIPTION} is damaged ({error}); take an earlier checkpoint"
-        ) from error
+        raise CheckpointError(f"{folder / DESCRIPTION} is damaged ({error}); take an earlier checkpoint") from error
     found = sizes(folder)
     for name, size in description.files.items():
         if found.get(name) != size:
@@ -152,8 +144,8 @@ def latest(root: str | Path) -> Path | None:
 def prune(root: str | Path, keep: int) -> list[Path]:
     """Delete all but the `keep` newest complete checkpoints, and remains of unfinished ones.
 
-    Returns the deleted ones. One rank calls it, while no checkpoint is being written. The newest complete one is
-    never deleted.
+    Returns the deleted ones. One rank calls it, while no checkpoint is being written. The newest complete one
+    is never deleted.
     """
     root = Path(root)
     doomed = complete_steps(root)[: -max(keep, 1)]

@@ -27,9 +27,7 @@ def sharded_state(policy: Any, is_loading: bool) -> dict[str, Any]:
         for index, model in enumerate(policy.models)
     }
     with _cheap_collections():
-        optimizer = policy.optimizer.sharded_state_dict(
-            models, is_loading=is_loading, metadata=dict(SHARDING)
-        )
+        optimizer = policy.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=dict(SHARDING))
     return {**models, "optimizer": optimizer, "scheduler": {"num_steps": policy.scheduler.num_steps}}
 
 

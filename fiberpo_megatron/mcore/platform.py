@@ -44,6 +44,8 @@ _HARMLESS_WARNINGS = (
     "When using sequence parallelism it is recommended to set the environment variable",
     "The .grad attribute of a Tensor that is not a leaf",
     "`torch.distributed.[a-z_]*` is deprecated",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead and we are deprecating ShardedTensor",
 )
 """What Megatron-Core says on every start without a consequence here."""
 

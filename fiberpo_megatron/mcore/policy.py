@@ -123,12 +123,11 @@ class MegatronPolicy:
             model.config.moe_aux_loss_coeff = self._aux_loss / tokens
 
     def _require_finite(self, error: str | None) -> None:
+        where = "the optimizer step (weights unchanged)"
+        self.layout.agree(error, where, raises=FloatingPointError)  # the cause, where a rank knows it
         parameter = non_finite_gradient(self.chunks)
-        if error is None and parameter is not None:
-            error = f"the gradient of {parameter} is not finite" + (
-                "" if self.layout.is_last_stage else " (its cause may lie on a later pipeline stage)"
-            )
-        self.layout.agree(error, "the optimizer step (weights unchanged)", raises=FloatingPointError)
+        error = f"the gradient of {parameter} is not finite" if parameter is not None else None
+        self.layout.agree(error, where, raises=FloatingPointError)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face names and full tensors, one at a time; rank 0 gets the tensors, others empty ones."""

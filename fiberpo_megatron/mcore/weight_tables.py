@@ -29,11 +29,7 @@ HF_OUTPUT = "lm_head.weight"
 @lru_cache(maxsize=1024)
 def name_pattern(template: str) -> re.Pattern[str]:
     """Regular expression of a name with `{layer}` and `{expert}`."""
-    escaped = (
-        re.escape(template)
-        .replace(r"\{layer\}", r"(?P<layer>\d+)")
-        .replace(r"\{expert\}", r"(?P<expert>\d+)")
-    )
+    escaped = re.escape(template).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)")
     return re.compile(escaped)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fiberpo_megatron.mcore.weight_tables import HF_EMBEDDING, HF_OUTPUT, Family, family_of, match_name
+from fiberpo_megatron.mcore.weight_tables import HF_EMBEDDING, HF_OUTPUT, Family, Match, family_of, match_name
 from fiberpo_megatron.mcore.weights_export import export_hf
 from fiberpo_megatron.mcore.weights_files import HfFiles, save_hf
 from fiberpo_megatron.mcore.weights_local import LocalWeight, WeightLayout, local_weights
@@ -35,7 +35,7 @@ def load_hf(
     (`optimizer.reload_model_params()`).
     """
     dims = Dimensions.from_hf(hf_config)
-    error: ValueError | OSError | None = None
+    error = None
     try:
         family = family_of(hf_config, dims)
         weights = local_weights(model_chunks, family, dims, layout)
@@ -44,40 +44,39 @@ def load_hf(
         for weight in weights:
             _fill(weight, files, dims)
     except (ValueError, OSError) as caught:
-        error = caught
-    if error is not None and layout.world_size == 1:
-        raise error
-    layout.agree(None if error is None else str(error), f"loading weights from {folder}", ValueError)
+        error = str(caught)
+    layout.agree(error, f"loading weights from {folder}", raises=ValueError)
 
 
 def _check_names(files: HfFiles, weights: Sequence[LocalWeight], family: Family, dims: Dimensions) -> None:
-    """Every tensor of the files is known, and every one of this rank's layers and experts is used."""
+    """Every tensor that this rank needs is there, and none is there that nobody needs."""
     used = {name for weight in weights for name in weight.hf_names}
     missing = sorted(used - set(files.names))
-    layers = {weight.match.layer for weight in weights if weight.match.layer is not None}
-    experts = {weight.match.expert for weight in weights if weight.match.expert is not None}
-    templates = [template for rule in family.rules for template in rule.hf]
-    ignored = re.compile(family.ignored)
-    strangers = []
-    for name in files.names:
-        if name in used or ignored.fullmatch(name) or (dims.tied_embeddings and name == HF_OUTPUT):
-            continue
-        match = next(
-            (m for m in (match_name(template, name) for template in templates) if m is not None), None
-        )
-        if match is None or (match.layer or 0) >= dims.layers or (match.expert or 0) >= max(dims.experts, 1):
-            strangers.append(name)
-        elif match.layer in layers and (match.expert is None or match.expert in experts or not experts):
-            strangers.append(name)  # of this rank's layer, but the model as built has no place for it
-    problems = []
-    if missing:
-        problems.append(f"missing: {_listed(missing)}")
+    problems = [f"missing: {_listed(missing)}"] if missing else []
+    own = {weight.match for weight in weights}
+    unused = (name for name in files.names if name not in used)
+    strangers = [name for name in unused if _is_stranger(name, own, family, dims)]
     if strangers:
         problems.append(f"unknown to the model: {_listed(sorted(strangers))}")
     if problems:
-        raise ValueError(
-            f"{files.folder} does not hold the weights of its config.json; {'; '.join(problems)}"
-        )
+        raise ValueError(f"the files do not hold the weights of config.json; {'; '.join(problems)}")
+
+
+def _is_stranger(name: str, own: set[Match], family: Family, dims: Dimensions) -> bool:
+    """Whether no rank has a use for a tensor that this rank does not use.
+
+    A tensor of the table with a layer or expert of another rank is that rank's to judge; one of this rank's own
+    layers and experts has no place in the model as it was built.
+    """
+    if re.fullmatch(family.ignored, name) or (dims.tied_embeddings and name == HF_OUTPUT):
+        return False
+    templates = (template for rule in family.rules for template in rule.hf)
+    match = next(filter(None, (match_name(template, name) for template in templates)), None)
+    if match is None or (match.layer or 0) >= dims.layers or (match.expert or 0) >= max(dims.experts, 1):
+        return True
+    if match.expert is None:
+        return match.layer is not None and any(match.layer == other.layer for other in own)
+    return match in own
 
 
 def _listed(names: Sequence[str], limit: int = 8) -> str:
@@ -94,7 +93,7 @@ def _fill(weight: LocalWeight, files: HfFiles, dims: Dimensions) -> None:
         raise ValueError(f"{weight.name}: {error}") from error
     for name, shape in zip(weight.hf_names, wanted, strict=True):
         if files.shape(name) != shape:
-            raise ValueError(f"{files.folder}: {name} has shape {files.shape(name)}, the model needs {shape}")
+            raise ValueError(f"{name} has shape {files.shape(name)}, the model needs {shape}")
     value = weight.rule.transform.load(files, weight.hf_names, local, weight.shard, dims)
     assert value.shape == weight.tensor.shape, (weight.name, value.shape, weight.tensor.shape)
     with torch.no_grad():
@@ -103,6 +102,6 @@ def _fill(weight: LocalWeight, files: HfFiles, dims: Dimensions) -> None:
         stored = weight.rule.transform.load(files, [HF_OUTPUT], local, weight.shard, dims)
         if not torch.equal(stored, value):
             raise ValueError(
-                f"{files.folder}: {HF_OUTPUT} differs from {HF_EMBEDDING} although config.json says "
+                f"{HF_OUTPUT} differs from {HF_EMBEDDING} although config.json says "
                 "tie_word_embeddings = true; set it to false if the model has its own output weights"
             )

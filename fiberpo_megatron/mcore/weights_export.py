@@ -56,11 +56,7 @@ def export_hf(
     """
     dims = Dimensions.from_hf(hf_config)
     family = family_of(hf_config, dims)
-    own = {
-        weight.name: weight
-        for weight in local_weights(model_chunks, family, dims, layout)
-        if weight.rule.exported
-    }
+    own = {weight.name: weight for weight in local_weights(model_chunks, family, dims, layout) if weight.rule.exported}
     plan = _plan(list(own.values()), family, layout, dtype)
     for bucket in _buckets(plan, bucket_bytes):
         shards = _collect(bucket, own, layout.rank)
@@ -70,9 +66,7 @@ def export_hf(
             rule, match = described
             names = [fill(template, match) for template in rule.hf]
             if layout.rank == 0:
-                yield from zip(
-                    names, rule.transform.merge([shards[piece] for piece in parameter], dims), strict=True
-                )
+                yield from zip(names, rule.transform.merge([shards[piece] for piece in parameter], dims), strict=True)
             else:
                 yield from ((name, torch.empty(0, dtype=parameter[0].dtype)) for name in names)
 

@@ -77,9 +77,7 @@ class HfFiles:
             try:
                 weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{index} is not a safetensors index ({error!r}); download the model again"
-                ) from error
+                raise ValueError(f"{index} is not a safetensors index ({error!r}); download the model again") from error
             yield from ((file, name) for name, file in weight_map.items())
             return
         files = sorted(path.name for path in self.folder.glob("*.safetensors"))

@@ -24,7 +24,7 @@ class WeightLayout(Protocol):
     host_group: dist.ProcessGroup | None
     """All ranks, for objects."""
 
-    def agree(self, error: str | None, where: str, raises: type[Exception] = ...) -> None: ...
+    def agree(self, error: str | None, where: str, *, raises: type[Exception] = ...) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,7 @@ def unwrapped(chunk: nn.Module) -> nn.Module:
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and the routers' correction bias, a persistent buffer."""
     yield from module.named_parameters()
-    yield from (
-        (name, buffer) for name, buffer in module.named_buffers() if name.endswith("router.expert_bias")
-    )
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name.endswith("router.expert_bias"))
 
 
 def _layer_of(module: nn.Module, name: str) -> int | None:

@@ -74,9 +74,7 @@ class Transform(Protocol):
         """Full shapes of the Hugging Face tensors of a parameter with `size` shards of shape `local`."""
         ...
 
-    def load(
-        self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions
-    ) -> Tensor:
+    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions) -> Tensor:
         """This shard, of shape `local`, from the tensors called `names`."""
         ...
 
@@ -92,9 +90,7 @@ class Whole:
     def hf_shapes(self, local: Shape, size: int, dims: Dimensions) -> list[Shape]:
         return [local]
 
-    def load(
-        self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions
-    ) -> Tensor:
+    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions) -> Tensor:
         return read.read(names[0])
 
     def merge(self, shards: Sequence[Tensor], dims: Dimensions) -> list[Tensor]:
@@ -110,9 +106,7 @@ class Split:
     def hf_shapes(self, local: Shape, size: int, dims: Dimensions) -> list[Shape]:
         return [(*local[: self.dim], local[self.dim] * size, *local[self.dim + 1 :])]
 
-    def load(
-        self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions
-    ) -> Tensor:
+    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions) -> Tensor:
         width = local[self.dim]
         return read.read(names[0], self.dim, shard.rank * width, (shard.rank + 1) * width)
 
@@ -126,14 +120,10 @@ class Vocabulary:
 
     def hf_shapes(self, local: Shape, size: int, dims: Dimensions) -> list[Shape]:
         if local[0] * size < dims.vocab_size:
-            raise ValueError(
-                f"{local[0]} rows x {size} shards hold fewer than vocab_size = {dims.vocab_size}"
-            )
+            raise ValueError(f"{local[0]} rows x {size} shards hold fewer than vocab_size = {dims.vocab_size}")
         return [(dims.vocab_size, *local[1:])]
 
-    def load(
-        self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions
-    ) -> Tensor:
+    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions) -> Tensor:
         start = min(shard.rank * local[0], dims.vocab_size)
         stop = min(start + local[0], dims.vocab_size)
         rows = read.read(names[0], 0, start, stop)
@@ -151,9 +141,7 @@ class GateUp:
     def hf_shapes(self, local: Shape, size: int, dims: Dimensions) -> list[Shape]:
         return [(local[0] // 2 * size, *local[1:])] * 2
 
-    def load(
-        self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions
-    ) -> Tensor:
+    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions) -> Tensor:
         rows = local[0] // 2
         return torch.cat([read.read(name, 0, shard.rank * rows, (shard.rank + 1) * rows) for name in names])
 
@@ -168,9 +156,7 @@ class Qkv:
 
     def hf_shapes(self, local: Shape, size: int, dims: Dimensions) -> list[Shape]:
         if dims.kv_heads % size:
-            raise ValueError(
-                f"{dims.kv_heads} key-value heads do not divide over {size} tensor-parallel ranks"
-            )
+            raise ValueError(f"{dims.kv_heads} key-value heads do not divide over {size} tensor-parallel ranks")
         fused = (dims.heads + 2 * dims.kv_heads) * dims.head_dim
         if local[0] * size != fused:
             raise ValueError(
@@ -179,9 +165,7 @@ class Qkv:
             )
         return [(heads * dims.head_dim, *local[1:]) for heads in (dims.heads, dims.kv_heads, dims.kv_heads)]
 
-    def load(
-        self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions
-    ) -> Tensor:
+    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions) -> Tensor:
         groups = dims.kv_heads // shard.size
         parts = []
         for name, per_group in zip(names, (dims.heads // dims.kv_heads, 1, 1), strict=True):

@@ -1,4 +1,4 @@
-"""SGLang's JSON answers, checked and turned into types. A bad one raises ValueError; the client adds the server."""
+"""SGLang's JSON answers, checked and typed. A bad one raises ValueError; the client adds the server."""
 
 import base64
 import math
@@ -39,9 +39,7 @@ def prompt_log_probs(answer: object, token_ids: Sequence[int]) -> NDArray[np.flo
     """[len - 1] log-probs of token_ids[1:], from a /generate answer with `logprob_start_len` 0."""
     entries = field(field(answer, "meta_info", dict), "input_token_logprobs", list)
     if len(entries) != len(token_ids):
-        raise ValueError(
-            f"{len(token_ids)} tokens were to be scored, the answer has log-probs for {len(entries)}"
-        )
+        raise ValueError(f"{len(token_ids)} tokens were to be scored, the answer has log-probs for {len(entries)}")
     return _log_probs(entries[1:], token_ids[1:])
 
 
@@ -56,8 +54,8 @@ def experts_array(encoded: str, rows: int, layers: int, top_k: int) -> NDArray[n
     raw = base64.b64decode(encoded, validate=True)
     if len(raw) != 4 * rows * layers * top_k:
         raise ValueError(
-            f"routed_experts has {len(raw)} bytes, {4 * rows * layers * top_k} were expected for {rows} positions "
-            f"x {layers} layers x top-{top_k}"
+            f"routed_experts has {len(raw)} bytes, {4 * rows * layers * top_k} were expected for {rows} "
+            f"positions x {layers} layers x top-{top_k}"
         )
     return np.frombuffer(raw, dtype="<i4").astype(np.int32).reshape(rows, layers, top_k)
 
@@ -70,9 +68,7 @@ def _log_probs(entries: Sequence[Any], token_ids: Sequence[int]) -> NDArray[np.f
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(f"log-prob entries are not [number, token id, ..]: {entries!r:.200}") from error
     if named != list(token_ids):
-        raise ValueError(
-            f"log-probs of {len(named)} tokens {named[:8]} came for {len(token_ids)}: {token_ids[:8]}"
-        )
+        raise ValueError(f"log-probs of {len(named)} tokens {named[:8]} came for {len(token_ids)}: {token_ids[:8]}")
     for index, value in enumerate(values):
         if not math.isfinite(value) or value > 1e-4:  # rounding of log(softmax) may leave a hair above 0
             raise ValueError(f"the log-prob of token {token_ids[index]} at position {index} is {value}")

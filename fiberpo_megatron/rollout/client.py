@@ -108,30 +108,28 @@ class EngineClient:
 
     async def generate(
         self,
-        prompt: Sequence[int],
-        count: int,
+        prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         *,
         seeds: Sequence[int] | None = None,
         routed_experts: tuple[int, int] | None = None,
         partial: bool = False,
     ) -> list[Completion]:
-        """`count` responses to one prompt (token ids).
+        """One response to each prompt (token ids), in order; several to one prompt: repeat it.
 
-        `seeds`: one per response; needs a server started with `--enable-deterministic-inference`.
-        `routed_experts`: (MoE layers, top_k) fills `Completion.routed_experts`; needs
-        `--enable-return-routed-experts`. `partial`: accept responses that the engine aborted (they keep
-        their finish reason `abort`) instead of raising EngineAborted.
+        SGLang's `n` is not used, because its responses would share one seed. `seeds`: one per prompt; needs a
+        server started with `--enable-deterministic-inference`. `routed_experts`: (MoE layers, top_k) fills
+        `Completion.routed_experts`; needs `--enable-return-routed-experts`. `partial`: accept responses that
+        the engine aborted (their finish reason is `abort`) instead of raising EngineAborted.
         """
-        if seeds is not None and len(seeds) != count:
-            raise ValueError(f"{len(seeds)} seeds for {count} responses; pass one seed per response")
-        parameters = sampling.as_json()
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; pass one seed per prompt")
+        parameters: object = sampling.as_json()
+        if seeds is not None:
+            parameters = [sampling.as_json() | {"sampling_seed": seed} for seed in seeds]
         request: dict[str, object] = {
-            # one entry per response: with SGLang's `n` all would share one seed
-            "input_ids": [list(prompt)] * count,
-            "sampling_params": [
-                parameters | ({"sampling_seed": seeds[i]} if seeds else {}) for i in range(count)
-            ],
+            "input_ids": [list(prompt) for prompt in prompts],
+            "sampling_params": parameters,
             "return_logprob": True,
             "stream": False,
         }
@@ -139,9 +137,9 @@ class EngineClient:
             request["return_routed_experts"] = True
         answer = await self._call("POST", "/generate", request, self.timeout_s)
         with self._answer_errors("/generate"):
-            if not isinstance(answer, list) or len(answer) != count:
-                found = len(answer) if isinstance(answer, list) else 1
-                raise ValueError(f"{count} responses were asked for, {found} came")
+            found = len(answer) if isinstance(answer, list) else 1
+            if not isinstance(answer, list) or found != len(prompts):
+                raise ValueError(f"{len(prompts)} responses were asked for, {found} came")
             for element in answer:
                 self._refuse_abort(element, partial)
             return [answers.completion(element, routed_experts) for element in answer]
@@ -179,9 +177,7 @@ class EngineClient:
     async def model_info(self, timeout_s: float = CONTROL_TIMEOUT_S) -> ModelInfo:
         answer = await self._call("GET", "/model_info", None, timeout_s)
         with self._answer_errors("/model_info"):
-            return ModelInfo(
-                answers.field(answer, "model_path", str), answers.field(answer, "weight_version", str)
-            )
+            return ModelInfo(answers.field(answer, "model_path", str), answers.field(answer, "weight_version", str))
 
     async def tensor_parallel_size(self, timeout_s: float = CONTROL_TIMEOUT_S) -> int:
         """Ranks among which the server splits its weights.
@@ -343,9 +339,7 @@ class EngineClient:
             yield
         except ValueError as error:
             what = f"bad answer to {path}: {error}"
-            raise EngineAnswerError(
-                self.url, what, "Check that it is an SGLang server of a tested version"
-            ) from error
+            raise EngineAnswerError(self.url, what, "Check that it is an SGLang server of a tested version") from error
 
 
 def _reason(response: httpx.Response) -> str:

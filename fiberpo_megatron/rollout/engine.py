@@ -44,13 +44,13 @@ def engines(
     """Healthy engines; those that were started here are stopped at the end, whatever the reason.
 
     `model`: Hugging Face folder; without safetensors the weights are random until the first publication.
-    `folder`: gets engine_<i>.log. `dtype`: used where `engine.dtype` is auto. `host`: address to bind, which all
-    ranks must reach. `first_gpu`: server i takes `engine.tensor` GPUs from first_gpu + i * engine.tensor.
-    `gpu` unset: whether torch sees one. `deterministic` (unset: without a GPU): honour per-request sampling seeds.
+    `folder`: gets engine_<i>.log. `dtype`: used where `engine.dtype` is auto. `host`: address to bind, which
+    all ranks must reach. `first_gpu`: server i takes `engine.tensor` GPUs from first_gpu + i * engine.tensor.
+    `gpu` unset: whether torch sees one. `deterministic` (unset: without a GPU): honour per-request seeds.
 
-    Call it from a thread that outlives the engines. Raises EngineStartError (busy port, missing sglang, exit or no
-    health before `engine.start_timeout_s`, with the log's tail), and EngineUnreachable for a given address
-    without a server.
+    Call it from a thread that outlives the engines. Raises EngineStartError (busy port, missing sglang, exit
+    or no health before `engine.start_timeout_s`, with the log's tail), and EngineUnreachable for a given
+    address without a server.
     """
     if config.urls:
         addresses = [EngineAddress(url.rstrip("/")) for url in config.urls]

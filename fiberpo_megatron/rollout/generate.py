@@ -2,9 +2,9 @@
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import httpx
 import numpy as np
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from fiberpo_megatron.rollout.background import BackgroundLoop
 from fiberpo_megatron.rollout.client import EngineAddress, EngineClient, Sampling
 from fiberpo_megatron.types import Completion
+
+Result = TypeVar("Result")
 
 Progress = Callable[[int, int], None]
 """(prompts done, prompts in all), called from the sampler's thread."""
@@ -38,39 +40,48 @@ async def generate(
 ) -> list[list[Completion]]:
     """`count` responses to each prompt, in order. The first failure cancels the rest and is raised.
 
-    A prompt's responses travel as one request; it goes to the engine with the fewest responses in flight.
-    `max_concurrent`: responses in flight, all engines together (one prompt's at least). `seeds`: one per
-    prompt; the same seed, weights and sampling then give the same responses whatever else the engines do.
+    `max_concurrent`: responses in flight, all engines together (one prompt's at least). When all fit in, each
+    engine gets one request with its share; else each prompt is a request of its own, for the engine with the
+    fewest in flight. `seeds`: one per prompt; the same seed, weights and sampling then give the
+    same responses, whatever else the engines do.
     """
-    slots = asyncio.Semaphore(max(1, max_concurrent // count))
+    parts = _requests(len(prompts), count, len(clients), max_concurrent)
+    slots = asyncio.Semaphore(max(len(clients), max_concurrent // count))
     in_flight = [0] * len(clients)
     done = 0
 
-    async def one(index: int) -> list[Completion]:
+    async def send(part: range) -> list[list[Completion]]:
         nonlocal done
+        flat = [prompts[i] for i in part for _ in range(count)]
+        drawn = None if seeds is None else [s for i in part for s in response_seeds(seeds[i], count)]
         async with slots:
             engine = in_flight.index(min(in_flight))
-            in_flight[engine] += 1
+            in_flight[engine] += len(flat)
             try:
                 completions = await clients[engine].generate(
-                    prompts[index],
-                    count,
-                    sampling,
-                    seeds=None if seeds is None else response_seeds(seeds[index], count),
-                    routed_experts=routed_experts,
-                    partial=partial,
+                    flat, sampling, seeds=drawn, routed_experts=routed_experts, partial=partial
                 )
             finally:
-                in_flight[engine] -= 1
-        done += 1
+                in_flight[engine] -= len(flat)
+        done += len(part)
         if progress is not None:
             progress(done, len(prompts))
-        return completions
+        return [completions[i : i + count] for i in range(0, len(flat), count)]
 
-    return await _all_or_first_error([one(index) for index in range(len(prompts))])
+    groups = await _all_or_first_error([send(part) for part in parts])
+    return [group for part in groups for group in part]
 
 
-async def _all_or_first_error(work: Sequence[Awaitable[list[Completion]]]) -> list[list[Completion]]:
+def _requests(prompts: int, count: int, engines: int, max_concurrent: int) -> list[range]:
+    """Prompt indices of each request: one request saves the engine many small batches, but it ends only when
+    its slowest response does."""
+    if prompts * count > max_concurrent:
+        return [range(i, i + 1) for i in range(prompts)]
+    cuts = [prompts * i // engines for i in range(engines + 1)]
+    return [range(begin, end) for begin, end in zip(cuts, cuts[1:]) if end > begin]
+
+
+async def _all_or_first_error(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
     """Results in order; at the first error the rest is cancelled and that error raised."""
     tasks = [asyncio.ensure_future(item) for item in work]
     try:

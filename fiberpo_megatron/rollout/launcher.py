@@ -2,8 +2,9 @@
 
 `python launcher.py PARENT_PID COMMAND..`; it must not import this package.
 
-The kernel sends SIGKILL when the *thread* that started this process ends, so engines are started from a thread
-that lives as long as they should (the main one). SGLang's own children ask for the same towards the server.
+The kernel sends SIGKILL when the *thread* that started this process ends, so engines are started from a
+thread that lives as long as they should (the main one). SGLang's own children ask for the same towards the
+server.
 """
 
 import ctypes

@@ -4,7 +4,7 @@ import random
 import socket
 
 LOWEST, HIGHEST = 18000, 21999
-"""Below the kernel's ephemeral range, from which connections take ports, and below SGLang's own picks (22000)."""
+"""Below the kernel's ephemeral range, used by connections, and below SGLang's own picks (from 22000)."""
 
 
 def is_free(port: int, host: str) -> bool:
@@ -27,7 +27,5 @@ def free_ports(count: int, host: str) -> list[int]:
         if is_free(port, host):
             found.append(port)
     if len(found) < count:
-        raise RuntimeError(
-            f"{count} free ports are needed on {host}, {len(found)} found in {LOWEST}-{HIGHEST}"
-        )
+        raise RuntimeError(f"{count} free ports are needed on {host}, {len(found)} found in {LOWEST}-{HIGHEST}")
     return found

@@ -3,17 +3,16 @@
 import json
 import os
 import socket
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 
 from fiberpo_megatron.config import Config, dump_config
 from fiberpo_megatron.data.prompts import PromptSets, build_prompt_sets
 from fiberpo_megatron.data.tokenizer import Tokenizer, load_tokenizer, response_text, stop_token_ids
-from fiberpo_megatron.fibration import build_objective
 from fiberpo_megatron.mcore.checkpoint import latest
 from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout, stop_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
@@ -29,6 +28,7 @@ from fiberpo_megatron.telemetry.sinks import open_sinks
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.generation import Generator
 from fiberpo_megatron.trainer.loop import Training, evaluate, publish, train
+from fiberpo_megatron.trainer.preflight import make_objective
 from fiberpo_megatron.trainer.recorder import RunCheckpoints, RunRecorder
 from fiberpo_megatron.trainer.sft import fine_tune
 from fiberpo_megatron.trainer.together import together
@@ -115,10 +115,9 @@ def _restore(base: Base, policy: MegatronPolicy, resume: bool) -> int:
 
 
 @contextmanager
-def _training(base: Base, policy: MegatronPolicy, start: int, kinds: Collection[Kind]) -> Iterator[Training]:
+def _training(base: Base, policy: MegatronPolicy, start: int, kinds: Sequence[Kind]) -> Iterator[Training]:
     """Engines, sampler, publisher, recorder and objective around a policy."""
     config = base.config
-    objective = build_objective(config.algorithm.objective, **config.algorithm.objective_options())  # type: ignore[arg-type]
     with ExitStack() as stack:
         addresses = _engines(base, stack)
         stop_ids = stop_token_ids(config.model.path, base.tokenizer)
@@ -148,7 +147,7 @@ def _training(base: Base, policy: MegatronPolicy, start: int, kinds: Collection[
             generator=Generator(
                 sampler, lambda ids: response_text(base.tokenizer, ids, stop_ids), reward, config.run.seed
             ),
-            objective=objective,
+            objective=make_objective(config),
             publisher=publisher,
             recorder=recorder,
             checkpoints=base.checkpoints,
@@ -185,19 +184,18 @@ def _engines(base: Base, stack: ExitStack) -> list[EngineAddress]:
 
 def _publisher(base: Base, addresses: list[EngineAddress]) -> Publisher:
     config, settings = base.config, base.config.weight_sync
-    leader = base.layout.rank == 0
+    common: dict[str, Any] = {
+        "model": config.model.path,
+        "leader": base.layout.rank == 0,
+        "timeout_s": settings.timeout_s,
+    }
     if settings.method == "disk":
-        folder = settings.folder or config.run.folder / "published"
-        return DiskPublisher(
-            addresses, model=config.model.path, folder=folder, leader=leader, timeout_s=settings.timeout_s
-        )
-    return DistributedPublisher(
-        addresses, leader=leader, timeout_s=settings.timeout_s, bucket_mib=settings.bucket_mib
-    )
+        return DiskPublisher(addresses, folder=settings.folder or config.run.folder / "published", **common)
+    return DistributedPublisher(addresses, bucket_mib=settings.bucket_mib, **common)
 
 
 @contextmanager
-def _recorder(base: Base, start: int, steps: int, kinds: Collection[Kind], title: str) -> Iterator[RunRecorder]:
+def _recorder(base: Base, start: int, steps: int, kinds: Sequence[Kind], title: str) -> Iterator[RunRecorder]:
     config = base.config
     with ExitStack() as stack:
         sinks = None

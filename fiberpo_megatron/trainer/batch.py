@@ -1,14 +1,14 @@
 """From scored groups to the mini-batches of the optimiser: flat arrays, then packed rows with token weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fiberpo_megatron.config.schema import AlgorithmConfig, BatchConfig
+from fiberpo_megatron.config.schema import BatchConfig
 from fiberpo_megatron.data.packing import assign_rows, pack, padded_lengths
 from fiberpo_megatron.types import (
     Layout,

@@ -1,8 +1,11 @@
 """This leader's share of a step's prompts, sampled by the engines and scored."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Callable, Protocol, Sequence
+from typing import Protocol
+
+from numpy.typing import ArrayLike
 
 from fiberpo_megatron.rewards import Reward
 from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory
@@ -11,17 +14,13 @@ from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory
 class Sampler(Protocol):
     """What the trainer needs of the rollout engines."""
 
-    def sample(
-        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]
-    ) -> list[list[Completion]]:
+    def sample(self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]) -> list[list[Completion]]:
         """`count` completions of each prompt, in order; one sampling seed per prompt."""
         ...
 
-    def score(self, token_ids: Sequence[int]) -> Sequence[Sequence[float]]:
+    def score(self, token_ids: Sequence[int]) -> Sequence[ArrayLike]:
         """Per engine: log-probs [len - 1] of token_ids[1:] at temperature 1."""
         ...
-
-
 
 
 @dataclass(frozen=True)

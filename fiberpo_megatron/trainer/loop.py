@@ -4,13 +4,15 @@ Every rank runs it; every collaborator is passed in, so the same function trains
 the tests and a Megatron model with SGLang on a cluster.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Iterator, Mapping, Protocol, Sequence
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
 from fiberpo_megatron.config import Config
+from fiberpo_megatron.telemetry.metrics import Kind
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.advantages import group_advantages
 from fiberpo_megatron.trainer.batch import flatten, mini_batches
@@ -43,7 +45,7 @@ class Publisher(Protocol):
 class Recorder(Protocol):
     """Where metrics and samples go. Called on every rank; writes on the ranks that should."""
 
-    def record(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+    def record(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
         """`step`: of "train" and "sft" records the step's index from 0, of "eval" records the steps done."""
         ...
 
@@ -99,9 +101,7 @@ def learn(run: Training, rollouts: RolloutBatch) -> dict[str, float]:
     """Advantages, packing and all optimiser steps on one batch of rollouts."""
     algorithm = run.config.algorithm
     with run.timers("pack"):
-        advantages = group_advantages(
-            rollouts.rewards, rollouts.groups, algorithm.advantage, algorithm.normalise_std
-        )
+        advantages = group_advantages(rollouts.rewards, rollouts.groups, algorithm.advantage, algorithm.normalise_std)
         parts = mini_batches(
             rollouts,
             advantages,

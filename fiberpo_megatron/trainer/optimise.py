@@ -4,8 +4,9 @@ Whatever the objective, the policy minimises -sum_j c_j log pi(a_j) with c_j = d
 (docs/fibration.md): loss normalisation, micro-batching, packing and layout cannot change the gradient.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping, Protocol, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +20,22 @@ from fiberpo_megatron.types import Coefficients, Layout, OptimizerStep, Policy, 
 class Objective(Protocol):
     """A built objective of `fiberpo_megatron.fibration`."""
 
-    spans_micro_batches: bool
-    """Whether a token's coefficient depends on tokens of other trajectories."""
+    @property
+    def spans_micro_batches(self) -> bool:
+        """Whether a token's coefficient depends on tokens of other trajectories."""
+        ...
 
-    def __call__(self, log_ratio: Tensor, advantages: Tensor, weights: Tensor, **fibration: Any) -> Any: ...
+    def __call__(
+        self,
+        log_ratio: Tensor,
+        advantages: Tensor,
+        weights: Tensor,
+        *,
+        keys: Mapping[str, Tensor],
+        counts: Mapping[str, int],
+        reduce: Callable[[Tensor], Tensor] | None,
+        metrics: bool,
+    ) -> Any: ...
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The run folder as the loop writes it: metrics, samples, checkpoints."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping, Sequence
 
 from fiberpo_megatron.config.schema import CheckpointConfig
 from fiberpo_megatron.mcore import checkpoint

@@ -1,6 +1,7 @@
 """Supervised warm-up with the RL policy's own code: coefficients 1/tokens instead of an objective's."""
 
-from typing import Protocol, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -50,7 +51,6 @@ def fine_tune(
     start: int = 0,
 ) -> None:
     """Maximise the mean log-prob of the target tokens for `sft.steps` optimiser steps."""
-    layout = policy.layout
     for step in range(start, config.sft.steps):
         batch = supervised_batch(examples.examples_at(config.run.seed, step, config.sft.examples))
         metrics = _step(config, policy, batch)

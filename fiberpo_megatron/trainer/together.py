@@ -1,7 +1,7 @@
 """Work that only some ranks do, with an outcome that all ranks share."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 from fiberpo_megatron.types import Layout
 

@@ -1,1 +1,1 @@
-"""Carries the trainer's weights to the rollout engines: a small base, one file per way, and the check after it."""
+"""Carries the trainer's weights to the rollout engines: a base, one file per way, and the check after it."""

@@ -38,7 +38,7 @@ class Deadline:
 
 
 class Publisher(ABC):
-    """Publishes weights to all engines. Every rank calls `publish`; only the leader (rank 0) talks to engines.
+    """Publishes weights to all engines. Every rank calls `publish`; only the leader (rank 0) talks to them.
 
     `model`: Hugging Face folder whose tensors a publication must have. `timeout_s`: bound of one publication.
     `transport`: the network seam for tests.
@@ -63,8 +63,8 @@ class Publisher(ABC):
     def publish(self, weights: Weights, version: str) -> None:
         """Load `weights` into every engine as `version`; running requests go on with the new weights.
 
-        Raises EngineError naming the engine, and ValueError for weights that are not the model's. The weights are
-        drained on every rank in any case, so that no rank waits in a gather for one that failed.
+        Raises EngineError naming the engine, ValueError for weights that are not the model's. The weights
+        are drained on every rank in any case, so that no rank waits in a gather for one that failed.
         """
         try:
             if self._manifest is not None:
@@ -87,7 +87,7 @@ class Publisher(ABC):
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        """No engine generates inside; running requests are put back into the queue and continue afterwards."""
+        """No engine generates inside; running requests are put back into the queue and go on afterwards."""
         self._on_all(lambda client: client.pause("retract"))
         try:
             yield

@@ -14,13 +14,16 @@ from fiberpo_megatron.rollout.client import EngineAddress
 from fiberpo_megatron.weight_sync.base import Deadline, Publisher, Weights
 
 SHARD_BYTES = 4 * 1024**3
+MARKER = ".published"
+"""Marks folders that were written here and may be removed again."""
 CONFIGURATION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py"}
 
 
 class DiskPublisher(Publisher):
     """Writes <folder>/<version>/ in one move, has every engine load it, and removes older versions.
 
-    Configuration and tokenizer files are copied from `model`. `shard_bytes`: size at which a safetensors file ends.
+    Configuration and tokenizer files are copied from `model`. `shard_bytes`: size of one
+    safetensors file.
     """
 
     def __init__(
@@ -42,15 +45,18 @@ class DiskPublisher(Publisher):
         with self._paused():
             self._on_all(lambda client: client.update_weights_from_disk(written, version, deadline.left()))
         for old in self.folder.iterdir():
-            if old != written:
+            if old != written and (old / MARKER).exists():
                 shutil.rmtree(old)
 
     def _write(self, weights: Weights, version: str) -> Path:
         """The complete folder of this version."""
         final, partial = self.folder / version, self.folder / f"{version}.partial"
         for stale in (final, partial):
+            if stale.exists() and not (stale / MARKER).exists():
+                raise FileExistsError(f"{stale} was not written by a publication; change weight_sync.folder")
             shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
+        (partial / MARKER).touch()
         for source in self.model.iterdir():
             if source.suffix in CONFIGURATION_SUFFIXES and not source.name.endswith(".index.json"):
                 shutil.copyfile(source, partial / source.name)

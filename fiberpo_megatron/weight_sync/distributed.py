@@ -27,8 +27,8 @@ class DistributedPublisher(Publisher):
 
     `bucket_mib`: size of one broadcast. `backend` unset: nccl where torch sees a GPU, else gloo.
 
-    A refusal before the first bucket leaves the old weights in place; after a failure in the middle the error says
-    that the engine may hold a mixture. The group is then given up, and made anew by the next publication.
+    A refusal before the first bucket leaves the old weights in place; after a failure in the middle the error
+    says that the engine may hold a mixture. The group is then given up; the next publication makes a new one.
     """
 
     def __init__(

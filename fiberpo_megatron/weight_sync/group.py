@@ -1,8 +1,8 @@
 """The process group of trainer rank 0 and the engines, outside torch's default group.
 
 It is built from torch's backend class alone and registered nowhere: the trainer's own groups (and Megatron's)
-stay untouched, and an eagerly initialised default group is not split for it. The store prefixes are those under
-which SGLang (`init_custom_process_group`) and torch (`_new_process_group_helper`) look for the other side.
+stay untouched, and an eagerly initialised default group is not split for it. The store prefixes are those
+under which SGLang (`init_custom_process_group`) and torch (`_new_process_group_helper`) look for the others.
 """
 
 import socket

@@ -1,5 +1,7 @@
-"""Which tensors a publication must have. SGLang takes a missing or an unknown one without a word, and a wrong shape
-ends its process, so this side checks."""
+"""Which tensors a publication must have.
+
+SGLang takes a missing or an unknown one without a word, and a wrong shape ends its process: this side checks.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,7 +15,7 @@ TIED = "lm_head.weight"
 
 
 class Manifest:
-    """Names and shapes of a model's tensors: of the model folder's safetensors, or else of the first publication."""
+    """Names and shapes of a model's tensors: those of its safetensors, or else of the first publication."""
 
     def __init__(self, model: Path) -> None:
         self.shapes: Mapping[str, Shape] | None = folder_shapes(model) or None
@@ -23,7 +25,7 @@ class Manifest:
         """The output layer shares the embedding's weight and may be left out."""
 
     def checked(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same weights; ValueError at the first that does not belong, or at the end when some are missing."""
+        """The same weights; ValueError at the first that does not belong, or at the end if one is missing."""
         seen: dict[str, Shape] = {}
         for name, tensor in weights:
             if name in seen:

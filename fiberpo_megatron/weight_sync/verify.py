@@ -31,18 +31,18 @@ def compare_log_probs(
     worst = int(np.argmax(np.where(np.isfinite(difference), difference, np.inf)))
     mean, largest = float(difference.mean()), float(difference[worst])
     figures = (
-        f"mean |difference| {mean:.3g}, max {largest:.3g} over {ours.size} tokens; at position {worst} the trainer "
-        f"has {ours[worst]:.6f}, the engine {theirs[worst]:.6f}"
+        f"mean |difference| {mean:.3g}, max {largest:.3g} over {ours.size} tokens; at position {worst} the "
+        f"trainer has {ours[worst]:.6f}, the engine {theirs[worst]:.6f}"
     )
     if reported_version is not None and reported_version != version:
         raise WeightMismatch(
-            f"{engine} reports weights {reported_version!r} after weights {version!r} were published ({figures}). "
-            "Check that nobody else publishes to it"
+            f"{engine} reports weights {reported_version!r} after weights {version!r} were published "
+            f"({figures}). Check that nobody else publishes to it"
         )
     if not mean <= tolerance:  # also true for nan
         raise WeightMismatch(
-            f"after publishing weights {version!r}, {engine} and the trainer disagree: {figures}; the tolerance of "
-            f"the mean is {tolerance:g}. The publication lost or mixed weights, or the two sides compute in "
-            "different types (rollout.engine.dtype, weight_sync.verify_tolerance)"
+            f"after publishing weights {version!r}, {engine} and the trainer disagree: {figures}; the "
+            f"tolerance of the mean is {tolerance:g}. The publication lost or mixed weights, or the two "
+            "sides compute in different types (rollout.engine.dtype, weight_sync.verify_tolerance)"
         )
     return mean

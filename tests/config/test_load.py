@@ -22,14 +22,24 @@ def config_file(tmp_path: Path) -> Path:
 def test_overrides_take_both_spellings_and_types(config_file: Path):
     config = load_config(
         config_file,
-        ["--parallel.tensor", "2", "--optimizer.learning_rate=3e-4", "--data.tasks.0.digits", "3", "--model.path", "x/y"],
+        [
+            "--parallel.tensor",
+            "2",
+            "--optimizer.learning_rate=3e-4",
+            "--data.tasks.0.digits",
+            "3",
+            "--model.path",
+            "x/y",
+        ],
     )
     assert (config.parallel.tensor, config.optimizer.learning_rate) == (2, 3e-4)
     assert config.data.tasks[0].digits == 3 and config.model.path == Path("x/y")
 
 
 def test_resolved_config_reads_back_equal(config_file: Path, tmp_path: Path):
-    config = load_config(config_file, ["--algorithm.budgets", "{trajectory = [0.2, 0.1]}", "--algorithm.epsilon", "[0.2, 0.3]"])
+    config = load_config(
+        config_file, ["--algorithm.budgets", "{trajectory = [0.2, 0.1]}", "--algorithm.epsilon", "[0.2, 0.3]"]
+    )
     again = tmp_path / "again.toml"
     again.write_text(dump_config(config))
     assert load_config(again) == config
@@ -42,7 +52,10 @@ def test_resolved_config_reads_back_equal(config_file: Path, tmp_path: Path):
         (["--rollout.engine.urlz", "[]"], r"rollout.engine.urlz: unknown key; did you mean 'urls'"),
         (["--nonsense", "1"], "nonsense: unknown key"),
         (["--parallel.tensor", "0"], r"parallel.tensor: .*greater than or equal to 1.*value seen: 0"),
-        (["--batch.mini_batches", "5"], r"batch.mini_batches = 5 does not divide batch.prompts = 32; use one of"),
+        (
+            ["--batch.mini_batches", "5"],
+            r"batch.mini_batches = 5 does not divide batch.prompts = 32; use one of",
+        ),
         (["--parallel.tensor"], "has no value"),
         (["parallel.tensor", "2"], "is not an override"),
         (["--data.tasks.7.digits", "2"], "not an index of a list of 1"),

@@ -77,7 +77,7 @@ def collect_ranks(
         return _collect(pipes, timeout_s)
     finally:
         for process in processes:
-            process.join(timeout=5)
+            process.join(timeout=0.5)
             if process.is_alive():
                 process.kill()
                 process.join()

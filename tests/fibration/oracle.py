@@ -219,9 +219,7 @@ def _finish(case: Case, x: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor, Tenso
     return ratio.detach(), gradient, value.detach()
 
 
-def random_case(
-    seed: int, *, trajectories: int = 6, longest: int = 6, partitions: int = 3, scale: float = 0.3
-) -> Case:
+def random_case(seed: int, *, trajectories: int = 6, longest: int = 6, partitions: int = 3, scale: float = 0.3) -> Case:
     """Ids nested from trajectory to all; ragged lengths from one token; exact zeros among the log ratios."""
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (trajectories,), generator=draw)

@@ -54,9 +54,7 @@ def run_ranks(
     collective = Collective(len(parts))
 
     def rank_call(rank: int) -> ObjectiveOutput:
-        return case.call(
-            objective, parts[rank], reduce=collective.reduce_of(rank, in_place=in_place), **options
-        )
+        return case.call(objective, parts[rank], reduce=collective.reduce_of(rank, in_place=in_place), **options)
 
     with ThreadPoolExecutor(len(parts)) as pool:
         futures = [pool.submit(rank_call, rank) for rank in range(len(parts))]

@@ -37,9 +37,7 @@ def test_gate_is_continuous_and_vanishes(budget: float, k: int) -> None:
     step = 1e-9 * budget
     assert gate_at(budget + step, budget, k)[0] == pytest.approx(budget, abs=2 * (k + 1) * step)
     end = (1 + 1 / k) * budget
-    assert gate_at(end - min(step, 0.1 * budget / k), budget, k)[0] == pytest.approx(
-        0.0, abs=2 * (k + 1) * step
-    )
+    assert gate_at(end - min(step, 0.1 * budget / k), budget, k)[0] == pytest.approx(0.0, abs=2 * (k + 1) * step)
     assert gate_at(end * (1 + 1e-12), budget, k) == (0.0, 0.0)
 
 
@@ -48,9 +46,7 @@ def test_gate_is_odd_bounded_and_matches_the_slow_one(residual: float, budget: f
     value, slope = gate_at(residual, budget, k)
     assert gate_at(-residual, budget, k) == (-value, slope)
     assert abs(value) <= budget * (1 + 1e-12)
-    assert value == pytest.approx(
-        float(slow_gate(torch.tensor(residual, dtype=torch.float64), budget, k)), abs=1e-12
-    )
+    assert value == pytest.approx(float(slow_gate(torch.tensor(residual, dtype=torch.float64), budget, k)), abs=1e-12)
     assert slope in (1.0, 0.0, -float(k))
 
 

@@ -92,9 +92,7 @@ def test_not_nested_inside_a_trajectory(level: str) -> None:
     case.ids[level] = case.ids[level].clone()
     case.ids[level][at[-1]] = 1 - case.ids[level][at[-1]].clamp(max=1)
     node = int(trajectory[at[0]])
-    message = (
-        rf"'trajectory' is not nested in level '{level}': node \(trajectory {node}\) has tokens of several"
-    )
+    message = rf"'trajectory' is not nested in level '{level}': node \(trajectory {node}\) has tokens of several"
     with pytest.raises(ValueError, match=message):
         case.call(build_objective("fiberpo-domain"))
 
@@ -108,9 +106,7 @@ def test_not_nested_between_coarser_levels() -> None:
     }
     one = torch.ones(3, dtype=torch.float64)
     case = Case(0 * one, one, one / 3, ids, None)
-    with pytest.raises(
-        ValueError, match=r"'prompt_group' is not nested in level 'domain': node \(prompt_group 0\)"
-    ):
+    with pytest.raises(ValueError, match=r"'prompt_group' is not nested in level 'domain': node \(prompt_group 0\)"):
         case.call(build_objective("fiberpo-domain"))
 
 

@@ -175,9 +175,7 @@ def test_nesting_violated_across_ranks_is_seen_by_all() -> None:
         thread.join(30)
     assert len(messages) == 2 and messages[0] == messages[1]
     node = int(trajectory[at[0]])
-    assert (
-        f"level 'trajectory' is not nested in level 'prompt_group': node (trajectory {node})" in messages[0]
-    )
+    assert f"level 'trajectory' is not nested in level 'prompt_group': node (trajectory {node})" in messages[0]
 
 
 def test_local_errors_come_before_the_first_reduction() -> None:

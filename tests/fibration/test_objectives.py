@@ -221,9 +221,7 @@ def test_surrogate_has_the_closed_form_gradient(name: str) -> None:
     new = (old + case.x).requires_grad_(True)
     case.x = new.detach() - old
     out = case.call(objective)
-    value, again = objective.surrogate(
-        new, old, case.advantages, case.weights, keys=case.ids, expert_share=case.share
-    )
+    value, again = objective.surrogate(new, old, case.advantages, case.weights, keys=case.ids, expert_share=case.share)
     (-2.0 * value).backward()
     assert torch.equal(new.grad, -2.0 * out.gradient)
     assert float(value) == float(out.value) and again.metrics == out.metrics

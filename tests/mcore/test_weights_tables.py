@@ -35,9 +35,7 @@ class Tensors:
 def test_qkv_by_hand() -> None:
     """2 groups of 2 queries, head size 1: rows are q0 q1 k0 v0 | q2 q3 k1 v1."""
     dims = Dimensions(1, 1, 0, heads=4, kv_heads=2, head_dim=1, tied_embeddings=False)
-    read = Tensors(
-        {"q": torch.tensor([0, 1, 2, 3]), "k": torch.tensor([10, 11]), "v": torch.tensor([20, 21])}
-    )
+    read = Tensors({"q": torch.tensor([0, 1, 2, 3]), "k": torch.tensor([10, 11]), "v": torch.tensor([20, 21])})
     shards = [Qkv().load(read, ["q", "k", "v"], (4,), Shard(rank, 2), dims) for rank in (0, 1)]
     assert [shard.tolist() for shard in shards] == [[0, 1, 10, 20], [2, 3, 11, 21]]
 
@@ -71,9 +69,7 @@ def test_merge_undoes_load(transform: Transform, whole: tuple[int, ...], size: i
     assert read.elements == sum(t.numel() for t in read.tensors.values())  # every element is read by one rank
     merged = transform.merge(shards, DIMS)
     assert all(torch.equal(tensor, read.tensors[name]) for name, tensor in zip(names, merged, strict=True))
-    assert all(
-        tensor.untyped_storage().data_ptr() != shards[0].untyped_storage().data_ptr() for tensor in merged
-    )
+    assert all(tensor.untyped_storage().data_ptr() != shards[0].untyped_storage().data_ptr() for tensor in merged)
 
 
 def test_vocabulary_padding_is_zero() -> None:
@@ -149,9 +145,7 @@ def test_order_of_export() -> None:
 
 
 def test_a_family_without_table() -> None:
-    with pytest.raises(
-        ValueError, match="model_type 'gpt_oss' has no weight table; supported: llama, mixtral"
-    ):
+    with pytest.raises(ValueError, match="model_type 'gpt_oss' has no weight table; supported: llama, mixtral"):
         family_of({"model_type": "gpt_oss"}, DIMS)
 
 

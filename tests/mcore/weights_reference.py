@@ -63,6 +63,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+PROBE = torch.arange(0, 51, 2)[None]
+"""[1, 26] tokens whose logits are compared."""
+
+
+@torch.no_grad()
+def reference_logits(model: Any) -> NDArray[Any]:
+    """[26, 51] logits of `PROBE` under transformers."""
+    return model(input_ids=PROBE).logits[0].numpy()
+
+
 @torch.no_grad()
 def reference_log_probs(model: Any, batch: RolloutBatch, temperature: float) -> NDArray[Any]:
     """[N] log-probs of every token of the batch under transformers; 0 for the first of a trajectory."""

@@ -1,8 +1,8 @@
 """The whole loop with a toy policy and a fake engine."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Mapping, Sequence
 
 import pytest
 import torch
@@ -49,13 +49,21 @@ class FirstToken:
         pass
 
 
-def training(objective: str = "fiberpo", *, engine: FakeEngine | None = None, **sections: object) -> tuple[Training, Memory]:
+def training(
+    objective: str = "fiberpo", *, engine: FakeEngine | None = None, **sections: object
+) -> tuple[Training, Memory]:
     config = Config.model_validate(
         {
             "model": {"path": Path("unused")},
             "data": {"tasks": [{"kind": "addition"}]},
             "trainer": {"steps": 3},
-            "batch": {"prompts": 12, "samples_per_prompt": 8, "mini_batches": 2, "epochs": 2, "micro_batch_tokens": 64},
+            "batch": {
+                "prompts": 12,
+                "samples_per_prompt": 8,
+                "mini_batches": 2,
+                "epochs": 2,
+                "micro_batch_tokens": 64,
+            },
             "evaluation": {"prompts": 12, "samples_per_prompt": 4, "every_steps": 2},
             **sections,
         }
@@ -63,7 +71,15 @@ def training(objective: str = "fiberpo", *, engine: FakeEngine | None = None, **
     memory, engine = Memory(), engine or FakeEngine(seed=0)
     generator = Generator(engine, lambda ids: " ".join(map(str, ids)), FirstToken(), seed=0)
     run = Training(
-        config, TablePolicy(30.0), CountingPrompts(), generator, build_objective(objective), engine, memory, memory, PhaseTimers()
+        config,
+        TablePolicy(30.0),
+        CountingPrompts(),
+        generator,
+        build_objective(objective),
+        engine,
+        memory,
+        memory,
+        PhaseTimers(),
     )
     return run, memory
 
@@ -139,7 +155,10 @@ def test_gradient_does_not_depend_on_micro_batches_mini_batch_fixed():
     tables = []
     for budget in (12, 64, 4096):
         torch.manual_seed(0)
-        run, _ = training("fiberpo-domain", batch={"prompts": 12, "samples_per_prompt": 8, "epochs": 3, "micro_batch_tokens": budget})
+        run, _ = training(
+            "fiberpo-domain",
+            batch={"prompts": 12, "samples_per_prompt": 8, "epochs": 3, "micro_batch_tokens": budget},
+        )
         train(run)
         tables.append(run.policy.table.detach().clone())
     for table in tables[1:]:

@@ -1,7 +1,7 @@
 """A policy of one table and an engine that samples from what was published: the loop's collaborators without
 Megatron and SGLang. The real ones are in tests/distributed and tests/end_to_end."""
 
-from typing import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -62,8 +62,7 @@ class TablePolicy:
 
     def _scores(self, micro_batch: MicroBatch, temperature: float) -> Tensor:
         positions = micro_batch.response_positions
-        log_probs = torch.log_softmax(self.table[micro_batch.tokens[positions]] / temperature, -1)
-        return log_probs
+        return torch.log_softmax(self.table[micro_batch.tokens[positions]] / temperature, -1)
 
     def _log_probs(self, micro_batch: MicroBatch, temperature: float) -> Tensor:
         labels = micro_batch.labels[micro_batch.response_positions]

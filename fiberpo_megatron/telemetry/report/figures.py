@@ -66,7 +66,7 @@ def line_chart(lines: Sequence[Line], *, unit: str, log: bool = False, percent: 
             _draw(axes, line, line.colour or PALETTE[number % len(PALETTE)], scale)
         values = np.concatenate([line.series.finite for line in lines])
         if log and values.size and values.min() > 0:
-            _log_axis(axes)
+            _log_axis(axes, values.min() / 1.25, values.max() * 1.25)
         elif percent and values.size and values.min() >= 0:
             axes.set_ylim(bottom=0)
         if len(lines) > 1 or lines[0].band is not None:
@@ -97,17 +97,24 @@ def stacked_chart(
 
 
 def moving_average(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """[n] centred mean over up to `window` values, shorter at the ends; values that are nan are left out."""
+    """[n] mean over an odd `window` around each value, cut off at the ends.
+
+    Values that are nan are left out; nan where there is no other.
+    """
+    count = len(values)
+    index = np.arange(count)
     known = np.isfinite(values)
-    ones = np.ones(window)
-    counts = np.convolve(known, ones, "same")
-    sums = np.convolve(np.where(known, values, 0.0), ones, "same")
-    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    first = np.maximum(index - window // 2, 0)
+    end = np.minimum(index + window // 2 + 1, count)
+    total = counts[end] - counts[first]
+    return np.divide(sums[end] - sums[first], total, out=np.full(count, np.nan), where=total > 0)
 
 
 def window_of(count: int) -> int:
     """Steps of the moving average: odd, about a fifteenth of the run."""
-    return min(count, 2 * (count // 30) + 1)
+    return 2 * (count // 30) + 1
 
 
 def _draw(axes: Axes, line: Line, colour: str, scale: float) -> None:
@@ -141,10 +148,10 @@ def _canvas(unit: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _log_axis(axes: Axes) -> None:
-    """Logarithmic y axis with plain numbers at 1, 2 and 5 of each decade, or at decades when there are many."""
+def _log_axis(axes: Axes, low: float, high: float) -> None:
+    """Logarithmic y axis with plain numbers at 1, 2 and 5 of each decade, or at whole decades."""
+    axes.set_ylim(low, high)
     axes.set_yscale("log")
-    low, high = axes.get_ylim()
     subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -168,4 +175,5 @@ def _svg(figure: Figure) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     # Sizes come from the page; the view box keeps the proportions.
-    return re.sub(r'^<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", text, count=1)
+    head, rest = text.split(">", 1)
+    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fiberpo_megatron.telemetry.metrics import format_value, steps_done
+from fiberpo_megatron.telemetry.metrics import describe, format_value, steps_done
 from fiberpo_megatron.telemetry.report.panels import Panel, Section, build_sections
 from fiberpo_megatron.telemetry.report.run_data import RunData, Series, load_run
 
@@ -15,6 +15,8 @@ LONGEST_TEXT = 2000
 """Characters of a prompt or response that are shown."""
 AVERAGED_STEPS = 10
 """Steps at the beginning and end of a run over which headline figures are averaged."""
+
+READING = "Pale lines are single steps, bold ones a moving average over about a fifteenth of the run."
 
 CSS = """
 :root { color-scheme: light; }
@@ -26,11 +28,12 @@ h1 { font-size: 26px; margin: 0 0 2px; font-weight: 650; }
 h2 { font-size: 18px; margin: 40px 0 12px; padding-bottom: 6px; border-bottom: 1px solid #e5e7eb; }
 h3 { font-size: 15px; margin: 22px 0 8px; }
 .about { color: #6b7280; margin: 0 0 20px; }
+.cards + .about { margin: 16px 0 0; font-size: 13px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px; }
 .card { border: 1px solid #e5e7eb; border-radius: 8px; padding: 12px 14px; }
 .card.main { border-color: #0072B2; background: #f3f8fc; grid-column: span 2; }
 .card.main b { font-size: 28px; }
-.card b { display: block; font-size: 22px; font-weight: 650; white-space: nowrap; }
+.card b { display: block; font-size: 20px; line-height: 1.3; font-weight: 650; }
 .card span { color: #6b7280; font-size: 13px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(370px, 1fr)); gap: 18px 22px; }
 figure { margin: 0; }
@@ -43,7 +46,8 @@ table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th { text-align: left; color: #6b7280; font-weight: 600; border-bottom: 1px solid #d1d5db;
   padding: 4px 10px 4px 0; }
 td { vertical-align: top; border-bottom: 1px solid #eef0f3; padding: 5px 10px 5px 0; }
-td pre { margin: 0; min-width: 6em; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 14em; overflow-y: auto;
+td pre { margin: 0; min-width: 6em; white-space: pre-wrap; overflow-wrap: anywhere;
+  max-height: 14em; overflow-y: auto;
   font: 13px/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 td.right { color: #04724d; } td.wrong { color: #b5303f; }
 .number { white-space: nowrap; font-variant-numeric: tabular-nums; }
@@ -61,7 +65,7 @@ td.right { color: #04724d; } td.wrong { color: #b5303f; }
 def write_report(run_folder: Path | str) -> Path:
     """Write <run folder>/report.html from what the folder holds and return its path.
 
-    May be called during the run. ValueError if the folder does not exist or a line of metrics.jsonl is broken.
+    May be called during the run. ValueError if there is no such folder or a line of metrics.jsonl is broken.
     """
     folder = Path(run_folder)
     page = render(load_run(folder))
@@ -75,7 +79,7 @@ def write_report(run_folder: Path | str) -> Path:
 def render(data: RunData) -> str:
     """The whole page."""
     sections = build_sections(data)
-    body = "\n".join(_section(section) for section in sections)
+    body = f"<p class='about'>{READING}</p>\n" + "\n".join(_section(section) for section in sections)
     if not sections:
         body = '<p class="empty">No metrics yet. Write the report again when the run has done a step.</p>'
     return (
@@ -119,8 +123,11 @@ def _headline(data: RunData) -> Iterator[tuple[str, str, bool]]:
     held_out = data.series("eval", "accuracy")
     if held_out is not None and held_out.finite.size:
         values = held_out.finite
-        text = f"{100 * values[0]:.1f} %" + (f" → {100 * values[-1]:.1f} %" if values.size > 1 else "")
-        yield text, f"held-out accuracy, after {held_out.steps[0]} and {held_out.steps[-1]} steps", True
+        if values.size > 1:
+            text = f"{100 * values[0]:.1f} % → {100 * values[-1]:.1f} %"
+            yield text, f"held-out accuracy, after {held_out.steps[0]} and {held_out.steps[-1]} steps", True
+        else:
+            yield f"{100 * values[0]:.1f} %", f"held-out accuracy, after {held_out.steps[0]} steps", True
     kind = _kind(data)
     for name, label in (("reward/mean", "mean reward"), ("loss", "loss")):
         series = data.series(kind, name)
@@ -148,14 +155,16 @@ def _progress(data: RunData, kind: str) -> Iterator[tuple[str, str, bool]]:
     yield (f"{done} / {planned}" if planned else str(done)), "steps done", False
     times = data.series(kind, "seconds/total")
     if times is not None:
-        yield _duration(float(times.finite.sum())), "time of these steps, evaluation included", False
+        yield _duration(float(times.finite.sum())), "time of these steps", False
 
 
 def _change(name: str, series: Series) -> tuple[str, int]:
     values = series.finite
     count = max(1, min(AVERAGED_STEPS, values.size // 2))
     first, last = float(values[:count].mean()), float(values[-count:].mean())
-    return f"{format_value(name, first)} → {format_value(name, last)}", count
+    unit = describe(name).unit
+    start = format_value(name, first).removesuffix(f" {unit}")
+    return f"{start} → {format_value(name, last)}", count
 
 
 def _duration(seconds: float) -> str:

@@ -206,6 +206,7 @@ def _movement(charts: Charts) -> Iterable[Panel | None]:
         note="before clipping",
     )
     yield charts.lines("Effective sample size", {"effective_sample_size": "share of the tokens' weight"})
+    yield charts.lines("Objective", {"objective/value": "J"}, note="mean over the optimiser steps of a step")
     yield charts.lines("Learning rate", {"learning_rate": "learning rate"})
 
 
@@ -310,7 +311,7 @@ def _supervised(charts: Charts) -> Iterable[Panel | None]:
 
 
 def _other(charts: Charts) -> Iterable[Panel | None]:
-    hidden = ("seconds/", "weight_version", "token/count", "token/weight")
+    hidden = ("seconds/", "weight_version", "token/count", "token/weight", "extra_forwards")
     for kind in charts.data.records:
         for name in charts.data.names(kind):
             if (

@@ -4,6 +4,7 @@ SGLang loads it in every process of the server. Each step uses a table or a hook
 plugins; the README beside this folder says what fails without it.
 """
 
+import multiprocessing
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,11 @@ def _nothing(*args: object, **kwargs: object) -> None:
     """Batch-invariant Triton kernels are not installed on a CPU."""
 
 
+def _fork(*args: object, **kwargs: object) -> None:
+    """Scheduler and detokenizer as forks: they need not import everything again."""
+    multiprocessing.set_start_method("fork", force=True)
+
+
 def register() -> None:
     """Entry point of the plugin."""
     from sglang.srt import server_args
@@ -34,5 +40,5 @@ def register() -> None:
 
     ALLOC_MEMORY_FUNCS["cpu"] = _plain_buffer
     server_args.add_deterministic_attention_backend_choices(["torch_native"])
-    server_args.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
     HookRegistry.register("sglang.srt.batch_invariant_ops.enable_batch_invariant_mode", _nothing, HookType.REPLACE)
+    HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _fork, HookType.AFTER)

@@ -1,0 +1,69 @@
+"""What can be checked before any process starts: files, folders, options that contradict each other."""
+
+import os
+from pathlib import Path
+
+from fiberpo_megatron.config import Config, ConfigError
+from fiberpo_megatron.fibration import Objective, build_objective
+
+
+def preflight(config: Config, command: str, resume: bool) -> None:
+    """Raises ConfigError naming the setting, the value seen and the fix. `command`: train, sft or eval."""
+    _check_model(config, command)
+    _check_folder(config, command, resume)
+    if command == "train":
+        make_objective(config)
+        _check_advantages(config)
+
+
+def make_objective(config: Config) -> Objective:
+    """The objective of [algorithm]. Raises ConfigError."""
+    try:
+        return build_objective(config.algorithm.objective, **config.algorithm.objective_options())  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"[algorithm]: {error}") from error
+
+
+def _check_model(config: Config, command: str) -> None:
+    model = config.model.path
+    if not (model / "config.json").is_file():
+        raise ConfigError(
+            f"model.path = {model}: there is no {model / 'config.json'} (current folder: {Path.cwd()}); name a "
+            "Hugging Face folder"
+        )
+    if not config.model.random_init and not any(model.glob("*.safetensors")):
+        raise ConfigError(
+            f"model.path = {model} has no *.safetensors weights; name a folder that has, or set "
+            "model.random_init = true to start from fresh weights"
+        )
+    if command == "train" and config.model.random_init:
+        raise ConfigError(
+            "model.random_init = true: reinforcement learning needs a model that is sometimes right; warm it up with "
+            "`fiberpo sft` and set model.path to the folder that it writes"
+        )
+
+
+def _check_folder(config: Config, command: str, resume: bool) -> None:
+    folder = config.run.folder
+    metrics = folder / "metrics.jsonl"
+    if command != "eval" and not resume and metrics.exists():
+        raise ConfigError(
+            f"run.folder = {folder} already holds a run ({metrics}); continue it with --resume, or choose another "
+            "folder with --run.folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.folder = {folder} cannot be made: {error}") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"run.folder = {folder} is not writable; choose another with --run.folder")
+
+
+def _check_advantages(config: Config) -> None:
+    algorithm, count = config.algorithm, config.batch.samples_per_prompt
+    if count == 1 and (algorithm.advantage != "none" or algorithm.normalise_std):
+        raise ConfigError(
+            f"batch.samples_per_prompt = 1 leaves nothing to compare a trajectory with (algorithm.advantage = "
+            f'"{algorithm.advantage}", normalise_std = {str(algorithm.normalise_std).lower()}); raise it to 2 or more, '
+            'or set algorithm.advantage = "none" and algorithm.normalise_std = false'
+        )

@@ -1,0 +1,155 @@
+"""A resumed run goes on as if it had not stopped, in the same layout and in others."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from fiberpo_megatron.config.schema import Config
+from fiberpo_megatron.mcore import checkpoint
+from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout
+from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
+from tests.distributed.parity import (
+    QWEN3_MOE,
+    TEMPERATURE,
+    Piece,
+    assemble,
+    fixed_gate,
+    global_shards,
+    make_batch,
+    make_config,
+    micro_batches_for,
+    pieces,
+)
+from tests.distributed.spawn import run_ranks
+
+STATE = {"step": 2, "prompts": [3, 1], "text": "ü"}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1": (1, {}),
+    "DP2": (2, {}),
+    "TP2": (2, {"tensor": 2}),
+    "EP2": (2, {"expert": 2}),
+    "PP2": (2, {"pipeline": 2}),
+    "VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "TP2xEP2": (4, {"tensor": 2, "expert": 2}),
+}
+
+
+@dataclass
+class Case:
+    """A run that is saved after two steps, and the same run resumed."""
+
+    saved: str
+    resumed: str
+    tolerance: float = 0.0
+    """Largest difference of a parameter after the next step, which is of order 1e-2: 0 where sums keep their
+    order, else float32 rounding."""
+    sections: dict[str, Any] = field(default_factory=dict)
+
+
+BF16 = {"model": {"dtype": "bfloat16"}}
+PLAIN = {"parallel": {"distributed_optimizer": False}}
+CASES = [
+    Case("EP2", "EP2"),
+    Case("VPP2", "VPP2"),
+    Case("TP2", "EP2", 1e-6),
+    Case("1", "PP2", 1e-6),
+    Case("TP2xEP2", "DP2", 1e-6),
+    Case("EP2", "EP2", sections=BF16),
+    Case("TP2", "TP2", sections=PLAIN),
+    Case("EP2", "TP2", 1e-6, PLAIN),
+]
+
+
+@dataclass
+class Outcome:
+    """One rank after its last step."""
+
+    parameters: list[Piece]
+    rates: list[float]
+    """Learning rate of each step."""
+    draws: list[float]
+    """One number of every random generator."""
+
+
+def draws() -> list[float]:
+    with get_cuda_rng_tracker().fork():
+        tracked = float(torch.rand(()))
+    return [random.random(), float(np.random.rand()), float(torch.rand(())), tracked]
+
+
+def configured(name: str, sections: dict[str, Any]) -> Config:
+    merged = {**sections, "parallel": {**LAYOUTS[name][1], **sections.get("parallel", {})}}
+    merged["optimizer"] = {"learning_rate": 1e-2, "eps": 1e-2, "schedule": "linear", "warmup_steps": 2}
+    return make_config(**merged)
+
+
+def start(config: Config, layout: ParallelLayout) -> tuple[MegatronPolicy, Callable[[], float]]:
+    """A fresh policy, and what takes one step and returns its learning rate."""
+    policy = build_policy(config, QWEN3_MOE, layout, total_steps=10)
+    batch = make_batch()
+    micro_batches = micro_batches_for(batch, layout, 64)
+    gate = fixed_gate(micro_batches, len(batch.tokens))
+    return policy, lambda: policy.step(micro_batches, gate, TEMPERATURE).learning_rate
+
+
+def uninterrupted(config: Config, layout: ParallelLayout, folder: Path) -> Outcome:
+    """Two steps, a save, one more step."""
+    policy, step = start(config, layout)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(100 + policy.layout.rank)
+    step(), step(), draws()
+    policy.save(str(folder), STATE)
+    rates = [step()]
+    return Outcome(pieces(global_shards(policy.models)), rates, draws())
+
+
+def resumed(config: Config, layout: ParallelLayout, folder: Path) -> Outcome:
+    """A load into a policy that has gone elsewhere, and one step."""
+    policy, step = start(config, layout)
+    step()
+    state = policy.load(str(folder))
+    assert state == STATE
+    rates = [step()]
+    return Outcome(pieces(global_shards(policy.models)), rates, draws())
+
+
+def run_parts(config: Config, folder: Path, parts: Sequence[Callable[..., Outcome]]) -> list[Outcome]:
+    """One rank of one layout."""
+    layout = start_layout(QWEN3_MOE, config.parallel, config.run)
+    return [part(config, layout, folder) for part in parts]
+
+
+def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """Over the rows that both layouts have: they pad the vocabulary differently."""
+    assert a.keys() == b.keys()
+    common = {key: tuple(slice(0, min(m, n)) for m, n in zip(a[key].shape, b[key].shape)) for key in a}
+    return float(max(np.abs(a[key][at] - b[key][at]).max() for key, at in common.items()))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.saved} to {case.resumed} {case.sections or ''}")
+def test_the_next_step_is_the_same(case: Case, tmp_path: Path) -> None:
+    folder = checkpoint.step_folder(tmp_path, 2)
+    ranks = LAYOUTS[case.saved][0]
+    config = configured(case.saved, case.sections)
+    if case.saved == case.resumed:
+        before, after = zip(*run_ranks(ranks, run_parts, config, folder, [uninterrupted, resumed]))
+    else:
+        other = configured(case.resumed, case.sections)
+        [before] = zip(*run_ranks(ranks, run_parts, config, folder, [uninterrupted]))
+        [after] = zip(*run_ranks(LAYOUTS[case.resumed][0], run_parts, other, folder, [resumed]))
+    assert checkpoint.latest(tmp_path) == folder
+    difference = largest_difference(
+        assemble(outcome.parameters for outcome in before), assemble(outcome.parameters for outcome in after)
+    )
+    assert difference <= case.tolerance
+    assert before[0].rates == after[0].rates
+    if case.saved == case.resumed:
+        assert [outcome.draws for outcome in before] == [outcome.draws for outcome in after]
+        assert len({outcome.draws[0] for outcome in before}) == len(before)

@@ -1,0 +1,69 @@
+"""The chunked log-prob function against torch's log_softmax, and its gradient against finite differences."""
+
+import pytest
+import torch
+
+from fiberpo_megatron.mcore.log_probs import VocabShard, response_log_probs
+
+ALONE = VocabShard(start=0, group=None, size=1)
+
+
+def inputs(rows: int = 11, hidden: int = 6, vocab: int = 9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(rows, 1, hidden, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(vocab, hidden, generator=generator, dtype=torch.float64, requires_grad=True)
+    positions = torch.tensor([0, 2, 3, 7, 10])
+    labels = torch.tensor([8, 0, 3, 3, 5])
+    return states, weight, labels, positions
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_value_and_gradient(chunk: int, temperature: float):
+    states, weight, labels, positions = inputs()
+    weights = torch.linspace(-1, 2, 5, dtype=torch.float64)
+    rows = (states[positions, 0] @ weight.t() / temperature).log_softmax(-1)
+    wanted = rows[torch.arange(5), labels]
+    wanted_gradient = torch.autograd.grad((weights * wanted).sum(), (states, weight))
+    found, entropy = response_log_probs(
+        states, weight, labels, positions, temperature=temperature, shard=ALONE, chunk=chunk
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(entropy, -(rows.exp() * rows).sum(-1), rtol=1e-12, atol=1e-12)
+    assert not entropy.requires_grad
+    for one, other in zip(torch.autograd.grad((weights * found).sum(), (states, weight)), wanted_gradient):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_by_finite_differences():
+    states, weight, labels, positions = inputs(rows=11)
+
+    def log_probs(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return response_log_probs(states, weight, labels, positions, temperature=0.8, shard=ALONE, chunk=3)[0]
+
+    assert torch.autograd.gradcheck(log_probs, (states, weight))
+
+
+def test_no_response_token_still_has_a_gradient():
+    states, weight, _, _ = inputs()
+    none = torch.empty(0, dtype=torch.int64)
+    found, entropy = response_log_probs(states, weight, none, none, temperature=1.0, shard=ALONE, chunk=4)
+    assert found.shape == entropy.shape == (0,)
+    for gradient in torch.autograd.grad(found.sum(), (states, weight)):
+        assert gradient.abs().sum() == 0
+
+
+def test_large_logits_do_not_overflow():
+    states, weight, labels, positions = inputs()
+    found, entropy = response_log_probs(
+        1e4 * states.float(), weight.float(), labels, positions, temperature=1.0, shard=ALONE, chunk=2
+    )
+    assert found.isfinite().all() and entropy.isfinite().all()
+
+
+def test_bfloat16_comes_back_as_float32():
+    states, weight, labels, positions = inputs()
+    found, _ = response_log_probs(
+        states.bfloat16(), weight.bfloat16(), labels, positions, temperature=1.0, shard=ALONE, chunk=2
+    )
+    assert found.dtype is torch.float32
