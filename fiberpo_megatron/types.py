@@ -4,8 +4,9 @@ B trajectories, N tokens of all trajectories (prompts included), t local positio
 n local response tokens. "Response token" is a token that the policy chose and that is trained on.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Callable, Iterator, Mapping, Protocol, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch

@@ -5,7 +5,8 @@ is only a label), padded to the layout's multiple.
 """
 
 import heapq
-from typing import Literal, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch

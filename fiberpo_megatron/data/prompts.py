@@ -98,9 +98,7 @@ class Domain:
                 f"add a chat_template to the model's tokenizer_config.json"
             )
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
+            rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # templates are programs of the model's makers and raise what they like
             raise ValueError(f"{problem.source}: the chat template refuses the prompt: {error}") from error
         return rendered, True
@@ -161,9 +159,7 @@ class PromptSets:
 
     def _example(self, prompt: Prompt) -> Example:
         if self._tokenizer.eos_token_id is None:
-            raise ValueError(
-                "the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json"
-            )
+            raise ValueError("the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
         answer = self._tokenizer.encode(prompt.answer, add_special_tokens=False)
         return Example(prompt, (*answer, self._tokenizer.eos_token_id))
 

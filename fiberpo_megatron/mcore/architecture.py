@@ -71,9 +71,7 @@ def read_architecture(hf_config: Mapping[str, Any]) -> Architecture:
     """The architecture of a config.json; ValueError names what is missing or not supported."""
     family = hf_config.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(
-            f"config.json: model_type = {family!r} is not supported; use one of {', '.join(FAMILIES)}"
-        )
+        raise ValueError(f"config.json: model_type = {family!r} is not supported; use one of {', '.join(FAMILIES)}")
     _refuse_unknown(hf_config)
     moe = family in ("qwen3_moe", "mixtral")
     heads = _need(hf_config, "num_attention_heads")
@@ -145,9 +143,7 @@ def _refuse_unknown(hf_config: Mapping[str, Any]) -> None:
         elif key == "layer_types":
             other = sorted({kind for kind in value or [] if kind != "full_attention"})
             if other:
-                raise ValueError(
-                    f"config.json: layer_types contains {other[0]!r}; supported: 'full_attention'"
-                )
+                raise ValueError(f"config.json: layer_types contains {other[0]!r}; supported: 'full_attention'")
         elif key not in _USED and key not in _WITHOUT_EFFECT and value not in (None, False, 0, [], {}):
             raise ValueError(
                 f"config.json: the field {key} = {value!r} is not known and might change the computation; if it does "

@@ -166,7 +166,8 @@ def load(policy: CheckpointedPolicy, folder: str | Path) -> dict[str, object]:
     """Read a checkpoint written under any layout into the policy; returns the caller's state.
 
     Every rank calls it. Random states are restored only when the layout is the one that wrote them. Raises
-    CheckpointError on every rank when the checkpoint is missing, incomplete, damaged or of another model.
+    CheckpointError on every rank when the checkpoint is missing, incomplete, damaged or of another model; the
+    policy is unchanged unless the damage is met while tensors are read.
     """
     layout = policy.layout
     folder = Path(folder)

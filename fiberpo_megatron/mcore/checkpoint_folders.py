@@ -154,6 +154,6 @@ def prune(root: str | Path, keep: int) -> list[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
         folder.rename(hidden)
     if root.is_dir():
-        for remains in root.glob(".step-*.partial"):
+        for remains in (*root.glob(".step-*.partial"), *root.glob(".step-*.old")):
             shutil.rmtree(remains, ignore_errors=True)
     return doomed

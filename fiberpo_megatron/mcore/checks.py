@@ -82,9 +82,7 @@ def _check_layers(architecture: Architecture, parallel: ParallelConfig) -> None:
         )
     per_stage = architecture.layers // parallel.pipeline
     if per_stage % parallel.virtual_pipeline:
-        _refuse(
-            "virtual_pipeline", parallel.virtual_pipeline, "layers per stage", per_stage, divisors(per_stage)
-        )
+        _refuse("virtual_pipeline", parallel.virtual_pipeline, "layers per stage", per_stage, divisors(per_stage))
 
 
 def _check_experts(architecture: Architecture, parallel: ParallelConfig, world_size: int) -> None:

@@ -28,9 +28,7 @@ _DTYPES = {
 
 def encode(batch: RolloutBatch) -> Tensor:
     """uint8 [..]: the length of every array, then their bytes."""
-    arrays: list[NDArray[Any]] = [
-        np.ascontiguousarray(getattr(batch, name), dtype=_DTYPES[name]) for name in _ARRAYS
-    ]
+    arrays: list[NDArray[Any]] = [np.ascontiguousarray(getattr(batch, name), dtype=_DTYPES[name]) for name in _ARRAYS]
     header = np.array([len(array) for array in arrays], dtype=np.int64)
     return torch.frombuffer(bytearray(b"".join(x.tobytes() for x in (header, *arrays))), dtype=torch.uint8)
 

@@ -49,9 +49,7 @@ class GpuPlatform:
 
         return TENorm
 
-    def packed_sequences(
-        self, cu_seqlens: Tensor, max_seqlen: int, context_rank: int, context_size: int
-    ) -> Any:
+    def packed_sequences(self, cu_seqlens: Tensor, max_seqlen: int, context_rank: int, context_size: int) -> Any:
         """THD description; Transformer Engine does the context-parallel cut itself."""
         from megatron.core.packed_seq_params import PackedSeqParams
 

@@ -63,6 +63,7 @@ class ParallelLayout:
 
     def _make_groups(self, backend: str) -> None:
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.pipeline_group = parallel_state.get_pipeline_model_parallel_group()
         self.token_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         if backend == "gloo":
             self.host_group, self._host_token_group = dist.group.WORLD, self.token_group

@@ -17,9 +17,7 @@ from fiberpo_megatron.config.schema import OptimizerConfig
 from fiberpo_megatron.mcore.model import DTYPES, PolicyModel
 
 
-def wrap_data_parallel(
-    chunks: Sequence[PolicyModel], distributed_optimizer: bool
-) -> list[DistributedDataParallel]:
+def wrap_data_parallel(chunks: Sequence[PolicyModel], distributed_optimizer: bool) -> list[DistributedDataParallel]:
     """DDP around every chunk; gradients are summed over ranks in float32, never averaged."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

@@ -29,9 +29,7 @@ class Platform(Protocol):
         """Module of the norm after the last layer."""
         ...
 
-    def packed_sequences(
-        self, cu_seqlens: Tensor, max_seqlen: int, context_rank: int, context_size: int
-    ) -> Any:
+    def packed_sequences(self, cu_seqlens: Tensor, max_seqlen: int, context_rank: int, context_size: int) -> Any:
         """Megatron's description of a packed row; `cu_seqlens` int32 [S + 1] before the context-parallel cut."""
         ...
 

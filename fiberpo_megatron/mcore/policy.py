@@ -14,8 +14,12 @@ from fiberpo_megatron.mcore.architecture import read_architecture
 from fiberpo_megatron.mcore.layout import ParallelLayout
 from fiberpo_megatron.mcore.model import PolicyModel, build_model, draw_weights
 from fiberpo_megatron.mcore.optimizer import build_optimizer, non_finite_gradient, wrap_data_parallel
+from fiberpo_megatron.mcore.routing import Mode, Routing
 from fiberpo_megatron.mcore.schedule import Schedule
 from fiberpo_megatron.types import Coefficients, Gate, MicroBatch, OptimizerStep, TokenScores, response_slices
+
+
+_UNCHANGED = "the optimizer step (weights unchanged)"
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,25 @@ class MegatronPolicy:
             distributed_optimizer=distributed,
             total_steps=total_steps,
         )
-        self.schedule = Schedule(self.chunks, models, layout, config.model.log_prob_chunk_tokens)
+        self.routing = Routing(models, layout)
+        self._replay = config.algorithm.routing_replay != "none"
+        chunk = config.model.log_prob_chunk_tokens
+        self.schedule = Schedule(self.chunks, models, layout, chunk, self.routing)
         self._aux_loss = config.model.router_aux_loss
 
-    def log_probs(self, micro_batches: Sequence[MicroBatch], temperature: float) -> TokenScores | None:
-        """Forward without gradient; scores of this rank's response tokens on the last stage, None elsewhere."""
-        scores = self.schedule.forward(micro_batches, temperature)
+    def log_probs(
+        self, micro_batches: Sequence[MicroBatch], temperature: float, *, record_routing: bool = False
+    ) -> TokenScores | None:
+        """Forward without gradient; scores of this rank's response tokens on the last stage, None elsewhere.
+
+        `record_routing` adds the experts of every token to `routing`, for the steps to replay
+        (algorithm.routing_replay) and for `routing.expert_counts`.
+        """
+        return self._forward(micro_batches, temperature, "record" if record_routing else "off")
+
+    def _forward(self, micro_batches: Sequence[MicroBatch], temperature: float, mode: Mode) -> TokenScores | None:
+        with self.routing.use(mode):
+            scores = self.schedule.forward(micro_batches, temperature)
         if not self.layout.is_last_stage:
             return None
         return TokenScores(torch.cat([s.log_probs for s in scores]), torch.cat([s.entropy for s in scores]))
@@ -73,9 +90,7 @@ class MegatronPolicy:
         single_pass: bool = False,
     ) -> OptimizerStep:
         """One optimiser step that maximises the gate's objective (see `types.Policy.step`)."""
-        gradient = self.accumulate(
-            micro_batches, gate, temperature, log_probs=log_probs, single_pass=single_pass
-        )
+        gradient = self.accumulate(micro_batches, gate, temperature, log_probs=log_probs, single_pass=single_pass)
         self._require_finite(gradient.error)
         self.scheduler.step(1)
         _, norm, _ = self.optimizer.step()
@@ -101,18 +116,26 @@ class MegatronPolicy:
         With the distributed optimizer each data-parallel rank's buffer is whole only in that rank's shard.
         """
         calls = _GateCalls(gate, response_slices(micro_batches))
+        mode: Mode = "replay" if self._replay else "off"
+        if self._replay:
+            self.layout.agree(self.routing.missing(micro_batches), "routing replay", raises=ValueError)
         if not single_pass:
             if log_probs is None:
-                scores = self.log_probs(micro_batches, temperature)
+                scores = self._forward(micro_batches, temperature, mode)
                 log_probs = scores.log_probs if scores else None
-            error = calls.all_at_once(log_probs) if self.layout.is_last_stage else None
-            self.layout.agree(error, "the objective")
+            last = self.layout.is_last_stage
+            self.layout.agree(calls.check(log_probs) if last else None, _UNCHANGED, raises=FloatingPointError)
+            self.layout.agree(calls.all_at_once(log_probs) if last else None, "the objective")
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         if self._aux_loss:
             self._scale_aux_loss(micro_batches)
-        self.schedule.forward_backward(micro_batches, temperature, calls.loss)
+        with self.routing.use(mode):
+            self.schedule.forward_backward(micro_batches, temperature, calls.loss)
+        if single_pass:
+            self.layout.agree(calls.error, _UNCHANGED, raises=FloatingPointError)
+            self.layout.agree(calls.failure, "the objective")
         return AccumulatedGradient(tuple(calls.coefficients), calls.seconds, calls.error)
 
     def _scale_aux_loss(self, micro_batches: Sequence[MicroBatch]) -> None:
@@ -123,11 +146,10 @@ class MegatronPolicy:
             model.config.moe_aux_loss_coeff = self._aux_loss / tokens
 
     def _require_finite(self, error: str | None) -> None:
-        where = "the optimizer step (weights unchanged)"
-        self.layout.agree(error, where, raises=FloatingPointError)  # the cause, where a rank knows it
+        self.layout.agree(error, _UNCHANGED, raises=FloatingPointError)  # the cause, where a rank knows it
         parameter = non_finite_gradient(self.chunks)
         error = f"the gradient of {parameter} is not finite" if parameter is not None else None
-        self.layout.agree(error, where, raises=FloatingPointError)
+        self.layout.agree(error, _UNCHANGED, raises=FloatingPointError)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face names and full tensors, one at a time; rank 0 gets the tensors, others empty ones."""
@@ -159,6 +181,14 @@ class _GateCalls:
         self.seconds = 0.0
         self.error: str | None = None
         """What is not finite, for a report after the pass: raising inside it would leave other ranks waiting."""
+        self.failure: str | None = None
+        """What the gate raised inside a pass."""
+
+    def check(self, log_probs: Tensor | None) -> str | None:
+        """Says how many log-probs are not finite, before the gate's own collectives."""
+        assert log_probs is not None, "the last pipeline stage knows its log-probs"
+        bad = int((~log_probs.isfinite()).sum())
+        return f"{bad} of {len(log_probs)} log-probs are not finite" if bad else None
 
     def all_at_once(self, log_probs: Tensor | None) -> str | None:
         """Coefficients of all tokens; what the gate raised, as text."""
@@ -175,12 +205,18 @@ class _GateCalls:
         if index >= len(self._slices):
             return log_probs.sum()  # a micro-batch that only fills up the schedule, without tokens
         where = self._slices[index]
-        gradient = self._call(log_probs.detach(), where) if self._gradient is None else self._gradient[where]
+        gradient = self._gradient[where] if self._gradient is not None else self._of_micro_batch(log_probs, where)
         return -(gradient.detach().to(log_probs) * log_probs).sum()
 
+    def _of_micro_batch(self, log_probs: Tensor, where: slice) -> Tensor:
+        try:
+            self.error = self.error or self.check(log_probs)
+            return self._call(log_probs.detach(), where)
+        except Exception as error:  # told after the pass, which the other ranks are in the middle of
+            self.failure = self.failure or f"{type(error).__name__}: {error}"
+            return torch.zeros_like(log_probs)
+
     def _call(self, log_probs: Tensor, where: slice) -> Tensor:
-        if not log_probs.isfinite().all() and self.error is None:
-            self.error = f"{int((~log_probs.isfinite()).sum())} of {len(log_probs)} log-probs are not finite"
         start = time.perf_counter()
         coefficients = self._gate(log_probs, where)
         self.seconds += time.perf_counter() - start

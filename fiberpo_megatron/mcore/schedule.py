@@ -12,6 +12,7 @@ from fiberpo_megatron.mcore.layout import ParallelLayout
 from fiberpo_megatron.mcore.log_probs import VocabShard, response_log_probs
 from fiberpo_megatron.mcore.model import PolicyModel
 from fiberpo_megatron.mcore.platform import activate
+from fiberpo_megatron.mcore.routing import Routing
 from fiberpo_megatron.types import MicroBatch, TokenScores
 
 TokenLoss = Callable[[int, Tensor], Tensor]
@@ -27,11 +28,13 @@ class Schedule:
         models: Sequence[PolicyModel],
         layout: ParallelLayout,
         log_prob_chunk: int,
+        routing: Routing | None = None,
     ) -> None:
         self.chunks = list(chunks)
         self.models = list(models)
         self.layout = layout
         self.log_prob_chunk = log_prob_chunk
+        self.routing = routing
         self._platform = activate()
 
     def forward(self, micro_batches: Sequence[MicroBatch], temperature: float) -> list[TokenScores]:
@@ -41,17 +44,13 @@ class Schedule:
         with torch.no_grad():
             return self._run(micro_batches, partial(self._scores, temperature), forward_only=True)
 
-    def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], temperature: float, loss: TokenLoss
-    ) -> None:
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], temperature: float, loss: TokenLoss) -> None:
         """Add the gradient of the summed losses to the gradient buffers and reduce them over ranks."""
         for chunk in self.chunks:
             chunk.train()
         self._run(micro_batches, partial(self._minimise, temperature, loss), forward_only=False)
 
-    def _run(
-        self, micro_batches: Sequence[MicroBatch], head: Callable[..., Any], forward_only: bool
-    ) -> list[Any]:
+    def _run(self, micro_batches: Sequence[MicroBatch], head: Callable[..., Any], forward_only: bool) -> list[Any]:
         prepared = [self._prepare(index, batch) for index, batch in enumerate(micro_batches)]
         filling = self._prepare(len(micro_batches), self._empty())
         prepared += [filling] * self._missing(len(prepared))
@@ -83,6 +82,9 @@ class Schedule:
         packed = self._platform.packed_sequences(
             batch.cu_seqlens, batch.max_seqlen, layout.context_rank, layout.context_size
         )
+        packed.micro_batch = index  # travels with every forward of the row, recomputed ones too
+        if self.routing is not None:
+            self.routing.begin(index, batch)
         return index, batch, packed
 
     def _forward_step(

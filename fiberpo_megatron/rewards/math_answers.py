@@ -83,9 +83,7 @@ class MathVerifier:
         code, errors = self._stop()
         if code == -signal.SIGALRM:
             return None
-        raise RuntimeError(
-            f"the math-verify process ended with exit code {code}; its last output:\n{errors[-2000:]}"
-        )
+        raise RuntimeError(f"the math-verify process ended with exit code {code}; its last output:\n{errors[-2000:]}")
 
     def _stop(self) -> tuple[int, str]:
         """End and reap the process; its exit code and its stderr."""

@@ -36,11 +36,18 @@ def completion(answer: object, routed_experts: tuple[int, int] | None = None) ->
 
 
 def prompt_log_probs(answer: object, token_ids: Sequence[int]) -> NDArray[np.float32]:
-    """[len - 1] log-probs of token_ids[1:], from a /generate answer with `logprob_start_len` 0."""
+    """[len - 1] log-probs of token_ids[1:], from a /generate answer with `logprob_start_len` 0.
+
+    SGLang 0.5 scores token 0 in place of the vocabulary's last one in a prompt (its guard against image hashes
+    is off by one) and names it 0: such positions are nan.
+    """
     entries = field(field(answer, "meta_info", dict), "input_token_logprobs", list)
     if len(entries) != len(token_ids):
         raise ValueError(f"{len(token_ids)} tokens were to be scored, the answer has log-probs for {len(entries)}")
-    return _log_probs(entries[1:], token_ids[1:])
+    last = max(token_ids)
+    replaced = [a == last and int(entry[1]) == 0 != a for a, entry in zip(token_ids[1:], entries[1:])]
+    named = [0 if wrong else token for token, wrong in zip(token_ids[1:], replaced)]
+    return np.where(replaced, np.float32(np.nan), _log_probs(entries[1:], named))
 
 
 def abort_message(answer: object) -> str | None:
@@ -68,7 +75,7 @@ def _log_probs(entries: Sequence[Any], token_ids: Sequence[int]) -> NDArray[np.f
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(f"log-prob entries are not [number, token id, ..]: {entries!r:.200}") from error
     if named != list(token_ids):
-        raise ValueError(f"log-probs of {len(named)} tokens {named[:8]} came for {len(token_ids)}: {token_ids[:8]}")
+        raise ValueError(f"log-probs of {len(named)} tokens {named} came for {len(token_ids)}: {list(token_ids)}")
     for index, value in enumerate(values):
         if not math.isfinite(value) or value > 1e-4:  # rounding of log(softmax) may leave a hair above 0
             raise ValueError(f"the log-prob of token {token_ids[index]} at position {index} is {value}")

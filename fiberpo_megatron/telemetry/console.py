@@ -55,7 +55,7 @@ def format_line(done: int, kind: Kind, metrics: Mapping[str, float | int | str],
     for name, label in COLUMNS[kind]:
         value = metrics.get(name)
         if isinstance(value, (int, float)):
-            parts.append(f"{label} {format_value(name, value)}")
+            parts.append(f"{label} {format_value(name, value).removesuffix(' nats').removesuffix(' tokens')}")
     return "  ".join(parts)
 
 

@@ -27,9 +27,7 @@ def write_rollouts(
     chosen = [trajectories[i * len(trajectories) // count] for i in range(count)]
     path = rollout_path(run_folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps(_record(step, trajectory, domains), ensure_ascii=False) + "\n" for trajectory in chosen
-    ]
+    lines = [json.dumps(_record(step, trajectory, domains), ensure_ascii=False) + "\n" for trajectory in chosen]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(lines), encoding="utf-8")
     os.replace(partial, path)

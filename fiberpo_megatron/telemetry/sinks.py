@@ -75,13 +75,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             records.append({**record, "step": int(record["step"]), "kind": str(record["kind"])})
         except (ValueError, TypeError, KeyError):
-            if number == len(
-                lines
-            ):  # complete lines end with a newline, so the split's last item is a torn one
+            if number == len(lines):  # complete lines end with a newline, so the split's last item is a torn one
                 break
-            raise ValueError(
-                f"{path}, line {number}: not a metrics record: {line[:120]!r}; remove the line"
-            ) from None
+            raise ValueError(f"{path}, line {number}: not a metrics record: {line[:120]!r}; remove the line") from None
     return records
 
 
@@ -151,8 +147,7 @@ class WandbSink:
 def _import_wandb() -> Any:
     if find_spec("wandb") is None:
         raise ValueError(
-            "telemetry.wandb_project is set but the wandb package is missing; run `pip install wandb`, "
-            "or unset it"
+            "telemetry.wandb_project is set but the wandb package is missing; run `pip install wandb`, or unset it"
         )
     return import_module("wandb")
 

@@ -21,10 +21,11 @@ from fiberpo_megatron.rewards import build_reward
 from fiberpo_megatron.rollout.client import EngineAddress, Sampling
 from fiberpo_megatron.rollout.engine import engines
 from fiberpo_megatron.rollout.generate import EngineSampler
+from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.gpu import GpuMonitor
 from fiberpo_megatron.telemetry.metrics import Kind
 from fiberpo_megatron.telemetry.report import write_report
-from fiberpo_megatron.telemetry.sinks import open_sinks
+from fiberpo_megatron.telemetry.sinks import Sinks, open_sinks
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.generation import Generator
 from fiberpo_megatron.trainer.loop import Training, evaluate, publish, train
@@ -68,7 +69,7 @@ def run_eval(config: Config) -> None:
     """`fiberpo eval`: sampled accuracy of `model.path` on the held-out prompts."""
     with _base(config) as base, ExitStack() as stack:
         policy = build_policy(config, base.hf_config, base.layout)
-        run = stack.enter_context(_training(base, policy, 0, ("eval",)))
+        run = stack.enter_context(_training(base, policy, 0, ()))
         publish(run, 0, probe=None)
         evaluate(run, 0)
 
@@ -196,10 +197,11 @@ def _publisher(base: Base, addresses: list[EngineAddress]) -> Publisher:
 
 @contextmanager
 def _recorder(base: Base, start: int, steps: int, kinds: Sequence[Kind], title: str) -> Iterator[RunRecorder]:
+    """Writes records of `kinds` to the run folder; with none of them, only to the console."""
     config = base.config
     with ExitStack() as stack:
         sinks = None
-        if base.layout.is_logger:
+        if base.layout.is_logger and kinds:
             sinks = stack.enter_context(
                 open_sinks(
                     config.run.folder,
@@ -211,6 +213,8 @@ def _recorder(base: Base, start: int, steps: int, kinds: Sequence[Kind], title: 
                     config=config.model_dump(mode="json"),
                 )
             )
+        elif base.layout.is_logger:
+            sinks = stack.enter_context(Sinks([Console(title, total_steps=steps)]))
         yield RunRecorder(
             config.run.folder,
             base.layout,

@@ -41,9 +41,11 @@ def verify_publication(
         if layout.is_logger:
             mask = rollouts.response_mask[begin:end]
             for engine, log_probs in enumerate(sampler.score(rollouts.tokens[begin:end].tolist())):
+                theirs = np.asarray(log_probs)
+                scored = mask[1:] & ~np.isnan(theirs)  # nan: a token that the engine cannot score
                 compare_log_probs(
-                    trainer[mask],
-                    np.asarray(log_probs)[mask[1:]],
+                    trainer[1:][scored],
+                    theirs[scored],
                     tolerance=settings.verify_tolerance,
                     engine=f"engine {engine}",
                     version=str(version),

@@ -33,9 +33,7 @@ class Bucket:
 
     def flat(self, device: torch.device) -> Tensor:
         """uint8 [bytes] on `device`, tensor after tensor."""
-        return torch.cat(
-            [t.detach().to(device).contiguous().view(-1).view(torch.uint8) for t in self.tensors]
-        )
+        return torch.cat([t.detach().to(device).contiguous().view(-1).view(torch.uint8) for t in self.tensors])
 
 
 def buckets(weights: Weights, limit: int) -> Iterator[tuple[Bucket, bool]]:

@@ -20,6 +20,8 @@ from fiberpo_megatron.weight_sync.group import UpdateGroup, store_host
 MIB = 1024**2
 QUICK_S = 10.0
 """Bound of a call that only tidies up."""
+GRACE_S = 2.0
+"""How long an engine may take to say why a collective failed."""
 
 
 class DistributedPublisher(Publisher):
@@ -59,16 +61,17 @@ class DistributedPublisher(Publisher):
                     sent += len(bucket.names)
             except BaseException as error:
                 self._give_up(group)
-                if isinstance(error, EngineError) and sent:
-                    error.add_note(
-                        f"{sent} tensors were loaded before: the engines may hold a mixture of weights"
-                    )
+                if sent or isinstance(error, EngineError):
+                    error.add_note(f"after {sent} sent tensors: the engines may hold a mixture of weights")
                 raise
             self._on_all(lambda client: client.end_weight_update(deadline.left()))
 
     def _begin(self, deadline: Deadline) -> None:
-        """Open the update on every engine before anything is broadcast: a refusal must not leave a broadcast
-        waiting."""
+        """Open the update on every engine before anything is broadcast: a refusal must not leave one waiting.
+
+        After a refusal all are closed again, also one that a trainer left open when it died: the next publication
+        can then work.
+        """
         try:
             self._on_all(lambda client: client.begin_weight_update(deadline.left()))
         except EngineError:
@@ -76,7 +79,7 @@ class DistributedPublisher(Publisher):
             raise
 
     def _broadcast(self, group: UpdateGroup, bucket: Bucket, version: str | None, deadline: Deadline) -> None:
-        """Send one bucket. The engines' answers are waited for first: one that refuses never takes part."""
+        """Send one bucket. The first failure counts: an engine that refuses leaves the broadcast waiting."""
         calls = [
             self._submit(
                 client.update_weights_from_distributed(
@@ -85,10 +88,13 @@ class DistributedPublisher(Publisher):
             )
             for client in self.clients
         ]
-        work = group.start_broadcast(bucket.flat(self.device))
-        wait(calls, return_when=FIRST_EXCEPTION)
-        _raise_first(calls)
-        group.finish_broadcast(work, deadline.left())
+        flat = bucket.flat(self.device)
+        self._complete(
+            _in_thread(lambda: group.broadcast(flat)),
+            calls,
+            deadline,
+            f"the broadcast of {len(bucket.names)} tensors ({bucket.bytes} bytes) to it did not complete",
+        )
 
     def _connect(self, deadline: Deadline) -> UpdateGroup:
         """A new group with every tensor-parallel rank of every engine: rank 0 is this process."""
@@ -105,18 +111,32 @@ class DistributedPublisher(Publisher):
             )
             for client, offset in zip(self.clients, offsets)
         ]
-        own = _in_thread(group.connect)
-        wait([own, *calls], timeout=deadline.left(), return_when=FIRST_EXCEPTION)
-        _raise_first(calls)
-        if not own.done():
-            raise EngineTimeout(
-                self.clients[0].url,
-                f"the process group of rank 0 and {group.size - 1} engine ranks was not complete in time",
-                f"Check that the engines reach {host}:{group.port}, or use weight_sync.method = 'disk'",
-            )
-        own.result()
+        self._complete(
+            _in_thread(group.connect),
+            calls,
+            deadline,
+            f"the process group of rank 0 and {group.size - 1} engine ranks at {host}:{group.port} was not complete",
+        )
         self._group = group
         return group
+
+    def _complete(self, own: "Future[None]", calls: Sequence["Future[None]"], deadline: Deadline, what: str) -> None:
+        """Wait for this side's part of a collective and for the engines' answers; the first failure counts, and an
+        engine's answer says more than this side's."""
+        wait([own, *calls], timeout=deadline.left(), return_when=FIRST_EXCEPTION)
+        if own.done() and own.exception() is not None:
+            wait(calls, timeout=GRACE_S, return_when=FIRST_EXCEPTION)
+        failed = [call for call in calls if call.done() and call.exception() is not None]
+        late = [client for client, call in zip(self.clients, calls) if not call.done()]
+        cause = own.exception() if own.done() else None
+        for call in calls:
+            call.cancel()
+        if failed:
+            failed[0].result()
+        if late or cause is not None or not own.done():
+            engine = (late or self.clients)[0]
+            fix = "Check the network between them, raise weight_sync.timeout_s, or use weight_sync.method = 'disk'"
+            raise EngineTimeout(engine.url, f"{what} in time", fix, engine.address.log) from cause
 
     def _give_up(self, group: UpdateGroup) -> None:
         """After a failure: the group's state is unknown, and an update must not stay open."""
@@ -137,15 +157,6 @@ class DistributedPublisher(Publisher):
             self._group.close()
             self._group = None
         super().close()
-
-
-def _raise_first(calls: Sequence["Future[None]"]) -> None:
-    """The error of the first failed call; calls that have not ended are cancelled then."""
-    failed = [call for call in calls if call.done() and call.exception() is not None]
-    if failed:
-        for call in calls:
-            call.cancel()
-        failed[0].result()
 
 
 def _in_thread(work: Callable[[], None]) -> "Future[None]":

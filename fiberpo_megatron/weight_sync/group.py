@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import BackendConfig
@@ -57,20 +58,21 @@ class UpdateGroup:
         else:
             self._group = dist.ProcessGroupGloo(store, 0, self.size, self.timeout)
 
-    def start_broadcast(self, tensor: Tensor) -> Any:
-        """Begin to send `tensor`; the returned work is waited for with `finish_broadcast`."""
+    def broadcast(self, tensor: Tensor) -> None:
+        """Send `tensor`; returns when it was sent.
+
+        Without the others it blocks for the group's timeout, and then raises RuntimeError; so call it from a
+        thread that may be left behind.
+        """
+        group = self._group  # keeps it alive while it is used: gloo's destructor waits for pending operations
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        return self._group.broadcast([tensor], options)
-
-    def finish_broadcast(self, work: Any, timeout_s: float) -> None:
-        """Raises RuntimeError when the others did not take part before the timeout."""
-        work.wait(timedelta(seconds=timeout_s))
+        group.broadcast([tensor], options).wait()
+        if tensor.is_cuda:
+            torch.cuda.synchronize(tensor.device)
 
     def close(self) -> None:
-        """Drop the connections: an engine that still waits in a broadcast gets an error."""
-        if self._group is not None:
-            abort = getattr(self._group, "abort", None)
-            if abort is not None:
-                abort()
+        """Leave the group."""
+        if self._group is not None and self.backend == "nccl":
+            self._group.abort()  # ends a broadcast that the others take no part in
         self._group = None

@@ -48,9 +48,7 @@ class Manifest:
         if self.shapes is None or self._may_differ(name):
             return
         if name not in self.shapes:
-            raise ValueError(
-                f"the exported weight {name} is not in {self.source}; correct the policy's export"
-            )
+            raise ValueError(f"the exported weight {name} is not in {self.source}; correct the policy's export")
         if self.shapes[name] != shape:
             raise ValueError(
                 f"the exported weight {name} has shape {shape}, in {self.source} it has {self.shapes[name]}; "

@@ -24,9 +24,7 @@ def compare_log_probs(
     """
     ours, theirs = np.asarray(trainer, dtype=np.float64), np.asarray(engine_log_probs, dtype=np.float64)
     if ours.shape != theirs.shape or ours.ndim != 1 or ours.size == 0:
-        raise ValueError(
-            f"cannot compare log-probs of shapes {ours.shape} and {theirs.shape}; both must be [n > 0]"
-        )
+        raise ValueError(f"cannot compare log-probs of shapes {ours.shape} and {theirs.shape}; both must be [n > 0]")
     difference = np.abs(ours - theirs)
     worst = int(np.argmax(np.where(np.isfinite(difference), difference, np.inf)))
     mean, largest = float(difference.mean()), float(difference[worst])

@@ -18,9 +18,7 @@ def test_committed_files_are_what_the_script_writes(tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"config.json", "tokenizer.json", "tokenizer_config.json"}
     for name in names:
-        assert (DEMO / "model" / name).read_text(encoding="utf-8") == (tmp_path / name).read_text(
-            encoding="utf-8"
-        )
+        assert (DEMO / "model" / name).read_text(encoding="utf-8") == (tmp_path / name).read_text(encoding="utf-8")
 
 
 def test_every_character_is_one_token_and_comes_back():
@@ -37,9 +35,7 @@ def test_every_character_is_one_token_and_comes_back():
 
 def test_the_config_is_a_small_mixture_of_experts():
     config = AutoConfig.from_pretrained(DEMO / "model")
-    attention = (
-        config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
-    )
+    attention = config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
     experts = config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size
     embeddings = 2 * config.vocab_size * config.hidden_size
     assert config.model_type == "qwen3_moe" and not config.tie_word_embeddings

@@ -32,9 +32,7 @@ def test_the_first_held_out_sums_differ_in_more_than_order():
     problems = AdditionProblems(AdditionTask(kind="addition", digits=2))
     pairs = [frozenset(problems.held_out(i).prompt.removesuffix("=").split("+")) for i in range(100)]
     assert len(set(pairs)) == 100
-    larger_first = sum(
-        p.split("+")[0] > p.split("+")[1] for p in (problems.held_out(i).prompt for i in range(400))
-    )
+    larger_first = sum(p.split("+")[0] > p.split("+")[1] for p in (problems.held_out(i).prompt for i in range(400)))
     assert 140 < larger_first < 260  # a fair coin: 200, standard deviation 10
 
 
@@ -95,9 +93,7 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 
 
 def test_missing_and_empty_files_are_named(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"cannot read the prompt file .*none\.jsonl: No such file.*data\.tasks"
-    ):
+    with pytest.raises(ValueError, match=r"cannot read the prompt file .*none\.jsonl: No such file.*data\.tasks"):
         read_jsonl(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n \n")
     with pytest.raises(ValueError, match=r"empty\.jsonl holds no prompts"):
@@ -108,9 +104,7 @@ def test_a_held_out_prompt_that_is_trained_on_is_refused(tmp_path):
     train = write(tmp_path / "train.jsonl", {"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "1"})
     held_out = write(tmp_path / "test.jsonl", {"prompt": "c", "answer": "1"}, {"prompt": "b", "answer": "1"})
     task = JsonlTask(kind="jsonl", name="t", train=train, held_out=held_out)
-    with pytest.raises(
-        ValueError, match=r"1 held-out .*test\.jsonl, line 2 = .*train\.jsonl, line 2: b; remove"
-    ):
+    with pytest.raises(ValueError, match=r"1 held-out .*test\.jsonl, line 2 = .*train\.jsonl, line 2: b; remove"):
         build_problem_set(task)
 
 

@@ -122,8 +122,7 @@ def coupled_gate(micro_batches: list[MicroBatch], tokens: int, layout: ParallelL
 def pieces(shards: Iterable[Any]) -> list[Piece]:
     """ShardedTensors as (key, global shape, global offset, array without the prepended axes)."""
     return [
-        (s.key, tuple(s.global_shape), tuple(s.global_offset), s.data.detach().double().numpy().copy())
-        for s in shards
+        (s.key, tuple(s.global_shape), tuple(s.global_offset), s.data.detach().double().numpy().copy()) for s in shards
     ]
 
 

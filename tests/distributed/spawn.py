@@ -44,9 +44,7 @@ class RanksFailed(RuntimeError):
     """At least one rank raised, died or was still running at the deadline."""
 
 
-def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0
-) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """`function(*args)` on `world_size` ranks; their return values in rank order.
 
     Raises RanksFailed with every failed rank's traceback.
@@ -58,9 +56,7 @@ def run_ranks(
     return [outcome.value for outcome in outcomes]
 
 
-def collect_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0
-) -> list[Outcome]:
+def collect_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Outcome]:
     """As `run_ranks`, but failures are returned. A rank that is killed at the deadline says so."""
     store = TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
     payload = pickle.dumps((function, args))
@@ -96,9 +92,7 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Outcome]:
             try:
                 outcomes[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                outcomes[rank] = Outcome(
-                    rank, error="died without a word (killed, or crashed in native code)"
-                )
+                outcomes[rank] = Outcome(rank, error="died without a word (killed, or crashed in native code)")
             if outcomes[rank].error is not None:
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
     late = f"still running when its time was over ({timeout_s:.0f} s, less once another rank has failed)"

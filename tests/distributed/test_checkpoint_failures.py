@@ -132,7 +132,7 @@ def damage(folder: Path, change: Callable[[bytes], bytes]) -> None:
 
 
 def refuse_checkpoints(root: Path) -> dict[str, str]:
-    """Messages for checkpoints that cannot be loaded; a policy that refused is as it was."""
+    """Messages for checkpoints that cannot be loaded; what is seen before reading leaves the policy as it was."""
     policy = start()
     folders = {name: checkpoint.step_folder(root, step) for step, name in enumerate(("cut", "garbled", "good"))}
     for folder in folders.values():
@@ -140,13 +140,15 @@ def refuse_checkpoints(root: Path) -> dict[str, str]:
     damage(folders["cut"], lambda data: data[: len(data) // 2])
     damage(folders["garbled"], lambda data: bytes(len(data)))
     before = weights_of(policy)
-    said = {name: refused(policy, folders[name]) for name in ("cut", "garbled")}
+    said = {"cut": refused(policy, folders["cut"])}
     said["missing"] = refused(policy, checkpoint.step_folder(root, 9))
     policy.hf_config = {**QWEN3_MOE, "num_experts": 4}
     said["other model"] = refused(policy, folders["good"])
     policy.hf_config = QWEN3_MOE
     assert torch.equal(weights_of(policy), before)
+    said["garbled"] = refused(policy, folders["garbled"])
     policy.load(str(folders["good"]))
+    assert torch.equal(weights_of(policy), before)
     return said
 
 
@@ -155,7 +157,7 @@ def test_messages(tmp_path: Path) -> None:
     assert "step-00000000 is damaged: __0_0.distcp has " in said["cut"]
     assert "take an earlier checkpoint" in said["cut"]
     assert "step-00000001 failed on rank 0" in said["garbled"]
-    assert "it is damaged or of another model, take an earlier one" in said["garbled"]
+    assert "the checkpoint is damaged or of another model, take an earlier one" in said["garbled"]
     assert "no checkpoint at" in said["missing"]
     assert "step-00000002 was written for another model: experts 8 (this run: 4)" in said["other model"]
 

@@ -55,8 +55,9 @@ def test_coefficients_that_are_not_finite(parallel: dict[str, int], single_pass:
         assert same and np.isfinite(norm)
 
 
-def test_an_objective_that_raises():
-    for raised, same, norm in run_ranks(2, step_with, "raises", {"data": 2}, False):
+@pytest.mark.parametrize("single_pass", [False, True])
+def test_an_objective_that_raises(single_pass: bool):
+    for raised, same, norm in run_ranks(2, step_with, "raises", {"data": 2}, single_pass):
         assert raised == "RuntimeError: the objective failed on rank 1: ValueError: levels do not nest"
         assert same and np.isfinite(norm)
 

@@ -62,19 +62,19 @@ class Spec:
 
 def slow_gate(residual: Tensor, budget: float, k: float) -> Tensor:
     """Equation 4 of arXiv:2604.03044, one number."""
-    size = abs(float(residual))
+    size = abs(float(residual.detach()))
     if size <= budget:
         return residual
     if size < (1 + 1 / k) * budget:
-        sign = 1.0 if float(residual) > 0 else -1.0
+        sign = 1.0 if float(residual.detach()) > 0 else -1.0
         return sign * (k + 1) * budget - k * residual
     return residual * 0.0
 
 
 def slow_clip(value: Tensor, low: float, high: float) -> Tensor:
-    if float(value) < low:
+    if float(value.detach()) < low:
         return value * 0.0 + low
-    if float(value) > high:
+    if float(value.detach()) > high:
         return value * 0.0 + high
     return value
 

@@ -32,6 +32,7 @@ positive = st.floats(1e-3, 1.0)
 tokens = st.integers(1, 100_000)
 
 
+@settings(deadline=None)
 @given(positive, tokens)
 def test_gate_is_continuous_and_vanishes(budget: float, k: int) -> None:
     step = 1e-9 * budget
@@ -41,16 +42,17 @@ def test_gate_is_continuous_and_vanishes(budget: float, k: int) -> None:
     assert gate_at(end * (1 + 1e-12), budget, k) == (0.0, 0.0)
 
 
+@settings(deadline=None)
 @given(st.floats(-2, 2), positive, tokens)
 def test_gate_is_odd_bounded_and_matches_the_slow_one(residual: float, budget: float, k: int) -> None:
     value, slope = gate_at(residual, budget, k)
     assert gate_at(-residual, budget, k) == (-value, slope)
-    assert abs(value) <= budget * (1 + 1e-12)
+    assert abs(value) <= budget * (1 + 1e-9)  # (k + 1) C - k D cancels: rounding grows with k
     assert value == pytest.approx(float(slow_gate(torch.tensor(residual, dtype=torch.float64), budget, k)), abs=1e-12)
     assert slope in (1.0, 0.0, -float(k))
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(positive, st.integers(1, 50), st.floats(0.05, 0.95))
 def test_rollback_slope_is_the_derivative(budget: float, k: int, where: float) -> None:
     at, step = budget * (1 + where / k), 1e-7 * budget / k

@@ -40,7 +40,7 @@ def test_both_places_of_rope_theta():
         ({"model_type": "gpt2"}, "model_type = 'gpt2'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope_parameters"),
-        ({"sliding_window": 4096, "use_sliding_window": True}, "use_sliding_window = True"),
+        ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window = 4096"),
         ({"sliding_window": 4096}, "sliding_window = 4096"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "'linear_attention'"),
         ({"attention_bias": True}, "attention_bias = True"),

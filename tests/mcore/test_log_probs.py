@@ -8,7 +8,9 @@ from fiberpo_megatron.mcore.log_probs import VocabShard, response_log_probs
 ALONE = VocabShard(start=0, group=None, size=1)
 
 
-def inputs(rows: int = 11, hidden: int = 6, vocab: int = 9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(
+    rows: int = 11, hidden: int = 6, vocab: int = 9
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(rows, 1, hidden, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(vocab, hidden, generator=generator, dtype=torch.float64, requires_grad=True)

@@ -14,9 +14,9 @@ _SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 40,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
+    "num_attention_heads": 8,  # two groups of two queries on each of two tensor-parallel ranks
+    "num_key_value_heads": 4,
+    "head_dim": 6,
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 128,
     "initializer_range": 0.2,

@@ -16,9 +16,7 @@ def test_the_right_answer_earns_one(response):
     assert score(ADDITION, PROMPT, response) == Score(1.0, True)
 
 
-@pytest.mark.parametrize(
-    "response", ["", " ", "92", "0920", "093", "0 92", "092 092", "\x00", "٠٩٢", "9" * 10**6]
-)
+@pytest.mark.parametrize("response", ["", " ", "92", "0920", "093", "0 92", "092 092", "\x00", "٠٩٢", "9" * 10**6])
 def test_everything_else_earns_nothing(response):
     assert score(ADDITION, PROMPT, response) == Score(0.0, False)
 

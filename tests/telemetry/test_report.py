@@ -98,9 +98,7 @@ class Strict(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in ("meta", "path", "use", "rect"):
             self.open.append(tag)
-        self.fetched += [
-            v or "" for k, v in attrs if k in ("src", "href") or (k == "xlink:href" and v[0] != "#")
-        ]
+        self.fetched += [v or "" for k, v in attrs if k in ("src", "href") or (k == "xlink:href" and v[0] != "#")]
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None: ...
 
@@ -164,9 +162,7 @@ def test_missing_torn_and_non_finite_values_are_survived(tmp_path):
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     for step in range(50):
         metrics = train_metrics(step)
-        sink.write(
-            step, "train", metrics if step % 3 else {**metrics, "entropy": float("nan"), "note": "text"}
-        )
+        sink.write(step, "train", metrics if step % 3 else {**metrics, "entropy": float("nan"), "note": "text"})
     sink.write(50, "train", {"only/once": 3.0})
     sink.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:

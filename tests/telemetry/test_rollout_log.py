@@ -10,17 +10,13 @@ def trajectories(index: int, count: int = 4) -> list[Trajectory]:
     prompt = Prompt(index, 0, (5, 6), f"<p {index}>", "092")
     log_probs = np.array([-0.123456789, -2.0], np.float32)
     return [
-        Trajectory(
-            prompt, Completion((7, 1), log_probs, "stop", (WeightSpan("3", 0, 2),)), f"r{i}", 1.0, True
-        )
+        Trajectory(prompt, Completion((7, 1), log_probs, "stop", (WeightSpan("3", 0, 2),)), f"r{i}", 1.0, True)
         for i in range(count)
     ]
 
 
 def test_a_few_trajectories_are_spread_over_the_step(tmp_path):
-    path = write_rollouts(
-        tmp_path, 12, [t for i in range(8) for t in trajectories(i)], count=4, domains=["addition"]
-    )
+    path = write_rollouts(tmp_path, 12, [t for i in range(8) for t in trajectories(i)], count=4, domains=["addition"])
     assert path == rollout_path(tmp_path, 12) == tmp_path / "rollouts" / "step_000012.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["index"] for r in records] == [0, 2, 4, 6]

@@ -74,9 +74,7 @@ def test_resuming_drops_the_steps_that_are_repeated(tmp_path):
     ]
     assert path.read_text().endswith("\n")
     drop_records(path, 0, ("train", "eval"))
-    assert [(r["kind"], r["step"]) for r in read_records(path)] == [("sft", 5)], (
-        "from the start: nothing kept"
-    )
+    assert [(r["kind"], r["step"]) for r in read_records(path)] == [("sft", 5)], "from the start: nothing kept"
     drop_records(tmp_path / "none.jsonl", 3, ("train",))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.jsonl"]
 
@@ -144,9 +142,7 @@ def test_wandb_missing_names_the_command(tmp_path, monkeypatch):
 
 def test_all_sinks_of_a_run(tmp_path, capsys):
     for first_step in (0, 1):
-        with open_sinks(
-            tmp_path, TelemetryConfig(), title="t", first_step=first_step, total_steps=2
-        ) as sinks:
+        with open_sinks(tmp_path, TelemetryConfig(), title="t", first_step=first_step, total_steps=2) as sinks:
             sinks.write(first_step, "train", {"reward/mean": 0.25, "loss": 1.0})
     assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [0, 1]
     assert scalars(tmp_path / "tensorboard")["train/loss"] == [(1, 1.0), (2, 1.0)]

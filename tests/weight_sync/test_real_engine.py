@@ -17,6 +17,7 @@ from fiberpo_megatron.weight_sync.disk import DiskPublisher
 from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
 from fiberpo_megatron.weight_sync.verify import WeightMismatch, compare_log_probs
 from tests.tiny_model import VOCABULARY, hugging_face_weights, load, log_probs, moved
+from tests.weight_sync.trainer_rank import publish_as_rank
 
 pytestmark = pytest.mark.sglang
 ROUNDING = 1e-4
@@ -153,46 +154,15 @@ def test_a_publication_under_another_version_is_noticed(engine, checkpoint, tmp_
         def _send(self, weights, version, deadline):
             super()._send(weights, "other", deadline)
 
-    options = dict(model=checkpoint, folder=tmp_path, leader=True, timeout_s=30)
     with (
-        Forgetful([engine], **options) as publishing,
+        Forgetful([engine], model=checkpoint, folder=tmp_path, leader=True, timeout_s=30) as publishing,
         pytest.raises(EngineError, match="weights '1' were published, but it reports weights 'other'"),
     ):
         publishing.publish(hugging_face_weights(load(checkpoint)), "1")
 
 
-def _trainer_rank(rank: int, store: str, engine: EngineAddress, checkpoint: Path, results) -> None:
-    """A rank of a trainer that has a default group of its own, as under Megatron."""
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = moved(checkpoint)
-
-    def gathered():
-        for name, tensor in hugging_face_weights(model):
-            dist.broadcast(tensor.contiguous(), src=0)  # gathering is collective: every rank must iterate to the end
-            yield name, tensor if rank == 0 else torch.empty(0)
-
-    with DistributedPublisher(
-        [engine], model=checkpoint, leader=rank == 0, timeout_s=30, bucket_mib=1, backend="gloo"
-    ) as publishing:
-        publishing.publish(gathered(), "1")
-        publishing.publish(gathered(), "2")
-    dist.barrier()
-    dist.destroy_process_group()
-    results.put(rank)
-
-
 def test_a_trainer_of_two_ranks_publishes_beside_its_own_group(engine, checkpoint, tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    arguments = (str(tmp_path / "store"), engine, checkpoint, results)
-    ranks = [context.Process(target=_trainer_rank, args=(rank, *arguments), daemon=True) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    assert {results.get(), results.get()} == {0, 1}
-    np.testing.assert_allclose(scores(engine), log_probs(moved(checkpoint), PROBE), atol=ROUNDING)
+    model = moved(checkpoint)
+    torch.save([(name, tensor.clone()) for name, tensor in hugging_face_weights(model)], tmp_path / "weights.pt")
+    torch.multiprocessing.spawn(publish_as_rank, args=(str(tmp_path), engine, checkpoint), nprocs=2)
+    np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)

@@ -36,9 +36,7 @@ class CpuPlatform:
 
         return RmsNorm
 
-    def packed_sequences(
-        self, cu_seqlens: Tensor, max_seqlen: int, context_rank: int, context_size: int
-    ) -> Any:
+    def packed_sequences(self, cu_seqlens: Tensor, max_seqlen: int, context_rank: int, context_size: int) -> Any:
         """A packed row for `cpu/attention.py`."""
         from fiberpo_megatron.mcore.cpu.packed import PackedRow
 

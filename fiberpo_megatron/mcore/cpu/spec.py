@@ -49,9 +49,7 @@ def layer_spec(*, num_experts: int | None, qk_layernorm: bool) -> Any:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec_for_backend(
-                backend=backend, num_experts=num_experts, moe_grouped_gemm=False
-            ),
+            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts, moe_grouped_gemm=False),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=_checkpoint_keys(num_experts),
         ),

@@ -162,9 +162,7 @@ def _legend(axes: Axes) -> None:
     """Above the plot, or right of it when it is long, so that it hides no data."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 4:
-        axes.legend(
-            handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.0
-        )
+        axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.0)
     else:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, borderaxespad=0.1, handlelength=1.2)
 

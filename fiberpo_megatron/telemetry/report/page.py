@@ -223,9 +223,7 @@ def _settings(config: Mapping[str, Any]) -> str:
         return ""
     tables = []
     for section, content in config.items():
-        rows = "".join(
-            f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in _flat(content)
-        )
+        rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in _flat(content))
         tables.append(f"<table><tr><th colspan='2'>{escape(section)}</th></tr>{rows}</table>")
     return f'<section>\n<h2>Settings</h2>\n<div class="settings">{"".join(tables)}</div>\n</section>'
 

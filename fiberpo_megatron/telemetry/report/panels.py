@@ -124,16 +124,9 @@ def build_sections(data: RunData) -> list[Section]:
 
 
 def _learning(charts: Charts) -> Iterable[Panel | None]:
-    yield _accuracy(
-        charts, "Accuracy", "accuracy", "share of right responses, sampled at the rollout temperature"
-    )
+    yield _accuracy(charts, "Accuracy", "accuracy", "share of right responses, sampled at the rollout temperature")
     domains = sorted(
-        {
-            name
-            for kind in ("train", "eval")
-            for name in charts.data.names(kind)
-            if name.startswith("accuracy/")
-        }
+        {name for kind in ("train", "eval") for name in charts.data.names(kind) if name.startswith("accuracy/")}
     )
     for name in domains:
         panel = _accuracy(charts, f"Accuracy: {name.removeprefix('accuracy/')}", name, "")
@@ -277,9 +270,7 @@ def _phases(charts: Charts) -> Panel | None:
         parts = [("total", total, None)]
     if not parts:
         return None
-    return Panel(
-        "Seconds per phase", "s", stacked_chart(parts, unit="s"), "on the rank that writes the metrics"
-    )
+    return Panel("Seconds per phase", "s", stacked_chart(parts, unit="s"), "on the rank that writes the metrics")
 
 
 def _gpus(charts: Charts) -> Iterable[Panel | None]:
@@ -314,10 +305,6 @@ def _other(charts: Charts) -> Iterable[Panel | None]:
     hidden = ("seconds/", "weight_version", "token/count", "token/weight", "extra_forwards")
     for kind in charts.data.records:
         for name in charts.data.names(kind):
-            if (
-                (kind, name) not in charts.shown
-                and not name.startswith(hidden)
-                and not name.endswith("/nodes")
-            ):
+            if (kind, name) not in charts.shown and not name.startswith(hidden) and not name.endswith("/nodes"):
                 prefix = "" if kind == "train" else f"{kind}: "
                 yield charts.lines(f"{prefix}{name}", {name: name}, kind=kind)

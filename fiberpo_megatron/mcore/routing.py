@@ -1,0 +1,231 @@
+"""Which experts every token went to: recorded in one pass, replayed in others, counted for the objective.
+
+Megatron's routers ask an object in `router.router_replay` for their top-k choice; here it is one of ours, which
+knows the layer. The micro-batch travels with the description of the packed row, so recomputed forwards and
+micro-batches in flight find their own record. Records are kept by flat token index: another layout, order or
+packing of the same tokens finds them again.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from fiberpo_megatron.mcore.layout import ParallelLayout
+from fiberpo_megatron.mcore.model import PolicyModel
+from fiberpo_megatron.types import MicroBatch
+
+Mode = Literal["off", "record", "replay"]
+
+
+class Routing:
+    """The record of one policy. Every rank holds the layers of its stage and the tokens that it routed."""
+
+    def __init__(self, models: Sequence[PolicyModel], layout: ParallelLayout) -> None:
+        self._layout = layout
+        self._mode: Mode = "off"
+        self._rows: dict[int, Tensor] = {}
+        self._experts: dict[int, Tensor] = {}
+        self.layers: list[int] = []
+        """Global numbers, from 0, of this stage's MoE layers."""
+        self.num_experts = models[0].config.num_moe_experts or 0
+        self.top_k = models[0].config.moe_router_topk if self.num_experts else 0
+        for model in models:
+            for layer in model.decoder.layers:
+                if isinstance(layer, TransformerLayer) and hasattr(layer.mlp, "router"):
+                    self._attach(layer)
+
+    def _attach(self, layer: TransformerLayer) -> None:
+        number = layer.layer_number - 1
+        replay = _LayerReplay(self, number)
+        layer.mlp.router.router_replay = replay
+        layer.register_forward_pre_hook(replay.enter, with_kwargs=True)
+        self.layers.append(number)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether there is anything to replay."""
+        return bool(self._experts)
+
+    def clear(self) -> None:
+        """Forget all records (at the start of a training step)."""
+        self._experts = {}
+
+    def fill(self, experts: Tensor) -> None:
+        """Take the rollout's routing: int [N, MoE layers, top_k] by flat token index, -1 where there is none."""
+        if not self.layers:
+            raise ValueError("the model has no experts whose routing could be replayed")
+        if experts.dim() != 3 or experts.size(2) != self.top_k or experts.size(1) <= max(self.layers):
+            raise ValueError(
+                f"routing of shape {tuple(experts.shape)} does not fit the model: [tokens, MoE layers, "
+                f"{self.top_k}] is needed, with layer {max(self.layers)} on this stage"
+            )
+        device = self._layout.device
+        self._experts = {layer: experts[:, layer].to(device, torch.int64) for layer in self.layers}
+
+    @contextmanager
+    def use(self, mode: Mode) -> Iterator[None]:
+        """Record or replay in the passes inside."""
+        self._mode = mode
+        try:
+            yield
+        finally:
+            self._mode = "off"
+
+    def begin(self, index: int, batch: MicroBatch) -> None:
+        """Announce a micro-batch of the coming pass."""
+        rows = batch.source_tokens
+        if self._layout.tensor_size > 1:  # sequence parallelism: a rank routes its share of the row
+            rows = rows.chunk(self._layout.tensor_size)[self._layout.tensor_rank]
+        self._rows[index] = rows.to(self._layout.device)
+
+    def choose(self, layer: int, index: int, scores: Tensor, top_k: Callable[[], tuple[Tensor, Tensor]]) -> Any:
+        """(scores of the chosen experts, the chosen experts), both [rows, top_k]."""
+        if self._mode == "off":
+            return top_k()
+        rows = self._rows[index]
+        real = rows >= 0
+        values, chosen = top_k()
+        if self._mode == "record":
+            self._put(layer, rows[real], chosen[real])
+            return values, chosen
+        chosen = torch.where(real[:, None], self._get(layer, rows), chosen)
+        return scores.gather(1, chosen), chosen
+
+    def _put(self, layer: int, tokens: Tensor, experts: Tensor) -> None:
+        table = self._experts.get(layer)
+        size = int(tokens.max()) + 1 if len(tokens) else 0
+        if table is None or len(table) < size:
+            wider = torch.full((size, experts.size(1)), -1, dtype=torch.int64, device=experts.device)
+            if table is not None:
+                wider[: len(table)] = table
+            self._experts[layer] = table = wider
+        table[tokens] = experts
+
+    def _get(self, layer: int, tokens: Tensor) -> Tensor:
+        """Experts of the tokens, any at padding; ValueError where a token has no record."""
+        table = self._experts.get(layer)
+        if table is None:
+            table = torch.empty(0, self.top_k, dtype=torch.int64, device=tokens.device)
+        known = torch.zeros_like(tokens, dtype=torch.bool)
+        inside = (tokens >= 0) & (tokens < len(table))
+        known[inside] = table[tokens[inside], 0] >= 0
+        missing = tokens[(tokens >= 0) & ~known]
+        if len(missing):
+            raise ValueError(
+                f"{len(missing)} tokens have no recorded route in layer {layer}, the first is flat token "
+                f"{int(missing[0])}; record the same batch, or fill in the rollout's routing, before replaying"
+            )
+        experts = torch.zeros(len(tokens), self.top_k, dtype=torch.int64, device=tokens.device)
+        experts[known] = table[tokens[known]]
+        return experts
+
+    def missing(self, micro_batches: Sequence[MicroBatch]) -> str | None:
+        """What `replay` would lack for these micro-batches on this rank; None when every token has a route."""
+        try:
+            for batch in micro_batches:
+                self.begin(0, batch)
+                for layer in self.layers:
+                    self._get(layer, self._rows[0])
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def expert_counts(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """float32 [n, experts]: (layer, slot) pairs of the position that predicts each local response token.
+
+        Summed over all layers of all stages; each row sums to MoE layers x top_k. Every rank calls it.
+        """
+        counts = [self._counts(batch) for batch in micro_batches]
+        total = torch.cat(counts) if counts else torch.zeros(0, self.num_experts, device=self._layout.device)
+        if self._layout.pipeline_size > 1:
+            dist.all_reduce(total, group=self._layout.pipeline_group)
+        return total
+
+    def _counts(self, batch: MicroBatch) -> Tensor:
+        self.begin(0, batch)
+        rows = self._rows[0]
+        counts = torch.zeros(len(rows), self.num_experts, device=rows.device)
+        real = rows >= 0
+        for layer in self.layers:
+            chosen = self._get(layer, rows)
+            counts.scatter_add_(1, chosen, real[:, None].float().expand(chosen.shape).contiguous())
+        if self._layout.tensor_size > 1:
+            parts = [torch.empty_like(counts) for _ in range(self._layout.tensor_size)]
+            dist.all_gather(parts, counts, group=self._layout.tensor_group)
+            counts = torch.cat(parts)
+        return counts[batch.response_positions.to(counts.device)]
+
+    def agreement(self, micro_batches: Sequence[MicroBatch], experts: Tensor) -> Tensor:
+        """float64 [MoE layers, 2]: (tokens whose expert set equals `experts`' one, tokens compared), all ranks.
+
+        experts: int [N, MoE layers, top_k] by flat token index, -1 where unknown (those are left out). Compared
+        with the record; every rank calls it.
+        """
+        total = torch.zeros(experts.size(1), 2, dtype=torch.float64, device=self._layout.device)
+        for batch in micro_batches:
+            self.begin(0, batch)
+            tokens = self._rows[0]
+            tokens = tokens[tokens >= 0]
+            for layer in self.layers:
+                theirs = experts[tokens.cpu(), layer].to(tokens.device, torch.int64).sort(-1).values
+                known = theirs[:, 0] >= 0
+                same = (self._get(layer, tokens).sort(-1).values == theirs).all(-1)
+                total[layer] += torch.stack([(same & known).sum(), known.sum()]).double()
+        layout = self._layout
+        for size, group in (
+            (layout.tensor_size, layout.tensor_group),
+            (layout.pipeline_size, layout.pipeline_group),
+        ):
+            if size > 1:
+                dist.all_reduce(total, group=group)
+        return layout.sum_over_tokens(total)
+
+
+class _LayerReplay:
+    """One layer's router_replay: the face that Megatron's top-k asks."""
+
+    def __init__(self, routing: Routing, layer: int) -> None:
+        self._routing = routing
+        self._layer = layer
+        self._index = 0
+
+    def enter(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the layer's forward, recomputed ones included: which micro-batch it is."""
+        self._index = getattr(kwargs.get("packed_seq_params"), "micro_batch", 0)
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Megatron's hook in place of its top-k; see `Routing.choose`."""
+        assert default_compute_topk is not None
+
+        def choose() -> tuple[Tensor, Tensor]:
+            return default_compute_topk(scores, topk, num_groups, group_topk)
+
+        chosen: tuple[Tensor, Tensor] = self._routing.choose(self._layer, self._index, scores, choose)
+        return chosen
+
+
+def partition_share(counts: Tensor, partitions: int) -> Tensor:
+    """omega [n, partitions]: share of each token's routed (layer, slot) pairs in each contiguous expert block.
+
+    counts [n, experts] of `Routing.expert_counts`. Raises ValueError when the experts do not divide.
+    """
+    experts = counts.size(1)
+    if experts % partitions:
+        fits = [p for p in range(1, experts + 1) if experts % p == 0]
+        raise ValueError(
+            f"algorithm.expert_partitions = {partitions} does not divide the {experts} experts; use one of {fits}"
+        )
+    blocks = counts.double().view(len(counts), partitions, experts // partitions).sum(-1)
+    return blocks / blocks.sum(-1, keepdim=True)

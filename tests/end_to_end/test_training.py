@@ -1,0 +1,116 @@
+"""The real thing: the command line, two Megatron ranks, a real SGLang."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "examples/demo/train.toml")
+SMALL = [
+    "--batch.prompts", "8", "--batch.samples_per_prompt", "4", "--batch.mini_batches", "2",
+    "--evaluation.prompts", "8", "--rollout.engine.max_total_tokens", "2048",
+    "--weight_sync.verify_tolerance", "1e-4", "--optimizer.learning_rate", "1e-3",
+]  # fmt: skip
+
+
+def command(model: Path, folder: Path, *more: str, verb: str = "train") -> list[str]:
+    words = [sys.executable, "-m", "fiberpo_megatron.cli.main", verb, CONFIG]
+    return [*words, "--model.path", str(model), "--run.folder", str(folder), *SMALL, *more]
+
+
+def run(
+    model: Path, folder: Path, *more: str, verb: str = "train", timeout_s: float = 240
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(model, folder, *more, verb=verb), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Whatever still runs for this run folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if process.pid != os.getpid() and str(folder) in " ".join(process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+@pytest.mark.sglang
+def test_three_steps_with_an_engine_of_its_own(model: Path, tmp_path: Path):
+    """Every published version arrives: the run itself compares the engine with the trainer to 1e-4 after each."""
+    done = run(model, tmp_path / "run", "--trainer.steps", "3")
+    assert done.returncode == 0, done.stderr
+    steps = records(tmp_path / "run", "train")
+    assert [record["step"] for record in steps] == [0, 1, 2]
+    assert all(record["rollout_diff/max"] < 1e-4 for record in steps)  # float32 on both sides
+    assert all(record["seconds/verify"] > 0 for record in steps)
+    assert all(record["gate/time_share"] < 0.1 for record in steps)
+    assert len(records(tmp_path / "run", "eval")) == 2
+    before, after = (load_file(f / "model.safetensors") for f in (model, tmp_path / "run/hf"))
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert any("experts" in name for name in moved) and any("q_proj" in name for name in moved)
+    assert not any(name.endswith("mlp.gate.weight") for name in moved)  # the routers are frozen
+    versions = [
+        {span[0] for line in path.read_text().splitlines() for span in json.loads(line)["weight_versions"]}
+        for path in sorted((tmp_path / "run/rollouts").iterdir())
+    ]
+    assert versions == [{"0"}, {"1"}, {"2"}]
+    assert "<svg" in (tmp_path / "run/report.html").read_text()
+    assert str(tmp_path / "run/report.html") in done.stdout
+    assert not processes_of(tmp_path / "run")
+
+
+@pytest.mark.sglang
+def test_killed_run_resumes_and_loses_only_the_unfinished_step(model: Path, engine: Any, tmp_path: Path):
+    folder = tmp_path / "run"
+    words = ["--rollout.engine.urls", f'["{engine.url}"]', "--evaluation.prompts", "0", "--trainer.steps"]
+    process = subprocess.Popen(command(model, folder, *words, "1000"), cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 180
+    while not (folder / "metrics.jsonl").exists() or len(records(folder, "train")) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while processes_of(folder):
+        assert time.monotonic() < deadline, "ranks outlived their launcher"
+        time.sleep(0.1)
+    before = {record["step"]: record["reward/mean"] for record in records(folder, "train")}
+    saved = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    last = int(saved.name.removeprefix("step-"))
+    assert last >= len(before) - 1
+
+    done = run(model, folder, *words, str(last + 2), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert f"Resumed from {saved}" in done.stdout
+    after = {record["step"]: record["reward/mean"] for record in records(folder, "train")}
+    assert sorted(after) == list(range(last + 2))
+    assert all(after[step] == before[step] for step in range(last))  # what was done is not done again
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize("layout", [["tensor", "2"], ["context", "2"], ["pipeline", "2"]], ids=lambda words: words[0])
+def test_other_layouts_run(model: Path, engine: Any, tmp_path: Path, layout: list[str]):
+    """The demo's other layouts (pipeline with 4 ranks), published by disk."""
+    key, size = layout
+    urls = f'["{engine.url}"]'
+    options = ["--rollout.engine.urls", urls, "--trainer.steps", "1", "--weight_sync.method", "disk"]
+    done = run(model, tmp_path / "run", f"--parallel.{key}", size, *options)
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path / "run", "train")
+    assert record["rollout_diff/max"] < 1e-4
+    assert not processes_of(tmp_path / "run")

@@ -1,0 +1,252 @@
+"""Publishing against fake servers: the order of calls, several engines, refusals, and that nothing hangs."""
+
+import json
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from fiberpo_megatron.rollout.client import EngineAddress
+from fiberpo_megatron.rollout.errors import EngineError, EngineRefused, EngineTimeout
+from fiberpo_megatron.weight_sync.disk import DiskPublisher
+from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
+from fiberpo_megatron.weight_sync.group import store_host
+from tests.rollout.fake_server import FakeServers
+
+ENGINES = [EngineAddress("http://127.0.0.1:1"), EngineAddress("http://127.0.0.1:2")]
+WEIGHTS = {f"w{i}": torch.full((5,), float(i)) for i in range(4)}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "x"}')
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    save_file(WEIGHTS, folder / "model.safetensors")
+    return folder
+
+
+class Counted:
+    """Weights that know whether they were iterated to the end."""
+
+    def __init__(self) -> None:
+        self.drained = False
+
+    def __iter__(self):
+        yield from WEIGHTS.items()
+        self.drained = True
+
+
+def disk(model: Path, servers: FakeServers, folder: Path, **options) -> DiskPublisher:
+    options = {"leader": True, "timeout_s": 5} | options
+    return DiskPublisher(ENGINES, model=model, folder=folder, transport=servers, **options)
+
+
+def distributed(model: Path, servers: FakeServers, **options) -> DistributedPublisher:
+    options = {"leader": True, "timeout_s": 5, "bucket_mib": 1, "backend": "gloo"} | options
+    return DistributedPublisher(ENGINES, model=model, transport=servers, **options)
+
+
+def refusing(path: str, port: int) -> FakeServers:
+    """The server at this port refuses `path`."""
+    refused = httpx.Response(400, json={"success": False, "message": "not now"})
+
+    def rule(host, body):
+        return refused if host.endswith(f":{port}") else {"success": True, "message": "Success"}
+
+    return FakeServers({path: rule})
+
+
+def test_disk_writes_a_complete_folder_and_removes_older_ones(model, tmp_path):
+    servers, folder = FakeServers(), tmp_path / "published"
+    folder.mkdir()
+    (folder / "notes").mkdir()
+    with disk(model, servers, folder, shard_bytes=45) as publishing:
+        publishing.publish(iter(WEIGHTS.items()), "1")
+        assert servers.paths() == [
+            *["/pause_generation"] * 2,
+            *["/update_weights_from_disk"] * 2,
+            *["/continue_generation"] * 2,
+        ]
+        publishing.publish(iter(WEIGHTS.items()), "2")
+    assert {entry.name for entry in folder.iterdir()} == {"2", "notes"}, "foreign folders stay"
+    written = folder / "2"
+    index = json.loads((written / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 80 and set(index["weight_map"]) == set(WEIGHTS)
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) == 2
+    loaded = {name: tensor for file in files for name, tensor in load_file(written / file).items()}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in WEIGHTS.items())
+    assert json.loads((written / "config.json").read_text()) == {"model_type": "x"}
+    assert (written / "tokenizer.json").exists() and not (written / "model.safetensors").exists()
+    bodies = [body for _, path, body in servers.calls if path == "/update_weights_from_disk"]
+    assert bodies[-1] == {"model_path": str(written), "weight_version": "2", "load_format": "auto"}
+
+
+def test_disk_refuses_to_replace_a_folder_that_is_not_its_own(model, tmp_path):
+    (tmp_path / "published" / "1").mkdir(parents=True)
+    with (
+        disk(model, FakeServers(), tmp_path / "published") as publishing,
+        pytest.raises(FileExistsError, match=r"published/1 was not written by a publication"),
+    ):
+        publishing.publish(iter(WEIGHTS.items()), "1")
+
+
+def test_a_refusal_names_the_engine_resumes_all_and_keeps_the_older_folder(model, tmp_path):
+    servers = FakeServers()
+    with disk(model, servers, tmp_path / "published") as publishing:
+        publishing.publish(iter(WEIGHTS.items()), "1")
+        servers.rules = refusing("/update_weights_from_disk", 2).rules
+        servers.calls.clear()
+        weights = Counted()
+        with pytest.raises(EngineRefused, match=r"127.0.0.1:2: .*not now"):
+            publishing.publish(iter(weights), "2")
+    assert servers.paths()[-2:] == ["/continue_generation"] * 2 and weights.drained
+    assert (tmp_path / "published" / "1").is_dir()
+
+
+@pytest.mark.parametrize("way", [disk, distributed])
+def test_other_ranks_only_drain(way, model, tmp_path):
+    servers, weights = FakeServers(), Counted()
+    with way(model, servers, **({"folder": tmp_path} if way is disk else {}), leader=False) as publishing:
+        publishing.publish(iter(weights), "1")
+    assert weights.drained and servers.calls == []
+
+
+def test_a_refused_begin_sends_nothing(model):
+    servers = JoiningServers(refusing("/begin_weight_update", 2).rules)
+    weights = Counted()
+    with distributed(model, servers) as publishing, pytest.raises(EngineRefused, match="127.0.0.1:2.*not now"):
+        publishing.publish(iter(weights), "1")
+    assert "/update_weights_from_distributed" not in servers.paths()
+    assert servers.paths().count("/end_weight_update") == 2 and weights.drained
+    assert servers.paths().count("/continue_generation") == 2
+
+
+def test_an_engine_that_refuses_to_join_is_named_at_once(model):
+    began = time.monotonic()
+    with (
+        distributed(model, refusing("/init_weights_update_group", 1), timeout_s=60) as publishing,
+        pytest.raises(EngineRefused, match="127.0.0.1:1: /init_weights_update_group was refused"),
+    ):
+        publishing.publish(iter(WEIGHTS.items()), "1")
+    assert time.monotonic() - began < 20
+
+
+def test_engines_that_say_they_joined_but_did_not(model):
+    with (
+        distributed(model, FakeServers(), timeout_s=1) as publishing,
+        pytest.raises(EngineTimeout, match="rank 0 and 2 engine ranks at .* was not complete in time"),
+    ):
+        publishing.publish(iter(WEIGHTS.items()), "1")
+
+
+class JoiningServers(FakeServers):
+    """Fake servers whose "engines" are threads that really join the gloo group and receive the broadcasts.
+
+    `deaf`: the port of one that refuses updates, and so never takes part in a broadcast.
+    """
+
+    def __init__(self, rules=None, deaf: int | None = None) -> None:
+        super().__init__(rules)
+        self.deaf = deaf
+        self.groups: dict[str, dist.ProcessGroupGloo] = {}
+        self.received: dict[str, list[torch.Tensor]] = {}
+        self.failures: list[str] = []
+        self.threads: list[threading.Thread] = []
+
+    async def _usual(self, host, path, body):
+        import asyncio
+
+        if path == "/init_weights_update_group":
+            await asyncio.to_thread(self._join, host, body)
+        if path == "/update_weights_from_distributed":
+            if host.endswith(f":{self.deaf}"):
+                return httpx.Response(400, json={"success": False, "message": "no such group"})
+            task = asyncio.create_task(asyncio.to_thread(self._receive, host, body))
+            if not await task:
+                return httpx.Response(400, json={"success": False, "message": "receive failed"})
+        return await super()._usual(host, path, body)
+
+    def _join(self, host, body):
+        store = dist.TCPStore(body["master_address"], body["master_port"], body["world_size"], False)
+        name = body["group_name"]
+        for prefix in (name, f"{name}/", "cpu/"):
+            store = dist.PrefixStore(prefix, store)
+        self.groups[host] = dist.ProcessGroupGloo(store, body["rank_offset"], body["world_size"], timedelta(seconds=60))
+
+    def _receive(self, host, body):
+        size = sum(torch.Size(shape).numel() for shape in body["shapes"]) * 4
+        flat = torch.empty(size, dtype=torch.uint8)
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        try:
+            self.groups[host].broadcast([flat], options).wait()
+        except RuntimeError as error:
+            self.failures.append(f"{host}: {error}")
+            return False
+        self.received.setdefault(host, []).append(flat.view(torch.float32))
+        return True
+
+
+def test_distributed_sends_buckets_to_all_engines_and_the_version_with_the_last(model):
+    servers = JoiningServers()
+    with distributed(model, servers) as publishing:
+        publishing.bucket_bytes = 45
+        publishing.publish(iter(WEIGHTS.items()), "1")
+        publishing.publish(iter(WEIGHTS.items()), "2")
+    expected = torch.cat(list(WEIGHTS.values())).repeat(2)
+    for host in ("127.0.0.1:1", "127.0.0.1:2"):
+        assert torch.equal(torch.cat(servers.received[host]), expected)
+        updates = [b for h, p, b in servers.calls if (h, p) == (host, "/update_weights_from_distributed")]
+        assert [u.get("weight_version") for u in updates] == [None, "1", None, "2"]
+        assert [u["names"] for u in updates[:2]] == [["w0", "w1"], ["w2", "w3"]]
+    joins = [body for _, path, body in servers.calls if path == "/init_weights_update_group"]
+    assert [(j["rank_offset"], j["world_size"]) for j in joins] == [(1, 3), (2, 3)], "one group for both publications"
+    assert servers.paths().count("/destroy_weights_update_group") == 2
+
+
+def test_engines_with_several_ranks_get_ranks_of_their_own(model):
+    servers = FakeServers({"/server_info": lambda host, body: {"tp_size": 4, "dp_size": 1}})
+    with distributed(model, servers, timeout_s=0.5) as publishing, pytest.raises(EngineTimeout, match="8 engine ranks"):
+        publishing.publish(iter(WEIGHTS.items()), "1")
+    joins = [body for _, path, body in servers.calls if path == "/init_weights_update_group"]
+    assert [(j["rank_offset"], j["world_size"]) for j in joins] == [(1, 9), (5, 9)]
+
+
+def test_an_engine_that_takes_no_part_does_not_hang_the_broadcast(model):
+    servers = JoiningServers(deaf=2)
+    began = time.monotonic()
+    with distributed(model, servers, timeout_s=60) as publishing:
+        with pytest.raises(EngineRefused, match="127.0.0.1:2: /update_weights_from_distributed .*no such group"):
+            publishing.publish(iter(WEIGHTS.items()), "1")
+        assert servers.paths()[-2:] == ["/continue_generation"] * 2
+    assert time.monotonic() - began < 20
+
+
+def test_a_reported_version_that_is_not_the_published_one(model, tmp_path):
+    answer = {"model_path": "/m", "weight_version": "elsewhere"}
+    servers = FakeServers({"/model_info": lambda host, body: answer})
+    with (
+        disk(model, servers, tmp_path / "published") as publishing,
+        pytest.raises(EngineError, match="weights '1' were published, but it reports weights 'elsewhere'"),
+    ):
+        publishing.publish(iter(WEIGHTS.items()), "1")
+
+
+def test_the_address_of_the_store():
+    assert store_host(["http://127.0.0.1:1", "http://localhost:2"]) == "127.0.0.1"
+    assert store_host(["http://127.0.0.1:1", "http://192.0.2.1:2"]) != "127.0.0.1"
+
+
+def test_no_engines(model):
+    with pytest.raises(ValueError, match="no engines to publish to"):
+        DistributedPublisher([], model=model, leader=True, timeout_s=1, bucket_mib=1)
