@@ -11,10 +11,9 @@ where there are any.
 
 import argparse
 import json
+import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed import TCPStore
 
 DEADLINE_S = 300.0
 TEMPERATURE = 0.8
@@ -257,38 +257,50 @@ def assemble(outcomes: list[Outcome]) -> dict[str, NDArray[np.float64]]:
 
 
 def launch(args: argparse.Namespace, folder: Path, world_size: int, mode: str, on_cpu: bool) -> list[Outcome]:
-    """Run `world_size` processes of this file; stops them all at the deadline or when one fails."""
-    from torch.distributed import TCPStore
-
+    """Run `world_size` processes; stops them all at the deadline or when one fails."""
+    # A fork has everything imported already, but may not follow the first touch of a GPU.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     store = TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
     processes = []
     for rank in range(world_size):
-        environment = os.environ | {
+        environment = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # this process holds the store, so no port is guessed
             **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
         }
-        command = [sys.executable, __file__, *sys.argv[1:], "--mode", mode, "--folder", str(folder)]
-        processes.append(subprocess.Popen(command, env=environment))
+        process = context.Process(target=run_process, args=(args, folder, mode, environment), daemon=True)
+        process.start()
+        processes.append(process)
     try:
         deadline = time.monotonic() + DEADLINE_S
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            if any(process.poll() for process in processes):
+        while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+            if any(process.exitcode for process in processes):
                 break
-            time.sleep(0.05)
-        failed = [rank for rank, process in enumerate(processes) if process.poll() != 0]
+            time.sleep(0.02)
+        failed = [rank for rank, process in enumerate(processes) if process.exitcode != 0]
         if failed:
             raise SystemExit(f"layout_parity: rank {failed[0]} of {world_size} failed or passed {DEADLINE_S:.0f} s")
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     return [pickle.loads((folder / f"{mode}-{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def run_process(args: argparse.Namespace, folder: Path, mode: str, environment: dict[str, str]) -> None:
+    """One of the launched processes: leaves its outcome in the folder."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    problem = make_problem(args.seed, partitions=max(2, args.expert))
+    if mode == "reference":
+        outcome = run_reference(args, problem)
+    else:
+        outcome = run_rank(args, problem, pickle.loads((folder / "reference-0").read_bytes()))
+    (folder / f"{mode}-{environment['RANK']}").write_bytes(pickle.dumps(outcome))
 
 
 def compare(reference: Outcome, outcomes: list[Outcome]) -> dict[str, float]:
@@ -315,32 +327,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--objective", default="fiberpo-domain")
     parser.add_argument("--micro-batch-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mode", choices=["compare", "reference", "rank"], default="compare", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Compare, or be one of the processes that are compared."""
+    """Compare one layout and print the differences."""
     args = parse()
-    if args.mode == "compare":
-        from fiberpo_megatron.mcore.layout import check_layout
+    from fiberpo_megatron.mcore.layout import check_layout
 
-        world_size = args.tensor * args.pipeline * args.context * args.data
+    world_size = args.tensor * args.pipeline * args.context * args.data
+    try:
         check_layout(MODEL, make_config(args).parallel, world_size)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (reference,) = launch(args, folder, 1, "reference", on_cpu=True)
-            outcomes = launch(args, folder, world_size, "rank", on_cpu=False)
-        print(json.dumps(compare(reference, outcomes)))
-        return
-    problem = make_problem(args.seed, partitions=max(2, args.expert))
-    rank = int(os.environ["RANK"])
-    if args.mode == "reference":
-        outcome = run_reference(args, problem)
-    else:
-        outcome = run_rank(args, problem, pickle.loads((args.folder / "reference-0").read_bytes()))
-    (args.folder / f"{args.mode}-{rank}").write_bytes(pickle.dumps(outcome))
+    except ValueError as error:
+        raise SystemExit(f"layout_parity: {error}") from None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (reference,) = launch(args, folder, 1, "reference", on_cpu=True)
+        outcomes = launch(args, folder, world_size, "rank", on_cpu=False)
+    print(json.dumps(compare(reference, outcomes)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from fiberpo_megatron.mcore.routing import Mode, Routing
 from fiberpo_megatron.mcore.schedule import Schedule
 from fiberpo_megatron.types import Coefficients, Gate, MicroBatch, OptimizerStep, TokenScores, response_slices
 
-
 _UNCHANGED = "the optimizer step (weights unchanged)"
 
 

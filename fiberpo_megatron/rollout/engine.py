@@ -24,6 +24,7 @@ from fiberpo_megatron.rollout.ports import free_ports, is_free
 
 POLL_S = 0.1
 CHECK_TIMEOUT_S = 30.0
+TEMPORARY = "fiberpo-engine-"
 LAUNCHER = Path(__file__).with_name("launcher.py")
 
 
@@ -79,6 +80,7 @@ def engines(
         for i in range(config.count)
     ]
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers()
     started: list[EngineProcess] = []
     try:
         for i, server in enumerate(servers):
@@ -162,7 +164,7 @@ class EngineProcess:
 def start_server(server: Server, config: EngineConfig, log: Path) -> EngineProcess:
     """Start one server in a process group of its own; it dies with this process, even at kill -9."""
     command = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *server_command(server, config)]
-    temporary = tempfile.mkdtemp(prefix="fiberpo-engine-")
+    temporary = tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-")
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -186,6 +188,14 @@ def stop_all(started: Sequence[EngineProcess]) -> None:
     for engine in started:
         engine.process.wait()
         shutil.rmtree(engine.temporary, ignore_errors=True)
+
+
+def remove_leftovers() -> None:
+    """Temporary files of engines whose run was killed before it could remove them."""
+    for left in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*-*"):
+        run = left.name.removeprefix(TEMPORARY).partition("-")[0]
+        if run.isdigit() and not Path(f"/proc/{run}").exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _generates(http: httpx.Client, timeout_s: float) -> bool:

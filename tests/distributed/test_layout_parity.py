@@ -1,38 +1,87 @@
-"""The layout comparison as a user calls it."""
+"""Objective coefficients and parameter gradients of real layouts against one float64 process, for every objective."""
 
+import argparse
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.spawn import run_ranks
+from tools import layout_parity
+from tools.layout_parity import Outcome, Problem
+
 ROOT = Path(__file__).parents[2]
+TOLERANCE = 1e-5
+"""float32 against float64: rounding of log-probs moves coefficients by about 1e-6 of the largest."""
+
+LAYOUTS = {
+    "TP2": {"tensor": 2},
+    "PP2": {"pipeline": 2},
+    "EP2": {"expert": 2, "data": 2},
+    "CP2": {"context": 2},
+    "DP2": {"data": 2},
+    "TP2 PP2": {"tensor": 2, "pipeline": 2},
+    "PP2 EP2": {"pipeline": 2, "expert": 2, "data": 2},
+    "DP2 EP2": {"expert": 2, "data": 4},
+}
 
 
-def compare(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/layout_parity.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+def arguments(objective: str, budget: int, **sizes: int) -> argparse.Namespace:
+    layout = dict.fromkeys(("tensor", "pipeline", "context", "expert", "data"), 1) | sizes
+    return argparse.Namespace(objective=objective, micro_batch_tokens=budget, seed=1, **layout)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--pipeline 2 --expert 2 --data 2 --objective fiberpo-expert --micro-batch-tokens 96",
-        "--context 2 --objective fiberpo-domain --micro-batch-tokens 1",  # every trajectory a micro-batch of its own
-        "--tensor 2 --objective fiberpo --micro-batch-tokens 128",  # single pass
-    ],
-)
-def test_gradient_equals_the_float64_reference(arguments: str):
-    done = compare(*arguments.split())
+@cache
+def reference(objective: str) -> tuple[Problem, Outcome]:
+    problem = layout_parity.make_problem(1, partitions=2)
+    (outcome,) = run_ranks(1, layout_parity.run_reference, arguments(objective, 0), problem)
+    return problem, outcome
+
+
+def assert_parity(objective: str, budget: int, **sizes: int) -> None:
+    args = arguments(objective, budget, **sizes)
+    problem, wanted = reference(objective)
+    world_size = args.tensor * args.pipeline * args.context * args.data
+    outcomes = run_ranks(world_size, layout_parity.run_rank, args, problem, wanted)
+    found = layout_parity.compare(wanted, outcomes)
+    assert 0 < found["coefficient_max_relative_diff"] < TOLERANCE
+    assert 0 < found["gradient_max_relative_diff"] < TOLERANCE
+
+
+@pytest.mark.parametrize("objective", ["fiberpo", "fiberpo-expert"])
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_every_layout(name: str, objective: str):
+    """One micro-batch at a time for fiberpo (except under CP, which cuts trajectories); two passes for the other."""
+    assert_parity(objective, 96, **LAYOUTS[name])
+
+
+@pytest.mark.parametrize("budget", [1, 100_000], ids=["one trajectory", "all trajectories"])
+@pytest.mark.parametrize("name", ["PP2", "CP2"])
+def test_every_micro_batch_size(name: str, budget: int):
+    assert_parity("fiberpo-domain", budget, **LAYOUTS[name])
+
+
+@pytest.mark.parametrize("objective", ["fiberpo-expert-global", "gspo", "apc", "dapo", "cispo"])
+def test_other_objectives(objective: str):
+    assert_parity(objective, 96, **LAYOUTS["PP2 EP2"])
+
+
+def test_as_a_command():
+    command = [sys.executable, "tools/layout_parity.py", "--data", "2", "--objective", "grpo", "--seed", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    # float32 against float64: rounding of log-probs moves coefficients by about 1e-6 of the largest
-    assert 0 < found["coefficient_max_relative_diff"] < 1e-5
-    assert 0 < found["gradient_max_relative_diff"] < 1e-5
+    assert found.keys() == {"coefficient_max_relative_diff", "gradient_max_relative_diff"}
+    assert max(found.values()) < TOLERANCE
 
 
 def test_a_layout_that_does_not_divide():
-    done = compare("--expert", "3", "--data", "3")
-    assert done.returncode != 0
-    assert "parallel.expert = 3 does not divide the number of experts = 8" in done.stderr
+    command = [sys.executable, "tools/layout_parity.py", "--expert", "3", "--data", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(
+        "layout_parity: parallel.expert = 3 does not divide the number of experts = 8; use one of [1, 2, 4, 8]"
+    )

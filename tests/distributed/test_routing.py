@@ -143,5 +143,7 @@ def test_replay_is_used_and_fails_loudly():
 def test_partition_share():
     counts = torch.tensor([[4.0, 0, 2, 2], [0, 0, 0, 8]])
     torch.testing.assert_close(partition_share(counts, 2), torch.tensor([[0.5, 0.5], [0, 1]], dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"expert_partitions = 3 does not divide the 4 experts; use one of \[1, 2, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"expert_partitions = 3 does not divide the 4 experts; use one of \[1, 2, 4\]"
+    ):
         partition_share(counts, 3)

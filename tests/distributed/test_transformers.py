@@ -68,7 +68,7 @@ def test_log_probs_and_entropy(family: str, tmp_path: Path):
     model = transformers.AutoModelForCausalLM.from_config(
         FAMILIES[family], dtype=torch.float32, experts_implementation="eager"
     )
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.ndim == 1:  # norms of one and biases of zero would hide a mistake
             parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path)

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.rollout.client import EngineAddress, Sampling
-from fiberpo_megatron.rollout.engine import EngineProcess, engines, stop_all
+from fiberpo_megatron.rollout.engine import EngineProcess, engines, remove_leftovers, stop_all
 from fiberpo_megatron.rollout.errors import EngineStartError, EngineUnreachable
 from fiberpo_megatron.rollout.generate import EngineSampler
 
@@ -116,6 +117,8 @@ def test_kill_9_of_the_run_takes_the_server_along_and_a_waiting_sampler_says_so(
         sampler.sample([[2, 3, 4]] * 8, 4)
     run.wait()
     wait_for(lambda: not members(server))
+    remove_leftovers()
+    assert not list(Path(tempfile.gettempdir()).glob(f"fiberpo-engine-{run.pid}-*"))
 
 
 def stat(pid: int) -> list[str]:

@@ -1,0 +1,85 @@
+"""What a beginner gets wrong: one clear message, a non-zero exit, nothing left running, no checkpoint lost."""
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.end_to_end.test_training import processes_of, run
+
+ONE_RANK = ("--parallel.expert", "1", "--trainer.steps", "1")
+
+
+def failure(model: Path, folder: Path, *words: str, verb: str = "train") -> str:
+    """stderr of a run that has to fail, checked to be short and to leave nothing behind."""
+    done = run(model, folder, *words, verb=verb, timeout_s=120)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if "fiberpo:" in line]) <= 2, done.stderr
+    assert not processes_of(folder)
+    return done.stderr
+
+
+def test_before_any_process_starts(model: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    assert "parallel.tensr: unknown key; did you mean 'tensor'" in failure(model, folder, "--parallel.tensr", "2")
+    assert "there is no /nowhere/config.json" in failure(Path("/nowhere"), folder)
+    assert "choose one of fiberpo" in failure(model, folder, "--algorithm.objective", "fibrepo")
+    assert "samples_per_prompt = 1" in failure(model, folder, "--batch.samples_per_prompt", "1")
+    assert "level" in failure(model, folder, "--algorithm.budgets", "{trajectory = [0.1, -0.1]}")
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("")
+    assert "already holds a run" in failure(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--parallel.expert", "3"), "parallel.expert = 3 does not divide"),
+        (("--parallel.tensor", "3"), "parallel.tensor = 3 does not divide"),
+        (("--parallel.pipeline", "3", "--parallel.expert", "1"), "parallel.pipeline"),
+    ],
+    ids=["experts", "heads", "layers"],
+)
+def test_layouts_that_do_not_divide(model: Path, tmp_path: Path, words: tuple[str, ...], message: str):
+    error = failure(model, tmp_path / "run", *words)
+    assert message in error and "use one of [1, 2" in error
+
+
+def test_empty_prompt_set(model: Path, tmp_path: Path):
+    (tmp_path / "empty.jsonl").write_text("")
+    task = f'{{kind = "jsonl", name = "mine", train = "{tmp_path}/empty.jsonl"}}'
+    error = failure(model, tmp_path / "run", *ONE_RANK, "--data.tasks", f"[{task}]")
+    assert "empty.jsonl" in error
+
+
+def test_dead_engine(model: Path, tmp_path: Path):
+    error = failure(model, tmp_path / "run", *ONE_RANK, "--rollout.engine.urls", '["http://127.0.0.1:9"]')
+    assert "http://127.0.0.1:9" in error
+
+
+def test_busy_port(model: Path, tmp_path: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        error = failure(model, tmp_path / "run", *ONE_RANK, "--rollout.engine.port", port)
+    assert port in error and "port" in error
+
+
+def test_non_finite_loss_stops_before_the_weights_move_and_keeps_the_checkpoint(model: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    fine = run(model, folder, *ONE_RANK, "--sft.steps", "1", verb="sft")
+    assert fine.returncode == 0, fine.stderr
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    saved = sorted((folder / "checkpoints").iterdir())
+    (folder / "metrics.jsonl").unlink()
+    error = failure(broken, folder, *ONE_RANK, "--sft.steps", "2", verb="sft")
+    assert "not finite" in error and "weights unchanged" in error and "rank 0" in error
+    assert sorted((folder / "checkpoints").iterdir()) == saved
