@@ -6,7 +6,7 @@ n local response tokens. "Response token" is a token that the policy chose and t
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -92,6 +92,9 @@ class RolloutBatch:
     """[B] domain index."""
     truncated: NDArray[np.bool_]
     """[B] True where the response was cut by the length limit."""
+    routed_experts: NDArray[np.int16] = field(default_factory=lambda: np.zeros((0, 0, 0), np.int16))
+    """[N, MoE layers, top_k] the engine's experts of each token, -1 where it gave none (the last token of a
+    trajectory); empty when it was not asked."""
 
     @property
     def offsets(self) -> NDArray[np.int64]:
@@ -212,14 +215,46 @@ class Layout(Protocol):
     def barrier(self) -> None: ...
 
 
+class Routing(Protocol):
+    """The experts of every token of a step, as the policy recorded them or as they were filled in."""
+
+    num_experts: int
+    """Experts of a MoE layer; 0 in a dense model."""
+
+    def clear(self) -> None:
+        """Forget the records."""
+        ...
+
+    def fill(self, experts: Tensor) -> None:
+        """Take [N, MoE layers, top_k] by flat token index, -1 where there is none."""
+        ...
+
+    def expert_counts(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """float32 [n, experts]: routed (layer, slot) pairs of the position that predicts each response token."""
+        ...
+
+    def agreement(self, micro_batches: Sequence[MicroBatch], experts: Tensor) -> Tensor:
+        """float64 [MoE layers, 2]: (tokens whose expert set equals the record's, tokens compared), all ranks."""
+        ...
+
+
+RoutingMode = Literal["off", "record", "replay"]
+
+
 class Policy(Protocol):
     """The trainer's face of the model."""
 
     @property
+    def routing(self) -> Routing: ...
+
+    @property
     def layout(self) -> Layout: ...
 
-    def log_probs(self, micro_batches: Sequence[MicroBatch], temperature: float) -> TokenScores | None:
-        """Forward without gradient; scores on the last pipeline stage, None elsewhere."""
+    def log_probs(
+        self, micro_batches: Sequence[MicroBatch], temperature: float, *, routing: RoutingMode = "off"
+    ) -> TokenScores | None:
+        """Forward without gradient; scores on the last pipeline stage, None elsewhere. `routing`: whether the experts
+        of every token are recorded, or taken from the record."""
         ...
 
     def step(
@@ -233,9 +268,10 @@ class Policy(Protocol):
     ) -> OptimizerStep:
         """One optimiser step that maximises the gate's objective.
 
-        `log_probs` are this rank's current ones when they are already known (the first step on a fresh batch;
-        empty on ranks that are not on the last stage): the no-gradient pass is then skipped, as it is with `single_pass`, where the gate sees one micro-batch
-        at a time. Raises FloatingPointError before the weights move when a gradient is not finite.
+        `log_probs` are this rank's current ones when they are already known (the first step on a fresh batch; empty
+        on ranks that are not on the last stage): the no-gradient pass is then skipped, as it is with `single_pass`,
+        where the gate sees one micro-batch at a time. Raises FloatingPointError before the weights move when a
+        gradient is not finite.
         """
         ...
 

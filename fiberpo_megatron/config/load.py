@@ -69,10 +69,7 @@ def _value(text: str) -> Any:
 
 def _put(values: Any, keys: list[str], value: Any, whole: str) -> None:
     for depth, key in enumerate(keys[:-1]):
-        if isinstance(values, list):
-            values = values[_index(values, key, whole)]
-        else:
-            values = values.setdefault(key, {})
+        values = values[_index(values, key, whole)] if isinstance(values, list) else values.setdefault(key, {})
         if not isinstance(values, (dict, list)):
             raise ConfigError(f"--{whole}: {'.'.join(keys[: depth + 1])} is a value, not a section")
     if isinstance(values, list):

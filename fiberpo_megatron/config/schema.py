@@ -131,8 +131,12 @@ class AlgorithmConfig(Section):
     """Baseline subtracted from a reward: the group's mean, the mean of the others, or none."""
     normalise_std: bool = True
     """Divide by the group's reward standard deviation (+1e-6)."""
-    routing_replay: Literal["none", "old"] = "none"
-    """`old`: training forwards use the experts chosen in the old-log-prob pass (R2)."""
+    expert_routing: Literal["old", "rollout"] = "old"
+    """Whose routing says which expert partitions a token belongs to: the old policy's, recorded in the
+    old-log-prob pass, or the engine's."""
+    routing_replay: Literal["none", "old", "rollout"] = "none"
+    """Experts that training forwards use. none: the current routers'; old: those chosen in the old-log-prob pass
+    (R2); rollout: those that the engine chose (R3), in the old-log-prob pass as well."""
 
     def objective_options(self) -> dict[str, object]:
         """Options that are set, as keyword arguments of `build_objective`."""
@@ -208,6 +212,10 @@ class RolloutConfig(Section):
     """Response tokens after which a trajectory is cut."""
     max_concurrent_requests: int = Field(256, ge=1)
     """Requests that one data-parallel leader keeps in flight."""
+    return_routing: bool = False
+    """Ask the engine for the experts of every token, and log per layer how often trainer and engine agree. Implied by
+    algorithm.expert_routing = "rollout" and routing_replay = "rollout". Servers given by URL need
+    --enable-return-routed-experts."""
     engine: EngineConfig = EngineConfig()
 
     @model_validator(mode="after")
@@ -350,3 +358,9 @@ class Config(Section):
     telemetry: TelemetryConfig = TelemetryConfig()
     trainer: TrainerConfig = TrainerConfig()
     sft: SftConfig = SftConfig()
+
+    @property
+    def needs_rollout_routing(self) -> bool:
+        """Whether engines have to return the experts of every token."""
+        algorithm = self.algorithm
+        return self.rollout.return_routing or "rollout" in (algorithm.expert_routing, algorithm.routing_replay)

@@ -1,5 +1,6 @@
 """Rollouts and short texts between ranks, as byte tensors: no pickling, unequal sizes welcome."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -23,26 +24,30 @@ _DTYPES = {
     "groups": np.int64,
     "domains": np.int64,
     "truncated": np.bool_,
+    "routed_experts": np.int16,
 }
+_DIMS = 3
+"""Most dimensions of an array; shapes travel padded with ones."""
 
 
 def encode(batch: RolloutBatch) -> Tensor:
-    """uint8 [..]: the length of every array, then their bytes."""
+    """uint8 [..]: the shape of every array, then their bytes."""
     arrays: list[NDArray[Any]] = [np.ascontiguousarray(getattr(batch, name), dtype=_DTYPES[name]) for name in _ARRAYS]
-    header = np.array([len(array) for array in arrays], dtype=np.int64)
+    header = np.array([array.shape + (1,) * (_DIMS - array.ndim) for array in arrays], dtype=np.int64)
     return torch.frombuffer(bytearray(b"".join(x.tobytes() for x in (header, *arrays))), dtype=torch.uint8)
 
 
 def decode(message: Tensor) -> RolloutBatch:
     """The inverse of `encode`."""
     data = message.numpy().tobytes()
-    counts = np.frombuffer(data, dtype=np.int64, count=len(_ARRAYS))
-    offset = counts.nbytes
+    shapes = np.frombuffer(data, dtype=np.int64, count=_DIMS * len(_ARRAYS)).reshape(-1, _DIMS)
+    offset = shapes.nbytes
     arrays: dict[str, Any] = {}
-    for name, count in zip(_ARRAYS, counts.tolist()):
-        dtype = np.dtype(_DTYPES[name])
-        arrays[name] = np.frombuffer(data, dtype=dtype, count=count, offset=offset).copy()
-        offset += count * dtype.itemsize
+    for name, shape in zip(_ARRAYS, shapes.tolist()):
+        dtype, count = np.dtype(_DTYPES[name]), math.prod(shape)
+        array = np.frombuffer(data, dtype=dtype, count=count, offset=offset).copy()
+        arrays[name] = array.reshape(shape) if name == "routed_experts" else array
+        offset += array.nbytes
     return RolloutBatch(**arrays)
 
 
@@ -54,7 +59,8 @@ def join(shares: Sequence[RolloutBatch]) -> RolloutBatch:
         labels, dense = np.unique(share.groups, return_inverse=True)
         groups.append(dense.astype(np.int64) + seen)
         seen += len(labels)
-    joined = {name: np.concatenate([getattr(share, name) for share in shares]) for name in _ARRAYS}
+    filled = [share for share in shares if len(share.tokens)] or list(shares)
+    joined = {name: np.concatenate([getattr(share, name) for share in filled]) for name in _ARRAYS}
     return replace(RolloutBatch(**joined), groups=np.concatenate(groups))
 
 

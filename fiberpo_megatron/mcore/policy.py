@@ -14,9 +14,17 @@ from fiberpo_megatron.mcore.architecture import read_architecture
 from fiberpo_megatron.mcore.layout import ParallelLayout
 from fiberpo_megatron.mcore.model import PolicyModel, build_model, draw_weights
 from fiberpo_megatron.mcore.optimizer import build_optimizer, non_finite_gradient, wrap_data_parallel
-from fiberpo_megatron.mcore.routing import Mode, Routing
+from fiberpo_megatron.mcore.routing import Routing
 from fiberpo_megatron.mcore.schedule import Schedule
-from fiberpo_megatron.types import Coefficients, Gate, MicroBatch, OptimizerStep, TokenScores, response_slices
+from fiberpo_megatron.types import (
+    Coefficients,
+    Gate,
+    MicroBatch,
+    OptimizerStep,
+    RoutingMode,
+    TokenScores,
+    response_slices,
+)
 
 _UNCHANGED = "the optimizer step (weights unchanged)"
 
@@ -63,21 +71,23 @@ class MegatronPolicy:
         self._aux_loss = config.model.router_aux_loss
 
     def log_probs(
-        self, micro_batches: Sequence[MicroBatch], temperature: float, *, record_routing: bool = False
+        self, micro_batches: Sequence[MicroBatch], temperature: float, *, routing: RoutingMode = "off"
     ) -> TokenScores | None:
         """Forward without gradient; scores of this rank's response tokens on the last stage, None elsewhere.
 
-        `record_routing` adds the experts of every token to `routing`, for the steps to replay
-        (algorithm.routing_replay) and for `routing.expert_counts`.
+        `routing`: "record" adds the experts of every token to `self.routing`, "replay" takes them from there.
+        Raises ValueError on every rank when a token to be replayed has no route.
         """
-        return self._forward(micro_batches, temperature, "record" if record_routing else "off")
-
-    def _forward(self, micro_batches: Sequence[MicroBatch], temperature: float, mode: Mode) -> TokenScores | None:
-        with self.routing.use(mode):
+        self._require_routes(routing, micro_batches)
+        with self.routing.use(routing):
             scores = self.schedule.forward(micro_batches, temperature)
         if not self.layout.is_last_stage:
             return None
         return TokenScores(torch.cat([s.log_probs for s in scores]), torch.cat([s.entropy for s in scores]))
+
+    def _require_routes(self, routing: RoutingMode, micro_batches: Sequence[MicroBatch]) -> None:
+        if routing == "replay":
+            self.layout.agree(self.routing.missing(micro_batches), "routing replay", raises=ValueError)
 
     def step(
         self,
@@ -115,12 +125,11 @@ class MegatronPolicy:
         With the distributed optimizer each data-parallel rank's buffer is whole only in that rank's shard.
         """
         calls = _GateCalls(gate, response_slices(micro_batches))
-        mode: Mode = "replay" if self._replay else "off"
-        if self._replay:
-            self.layout.agree(self.routing.missing(micro_batches), "routing replay", raises=ValueError)
+        routing: RoutingMode = "replay" if self._replay else "off"
+        self._require_routes(routing, micro_batches)
         if not single_pass:
             if log_probs is None:
-                scores = self._forward(micro_batches, temperature, mode)
+                scores = self.log_probs(micro_batches, temperature, routing=routing)
                 log_probs = scores.log_probs if scores else None
             last = self.layout.is_last_stage
             self.layout.agree(calls.check(log_probs) if last else None, _UNCHANGED, raises=FloatingPointError)
@@ -130,7 +139,7 @@ class MegatronPolicy:
         self.optimizer.zero_grad()
         if self._aux_loss:
             self._scale_aux_loss(micro_batches)
-        with self.routing.use(mode):
+        with self.routing.use(routing):
             self.schedule.forward_backward(micro_batches, temperature, calls.loss)
         if single_pass:
             self.layout.agree(calls.error, _UNCHANGED, raises=FloatingPointError)

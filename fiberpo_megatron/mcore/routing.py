@@ -8,7 +8,7 @@ packing of the same tokens finds them again.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from fiberpo_megatron.mcore.layout import ParallelLayout
 from fiberpo_megatron.mcore.model import PolicyModel
-from fiberpo_megatron.types import MicroBatch
-
-Mode = Literal["off", "record", "replay"]
+from fiberpo_megatron.types import MicroBatch, RoutingMode
 
 
 class Routing:
@@ -27,7 +25,7 @@ class Routing:
 
     def __init__(self, models: Sequence[PolicyModel], layout: ParallelLayout) -> None:
         self._layout = layout
-        self._mode: Mode = "off"
+        self._mode: RoutingMode = "off"
         self._rows: dict[int, Tensor] = {}
         self._experts: dict[int, Tensor] = {}
         self.layers: list[int] = []
@@ -68,7 +66,7 @@ class Routing:
         self._experts = {layer: experts[:, layer].to(device, torch.int64) for layer in self.layers}
 
     @contextmanager
-    def use(self, mode: Mode) -> Iterator[None]:
+    def use(self, mode: RoutingMode) -> Iterator[None]:
         """Record or replay in the passes inside."""
         self._mode = mode
         try:
@@ -214,18 +212,3 @@ class _LayerReplay:
 
         chosen: tuple[Tensor, Tensor] = self._routing.choose(self._layer, self._index, scores, choose)
         return chosen
-
-
-def partition_share(counts: Tensor, partitions: int) -> Tensor:
-    """omega [n, partitions]: share of each token's routed (layer, slot) pairs in each contiguous expert block.
-
-    counts [n, experts] of `Routing.expert_counts`. Raises ValueError when the experts do not divide.
-    """
-    experts = counts.size(1)
-    if experts % partitions:
-        fits = [p for p in range(1, experts + 1) if experts % p == 0]
-        raise ValueError(
-            f"algorithm.expert_partitions = {partitions} does not divide the {experts} experts; use one of {fits}"
-        )
-    blocks = counts.double().view(len(counts), partitions, experts // partitions).sum(-1)
-    return blocks / blocks.sum(-1, keepdim=True)

@@ -13,6 +13,7 @@ import torch
 from fiberpo_megatron.config import Config, dump_config
 from fiberpo_megatron.data.prompts import PromptSets, build_prompt_sets
 from fiberpo_megatron.data.tokenizer import Tokenizer, load_tokenizer, response_text, stop_token_ids
+from fiberpo_megatron.mcore.architecture import read_architecture
 from fiberpo_megatron.mcore.checkpoint import latest
 from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout, stop_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
@@ -135,6 +136,7 @@ def _training(base: Base, policy: MegatronPolicy, start: int, kinds: Sequence[Ki
                 max_concurrent=config.rollout.max_concurrent_requests,
                 timeout_s=config.rollout.engine.request_timeout_s,
                 vocabulary=int(base.hf_config["vocab_size"]),
+                routed_experts=_routing_shape(base.hf_config) if config.needs_rollout_routing else None,
             )
         )
         reward = build_reward(config.data, config.run.seed)
@@ -154,6 +156,14 @@ def _training(base: Base, policy: MegatronPolicy, start: int, kinds: Sequence[Ki
             checkpoints=base.checkpoints,
             timers=PhaseTimers(),
         )
+
+
+def _routing_shape(hf_config: Mapping[str, Any]) -> tuple[int, int]:
+    """(MoE layers, top_k) of the engine's answers."""
+    architecture = read_architecture(hf_config)
+    if architecture.experts is None:
+        raise ValueError(f"routing was asked for, but a {architecture.model_type} model has no experts")
+    return architecture.layers, architecture.experts_per_token
 
 
 def _engines(base: Base, stack: ExitStack) -> list[EngineAddress]:
@@ -176,6 +186,7 @@ def _engines(base: Base, stack: ExitStack) -> list[EngineAddress]:
                     dtype=config.model.dtype,
                     seed=config.run.seed,
                     host="127.0.0.1" if local_ranks == layout.world_size else socket.gethostname(),
+                    routed_experts=config.needs_rollout_routing,
                     first_gpu=local_ranks if spare else 0,  # beside the training ranks, else on their GPUs
                 )
             )

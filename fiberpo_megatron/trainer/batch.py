@@ -35,7 +35,9 @@ class MiniBatch:
     """Number of ids of each key over all ranks."""
     rollout_log_probs: Tensor
     """float32 [n]"""
-    useful_share: float
+    expert_share: Tensor | None = None
+    """float64 [n, P] omega: share of each token's routed (layer, slot) pairs in each expert partition."""
+    useful_share: float = 1.0
     """Trained-on positions of this rank's rows over all their positions (the rest is padding)."""
 
 
@@ -60,7 +62,19 @@ def flatten(groups: Sequence[RolloutGroup]) -> RolloutBatch:
         groups=np.array(ids, np.int64),
         domains=np.array([t.prompt.domain for t in trajectories], np.int64),
         truncated=np.array([t.completion.finish_reason == "length" for t in trajectories], np.bool_),
+        routed_experts=_routed_experts(trajectories),
     )
+
+
+def _routed_experts(trajectories: Sequence[Trajectory]) -> NDArray[np.int16]:
+    """[N, MoE layers, top_k], -1 for the last token of each trajectory; empty when the engine was not asked."""
+    rows: list[NDArray[np.int16]] = []
+    for trajectory in trajectories:
+        experts = trajectory.completion.routed_experts
+        if experts is None:
+            return np.zeros((0, 0, 0), np.int16)
+        rows += [experts.astype(np.int16), np.full((1, *experts.shape[1:]), -1, np.int16)]
+    return np.concatenate(rows) if rows else np.zeros((0, 0, 0), np.int16)
 
 
 def _response_mask(trajectory: Trajectory) -> NDArray[np.bool_]:

@@ -18,6 +18,7 @@ from fiberpo_megatron.trainer.advantages import group_advantages
 from fiberpo_megatron.trainer.batch import flatten, mini_batches
 from fiberpo_megatron.trainer.generation import Generator, share
 from fiberpo_megatron.trainer.optimise import Objective, optimise
+from fiberpo_megatron.trainer.routing import StepRouting
 from fiberpo_megatron.trainer.together import together
 from fiberpo_megatron.trainer.verify import verify_publication
 from fiberpo_megatron.types import Policy, Prompt, RolloutBatch, RolloutGroup
@@ -114,6 +115,7 @@ def learn(run: Training, rollouts: RolloutBatch) -> dict[str, float]:
         run.policy,
         run.objective,
         parts,
+        StepRouting(run.policy, algorithm, run.objective.uses_experts, rollouts),
         epochs=run.config.batch.epochs,
         temperature=run.config.rollout.temperature,
         timers=run.timers,

@@ -4,6 +4,7 @@ Whatever the objective, the policy minimises -sum_j c_j log pi(a_j) with c_j = d
 (docs/fibration.md): loss normalisation, micro-batching, packing and layout cannot change the gradient.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,11 +15,17 @@ from torch import Tensor
 from fiberpo_megatron.telemetry.metrics import combine
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.batch import MiniBatch
+from fiberpo_megatron.trainer.routing import StepRouting
 from fiberpo_megatron.types import Coefficients, Layout, OptimizerStep, Policy, TokenScores
 
 
 class Objective(Protocol):
     """A built objective of `fiberpo_megatron.fibration`."""
+
+    @property
+    def uses_experts(self) -> bool:
+        """Whether it needs the tokens' expert shares."""
+        ...
 
     @property
     def spans_micro_batches(self) -> bool:
@@ -33,6 +40,7 @@ class Objective(Protocol):
         *,
         keys: Mapping[str, Tensor],
         counts: Mapping[str, int],
+        expert_share: Tensor | None,
         reduce: Callable[[Tensor], Tensor] | None,
         metrics: bool,
     ) -> Any: ...
@@ -50,6 +58,8 @@ class ObjectiveGate:
     """Sum over the ranks that hold the other tokens; None while a call sees whole trajectories only."""
     seen: list[Tensor] = field(default_factory=list)
     """Log-probs of the calls so far, in order."""
+    seconds: float = 0.0
+    """Time spent in the objective, its reductions included."""
 
     def __call__(self, log_probs: Tensor, part: slice) -> Coefficients:
         self.seen.append(log_probs.detach())
@@ -65,21 +75,27 @@ class ObjectiveGate:
         self, log_probs: Tensor, part: slice, reduce: Callable[[Tensor], Tensor] | None, metrics: bool
     ) -> Any:
         batch, device = self.mini_batch, log_probs.device
-        return self.objective(
+        began = time.perf_counter()
+        share = batch.expert_share
+        out = self.objective(
             log_probs.detach() - self.old_log_probs[part].to(device),
             batch.advantages[part].to(device),
             batch.weights[part].to(device),
             keys={key: ids[part].to(device) for key, ids in batch.keys.items()},
             counts=batch.counts,
+            expert_share=None if share is None else share[part].to(device),
             reduce=reduce,
             metrics=metrics,
         )
+        self.seconds += time.perf_counter() - began
+        return out
 
 
 def optimise(
     policy: Policy,
     objective: Objective,
     parts: Sequence[MiniBatch],
+    routing: StepRouting,
     *,
     epochs: int,
     temperature: float,
@@ -88,16 +104,18 @@ def optimise(
     """Take len(parts) x epochs optimiser steps; metrics are complete on last-stage ranks."""
     layout = policy.layout
     with timers("old_log_probs"):
-        scores = [policy.log_probs(part.micro_batches, temperature) for part in parts]
-        metrics = _rollout_metrics(layout, parts, scores)
-    steps: list[tuple[OptimizerStep, Mapping[str, float]]] = []
+        routing.begin()
+        scores = [policy.log_probs(part.micro_batches, temperature, routing=routing.mode) for part in parts]
+        parts = routing.attach(parts)
+        metrics = _rollout_metrics(layout, parts, scores) | routing.agreement(parts)
+    steps: list[tuple[OptimizerStep, ObjectiveGate, Mapping[str, float]]] = []
     with timers("train"):
         for epoch in range(epochs):
             for index, (part, old) in enumerate(zip(parts, scores)):
                 fresh = epoch == 0 and index == 0
                 steps.append(_step(policy, objective, part, old, temperature, fresh))
-    timers.add("gate", sum(outcome.gate_seconds for outcome, _ in steps))
-    return metrics | _summary(steps, parts)
+    timers.add("gate", sum(gate.seconds for _, gate, _ in steps))
+    return metrics | _summary([(outcome, told) for outcome, _, told in steps], parts)
 
 
 def _step(
@@ -107,7 +125,7 @@ def _step(
     old: TokenScores | None,
     temperature: float,
     fresh: bool,
-) -> tuple[OptimizerStep, Mapping[str, float]]:
+) -> tuple[OptimizerStep, ObjectiveGate, Mapping[str, float]]:
     """One optimiser step. `fresh`: the weights have not moved since the old log-probs, so x = 0 by definition and
     no extra forward is needed; nor is it where every level lies inside one micro-batch."""
     layout = policy.layout
@@ -122,11 +140,11 @@ def _step(
         single_pass=single_pass,
     )
     if not layout.is_last_stage:
-        return outcome, {}
+        return outcome, gate, {}
     if single_pass:
-        return outcome, gate.metrics(layout.sum_over_tokens)
+        return outcome, gate, gate.metrics(layout.sum_over_tokens)
     (coefficients,) = outcome.coefficients
-    return outcome, coefficients.metrics
+    return outcome, gate, coefficients.metrics
 
 
 def _rollout_metrics(

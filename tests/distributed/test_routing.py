@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fiberpo_megatron.mcore.layout import start_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
-from fiberpo_megatron.mcore.routing import partition_share
+from fiberpo_megatron.trainer.routing import partition_share
 from fiberpo_megatron.types import MicroBatch, concatenated_response_tokens
 from tests.distributed.parity import (
     QWEN3_MOE,
@@ -34,7 +34,7 @@ def record(parallel: dict[str, int], recompute: str) -> dict[str, Any]:
     """Counts of this rank's response tokens, agreement with a shifted record, and replay of foreign routes."""
     policy, batches = start(parallel, 72, recompute=recompute)
     tokens = len(make_batch().tokens)
-    policy.log_probs(batches, TEMPERATURE, record_routing=True)
+    policy.log_probs(batches, TEMPERATURE, routing="record")
     counts = policy.routing.expert_counts(batches)
     index = concatenated_response_tokens(batches)
 
@@ -112,12 +112,12 @@ def replay_changes_the_step() -> tuple[list[float], str, str]:
         policy.accumulate(batches, gate, TEMPERATURE)
         return sum(float(p.main_grad.square().sum()) for p in policy.models[0].parameters())
 
-    policy.log_probs(batches, TEMPERATURE, record_routing=True)
+    policy.log_probs(batches, TEMPERATURE, routing="record")
     norms = [norm()]
     policy.routing.fill(torch.from_numpy(foreign_routes(tokens)))
     norms.append(norm())
     policy.routing.clear()
-    policy.log_probs(batches, TEMPERATURE, record_routing=True)
+    policy.log_probs(batches, TEMPERATURE, routing="record")
     norms.append(norm())
     partial = torch.from_numpy(foreign_routes(tokens))
     partial[10] = -1

@@ -15,6 +15,7 @@ from fiberpo_megatron.types import (
     OptimizerStep,
     Prompt,
     RolloutBatch,
+    RoutingMode,
     TokenScores,
     WeightSpan,
     response_slices,
@@ -68,7 +69,9 @@ class TablePolicy:
         labels = micro_batch.labels[micro_batch.response_positions]
         return self._scores(micro_batch, temperature).gather(1, labels[:, None])[:, 0]
 
-    def log_probs(self, micro_batches: Sequence[MicroBatch], temperature: float) -> TokenScores:
+    def log_probs(
+        self, micro_batches: Sequence[MicroBatch], temperature: float, *, routing: RoutingMode = "off"
+    ) -> TokenScores:
         self.forwards += 1
         with torch.no_grad():
             rows = torch.cat([self._scores(m, temperature) for m in micro_batches])

@@ -1,0 +1,101 @@
+"""Which experts the tokens of a step belong to: recorded, taken from the rollouts, replayed, compared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fiberpo_megatron.config.schema import AlgorithmConfig
+from fiberpo_megatron.trainer.batch import MiniBatch
+from fiberpo_megatron.types import Policy, RolloutBatch, RoutingMode, concatenated_response_tokens
+
+
+@dataclass(frozen=True)
+class StepRouting:
+    """The routing of one training step, in the order of use: `begin`, the old-log-prob pass in `mode`, `attach`."""
+
+    policy: Policy
+    algorithm: AlgorithmConfig
+    uses_experts: bool
+    """Whether the objective has an expert level."""
+    rollouts: RolloutBatch
+
+    @property
+    def returned(self) -> bool:
+        """Whether the engine returned its routing."""
+        return len(self.rollouts.routed_experts) > 0
+
+    @property
+    def mode(self) -> RoutingMode:
+        """What the old-log-prob pass does."""
+        if self.algorithm.routing_replay == "rollout":
+            return "replay"
+        recorded = self.uses_experts and self.algorithm.expert_routing == "old"
+        return "record" if recorded or self.returned or self.algorithm.routing_replay == "old" else "off"
+
+    def begin(self) -> None:
+        """Forget the last step's routes; take the rollouts' where they are replayed."""
+        if self.mode == "off":
+            return
+        self.policy.routing.clear()
+        if self.mode == "replay":
+            self.policy.routing.fill(torch.from_numpy(self.rollouts.routed_experts))
+
+    def attach(self, parts: Sequence[MiniBatch]) -> list[MiniBatch]:
+        """The parts with their tokens' expert shares, for an objective with an expert level."""
+        return [replace(part, expert_share=self._share(part)) for part in parts] if self.uses_experts else list(parts)
+
+    def _share(self, part: MiniBatch) -> Tensor:
+        experts = self.policy.routing.num_experts
+        partitions = self.algorithm.expert_partitions or self.policy.layout.expert_size
+        if not experts:
+            raise ValueError("the objective has an expert level, but the model has no experts; choose another")
+        if self.algorithm.expert_routing == "rollout":
+            tokens = concatenated_response_tokens(part.micro_batches).numpy()
+            counts = count_experts(self.rollouts, tokens, experts)
+        else:
+            counts = self.policy.routing.expert_counts(part.micro_batches)
+        return partition_share(counts, partitions)
+
+    def agreement(self, parts: Sequence[MiniBatch]) -> dict[str, float]:
+        """Share of (token, layer) whose expert set is the engine's, per layer; empty when there is nothing to compare.
+
+        Every rank calls it."""
+        if not self.returned or self.mode != "record":
+            return {}
+        engine = torch.from_numpy(self.rollouts.routed_experts)
+        found = [self.policy.routing.agreement(part.micro_batches, engine) for part in parts]
+        equal, compared = torch.stack(found).sum(0).unbind(1)
+        layers = (equal / compared).tolist()
+        metrics = {f"routing_agreement/layer_{layer}": share for layer, share in enumerate(layers)}
+        return metrics | {"routing_agreement/mean": float(equal.sum() / compared.sum())}
+
+
+def count_experts(rollouts: RolloutBatch, tokens: np.ndarray, experts: int) -> Tensor:
+    """float32 [n, experts]: the engine's (layer, slot) pairs at the position that predicts each of [n] flat tokens."""
+    chosen = rollouts.routed_experts[tokens - 1].reshape(len(tokens), -1)
+    if chosen.size and (chosen.min() < 0 or chosen.max() >= experts):
+        raise ValueError(
+            f"the engine's routing names expert {int(chosen.max() if chosen.min() >= 0 else chosen.min())} of a model "
+            f"with {experts}; check that it serves this model and returned the routing of every token"
+        )
+    counts = torch.zeros(len(tokens), experts)
+    return counts.scatter_add_(1, torch.from_numpy(chosen.astype(np.int64)), torch.ones(chosen.shape))
+
+
+def partition_share(counts: Tensor, partitions: int) -> Tensor:
+    """omega, float64 [n, partitions]: share of each token's routed pairs in each contiguous block of experts
+    (docs/fibration.md, expert partitions), from counts [n, experts].
+
+    Raises ValueError when the experts do not divide.
+    """
+    experts = counts.size(1)
+    if experts % partitions:
+        fits = [p for p in range(1, experts + 1) if experts % p == 0]
+        raise ValueError(
+            f"algorithm.expert_partitions = {partitions} does not divide the {experts} experts; use one of {fits}"
+        )
+    blocks = counts.double().view(len(counts), partitions, experts // partitions).sum(-1)
+    return blocks / blocks.sum(-1, keepdim=True)
