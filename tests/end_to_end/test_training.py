@@ -20,6 +20,7 @@ SMALL = [
     "--batch.prompts", "8", "--batch.samples_per_prompt", "4", "--batch.mini_batches", "2",
     "--evaluation.prompts", "8", "--rollout.engine.max_total_tokens", "2048",
     "--weight_sync.verify_tolerance", "1e-4", "--optimizer.learning_rate", "1e-3",
+    "--data.random_reward", "true",  # a random model is never right, and equal rewards move nothing
 ]  # fmt: skip
 
 
@@ -114,3 +115,32 @@ def test_other_layouts_run(model: Path, engine: Any, tmp_path: Path, layout: lis
     (record,) = records(tmp_path / "run", "train")
     assert record["rollout_diff/max"] < 1e-4
     assert not processes_of(tmp_path / "run")
+
+
+@pytest.mark.sglang
+def test_expert_objective_on_the_engines_own_routing(model: Path, engine: Any, tmp_path: Path):
+    """Trainer and engine choose the same experts for the same tokens, so both sources give the same shares."""
+    urls = ["--rollout.engine.urls", f'["{engine.url}"]', "--evaluation.prompts", "0", "--trainer.steps", "2"]
+    objective = ["--algorithm.objective", "fiberpo-expert", "--rollout.return_routing", "true"]
+    found = {}
+    for source in ("old", "rollout"):
+        folder = tmp_path / source
+        done = run(model, folder, *urls, *objective, "--algorithm.expert_routing", source)
+        assert done.returncode == 0, done.stderr
+        found[source] = records(folder, "train")
+    for record in found["old"]:
+        assert record["routing_agreement/mean"] > 0.99  # an exact tie of two router scores may fall either way
+        assert record["routing_agreement/layer_1"] > 0.99
+        assert record["extra_forwards"] == 1  # 2 optimiser steps; the first has x = 0 by definition
+        assert record["expert/mass/p0"] + record["expert/mass/p1"] == pytest.approx(1)
+    assert found["old"][0]["expert/mass/p0"] == pytest.approx(found["rollout"][0]["expert/mass/p0"], abs=1e-2)
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize("replay", ["old", "rollout"])
+def test_routing_replay_runs_with_routers_that_learn(model: Path, engine: Any, tmp_path: Path, replay: str):
+    urls = ["--rollout.engine.urls", f'["{engine.url}"]', "--evaluation.prompts", "0", "--trainer.steps", "2"]
+    options = ["--algorithm.routing_replay", replay, "--model.train_router", "true", "--model.recompute", "full"]
+    done = run(model, tmp_path / "run", *urls, *options)
+    assert done.returncode == 0, done.stderr
+    assert all(record["rollout_diff/max"] < 1e-4 for record in records(tmp_path / "run", "train"))

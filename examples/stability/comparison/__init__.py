@@ -1,0 +1,1 @@
+"""The parts of the stability comparison: runs, measures, tables, plots."""

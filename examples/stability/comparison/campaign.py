@@ -1,0 +1,177 @@
+"""The runs of a comparison: what each is started with, what is left to do, and one run to its end by the CLI."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from comparison.measures import FINISHED, OUTCOME_FILE, Outcome, read_outcome
+from fiberpo_megatron.config import Config, load_config
+from fiberpo_megatron.rollout.client import EngineAddress
+from fiberpo_megatron.rollout.engine import check_reachable
+from fiberpo_megatron.telemetry.sinks import METRICS_FILE, read_records
+
+CONSOLE_FILE = "console.log"
+STOP_CODE = 1
+"""Exit code of `fiberpo train` when a rank raised; others are a wrong config or a signal, and no measurement."""
+POLL_S = 0.5
+END_S = 30.0
+CLI = (sys.executable, "-m", "fiberpo_megatron.cli.main")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of the comparison."""
+
+    objective: str
+    seed: int
+    folder: Path
+    config_file: Path
+    overrides: tuple[str, ...]
+    """Of the config file, but for where the engine is."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.objective}, seed {self.seed}"
+
+    def config(self) -> Config:
+        """The resolved config. Raises ConfigError."""
+        return load_config(self.config_file, self.overrides)
+
+    def command(self, engine: str, cli: Sequence[str]) -> list[str]:
+        """`fiberpo train`, going on where an earlier call of it was interrupted."""
+        resume = ["--resume"] if (self.folder / METRICS_FILE).exists() else []
+        urls = ["--rollout.engine.urls", json.dumps([engine])]
+        return [*cli, "train", str(self.config_file), *resume, *self.overrides, *urls]
+
+
+def plan(
+    objectives: Sequence[str], seeds: Sequence[int], folder: Path, config_file: Path, overrides: Sequence[str]
+) -> list[PlannedRun]:
+    """Every objective under a seed before the next seed, so that a cut-off campaign still compares like with like."""
+    runs = []
+    for seed in seeds:
+        for objective in objectives:
+            run_folder = folder / f"{objective}-seed{seed}"
+            own = ("--run.folder", str(run_folder), "--run.seed", str(seed), "--algorithm.objective", objective)
+            runs.append(PlannedRun(objective, seed, run_folder, config_file, (*overrides, *own)))
+    return runs
+
+
+def require_same_settings(run: PlannedRun) -> None:
+    """ValueError when the run's folder was made with other settings: its numbers would be mixed with new ones."""
+    made = run.folder / "config.toml"
+    if not made.is_file():
+        return
+    before, now = _settings(load_config(made)), _settings(run.config())
+    if before != now:
+        differing = ", ".join(key for key in sorted(before | now) if before.get(key) != now.get(key))
+        raise ValueError(
+            f"{run.folder} holds a run with other settings ({differing}); choose another --folder, or remove it"
+        )
+
+
+def _settings(config: Config) -> dict[str, object]:
+    """Dotted name -> value, without the engine's address."""
+    flat: dict[str, object] = {}
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            flat[prefix] = value
+
+    walk("", config.model_dump(mode="json"))
+    del flat["rollout.engine.urls"]
+    return flat
+
+
+def unfinished(runs: Sequence[PlannedRun], retry_stopped: bool) -> list[PlannedRun]:
+    """Runs still to do. With `retry_stopped`, those that stopped are forgotten and done again."""
+    left = []
+    for run in runs:
+        outcome = read_outcome(run.folder)
+        if outcome is not None and retry_stopped and outcome.text != FINISHED:
+            (run.folder / OUTCOME_FILE).unlink()
+            outcome = None
+        if outcome is None:
+            left.append(run)
+    return left
+
+
+def steps_recorded(run: PlannedRun) -> int:
+    """Training steps that the run has written so far."""
+    return sum(record["kind"] == "train" for record in read_records(run.folder / METRICS_FILE))
+
+
+def execute(run: PlannedRun, engine: EngineAddress, tell: Callable[[int], None], cli: Sequence[str] = CLI) -> Outcome:
+    """Run to its end and write its outcome; `tell` hears the steps done, from time to time.
+
+    A run that raises has stopped, which is a result. RuntimeError for what is none: a config that is refused, a
+    signal, an engine that is gone.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    began, console = time.monotonic(), run.folder / CONSOLE_FILE
+    with console.open("ab") as output:
+        start = output.tell()
+        with _process(run.command(engine.url, cli), output) as process:
+            while process.poll() is None:
+                time.sleep(POLL_S)
+                tell(steps_recorded(run))
+    code = process.returncode
+    text = FINISHED
+    if code != 0:
+        reason = stop_reason(console.read_text(encoding="utf-8", errors="replace")[start:])
+        if code != STOP_CODE:
+            raise RuntimeError(f"{run.name}: fiberpo train ended with exit code {code}: {reason} (log: {console})")
+        check_reachable(engine)  # a dead engine stops a run as well, but says nothing about its objective
+        text = f"stopped: {reason}"
+    outcome = Outcome(text, _seconds(run, time.monotonic() - began))
+    outcome.write(run.folder)
+    return outcome
+
+
+def stop_reason(console: str) -> str:
+    """The first error message of `fiberpo train`, in one line."""
+    found = re.search(r"^fiberpo: (?:rank \d+: )?(.+)$", console, re.MULTILINE)
+    return found[1].strip() if found else "no message"
+
+
+def _seconds(run: PlannedRun, this_time: float) -> float:
+    """Wall time of the run: this call's, or the steps' own times when an earlier call did a part."""
+    records = read_records(run.folder / METRICS_FILE)
+    steps = sum(record.get("seconds/total") or 0.0 for record in records if record["kind"] == "train")
+    return max(this_time, steps)
+
+
+@contextmanager
+def _process(command: Sequence[str], output: object) -> Iterator["subprocess.Popen[bytes]"]:
+    """A child that does not outlive the block."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)  # type: ignore[call-overload]
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def warm_up(model: Path, config_file: Path) -> None:
+    """Make the warmed-up model by `fiberpo sft`, unless it is there; `model` is the folder `hf` of that run."""
+    if (model / "config.json").is_file():
+        return
+    if model.name != "hf":
+        raise ValueError(f"--model {model} has no config.json; name a Hugging Face folder, or leave --model out")
+    print(f"{model} is missing: supervised warm-up (a few minutes)", flush=True)
+    resume = ["--resume"] if (model.parent / METRICS_FILE).exists() else []
+    subprocess.run([*CLI, "sft", str(config_file), *resume, "--run.folder", str(model.parent)], check=True)
