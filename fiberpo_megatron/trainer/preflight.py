@@ -11,6 +11,11 @@ def preflight(config: Config, command: str, resume: bool) -> None:
     """Raises ConfigError naming the setting, the value seen and the fix. `command`: train, sft or eval."""
     _check_model(config, command)
     _check_folder(config, command, resume)
+    if command == "sft" and config.algorithm.routing_replay != "none":
+        raise ConfigError(
+            f'algorithm.routing_replay = "{config.algorithm.routing_replay}": a supervised step has no recorded '
+            'routing to replay; set it to "none"'
+        )
     if command == "train":
         make_objective(config)
         _check_advantages(config)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.fibration import build_objective
@@ -163,3 +164,25 @@ def test_gradient_does_not_depend_on_micro_batches_mini_batch_fixed():
         tables.append(run.policy.table.detach().clone())
     for table in tables[1:]:
         torch.testing.assert_close(table, tables[0], rtol=1e-4, atol=1e-5)  # fp32 sums in another order, 9 steps
+
+
+@pytest.mark.parametrize("objective", ["fiberpo", "fiberpo-domain", "gspo", "ppo"])
+def test_two_reductions_of_node_sums_per_optimiser_step(objective: str):
+    """Whatever the passes are, and independent of the number of tokens; the rest is one of metrics a training step."""
+    sizes: dict[int, list[int]] = {}
+    for length in (3, 30):
+        engine = FakeEngine(seed=0, length=length)
+        run, _ = training(
+            objective, engine=engine, trainer={"steps": 1}, evaluation={"prompts": 0}, weight_sync={"verify_every": 0}
+        )
+        sizes[length] = []
+
+        def counted(x: Tensor, log: list[int] = sizes[length]) -> Tensor:
+            log.append(x.numel() * x.element_size())
+            return x
+
+        run.policy.layout.sum_over_tokens = counted
+        train(run)
+    steps = 2 * 2  # mini_batches x epochs
+    assert len(sizes[3]) == 2 * steps + 1 and sizes[3] == sizes[30]
+    assert sum(sizes[3]) / steps < 1_000_000

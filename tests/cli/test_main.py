@@ -1,0 +1,51 @@
+"""The command line where no rank is started."""
+
+from pathlib import Path
+
+import pytest
+
+from fiberpo_megatron.cli.main import local_world_size, main
+from fiberpo_megatron.config import load_config
+
+ROOT = Path(__file__).parents[2]
+DEMO = str(ROOT / "examples/demo/train.toml")
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in ("train", "sft", "eval", "report"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "nowhere.toml"], "nowhere.toml does not exist"),
+        (["train", DEMO, "--model.pth", "x"], "model.pth: unknown key; did you mean 'path'"),
+        (["train", DEMO, "--model.path", "examples"], "there is no examples/config.json"),
+        (["train", DEMO, "--model.path", str(ROOT / "examples/demo/model")], "has no *.safetensors weights"),
+        (
+            ["train", DEMO, "--model.path", str(ROOT / "examples/demo/model"), "--model.random_init", "true"],
+            "warm it up with `fiberpo sft`",
+        ),
+        (["report", "nowhere"], "run folder nowhere does not exist"),
+    ],
+)
+def test_errors_are_one_line_with_exit_code_2(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("fiberpo: ")
+
+
+def test_local_world_of_the_demo_is_two_ranks_and_four_with_two_stages():
+    assert local_world_size(load_config(DEMO)) == 2
+    assert local_world_size(load_config(DEMO, ["--parallel.tensor", "2"])) == 2
+    assert local_world_size(load_config(DEMO, ["--parallel.pipeline", "2"])) == 4
+
+
+def test_supervised_training_refuses_routing_replay(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    words = ["sft", str(ROOT / "examples/demo/warmup.toml"), "--algorithm.routing_replay", "old"]
+    assert main([*words, "--model.path", str(ROOT / "examples/demo/model"), "--run.folder", str(tmp_path)]) == 2
+    assert "no recorded routing" in capsys.readouterr().err
