@@ -168,8 +168,6 @@ class OptimizerStep:
     """One per call of the gate; empty on ranks that are not on the last pipeline stage."""
     extra_forward: bool
     """Whether the no-gradient pass was run."""
-    gate_seconds: float
-    """Time spent in the gate on this rank."""
 
 
 class Layout(Protocol):

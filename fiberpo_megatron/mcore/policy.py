@@ -1,6 +1,5 @@
 """The trainer's face of the model: `types.Policy` on Megatron-Core."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +34,6 @@ class AccumulatedGradient:
 
     coefficients: tuple[Coefficients, ...]
     """One per call of the gate; empty on ranks that are not on the last pipeline stage."""
-    gate_seconds: float
-    """Time spent in the gate on this rank."""
     error: str | None
     """What this rank saw that is not finite."""
 
@@ -108,7 +105,6 @@ class MegatronPolicy:
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             coefficients=gradient.coefficients,
             extra_forward=log_probs is None and not single_pass,
-            gate_seconds=gradient.gate_seconds,
         )
 
     def accumulate(
@@ -144,7 +140,7 @@ class MegatronPolicy:
         if single_pass:
             self.layout.agree(calls.error, _UNCHANGED, raises=FloatingPointError)
             self.layout.agree(calls.failure, "the objective")
-        return AccumulatedGradient(tuple(calls.coefficients), calls.seconds, calls.error)
+        return AccumulatedGradient(tuple(calls.coefficients), calls.error)
 
     def _scale_aux_loss(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Megatron weighs the auxiliary loss of a micro-batch by its tokens; make the sum a mean over tokens."""
@@ -186,7 +182,6 @@ class _GateCalls:
         self._slices = slices
         self._gradient: Tensor | None = None
         self.coefficients: list[Coefficients] = []
-        self.seconds = 0.0
         self.error: str | None = None
         """What is not finite, for a report after the pass: raising inside it would leave other ranks waiting."""
         self.failure: str | None = None
@@ -225,9 +220,7 @@ class _GateCalls:
             return torch.zeros_like(log_probs)
 
     def _call(self, log_probs: Tensor, where: slice) -> Tensor:
-        start = time.perf_counter()
         coefficients = self._gate(log_probs, where)
-        self.seconds += time.perf_counter() - start
         self.coefficients.append(coefficients)
         gradient = coefficients.gradient
         if not gradient.isfinite().all() and self.error is None:

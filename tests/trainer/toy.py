@@ -100,7 +100,7 @@ class TablePolicy:
         (gradient,) = torch.autograd.grad((coefficients * torch.cat(current)).sum(), self.table)
         with torch.no_grad():
             self.table += self.learning_rate * gradient
-        return OptimizerStep(gradient.norm().item(), self.learning_rate, tuple(outcomes), extra, 0.0)
+        return OptimizerStep(gradient.norm().item(), self.learning_rate, tuple(outcomes), extra)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield "table", self.table.detach().clone()
