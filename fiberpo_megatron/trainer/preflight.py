@@ -34,7 +34,7 @@ def _check_model(config: Config, command: str) -> None:
     if not (model / "config.json").is_file():
         raise ConfigError(
             f"model.path = {model}: there is no {model / 'config.json'} (current folder: {Path.cwd()}); name a "
-            "Hugging Face folder"
+            "Hugging Face folder; if a warm-up is to write it, run `fiberpo sft` on its config first"
         )
     if not config.model.random_init and not any(model.glob("*.safetensors")):
         raise ConfigError(

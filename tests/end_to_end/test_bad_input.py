@@ -28,7 +28,9 @@ def test_before_any_process_starts(model: Path, tmp_path: Path):
     assert "there is no /nowhere/config.json" in failure(Path("/nowhere"), folder)
     assert "choose one of fiberpo" in failure(model, folder, "--algorithm.objective", "fibrepo")
     assert "samples_per_prompt = 1" in failure(model, folder, "--batch.samples_per_prompt", "1")
-    assert "level" in failure(model, folder, "--algorithm.budgets", "{trajectory = [0.1, -0.1]}")
+    assert "C_minus of level 'trajectory' is -0.1" in failure(
+        model, folder, "--algorithm.budgets", "{trajectory = [0.1, -0.1]}"
+    )
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("")
     assert "already holds a run" in failure(model, folder)
