@@ -188,6 +188,9 @@ class Layout(Protocol):
     """The one rank that writes metrics: last pipeline stage, first in every other dimension."""
     sequence_multiple: int
     """Every packed sequence is padded to a multiple of this."""
+    micro_batch_multiple: int
+    """The number of micro-batches of a step should be a multiple of this (interleaved pipeline); more are made up
+    of padding."""
 
     def sum_over_tokens(self, x: Tensor) -> Tensor:
         """Sum a float64 tensor over the data x context parallel ranks."""

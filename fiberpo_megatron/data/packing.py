@@ -6,6 +6,7 @@ is only a label), padded to the layout's multiple.
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ Rows = list[list[int]]
 
 def padded_lengths(lengths: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
     """Row positions that each sequence of `lengths` tokens takes: its L - 1 inputs, rounded up to `multiple`."""
-    return -(-(lengths - 1) // multiple) * multiple
+    return np.maximum(-(-(lengths - 1) // multiple), 1) * multiple
 
 
 def assign_rows(
@@ -27,12 +28,14 @@ def assign_rows(
     data_size: int,
     token_budget: int,
     oversized: Literal["error", "own_micro_batch"] = "error",
+    multiple_of: int = 1,
 ) -> list[Rows]:
     """Spread sequences over `data_size` ranks in rows of at most `token_budget` positions.
 
-    Every rank gets the same number of rows (pipeline and expert parallelism need that), about as few as the budget
-    allows. Sequences go to ranks longest first, each to the least loaded (Graham's LPT rule), then into rows.
-    `sizes` are padded lengths. Returns, per rank, rows of indices into `sizes`; a row may be empty.
+    Every rank gets the same number of rows (pipeline and expert parallelism need that), a multiple of `multiple_of`
+    (the interleaved pipeline needs that) and about as few as the budget allows. Sequences go to ranks longest first,
+    each to the least loaded (Graham's LPT rule), then into rows. `sizes` are padded lengths. Returns, per rank, rows
+    of indices into `sizes`; a row may be empty.
 
     Raises ValueError for a sequence longer than the budget unless `oversized` gives it a row of its own.
     """
@@ -47,6 +50,7 @@ def assign_rows(
     shares = _balance(order, sizes, data_size)
     packed = [_first_fit(share, sizes, token_budget) for share in shares]
     count = max(1, *(len(rows) for rows in packed))
+    count = -(-count // multiple_of) * multiple_of
     return [
         _even(share, sizes, count, token_budget) or rows + [[]] * (count - len(rows))
         for share, rows in zip(shares, packed)
@@ -86,6 +90,29 @@ def _even(order: list[int], sizes: NDArray[np.int64], count: int, budget: int) -
     return [sorted(row) for row in rows] if fits else None
 
 
+@dataclass(frozen=True)
+class PackingEfficiency:
+    """How well one mini-batch is packed and spread, over all data-parallel ranks."""
+
+    useful_share: float
+    """Input tokens over the positions that are computed; the rest pads sequences and empty rows."""
+    imbalance: float
+    """Positions of the most loaded rank over the mean, less 1: the share of time that the other ranks wait."""
+    micro_batches: int
+    """Rows of each rank."""
+
+
+def packing_efficiency(lengths: NDArray[np.int64], ranks: Sequence[Rows], sequence_multiple: int) -> PackingEfficiency:
+    """Of an assignment by `assign_rows`, from the tokens of each trajectory."""
+    sizes = padded_lengths(lengths, sequence_multiple)
+    loads = [sum(int(sizes[row].sum()) if row else sequence_multiple for row in rows) for rows in ranks]
+    return PackingEfficiency(
+        useful_share=float((lengths - 1).sum() / sum(loads)),
+        imbalance=max(loads) * len(loads) / sum(loads) - 1,
+        micro_batches=len(ranks[0]),
+    )
+
+
 def pack(
     batch: RolloutBatch, rows: Rows, *, sequence_multiple: int, context_rank: int = 0, context_size: int = 1
 ) -> list[MicroBatch]:
@@ -112,7 +139,7 @@ def _pack_row(
 ) -> MicroBatch:
     inputs = [batch.lengths[i] - 1 for i in row] or [0]
     starts = [offsets[i] for i in row] or [0]
-    padded = [max(multiple, -(-int(n) // multiple) * multiple) for n in inputs]
+    padded = padded_lengths(np.array(inputs, dtype=np.int64) + 1, multiple).tolist()
     source = np.full(sum(padded), -1, dtype=np.int64)  # flat token index of each input position
     position = np.zeros(sum(padded), dtype=np.int64)
     kept = []

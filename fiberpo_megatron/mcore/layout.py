@@ -59,6 +59,7 @@ class ParallelLayout:
         self.is_last_stage = self.pipeline_rank == self.pipeline_size - 1
         self.is_logger = self.is_last_stage and self.tensor_rank == self.context_rank == self.data_rank == 0
         self.sequence_multiple = _sequence_multiple(self.tensor_size, self.context_size)
+        self.micro_batch_multiple = self.pipeline_size if parallel.virtual_pipeline > 1 else 1
         self._make_groups(platform.backend)
 
     def _make_groups(self, backend: str) -> None:

@@ -53,7 +53,8 @@ class Schedule:
     def _run(self, micro_batches: Sequence[MicroBatch], head: Callable[..., Any], forward_only: bool) -> list[Any]:
         prepared = [self._prepare(index, batch) for index, batch in enumerate(micro_batches)]
         filling = self._prepare(len(micro_batches), self._empty())
-        prepared += [filling] * self._missing(len(prepared))
+        # Packing keeps the multiple; a lone row (a probe) does not.
+        prepared += [filling] * (-len(prepared) % self.layout.micro_batch_multiple)
         run = get_forward_backward_func()
         return run(
             forward_step_func=partial(self._forward_step, head),
@@ -65,10 +66,6 @@ class Schedule:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
-
-    def _missing(self, count: int) -> int:
-        """Micro-batches that the interleaved schedule lacks to a multiple of the pipeline stages."""
-        return -count % self.layout.pipeline_size if len(self.chunks) > 1 else 0
 
     def _empty(self) -> MicroBatch:
         size = self.layout.sequence_multiple

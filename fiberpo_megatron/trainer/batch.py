@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fiberpo_megatron.config.schema import BatchConfig
-from fiberpo_megatron.data.packing import assign_rows, pack, padded_lengths
+from fiberpo_megatron.data.packing import PackingEfficiency, assign_rows, pack, packing_efficiency, padded_lengths
+from fiberpo_megatron.telemetry.metrics import combine
 from fiberpo_megatron.types import (
     Layout,
     MicroBatch,
@@ -25,6 +26,7 @@ class MiniBatch:
     """One optimiser step's trajectories as this rank holds them; n local response tokens."""
 
     micro_batches: list[MicroBatch]
+    packing: PackingEfficiency
     advantages: Tensor
     """float32 [n]"""
     weights: Tensor
@@ -37,8 +39,6 @@ class MiniBatch:
     """float32 [n]"""
     expert_share: Tensor | None = None
     """float64 [n, P] omega: share of each token's routed (layer, slot) pairs in each expert partition."""
-    useful_share: float = 1.0
-    """Trained-on positions of this rank's rows over all their positions (the rest is padding)."""
 
 
 def flatten(groups: Sequence[RolloutGroup]) -> RolloutBatch:
@@ -116,24 +116,14 @@ def _mini_batch(
     domains: int,
     layout: Layout,
 ) -> MiniBatch:
-    sizes = padded_lengths(rollouts.lengths[first:last], layout.sequence_multiple)
-    ranks = assign_rows(sizes, layout.data_size, batch.micro_batch_tokens, batch.oversized)
-    rows = [[first + index for index in row] for row in ranks[layout.data_rank]]
-    micro_batches = pack(
-        rollouts,
-        rows,
-        sequence_multiple=layout.sequence_multiple,
-        context_rank=layout.context_rank,
-        context_size=layout.context_size,
-    )
+    micro_batches, efficiency = pack_share(rollouts, range(first, last), batch, layout)
     tokens = concatenated_response_tokens(micro_batches).numpy()
     trajectory = np.searchsorted(rollouts.offsets, tokens, side="right") - 1
     weights = token_weights(rollouts.response_lengths[first:last], weighting)
     group = rollouts.groups - rollouts.groups[first]
-    positions = sum(len(m.tokens) for m in micro_batches)
-    useful = sum(int((m.source_tokens >= 0).sum()) for m in micro_batches)
     return MiniBatch(
         micro_batches=micro_batches,
+        packing=efficiency,
         advantages=torch.from_numpy(advantages[trajectory]),
         weights=torch.from_numpy(weights[trajectory - first]),
         keys={
@@ -143,7 +133,40 @@ def _mini_batch(
         },
         counts={"trajectory": last - first, "prompt_group": int(group[last - 1]) + 1, "domain": domains},
         rollout_log_probs=torch.from_numpy(rollouts.rollout_log_probs[tokens]),
-        useful_share=useful / positions,
+    )
+
+
+def pack_share(
+    rollouts: RolloutBatch, part: range, batch: BatchConfig, layout: Layout
+) -> tuple[list[MicroBatch], PackingEfficiency]:
+    """This rank's rows of the trajectories `part`, and how well all ranks' rows are packed."""
+    lengths, multiple = rollouts.lengths[part.start : part.stop], layout.sequence_multiple
+    ranks = assign_rows(
+        padded_lengths(lengths, multiple),
+        layout.data_size,
+        batch.micro_batch_tokens,
+        batch.oversized,
+        multiple_of=layout.micro_batch_multiple,
+    )
+    micro_batches = pack(
+        rollouts,
+        [[part[index] for index in row] for row in ranks[layout.data_rank]],
+        sequence_multiple=multiple,
+        context_rank=layout.context_rank,
+        context_size=layout.context_size,
+    )
+    return micro_batches, packing_efficiency(lengths, ranks, multiple)
+
+
+def packing_metrics(parts: Sequence[PackingEfficiency]) -> dict[str, float]:
+    """Of one step's mini-batches."""
+    return combine(
+        {
+            "useful_token_share": part.useful_share,
+            "load_imbalance": part.imbalance,
+            "micro_batches": part.micro_batches,
+        }
+        for part in parts
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fiberpo_megatron.telemetry.metrics import combine
 from fiberpo_megatron.telemetry.timers import PhaseTimers
-from fiberpo_megatron.trainer.batch import MiniBatch
+from fiberpo_megatron.trainer.batch import MiniBatch, packing_metrics
 from fiberpo_megatron.trainer.routing import StepRouting
 from fiberpo_megatron.types import Coefficients, Layout, OptimizerStep, Policy, TokenScores
 
@@ -181,5 +181,5 @@ def _summary(
         **combine(outcomes),
         "gradient_norm_max": max(norms),
         "extra_forwards": float(sum(outcome.extra_forward for outcome, _ in steps)),
-        "useful_token_share": sum(part.useful_share for part in parts) / len(parts),
+        **packing_metrics([part.packing for part in parts]),
     }

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.config import Config
-from fiberpo_megatron.data.packing import assign_rows, pack, padded_lengths
 from fiberpo_megatron.data.prompts import Example
 from fiberpo_megatron.telemetry.timers import PhaseTimers
+from fiberpo_megatron.trainer.batch import pack_share, packing_metrics
 from fiberpo_megatron.trainer.loop import Checkpoints, Recorder
 from fiberpo_megatron.types import Coefficients, Policy, RolloutBatch
 
@@ -64,15 +64,7 @@ def fine_tune(
 
 def _step(config: Config, policy: Policy, batch: RolloutBatch) -> dict[str, float]:
     layout = policy.layout
-    sizes = padded_lengths(batch.lengths, layout.sequence_multiple)
-    ranks = assign_rows(sizes, layout.data_size, config.batch.micro_batch_tokens, config.batch.oversized)
-    micro_batches = pack(
-        batch,
-        ranks[layout.data_rank],
-        sequence_multiple=layout.sequence_multiple,
-        context_rank=layout.context_rank,
-        context_size=layout.context_size,
-    )
+    micro_batches, packing = pack_share(batch, range(len(batch.lengths)), config.batch, layout)
     targets = int(batch.response_mask.sum())
     losses: list[Tensor] = []
 
@@ -81,7 +73,11 @@ def _step(config: Config, policy: Policy, batch: RolloutBatch) -> dict[str, floa
         return Coefficients(torch.full_like(log_probs, 1.0 / targets))
 
     outcome = policy.step(micro_batches, gate, temperature=1.0, single_pass=True)
-    metrics = {"gradient_norm": outcome.gradient_norm, "learning_rate": outcome.learning_rate}
+    metrics = {
+        "gradient_norm": outcome.gradient_norm,
+        "learning_rate": outcome.learning_rate,
+        **packing_metrics([packing]),
+    }
     if layout.is_last_stage:
         metrics["loss"] = layout.sum_over_tokens(torch.stack(losses).sum().reshape(1)).item()
     return metrics

@@ -28,7 +28,7 @@ class SingleLayout:
     rank = data_rank = context_rank = 0
     world_size = data_size = context_size = expert_size = 1
     is_leader = is_last_stage = is_logger = True
-    sequence_multiple = 1
+    sequence_multiple = micro_batch_multiple = 1
 
     def sum_over_tokens(self, x: Tensor) -> Tensor:
         return x

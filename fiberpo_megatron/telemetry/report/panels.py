@@ -252,7 +252,8 @@ def _speed(charts: Charts) -> Iterable[Panel | None]:
     yield _phases(charts)
     yield charts.lines("Throughput", {"tokens_per_second": "prompt and response tokens over the whole step"})
     yield charts.lines(
-        "Useful tokens", {"useful_token_share": "not padding"}, note="of the tokens in packed micro-batches"
+        "Packing",
+        {"useful_token_share": "positions that are not padding", "load_imbalance": "most loaded rank above the mean"},
     )
     yield charts.lines("Time in the gate", {"gate/time_share": "of the step"})
 
