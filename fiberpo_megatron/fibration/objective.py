@@ -75,23 +75,25 @@ class Objective:
         Raises:
             ValueError: malformed input, or levels that do not nest; names level, node, value and fix.
         """
-        found = require_keys(keys, self.keys, self.name)
-        if metrics and keys is not None and TRAJECTORY_KEY in keys:
-            found[TRAJECTORY_KEY] = keys[TRAJECTORY_KEY]
-        if self.uses_experts and expert_share is None:
-            raise ValueError(
-                f"objective {self.name!r} has an expert level: pass expert_share [N, P], the share of each "
-                "token's routed slots per expert partition"
+        # A torch function mode (a default device, the CPU platform's) would be asked about each of some hundred small
+        # operations, for two thirds of a call's time on a mini-batch of a thousand tokens; none has anything to say here.
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            found = require_keys(keys, self.keys, self.name)
+            if metrics and keys is not None and TRAJECTORY_KEY in keys:
+                found[TRAJECTORY_KEY] = keys[TRAJECTORY_KEY]
+            if self.uses_experts and expert_share is None:
+                raise ValueError(
+                    f"objective {self.name!r} has an expert level: pass expert_share [N, P], the share of each "
+                    "token's routed slots per expert partition"
+                )
+            batch = make_batch(
+                log_ratio,
+                advantages,
+                weights,
+                keys=found,
+                counts=counts,
+                expert_share=expert_share if self.uses_experts else None,
             )
-        batch = make_batch(
-            log_ratio,
-            advantages,
-            weights,
-            keys=found,
-            counts=counts,
-            expert_share=expert_share if self.uses_experts else None,
-        )
-        with torch.no_grad():
             return evaluate(self._rule, batch, reduce, with_metrics=metrics)
 
     def surrogate(

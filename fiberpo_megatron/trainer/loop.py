@@ -180,6 +180,7 @@ def _throughput(rollouts: RolloutBatch, seconds: Mapping[str, float]) -> dict[st
         **seconds,
         "tokens_per_second": len(rollouts.tokens) / total,
         "gate/time_share": seconds["seconds/gate"] / total,
+        "gate/reduce_share": seconds["seconds/gate_reduce"] / total,
     }
 
 

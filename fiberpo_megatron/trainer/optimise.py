@@ -60,6 +60,8 @@ class ObjectiveGate:
     """Log-probs of the calls so far, in order."""
     seconds: float = 0.0
     """Time spent in the objective, its reductions included."""
+    reduce_seconds: float = 0.0
+    """The part of it inside reductions: moving the node sums, and waiting for the slowest rank."""
 
     def __call__(self, log_probs: Tensor, part: slice) -> Coefficients:
         self.seen.append(log_probs.detach())
@@ -84,11 +86,20 @@ class ObjectiveGate:
             keys={key: ids[part].to(device) for key, ids in batch.keys.items()},
             counts=batch.counts,
             expert_share=None if share is None else share[part].to(device),
-            reduce=reduce,
+            reduce=None if reduce is None else self._timed(reduce),
             metrics=metrics,
         )
         self.seconds += time.perf_counter() - began
         return out
+
+    def _timed(self, reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def timed(sums: Tensor) -> Tensor:
+            began = time.perf_counter()
+            out = reduce(sums)
+            self.reduce_seconds += time.perf_counter() - began
+            return out
+
+        return timed
 
 
 def optimise(
@@ -115,6 +126,7 @@ def optimise(
                 fresh = epoch == 0 and index == 0
                 steps.append(_step(policy, objective, part, old, temperature, fresh))
     timers.add("gate", sum(gate.seconds for _, gate, _ in steps))
+    timers.add("gate_reduce", sum(gate.reduce_seconds for _, gate, _ in steps))
     return metrics | _summary([(outcome, told) for outcome, _, told in steps], parts)
 
 

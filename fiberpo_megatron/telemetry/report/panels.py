@@ -255,7 +255,7 @@ def _speed(charts: Charts) -> Iterable[Panel | None]:
         "Packing",
         {"useful_token_share": "positions that are not padding", "load_imbalance": "most loaded rank above the mean"},
     )
-    yield charts.lines("Time in the gate", {"gate/time_share": "of the step"})
+    yield charts.lines("Time in the gate", {"gate/time_share": "all", "gate/reduce_share": "its reductions"})
 
 
 def _phases(charts: Charts) -> Panel | None:
