@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, help="passes over a batch of rollouts (default: of stability.toml)")
     parser.add_argument("--mini-batches", type=int, help="optimiser steps of a pass (default: of stability.toml)")
     parser.add_argument(
+        "--config", type=Path, default=HERE / "stability.toml", help="settings of every run (default: stability.toml)"
+    )
+    parser.add_argument(
         "--model", type=Path, help="warmed-up Hugging Face folder (default: the demo's, made if missing)"
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/stability"), help="runs, table and plots go here")
@@ -77,7 +80,7 @@ def compare(options: argparse.Namespace, further: Sequence[str]) -> None:
     for name, key in OPTIONS.items():
         if getattr(options, name) is not None:
             overrides += [f"--{key}", str(getattr(options, name))]
-    runs = plan(options.objectives, options.seeds, options.folder, HERE / "stability.toml", overrides)
+    runs = plan(options.objectives, options.seeds, options.folder, options.config, overrides)
     for run in runs:
         make_objective(run.config())
         require_same_settings(run)

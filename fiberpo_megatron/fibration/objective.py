@@ -75,8 +75,8 @@ class Objective:
         Raises:
             ValueError: malformed input, or levels that do not nest; names level, node, value and fix.
         """
-        # A torch function mode (a default device, the CPU platform's) would be asked about each of some hundred small
-        # operations, for two thirds of a call's time on a mini-batch of a thousand tokens; none has anything to say here.
+        # A torch function mode (a default device, the CPU platform's) would be asked about each of some hundred
+        # small operations, two thirds of a call's time for a thousand tokens; none has anything to say here.
         with torch.no_grad(), torch._C.DisableTorchFunction():
             found = require_keys(keys, self.keys, self.name)
             if metrics and keys is not None and TRAJECTORY_KEY in keys:
