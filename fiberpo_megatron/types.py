@@ -38,17 +38,20 @@ class WeightSpan:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled response as the engine returned it."""
+    """What follows a prompt: one sampled response as the engine returned it, or a conversation's turns joined."""
 
     token_ids: tuple[int, ...]
     log_probs: NDArray[np.float32]
-    """[T] log-probs of `token_ids` under the sampling policy at the sampling temperature."""
+    """[T] log-probs of `token_ids` under the sampling policy at the sampling temperature; 0 where not sampled."""
     finish_reason: str
     """stop, length or abort."""
     weight_spans: tuple[WeightSpan, ...]
     """Versions of the weights that produced the response, in token order."""
     routed_experts: NDArray[np.int32] | None = None
     """[prompt + T - 1, layers, top_k] experts of every position but the last; None when not asked for."""
+    loss_mask: NDArray[np.bool_] | None = None
+    """[T] True at the tokens that the policy sampled, False at those that an environment wrote between turns. None:
+    all were sampled."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Trajectory:
     prompt: Prompt
     completion: Completion
     text: str
+    """Readable; the turns of a conversation are headed by their roles."""
     reward: float
     correct: bool
 
@@ -77,7 +81,7 @@ class RolloutBatch:
     tokens: NDArray[np.int64]
     """[N] token ids, trajectory after trajectory."""
     response_mask: NDArray[np.bool_]
-    """[N] True at response tokens."""
+    """[N] True at response tokens. In a conversation it has holes: the environment's turns are no response tokens."""
     rollout_log_probs: NDArray[np.float32]
     """[N] the engine's log-probs at response tokens, 0 elsewhere."""
     lengths: NDArray[np.int64]
@@ -106,6 +110,12 @@ class RolloutBatch:
         """[B] response tokens of each trajectory."""
         running = np.concatenate([[0], np.cumsum(self.response_mask)])
         return np.diff(running[self.offsets]).astype(np.int64)
+
+    @property
+    def turns(self) -> NDArray[np.int64]:
+        """[B] turns of the policy in each trajectory: runs of response tokens."""
+        begins = self.response_mask & ~np.concatenate([[False], self.response_mask[:-1]])
+        return np.add.reduceat(begins, self.offsets[:-1], dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Nothing here imports torch: a config can be loaded and checked on a login node.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -209,7 +209,10 @@ class RolloutConfig(Section):
     top_k: int = -1
     """Sample among the k most likely tokens; -1 is all."""
     max_response_tokens: int = Field(1024, ge=1)
-    """Response tokens after which a trajectory is cut."""
+    """Response tokens after which a trajectory is cut; in a conversation, of each turn."""
+    stop: list[str] = []
+    """Characters that end a response, such as a newline after a raw-text prompt: the first token that contains one is
+    the last (trained on like the others), and the verifier sees the text before the character."""
     max_concurrent_requests: int = Field(256, ge=1)
     """Requests that one data-parallel leader keeps in flight."""
     return_routing: bool = False
@@ -222,6 +225,16 @@ class RolloutConfig(Section):
     def greedy_is_not_sampling(self) -> "RolloutConfig":
         if self.top_k == 0 or self.top_k < -1:
             raise ValueError(f"rollout.top_k = {self.top_k}: use -1 (all tokens) or a number of at least 1")
+        return self
+
+    @model_validator(mode="after")
+    def stop_is_characters(self) -> "RolloutConfig":
+        longer = [text for text in self.stop if len(text) != 1]
+        if longer:
+            raise ValueError(
+                f"rollout.stop: {longer[0]!r} is not one character; a longer text can be spread over tokens in many "
+                "ways, and engines see tokens: choose one of its characters"
+            )
         return self
 
 
@@ -283,8 +296,24 @@ class JsonlTask(Section):
     """exact: the stripped response equals the answer; math_verify: the math-verify library compares them."""
     chat_template: bool = True
     """Wrap a plain string prompt into the tokenizer's chat template as a user message."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables for the chat template, as its makers document them (enable_thinking, tools, ...)."""
+    max_turns: int = Field(1, ge=1)
+    """Turns of the policy in one trajectory. Above 1, `retry_message` follows a wrong answer as a user message; the
+    last answer is scored."""
+    retry_message: str = Field("That is not right. Try again.", min_length=1)
+    """What the user says to a wrong answer that is not the last."""
     weight: float = Field(1.0, gt=0)
     """Share of prompts drawn from this domain, relative to the others."""
+
+    @model_validator(mode="after")
+    def turns_have_a_template(self) -> "JsonlTask":
+        if self.max_turns > 1 and not self.chat_template:
+            raise ValueError(
+                f"data.tasks: task {self.name!r} has max_turns = {self.max_turns} and chat_template = false: only a "
+                "chat template says where a turn ends; set chat_template = true or max_turns = 1"
+            )
+        return self
 
 
 class DataConfig(Section):

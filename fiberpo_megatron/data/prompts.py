@@ -4,11 +4,12 @@ Nothing here keeps state: every rank, and a resumed run, computes the same promp
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import floor
 
 from fiberpo_megatron.config.schema import JsonlTask
+from fiberpo_megatron.data.chat import ChatTemplate
 from fiberpo_megatron.data.shuffle import Permutation, derive_key
 from fiberpo_megatron.data.tasks import Problem, ProblemSet, Task, build_problem_set
 from fiberpo_megatron.data.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ class Example:
 
     prompt: Prompt
     target_ids: tuple[int, ...]
-    """Tokens of the answer, then the end-of-sequence token."""
+    """Tokens of the answer, then the one that ends it: the chat template's end of turn, or the end of the sequence."""
 
 
 class Domain:
@@ -38,16 +39,23 @@ class Domain:
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.problems: ProblemSet = build_problem_set(task)
-        self.chat_template = isinstance(task, JsonlTask) and task.chat_template
+        options = task.chat_template_kwargs if isinstance(task, JsonlTask) else {}
+        self.chat = ChatTemplate(tokenizer, options) if tokenizer.chat_template else None
+        self.uses_chat = False
         self._check()
 
     def _check(self) -> None:
         """Refuse at the start what would fail at some later step."""
         if isinstance(self.task, JsonlTask):
-            for position in range(self.problems.train_size):
-                self.train(position)
-            for position in range(self.problems.held_out_size):
-                self.held_out(position)
+            problems = [self.problems.train(position) for position in range(self.problems.train_size)]
+            for problem in [*problems, *map(self.problems.held_out, range(self.problems.held_out_size))]:
+                self.prompt(problem)
+            self.uses_chat = any(map(self._is_chat, problems))
+            if self.task.max_turns > 1 and self.chat:
+                try:
+                    self.chat.check_turns()
+                except Exception as error:  # templates are programs of the model's makers and raise what they like
+                    raise ValueError(f"task {self.task.name!r}: max_turns = {self.task.max_turns}: {error}") from error
             return
         alphabet = TASK_ALPHABET[self.task.kind]
         ids = self.tokenizer.encode(alphabet, add_special_tokens=False)
@@ -57,24 +65,19 @@ class Domain:
                 f"task {self.task.name!r}: the tokenizer turns {alphabet!r} into {seen!r}; use one that "
                 f"has these characters (examples/demo/model has one)"
             )
-        self.train(0)
+        self.prompt(self.problems.train(0))
 
-    def train(self, position: int) -> Prompt:
-        return self._tokenise(self.problems.train(position))
-
-    def held_out(self, position: int) -> Prompt:
-        return self._tokenise(self.problems.held_out(position))
-
-    def shuffled(self, position: int, *key: object) -> Prompt:
-        """Training prompt at `position` of the endless stream of `key`: shuffled anew in every epoch."""
+    def shuffled(self, position: int, *key: object) -> Problem:
+        """Training problem at `position` of the endless stream of `key`: shuffled anew in every epoch."""
         size = self.problems.train_size
         epoch, place = divmod(position, size)
-        return self.train(Permutation(size, derive_key(*key, self.task.name, epoch))(place))
+        return self.problems.train(Permutation(size, derive_key(*key, self.task.name, epoch))(place))
 
-    def _tokenise(self, problem: Problem) -> Prompt:
-        text, templated = self._render(problem)
+    def prompt(self, problem: Problem) -> Prompt:
+        """The problem's tokens. ValueError names its file and line."""
+        text = self._render(problem)
         # A chat template writes its own special tokens; plain text gets the tokenizer's (such as BOS).
-        ids = self.tokenizer.encode(text, add_special_tokens=not templated)
+        ids = self.tokenizer.encode(text, add_special_tokens=not self._is_chat(problem))
         if not 1 <= len(ids) <= self.max_prompt_tokens:
             raise ValueError(
                 f"{problem.source}: the prompt has {len(ids)} tokens, allowed are 1 to "
@@ -83,33 +86,40 @@ class Domain:
             )
         return Prompt(problem.index, self.number, tuple(ids), text, problem.answer)
 
-    def _render(self, problem: Problem) -> tuple[str, bool]:
-        """(text, whether a chat template made it)."""
-        if isinstance(problem.prompt, str):
-            if not self.chat_template:
-                return problem.prompt, False
-            messages = [{"role": "user", "content": problem.prompt}]
-        else:
-            messages = list(problem.prompt)
-        if not self.tokenizer.chat_template:
+    def example(self, problem: Problem) -> Example:
+        """The problem with its right answer, ended as the model is to end it."""
+        end = self.chat.end_of_turn if self.chat and self._is_chat(problem) else None
+        end = self.tokenizer.eos_token_id if end is None else end
+        if end is None:
+            raise ValueError("the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+        answer = self.tokenizer.encode(problem.answer, add_special_tokens=False)
+        return Example(self.prompt(problem), (*answer, end))
+
+    def _is_chat(self, problem: Problem) -> bool:
+        """Whether the chat template writes the prompt."""
+        return not isinstance(problem.prompt, str) or (isinstance(self.task, JsonlTask) and self.task.chat_template)
+
+    def _render(self, problem: Problem) -> str:
+        if isinstance(problem.prompt, str) and not self._is_chat(problem):
+            return problem.prompt
+        if self.chat is None:
             raise ValueError(
                 f"{problem.source}: the prompt needs a chat template but the tokenizer has none; set "
                 f"`chat_template = false` for task {self.task.name!r} and write prompts as plain strings, or "
                 f"add a chat_template to the model's tokenizer_config.json"
             )
+        prompt = problem.prompt
         try:
-            rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return self.chat.prompt([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
         except Exception as error:  # templates are programs of the model's makers and raise what they like
             raise ValueError(f"{problem.source}: the chat template refuses the prompt: {error}") from error
-        return rendered, True
 
 
 class PromptSets:
     """All domains of a run."""
 
-    def __init__(self, domains: Sequence[Domain], tokenizer: Tokenizer) -> None:
+    def __init__(self, domains: Sequence[Domain]) -> None:
         self._domains = tuple(domains)
-        self._tokenizer = tokenizer
         self._schedule = Schedule([domain.task.weight for domain in domains])
 
     @property
@@ -135,11 +145,23 @@ class PromptSets:
     def prompts_at(self, seed: int, step: int, count: int) -> list[Prompt]:
         """The `count` training prompts of step `step` (from 0): domains mixed by weight, each domain shuffled
         without replacement and anew in every epoch. Equal on every rank; keep `count` the same over a run."""
-        return self._stream("train", seed, step, count)
+        return [domain.prompt(problem) for domain, problem in self._stream("train", seed, step, count)]
 
     def examples_at(self, seed: int, step: int, count: int) -> list[Example]:
         """Like `prompts_at`, with the right answers; another order than `prompts_at` of the same seed."""
-        return [self._example(prompt) for prompt in self._stream("sft", seed, step, count)]
+        return [domain.example(problem) for domain, problem in self._stream("sft", seed, step, count)]
+
+    def continuation(self, prompt: Prompt, response_ids: Sequence[int], message: str) -> tuple[int, ...] | None:
+        """Token ids between the response's last turn and the next one, with the user's `message`; None when the
+        response did not end its turn (`ChatTemplate.continuation`)."""
+        chat = self._domains[prompt.domain].chat
+        return chat.continuation(response_ids, message) if chat else None
+
+    @property
+    def ends_of_turn(self) -> tuple[int, ...]:
+        """Tokens with which the chat templates in use end an answer."""
+        ends = {domain.chat.end_of_turn for domain in self._domains if domain.chat and domain.uses_chat}
+        return tuple(sorted(end for end in ends if end is not None))
 
     def held_out(self, count: int) -> list[Prompt]:
         """The same `count` held-out prompts in every run (fewer if there are fewer), domains in turn."""
@@ -148,20 +170,14 @@ class PromptSets:
             for number, domain in enumerate(self._domains)
             for position in range(min(count, domain.problems.held_out_size))
         ]
-        return [self._domains[number].held_out(position) for position, number in sorted(turns)[:count]]
+        domains = ((self._domains[number], position) for position, number in sorted(turns)[:count])
+        return [domain.prompt(domain.problems.held_out(position)) for domain, position in domains]
 
-    def _stream(self, name: str, seed: int, step: int, count: int) -> list[Prompt]:
-        prompts = []
+    def _stream(self, name: str, seed: int, step: int, count: int) -> Iterator[tuple[Domain, Problem]]:
         for position in range(step * count, (step + 1) * count):
             number, place = self._schedule(position)
-            prompts.append(self._domains[number].shuffled(place, name, seed))
-        return prompts
-
-    def _example(self, prompt: Prompt) -> Example:
-        if self._tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
-        answer = self._tokenizer.encode(prompt.answer, add_special_tokens=False)
-        return Example(prompt, (*answer, self._tokenizer.eos_token_id))
+            domain = self._domains[number]
+            yield domain, domain.shuffled(place, name, seed)
 
 
 class Schedule:
@@ -204,4 +220,4 @@ def build_prompt_sets(tasks: Sequence[Task], tokenizer: Tokenizer, *, max_prompt
     prompt that is too long, or characters that the tokenizer lacks.
     """
     domains = [Domain(task, number, tokenizer, max_prompt_tokens) for number, task in enumerate(tasks)]
-    return PromptSets(domains, tokenizer)
+    return PromptSets(domains)

@@ -1,7 +1,7 @@
 """The tokenizer of a model folder, read from local files only."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
 
     def apply_chat_template(
-        self, conversation: Sequence[Any], *, add_generation_prompt: bool, tokenize: bool
+        self, conversation: Sequence[Any], *, add_generation_prompt: bool, tokenize: bool, **options: Any
     ) -> str: ...
 
 
@@ -57,15 +57,16 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 
 
 def stop_token_ids(folder: Path | str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids at which a response ends: `eos_token_id` of the tokenizer and of generation_config.json, ascending.
+    """Ids at which a response ends: `eos_token_id` of the tokenizer, of config.json and of generation_config.json,
+    ascending (SGLang stops at those of the two files, told or not).
 
     ValueError if there is none: every response would run into the length limit.
     """
     ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    path = Path(folder) / "generation_config.json"
-    if path.is_file():
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        ids.update(listed if isinstance(listed, list) else [] if listed is None else [listed])
+    for path in (Path(folder) / "config.json", Path(folder) / "generation_config.json"):
+        if path.is_file():
+            listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            ids.update(listed if isinstance(listed, list) else [] if listed is None else [listed])
     if not ids:
         raise ValueError(
             f"the tokenizer of {folder} has no end-of-sequence token; set eos_token in tokenizer_config.json"
@@ -73,9 +74,27 @@ def stop_token_ids(folder: Path | str, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def response_text(tokenizer: Tokenizer, token_ids: Sequence[int], stop_ids: Sequence[int]) -> str:
-    """Text of a response for the verifier: a final stop token and all special tokens are left out."""
+def tokens_with(tokenizer: Tokenizer, characters: Collection[str], vocabulary: int) -> tuple[int, ...]:
+    """Ids below `vocabulary` whose text contains one of `characters`, ascending.
+
+    ValueError for a character that no token has: no response would end with it.
+    """
+    if not characters:
+        return ()
+    texts = [tokenizer.decode([i], skip_special_tokens=True) for i in range(vocabulary)]
+    for character in characters:
+        if not any(character in text for text in texts):
+            raise ValueError(f"rollout.stop: no token of the tokenizer contains {character!r}; take it out of the list")
+    return tuple(i for i, text in enumerate(texts) if any(character in text for character in characters))
+
+
+def response_text(
+    tokenizer: Tokenizer, token_ids: Sequence[int], stop_ids: Collection[int], stop: Collection[str] = ()
+) -> str:
+    """Text of a response for the verifier: without a final stop token, all special tokens, and whatever begins with a
+    character of `stop`."""
     ids = list(token_ids)
     if ids and ids[-1] in stop_ids:
         ids.pop()
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return text[: min((at for character in stop if (at := text.find(character)) >= 0), default=len(text))]

@@ -43,6 +43,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("accuracy/*", "accuracy by domain", "share"),
     Metric("response_length/mean", "mean response length", "tokens"),
     Metric("response_length/max", "longest response", "tokens", "max"),
+    Metric("turns/mean", "turns of the policy in a trajectory", ""),
     Metric("truncated_share", "truncated responses", "share"),
     Metric("entropy", "entropy of the next-token distribution", "nats"),
     Metric("ratio/mean", "mean importance ratio", ""),

@@ -36,7 +36,7 @@ def write_rollouts(
 
 def _record(step: int, trajectory: Trajectory, domains: Sequence[str]) -> dict[str, Any]:
     prompt, completion = trajectory.prompt, trajectory.completion
-    return {
+    record = {
         "step": step,
         "domain": domains[prompt.domain],
         "index": prompt.index,
@@ -50,3 +50,6 @@ def _record(step: int, trajectory: Trajectory, domains: Sequence[str]) -> dict[s
         "token_ids": list(completion.token_ids),
         "log_probs": [round(float(value), 5) for value in completion.log_probs],
     }
+    if completion.loss_mask is not None:
+        record["loss_mask"] = completion.loss_mask.astype(int).tolist()
+    return record

@@ -12,14 +12,15 @@ import torch
 
 from fiberpo_megatron.config import Config, dump_config
 from fiberpo_megatron.data.prompts import PromptSets, build_prompt_sets
-from fiberpo_megatron.data.tokenizer import Tokenizer, load_tokenizer, response_text, stop_token_ids
+from fiberpo_megatron.data.tokenizer import Tokenizer, load_tokenizer, response_text, stop_token_ids, tokens_with
 from fiberpo_megatron.mcore.architecture import read_architecture
 from fiberpo_megatron.mcore.checkpoint import latest
 from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout, stop_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
 from fiberpo_megatron.mcore.weights import save_hf
-from fiberpo_megatron.rewards import build_reward
+from fiberpo_megatron.rewards import RetryEnvironment, build_reward
 from fiberpo_megatron.rollout.client import EngineAddress, Sampling
+from fiberpo_megatron.rollout.conversation import Dialogue
 from fiberpo_megatron.rollout.engine import engines
 from fiberpo_megatron.rollout.generate import EngineSampler
 from fiberpo_megatron.telemetry.console import Console
@@ -122,20 +123,21 @@ def _training(base: Base, policy: MegatronPolicy, start: int, kinds: Sequence[Ki
     config = base.config
     with ExitStack() as stack:
         addresses = _engines(base, stack)
-        stop_ids = stop_token_ids(config.model.path, base.tokenizer)
+        vocabulary, stop = int(base.hf_config["vocab_size"]), config.rollout.stop
+        stop_ids = (*stop_token_ids(config.model.path, base.tokenizer), *base.prompts.ends_of_turn)
         sampler = stack.enter_context(
             EngineSampler(
                 addresses,
                 Sampling(
                     max_response_tokens=config.rollout.max_response_tokens,
-                    stop_token_ids=stop_ids,
+                    stop_token_ids=(*stop_ids, *tokens_with(base.tokenizer, stop, vocabulary)),
                     temperature=config.rollout.temperature,
                     top_p=config.rollout.top_p,
                     top_k=config.rollout.top_k,
                 ),
                 max_concurrent=config.rollout.max_concurrent_requests,
                 timeout_s=config.rollout.engine.request_timeout_s,
-                vocabulary=int(base.hf_config["vocab_size"]),
+                vocabulary=vocabulary,
                 routed_experts=_routing_shape(base.hf_config) if config.needs_rollout_routing else None,
             )
         )
@@ -148,7 +150,11 @@ def _training(base: Base, policy: MegatronPolicy, start: int, kinds: Sequence[Ki
             policy=policy,
             prompts=base.prompts,
             generator=Generator(
-                sampler, lambda ids: response_text(base.tokenizer, ids, stop_ids), reward, config.run.seed
+                sampler,
+                lambda ids: response_text(base.tokenizer, ids, stop_ids, stop),
+                reward,
+                config.run.seed,
+                Dialogue(RetryEnvironment(config.data.tasks, reward), base.prompts.continuation),
             ),
             objective=make_objective(config),
             publisher=publisher,

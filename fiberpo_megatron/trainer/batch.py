@@ -78,9 +78,9 @@ def _routed_experts(trajectories: Sequence[Trajectory]) -> NDArray[np.int16]:
 
 
 def _response_mask(trajectory: Trajectory) -> NDArray[np.bool_]:
-    return np.arange(len(trajectory.prompt.token_ids) + len(trajectory.completion.token_ids)) >= len(
-        trajectory.prompt.token_ids
-    )
+    completion = trajectory.completion
+    sampled = np.ones(len(completion.token_ids), np.bool_) if completion.loss_mask is None else completion.loss_mask
+    return np.concatenate([np.zeros(len(trajectory.prompt.token_ids), np.bool_), sampled])
 
 
 def mini_batches(

@@ -8,6 +8,7 @@ from typing import Protocol
 from numpy.typing import ArrayLike
 
 from fiberpo_megatron.rewards import Reward
+from fiberpo_megatron.rollout.conversation import Conversation, Dialogue, converse
 from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory
 
 
@@ -33,6 +34,8 @@ class Generator:
     reward: Reward
     seed: int
     """Sampling depends on it, on the weights' version and on the prompt, not on which rank asks."""
+    dialogue: Dialogue | None = None
+    """Answers the policy's turns; None: every response is one turn."""
 
     def groups(self, prompts: Sequence[Prompt], count: int, version: str) -> list[RolloutGroup]:
         """`count` scored trajectories of each prompt, all sampled with weights `version`.
@@ -42,32 +45,39 @@ class Generator:
         """
         if not prompts:
             return []
-        seeds = [self._seed(prompt, version) for prompt in prompts]
-        sampled = self.sampler.sample([p.token_ids for p in prompts], count, seeds)
+        conversations = converse(
+            self.sampler.sample,
+            prompts,
+            count,
+            [self._seed(prompt, version) for prompt in prompts],
+            decode=self.decode,
+            dialogue=self.dialogue,
+        )
         return [
-            RolloutGroup(prompt, tuple(self._trajectory(prompt, i, c, version) for i, c in enumerate(completions)))
-            for prompt, completions in zip(prompts, sampled, strict=True)
+            RolloutGroup(prompt, tuple(self._trajectory(conversation, version) for conversation in group))
+            for prompt, group in zip(prompts, conversations, strict=True)
         ]
 
     def _seed(self, prompt: Prompt, version: str) -> int:
         name = f"{self.seed} {version} {prompt.domain} {prompt.index}".encode()
         return int.from_bytes(blake2b(name, digest_size=4).digest(), "big") >> 1  # engines take 31 bits
 
-    def _trajectory(self, prompt: Prompt, index: int, completion: Completion, version: str) -> Trajectory:
-        seen = {span.version for span in completion.weight_spans}
-        if seen - {version}:
-            raise RuntimeError(
-                f"a rollout of prompt {prompt.text!r} was sampled with weights {sorted(seen)}, but {version!r} was "
-                "published last; check that nobody else publishes to these engines"
-            )
-        if not completion.token_ids:
-            raise RuntimeError(
-                f"the engine returned an empty response to prompt {prompt.text!r} "
-                f"(finish reason {completion.finish_reason!r}); raise rollout.max_response_tokens"
-            )
-        text = self.decode(completion.token_ids)
-        score = self.reward.score(prompt, text, index)
-        return Trajectory(prompt, completion, text, score.reward, score.correct)
+    def _trajectory(self, conversation: Conversation, version: str) -> Trajectory:
+        prompt = conversation.prompt
+        for turn in conversation.turns:
+            seen = {span.version for span in turn.weight_spans}
+            if seen - {version}:
+                raise RuntimeError(
+                    f"a rollout of prompt {prompt.text!r} was sampled with weights {sorted(seen)}, but {version!r} was "
+                    "published last; check that nobody else publishes to these engines"
+                )
+            if not turn.token_ids:
+                raise RuntimeError(
+                    f"the engine returned an empty response to prompt {prompt.text!r} "
+                    f"(finish reason {turn.finish_reason!r}); raise rollout.max_response_tokens"
+                )
+        score = self.reward.score(prompt, conversation.texts[-1], conversation.sample)
+        return Trajectory(prompt, conversation.completion, conversation.text, score.reward, score.correct)
 
 
 def share(prompts: Sequence[Prompt], data_rank: int, data_size: int) -> Sequence[Prompt]:

@@ -167,6 +167,7 @@ def _rollout_summary(rollouts: RolloutBatch, names: Sequence[str]) -> dict[str, 
         "response_length/mean": float(lengths.mean()),
         "response_length/max": float(lengths.max()),
         "truncated_share": float(rollouts.truncated.mean()),
+        "turns/mean": float(rollouts.turns.mean()),
     }
     for domain in np.unique(rollouts.domains).tolist():
         summary[f"accuracy/{names[domain]}"] = float(rollouts.correct[rollouts.domains == domain].mean())

@@ -54,10 +54,10 @@ class Run:
 
 
 def make_batch(seed: int = 0, vocab: int = 51) -> RolloutBatch:
-    """Trajectories of very different lengths, one with a single response token, some with prompts only inside."""
+    """Trajectories of very different lengths, one with a single response token, the long ones with several turns."""
     rng = np.random.default_rng(seed)
     lengths = np.array([3, 41, 7, 2, 64, 5, 5, 19, 33, 4, 11, 6], dtype=np.int64)
-    mask = np.concatenate([np.arange(n) >= max(1, n // 3) for n in lengths])
+    mask = np.concatenate([(np.arange(n) >= max(1, n // 3)) & (np.arange(n) % 16 < 13) for n in lengths])
     count = len(lengths)
     return RolloutBatch(
         tokens=rng.integers(0, vocab, int(lengths.sum())),

@@ -44,3 +44,10 @@ def test_a_repeated_step_replaces_its_file_and_nothing_writes_nothing(tmp_path):
     assert write_rollouts(tmp_path, 2, trajectories(0), count=0, domains=["addition"]) is None
     assert write_rollouts(tmp_path, 2, [], count=4, domains=["addition"]) is None
     assert [p.name for p in (tmp_path / "rollouts").iterdir()] == ["step_000001.jsonl"]
+
+
+def test_a_conversation_says_which_tokens_were_sampled(tmp_path):
+    prompt = Prompt(0, 0, (5, 6), "p", "8")
+    completion = Completion((7, 9, 8), np.zeros(3, np.float32), "stop", (), loss_mask=np.array([True, False, True]))
+    path = write_rollouts(tmp_path, 0, [Trajectory(prompt, completion, "7", 1.0, True)], count=1, domains=["d"])
+    assert json.loads(path.read_text())["loss_mask"] == [1, 0, 1]
