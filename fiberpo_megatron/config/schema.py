@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Budget = tuple[float, float]
 Membership = Literal["soft", "hard"]
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts", "moe_act", "mla_up_proj"]
 
 
 class Section(BaseModel):
@@ -36,8 +37,15 @@ class ModelConfig(Section):
     """Draw fresh weights from `run.seed` instead of reading safetensors (for pre-training a toy model)."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Parameter and compute type. The optimizer always keeps float32 master weights."""
-    recompute: Literal["none", "full"] = "none"
-    """Activation recomputation: `full` stores only the inputs of each layer."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass instead of stored: those inside `recompute_modules`, or
+    (full) all but the inputs of each layer."""
+    recompute_modules: list[RecomputeModule] | None = None
+    """Parts of a layer that `recompute = "selective"` computes again. core_attn: attention without its projections
+    (nothing to save where attention is fused); layernorm: the norms before attention and MLP; mlp: the MLP of dense
+    layers; moe: router, dispatch and experts; shared_experts; moe_act: activations of the experts (grouped GEMM,
+    hence GPU only); mla_up_proj: the up-projections of latent attention. Unset: layernorm, and of a dense model mlp,
+    of one with experts moe_act (without a GPU moe)."""
     train_router: bool = False
     """Let the optimizer change the MoE routers. Off by default in RL: a moving router changes which experts
     the old policy used, which makes importance ratios noisy."""

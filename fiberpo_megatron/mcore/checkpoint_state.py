@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.dist_checkpointing import ShardedObject
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from fiberpo_megatron.mcore.optimizer import optimizer_parts
 
 SHARDING = {
     # whole tensors under the parameters' names: loads in any layout
@@ -67,7 +69,7 @@ def create_adam_state(optimizer: MegatronOptimizer) -> None:
 
     Megatron reads moments and step counts when it saves and before it loads; a fresh optimizer has none.
     """
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         adam = part.optimizer
         if adam is None:
             continue
@@ -79,10 +81,6 @@ def create_adam_state(optimizer: MegatronOptimizer) -> None:
                         state[moment] = torch.zeros_like(parameter)
                 if isinstance(adam, torch.optim.Adam | torch.optim.AdamW) and "step" not in state:
                     state["step"] = torch.tensor(0.0)
-
-
-def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
-    yield from optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
 def random_state(rank: int, world_size: int, with_data: bool) -> ShardedObject:

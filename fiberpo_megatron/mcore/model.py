@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from fiberpo_megatron.config.schema import ModelConfig
+from fiberpo_megatron.config.schema import ModelConfig, RecomputeModule
 from fiberpo_megatron.mcore.architecture import Architecture
 from fiberpo_megatron.mcore.global_tensors import global_shards
 from fiberpo_megatron.mcore.layout import ParallelLayout
@@ -95,12 +95,29 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         calculate_per_token_loss=True,  # gradients are sums: nothing divides them by ranks or micro-batches
-        recompute_granularity="full" if model.recompute == "full" else None,
-        recompute_method="uniform" if model.recompute == "full" else None,
-        recompute_num_layers=1 if model.recompute == "full" else None,
+        **_recompute_options(architecture, model),
         **_expert_options(architecture, model, dtype),
         **activate().transformer_options(),
     )
+
+
+def _recompute_options(architecture: Architecture, model: ModelConfig) -> dict[str, Any]:
+    if model.recompute == "none":
+        return {}
+    if model.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    experts = architecture.experts is not None
+    grouped = experts and activate().transformer_options()["moe_grouped_gemm"]
+    has = {"mlp": not experts, "moe": experts, "moe_act": grouped, "shared_experts": False, "mla_up_proj": False}
+    usual = "moe_act" if grouped else "moe" if experts else "mlp"
+    modules = ["layernorm", usual] if model.recompute_modules is None else list(model.recompute_modules)
+    absent = [module for module in modules if not has.get(module, True)]
+    if absent:
+        raise ValueError(
+            f"model.recompute_modules names {absent}, which a {architecture.model_type} model does not have on this "
+            f"machine; use some of {[m for m in get_args(RecomputeModule) if has.get(m, True)]}"
+        )
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
 
 
 def _leave(weight: Tensor) -> Tensor:

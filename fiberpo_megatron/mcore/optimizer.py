@@ -9,8 +9,8 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fiberpo_megatron.config.schema import OptimizerConfig
@@ -77,6 +77,11 @@ def build_optimizer(
         override_opt_param_scheduler=False,
     )
     return built, scheduler
+
+
+def optimizer_parts(optimizer: MegatronOptimizer) -> Sequence[Any]:
+    """Megatron's optimizers behind one: of dense and expert parameters, and of every model chunk."""
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
 def non_finite_gradient(chunks: Sequence[DistributedDataParallel]) -> str | None:

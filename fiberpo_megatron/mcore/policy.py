@@ -12,6 +12,7 @@ from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.mcore.architecture import read_architecture
 from fiberpo_megatron.mcore.layout import ParallelLayout
 from fiberpo_megatron.mcore.model import PolicyModel, build_model, draw_weights
+from fiberpo_megatron.mcore.offload import TrainingMemory
 from fiberpo_megatron.mcore.optimizer import build_optimizer, non_finite_gradient, wrap_data_parallel
 from fiberpo_megatron.mcore.routing import Routing
 from fiberpo_megatron.mcore.schedule import Schedule
@@ -61,6 +62,7 @@ class MegatronPolicy:
             distributed_optimizer=distributed,
             total_steps=total_steps,
         )
+        self.memory = TrainingMemory(self.chunks, self.optimizer)
         self.routing = Routing(models, layout)
         self._replay = config.algorithm.routing_replay != "none"
         chunk = config.model.log_prob_chunk_tokens
@@ -120,6 +122,7 @@ class MegatronPolicy:
 
         With the distributed optimizer each data-parallel rank's buffer is whole only in that rank's shard.
         """
+        self.memory.require("an optimiser step")
         calls = _GateCalls(gate, response_slices(micro_batches))
         routing: RoutingMode = "replay" if self._replay else "off"
         self._require_routes(routing, micro_batches)
@@ -161,16 +164,26 @@ class MegatronPolicy:
 
         yield from weights.export_hf(self.models, self.hf_config, self.layout)
 
+    def release_memory(self) -> None:
+        """Drop the gradients and park the optimizer's state in host memory; log-probs and exports still work."""
+        self.memory.release()
+
+    def restore_memory(self) -> None:
+        """Undo `release_memory`: the next step is bitwise the one without it."""
+        self.memory.restore()
+
     def save(self, folder: str, state: Mapping[str, object]) -> None:
         """Write model, optimizer, schedule and the trainer's state as a distributed checkpoint."""
         from fiberpo_megatron.mcore import checkpoint
 
+        self.memory.require("saving a checkpoint")
         checkpoint.save(self, folder, state)
 
     def load(self, folder: str) -> dict[str, object]:
         """Read a checkpoint written under any layout; returns the trainer's state."""
         from fiberpo_megatron.mcore import checkpoint
 
+        self.memory.require("loading a checkpoint")
         return checkpoint.load(self, folder)
 
 

@@ -8,6 +8,7 @@ packing of the same tokens finds them again.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Routing:
         replay = _LayerReplay(self, number)
         layer.mlp.router.router_replay = replay
         layer.register_forward_pre_hook(replay.enter, with_kwargs=True)
+        layer.register_forward_hook(replay.leave)
         self.layers.append(number)
 
     @property
@@ -195,6 +197,15 @@ class _LayerReplay:
     def enter(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         """Before the layer's forward, recomputed ones included: which micro-batch it is."""
         self._index = getattr(kwargs.get("packed_seq_params"), "micro_batch", 0)
+
+    def leave(self, module: torch.nn.Module, args: Any, output: tuple[Tensor, Any]) -> None:
+        """After the layer's forward: its backward, which may compute the router again without the layer around it,
+        belongs to the same micro-batch."""
+        if output[0].requires_grad:
+            output[0].register_hook(partial(self._again, self._index))
+
+    def _again(self, index: int, gradient: Tensor) -> None:
+        self._index = index
 
     def get_replay_topk(
         self,

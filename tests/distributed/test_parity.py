@@ -115,6 +115,13 @@ def test_recompute():
     assert_same(found, reference())
 
 
+@pytest.mark.parametrize("dense, name, modules", [(False, "PP2", "moe"), (True, "TP2", "mlp")])
+def test_selective_recompute(dense: bool, name: str, modules: str):
+    hf_config = DENSE if dense else QWEN3_MOE
+    options = {"recompute": "selective", "recompute_modules": ["core_attn", "layernorm", modules]}
+    assert_same(run_layout(hf_config, LAYOUTS[name], BUDGET, **options), reference(dense))
+
+
 def test_chunked_log_probs():
     found = run_layout(QWEN3_MOE, LAYOUTS["TP2"], BUDGET, log_prob_chunk_tokens=7)
     assert_same(found, reference())

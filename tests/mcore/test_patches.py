@@ -21,6 +21,7 @@ SCENARIOS = {
     "streams": (1, {}),
     "synchronize": (2, {"pipeline": 2}),
     "router_without_transformer_engine": (1, {}),
+    "recompute_without_transformer_engine": (1, {}),
     "dispatcher_splits": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2}),
     "uneven_gloo": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2}),
     "adam_step_of_loaded_checkpoint": (1, {}),
@@ -34,7 +35,7 @@ def train_and_resume(left_out: str | None, parallel: dict[str, int], folder: str
 
     if left_out is not None:
         patches.leave_out(left_out)
-    config = make_config(parallel=parallel)
+    config = make_config(parallel=parallel, model={"recompute": "selective", "recompute_modules": ["layernorm"]})
     layout = start_layout(MODEL, config.parallel, config.run)
     batches = micro_batches_for(make_batch(), layout, 128)
     gate = fixed_gate(batches, 200)

@@ -60,6 +60,7 @@ class TablePolicy:
         self.table = torch.zeros(VOCABULARY, VOCABULARY, requires_grad=True)
         self.learning_rate = learning_rate
         self.forwards = 0
+        self.released = False
 
     def _scores(self, micro_batch: MicroBatch, temperature: float) -> Tensor:
         positions = micro_batch.response_positions
@@ -87,6 +88,7 @@ class TablePolicy:
         log_probs: Tensor | None = None,
         single_pass: bool = False,
     ) -> OptimizerStep:
+        assert not self.released
         extra = log_probs is None and not single_pass
         parts = response_slices(micro_batches)
         outcomes: list[Coefficients] = []
@@ -105,7 +107,14 @@ class TablePolicy:
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield "table", self.table.detach().clone()
 
+    def release_memory(self) -> None:
+        self.released = True
+
+    def restore_memory(self) -> None:
+        self.released = False
+
     def save(self, folder: str, state: Mapping[str, object]) -> None:
+        assert not self.released
         torch.save({"table": self.table.detach(), "state": dict(state)}, folder)
 
     def load(self, folder: str) -> dict[str, object]:

@@ -177,6 +177,13 @@ def _uneven_gloo() -> Undo:
     return _replace(dist, all_gather=all_gather, reduce_scatter=reduce_scatter)
 
 
+def _recompute_without_transformer_engine() -> Undo:
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    # None is what its callers would pass without fp8; the default (False) counts as fp8
+    return _replace(CheckpointWithoutOutput.__init__, __defaults__=(None,))
+
+
 def _dispatcher_splits() -> Undo:
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
@@ -246,6 +253,11 @@ PATCHES: tuple[Patch, ...] = (
         "router_without_transformer_engine",
         "0.16.1 leaves te_general_gemm undefined where Transformer Engine is absent, and the router asks for it",
         _router_without_transformer_engine,
+    ),
+    Patch(
+        "recompute_without_transformer_engine",
+        "selective recompute asks Transformer Engine for its fp8 state although nothing is in fp8",
+        _recompute_without_transformer_engine,
     ),
     Patch(
         "dispatcher_splits",

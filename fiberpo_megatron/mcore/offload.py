@@ -1,0 +1,108 @@
+"""Leaves the device to somebody else between optimiser steps: gradients are dropped, the optimizer's state is parked.
+
+Parameters stay: log-probs, exports and publications need them. Storages are emptied in place, so that every tensor
+and view keeps its identity, Megatron's flat buffers and their shards included. (Megatron's own
+`MegatronOptimizer.offload_to_cpu` gives tensors new storages instead: float32 masters that are views of the
+parameters would then no longer be the parameters.)
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from fiberpo_megatron.mcore.optimizer import optimizer_parts
+
+
+class TrainingMemory:
+    """What training keeps on the device besides the parameters: gradient buffers, master weights, Adam's moments."""
+
+    def __init__(self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+        self._chunks = chunks
+        self._optimizer = optimizer
+        self._parked: list[tuple[Tensor, Tensor]] = []
+        self.released = False
+
+    def release(self) -> None:
+        """Free the gradient buffers and move the optimizer's state to host memory; idempotent."""
+        if self.released:
+            return
+        self._optimizer.zero_grad()  # the masters' .grad are views of the buffers
+        for buffer in self._gradient_buffers():
+            self._empty(buffer)
+        self._parked = [(tensor, self._park(tensor)) for tensor in self._state()]
+        self.released = True
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def restore(self) -> None:
+        """Bring everything back, bit by bit the same (gradients: zero); idempotent."""
+        if not self.released:
+            return
+        for tensor, copy in self._parked:
+            storage = tensor.untyped_storage()
+            storage.resize_(copy.nbytes)
+            storage.copy_(copy.untyped_storage(), non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # the copies are read until here
+        self._parked = []
+        for buffer in self._gradient_buffers():
+            buffer.untyped_storage().resize_(buffer.nbytes)
+            buffer.zero_()
+        self.released = False
+
+    def require(self, action: str) -> None:
+        """RuntimeError while released: `action` would read memory that is not there."""
+        if self.released:
+            raise RuntimeError(
+                f"{action} needs the optimizer's memory, which was released; call restore_memory() first"
+            )
+
+    def device_bytes(self) -> int:
+        """Bytes of gradient buffers and optimizer state that are allocated now."""
+        tensors = [*self._gradient_buffers(), *self._state()]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def _gradient_buffers(self) -> Iterator[Tensor]:
+        for chunk in self._chunks:
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+                yield buffer.grad_data
+
+    def _state(self) -> list[Tensor]:
+        """Tensors with a storage of their own on the training device, parameters left out; each storage once.
+
+        A part of the optimizer that Megatron keeps on the host anyway is left alone.
+        """
+        parameters = [p for chunk in self._chunks for p in chunk.parameters()]
+        device = parameters[0].device
+        seen = {p.untyped_storage()._cdata for p in parameters}
+        out = []
+        for tensor in self._optimizer_tensors():
+            storage = tensor.untyped_storage()._cdata
+            if tensor.dim() and tensor.device == device and storage not in seen:
+                seen.add(storage)
+                out.append(tensor)
+        return out
+
+    def _optimizer_tensors(self) -> Iterator[Tensor]:
+        for part in optimizer_parts(self._optimizer):
+            if part.optimizer is None:  # nothing to train on this rank
+                continue
+            for group in part.optimizer.param_groups:
+                yield from group["params"]
+            for state in part.optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    def _park(self, tensor: Tensor) -> Tensor:
+        """A host copy of the tensor's whole storage, which is emptied."""
+        storage = tensor.untyped_storage()
+        copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=tensor.is_cuda)
+        copy.untyped_storage().copy_(storage)
+        self._empty(tensor)
+        return copy
+
+    @staticmethod
+    def _empty(tensor: Tensor) -> None:
+        tensor.untyped_storage().resize_(0)
