@@ -1,4 +1,4 @@
-"""`fiberpo train|sft|eval|report`: checks what can be checked at once, then starts the ranks."""
+"""`fiberpo train|sft|dump|eval|report`: checks what can be checked at once, then starts the ranks."""
 
 import argparse
 import os
@@ -35,12 +35,13 @@ def _parser() -> argparse.ArgumentParser:
     for name, about in (
         ("train", "train by reinforcement learning"),
         ("sft", "supervised warm-up with the same policy code"),
+        ("dump", "rollouts of trainer.steps steps with the weights of model.path, on disk, for --rollouts.replay"),
         ("eval", "accuracy of a model on the held-out prompts"),
     ):
         command = commands.add_parser(name, help=about, description=f"{about}; {_OVERRIDES}")
         command.add_argument("config", type=Path, metavar="CONFIG.toml")
         if name != "eval":
-            command.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
+            command.add_argument("--resume", action="store_true", help="continue where the run stopped")
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     return parser
@@ -56,6 +57,7 @@ def _report(folder: Path) -> int:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:
+    overrides = [*overrides, *(["--rollouts.dump", "true"] if options.command == "dump" else [])]
     config = load_config(options.config, overrides)
     resume = getattr(options, "resume", False)
     if "RANK" not in os.environ or os.environ["RANK"] == "0":

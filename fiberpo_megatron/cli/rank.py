@@ -13,7 +13,7 @@ from fiberpo_megatron.config import load_config
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`train|sft|eval CONFIG.toml [--resume] [--section.key value ...]`; returns the exit code.
+    """`train|sft|dump|eval CONFIG.toml [--resume] [--section.key value ...]`; returns the exit code.
 
     An error is written where the launcher reads it, with its traceback on stderr; under torchrun or srun its message
     is also the last line on stderr.
@@ -43,6 +43,8 @@ def _run(arguments: list[str]) -> None:
         assemble.run_train(config, resume)
     elif command == "sft":
         assemble.run_sft(config, resume)
+    elif command == "dump":
+        assemble.run_dump(config, resume)
     else:
         assemble.run_eval(config)
 

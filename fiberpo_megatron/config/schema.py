@@ -246,6 +246,19 @@ class RolloutConfig(Section):
         return self
 
 
+class RolloutsConfig(Section):
+    """Rollouts on disk: each step's trajectories in full (tokens, log-probs, rewards, routing)."""
+
+    dump: bool = False
+    """Keep the trajectories of every step in <run folder>/dump, for `rollouts.replay`."""
+    replay: Path | None = None
+    """Train on the trajectories of this folder (a dump, or a run folder that has one) in place of an engine's: no
+    engine is started, nothing is published, held-out evaluation is left out."""
+    unfinished: bool = True
+    """Keep a step's trajectories on disk until a checkpoint holds the step: a resumed run need not generate them
+    again."""
+
+
 class WeightSyncConfig(Section):
     method: Literal["disk", "distributed"] = "distributed"
     """distributed: rank 0 broadcasts to the engines (NCCL, gloo without GPU); disk: through a safetensors
@@ -388,6 +401,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     batch: BatchConfig = BatchConfig()
     rollout: RolloutConfig = RolloutConfig()
+    rollouts: RolloutsConfig = RolloutsConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     data: DataConfig
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +31,11 @@ from fiberpo_megatron.telemetry.report import write_report
 from fiberpo_megatron.telemetry.sinks import Sinks, open_sinks
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.generation import Generator
-from fiberpo_megatron.trainer.loop import Training, evaluate, publish, train
+from fiberpo_megatron.trainer.loop import Training, evaluate, generate, publish, train
 from fiberpo_megatron.trainer.preflight import make_objective
 from fiberpo_megatron.trainer.recorder import RunCheckpoints, RunRecorder
 from fiberpo_megatron.trainer.sft import fine_tune
+from fiberpo_megatron.trainer.stored import DUMP, StoredRollouts
 from fiberpo_megatron.trainer.together import together
 from fiberpo_megatron.weight_sync.base import Publisher
 from fiberpo_megatron.weight_sync.disk import DiskPublisher
@@ -62,7 +64,7 @@ def run_train(config: Config, resume: bool) -> None:
     with _base(config) as base, ExitStack() as stack:
         policy = build_policy(config, base.hf_config, base.layout)
         start = _restore(base, policy, resume)
-        run = stack.enter_context(_training(base, policy, start, ("train", "eval")))
+        run = stack.enter_context(_training(base, policy, ("train", "eval"), start, resume))
         train(run, start)
         _finish(base, policy)
 
@@ -71,9 +73,21 @@ def run_eval(config: Config) -> None:
     """`fiberpo eval`: sampled accuracy of `model.path` on the held-out prompts."""
     with _base(config) as base, ExitStack() as stack:
         policy = build_policy(config, base.hf_config, base.layout)
-        run = stack.enter_context(_training(base, policy, 0, ()))
+        run = stack.enter_context(_training(base, policy, ()))
         publish(run, 0, probe=None)
         evaluate(run, 0)
+
+
+def run_dump(config: Config, resume: bool) -> None:
+    """`fiberpo dump`: the rollouts of `trainer.steps` training steps with the weights of `model.path`, on disk."""
+    with _base(config) as base, ExitStack() as stack:
+        policy = build_policy(config, base.hf_config, base.layout)
+        run = stack.enter_context(_training(base, policy, (), resume=resume))
+        publish(run, 0, probe=None)
+        for step in range(config.trainer.steps):
+            rollouts = generate(run, step, 0)
+            base.say(f"step {step}: {len(rollouts.lengths)} trajectories, mean reward {rollouts.rewards.mean():.3f}")
+        base.say(f"Rollouts: {config.run.folder / DUMP}")
 
 
 def run_sft(config: Config, resume: bool) -> None:
@@ -118,8 +132,34 @@ def _restore(base: Base, policy: MegatronPolicy, resume: bool) -> int:
 
 
 @contextmanager
-def _training(base: Base, policy: MegatronPolicy, start: int, kinds: Sequence[Kind]) -> Iterator[Training]:
-    """Engines, sampler, publisher, recorder and objective around a policy."""
+def _training(
+    base: Base, policy: MegatronPolicy, kinds: Sequence[Kind], start: int = 0, resume: bool = True
+) -> Iterator[Training]:
+    """Engines, recorder, stored rollouts and objective around a policy; without engines where rollouts are replayed."""
+    config, replay = base.config, base.config.rollouts.replay
+    with ExitStack() as stack:
+        rollouts = StoredRollouts(config, int(base.hf_config["vocab_size"]), base.layout, start, resume)
+        if replay is not None:
+            base.say(f"Rollouts come from {replay}: no engine, nothing is published, no held-out evaluation")
+        generator, publisher = (None, None) if replay else stack.enter_context(_engine_side(base))
+        recorder = stack.enter_context(_recorder(base, start, config.trainer.steps, kinds, "training"))
+        yield Training(
+            config=config,
+            policy=policy,
+            prompts=base.prompts,
+            generator=generator,
+            objective=make_objective(config),
+            publisher=publisher,
+            recorder=recorder,
+            checkpoints=base.checkpoints,
+            timers=PhaseTimers(),
+            rollouts=rollouts,
+        )
+
+
+@contextmanager
+def _engine_side(base: Base) -> Iterator[tuple[Generator, Publisher]]:
+    """Engines, and what samples from them, scores what they say and publishes to them."""
     config = base.config
     with ExitStack() as stack:
         addresses = _engines(base, stack)
@@ -144,24 +184,9 @@ def _training(base: Base, policy: MegatronPolicy, start: int, kinds: Sequence[Ki
         reward = build_reward(config.data, config.run.seed)
         stack.callback(reward.close)
         publisher = stack.enter_context(_publisher(base, addresses))
-        recorder = stack.enter_context(_recorder(base, start, config.trainer.steps, kinds, "training"))
-        yield Training(
-            config=config,
-            policy=policy,
-            prompts=base.prompts,
-            generator=Generator(
-                sampler,
-                lambda ids: response_text(base.tokenizer, ids, stop_ids, stop),
-                reward,
-                config.run.seed,
-                Dialogue(RetryEnvironment(config.data.tasks, reward), base.prompts.continuation),
-            ),
-            objective=make_objective(config),
-            publisher=publisher,
-            recorder=recorder,
-            checkpoints=base.checkpoints,
-            timers=PhaseTimers(),
-        )
+        decode = partial(response_text, base.tokenizer, stop_ids=stop_ids, stop=stop)
+        dialogue = Dialogue(RetryEnvironment(config.data.tasks, reward), base.prompts.continuation)
+        yield Generator(sampler, decode, reward, config.run.seed, dialogue), publisher
 
 
 def _routing_shape(hf_config: Mapping[str, Any]) -> tuple[int, int]:

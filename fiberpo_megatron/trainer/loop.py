@@ -57,6 +57,23 @@ class Checkpoints(Protocol):
     def save(self, policy: Policy, step: int) -> None: ...
 
 
+class Store(Protocol):
+    """Rollouts on disk; every rank calls it."""
+
+    def load(self, step: int, prompts: Sequence[Prompt], weights: str) -> RolloutBatch | None:
+        """The step's trajectories, equal on every rank, where they need not be generated. Raises when they are to be
+        replayed and cannot be."""
+        ...
+
+    def save(self, step: int, prompts: Sequence[Prompt], weights: str, batch: RolloutBatch) -> None:
+        """Keep trajectories that were just generated."""
+        ...
+
+    def saved(self, done: int) -> None:
+        """A checkpoint holds the first `done` steps."""
+        ...
+
+
 @dataclass(frozen=True)
 class Training:
     """Everything the loop works with."""
@@ -64,12 +81,15 @@ class Training:
     config: Config
     policy: Policy
     prompts: Prompts
-    generator: Generator
+    generator: Generator | None
+    """None where rollouts are replayed: there is no engine, nothing is published or evaluated."""
     objective: Objective
-    publisher: Publisher
+    publisher: Publisher | None
+    """None where `generator` is."""
     recorder: Recorder
     checkpoints: Checkpoints
     timers: PhaseTimers
+    rollouts: Store
 
 
 def train(run: Training, start: int = 0) -> None:
@@ -80,7 +100,7 @@ def train(run: Training, start: int = 0) -> None:
         evaluate(run, 0)
     for step in range(start, config.trainer.steps):
         done = step + 1
-        rollouts = generate(run, step)
+        rollouts = generate(run, step, step)
         metrics = learn(run, rollouts)
         publish(run, done, probe=rollouts)
         run.recorder.record("train", step, metrics | _throughput(rollouts, run.timers.read()))
@@ -89,13 +109,22 @@ def train(run: Training, start: int = 0) -> None:
         if _due(done, config.checkpoint.every_steps, config.trainer.steps):
             with run.timers("checkpoint"):  # last: a step whose checkpoint exists has been recorded
                 run.checkpoints.save(run.policy, done)
+                run.rollouts.saved(done)
 
 
-def generate(run: Training, step: int) -> RolloutBatch:
-    """The step's trajectories, each leader sampling its share, joined on every rank."""
+def generate(run: Training, step: int, version: int) -> RolloutBatch:
+    """The step's trajectories, sampled with weights `version`: each leader its share, joined on every rank; or those
+    that are on disk."""
     batch = run.config.batch
     prompts = run.prompts.prompts_at(run.config.run.seed, step, batch.prompts)
-    return _rollouts(run, prompts, batch.samples_per_prompt, step, log=True)
+    with run.timers("stored_rollouts"):
+        stored = run.rollouts.load(step, prompts, str(version))
+    if stored is not None:
+        return stored
+    rollouts = _rollouts(run, prompts, batch.samples_per_prompt, version, log_step=step)
+    with run.timers("stored_rollouts"):
+        run.rollouts.save(step, prompts, str(version), rollouts)
+    return rollouts
 
 
 def learn(run: Training, rollouts: RolloutBatch) -> dict[str, float]:
@@ -126,6 +155,8 @@ def learn(run: Training, rollouts: RolloutBatch) -> dict[str, float]:
 def publish(run: Training, version: int, probe: RolloutBatch | None) -> None:
     """Send the weights to the engines as `version` and compare what an engine then says with the trainer."""
     layout = run.policy.layout
+    if run.publisher is None or run.generator is None:
+        return
     with run.timers("publish"), together(layout, f"publishing weights {version}"):
         run.publisher.publish(run.policy.export_weights(), str(version))
     every = run.config.weight_sync.verify_every
@@ -138,22 +169,23 @@ def evaluate(run: Training, step: int) -> None:
     """Sampled accuracy on held-out prompts with the weights of `step`."""
     evaluation = run.config.evaluation
     prompts = run.prompts.held_out(evaluation.prompts) if evaluation.prompts else []
-    if not prompts:
+    if not prompts or run.generator is None:
         return
     with run.timers("evaluate"):
-        rollouts = _rollouts(run, prompts, evaluation.samples_per_prompt, step, log=False)
+        rollouts = _rollouts(run, prompts, evaluation.samples_per_prompt, step, log_step=None)
     run.recorder.record("eval", step, _rollout_summary(rollouts, run.prompts.domains))
 
 
-def _rollouts(run: Training, prompts: list[Prompt], count: int, version: int, *, log: bool) -> RolloutBatch:
+def _rollouts(run: Training, prompts: list[Prompt], count: int, version: int, *, log_step: int | None) -> RolloutBatch:
+    assert run.generator is not None, "rollouts that are replayed are never generated"
     layout = run.policy.layout
     mine = share(prompts, layout.data_rank, layout.data_size)
     groups: list[RolloutGroup] = []
-    with run.timers("generate" if log else "evaluate_generate"), together(layout, "generating rollouts"):
+    with run.timers("evaluate_generate" if log_step is None else "generate"), together(layout, "generating rollouts"):
         if layout.is_leader:
             groups = run.generator.groups(mine, count, str(version))
-    if log:
-        run.recorder.rollouts(version, groups)
+    if log_step is not None:
+        run.recorder.rollouts(log_step, groups)
     with run.timers("exchange"):
         return layout.gather_rollouts(flatten(groups) if layout.is_leader else None)
 

@@ -5,12 +5,15 @@ from pathlib import Path
 
 from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.fibration import Objective, build_objective
+from fiberpo_megatron.rollout.dump import RolloutDump
+from fiberpo_megatron.trainer.stored import DUMP, dump_of
 
 
 def preflight(config: Config, command: str, resume: bool) -> None:
-    """Raises ConfigError naming the setting, the value seen and the fix. `command`: train, sft or eval."""
+    """Raises ConfigError naming the setting, the value seen and the fix. `command`: train, sft, dump or eval."""
     _check_model(config, command)
     _check_folder(config, command, resume)
+    _check_rollouts(config, command, resume)
     if command == "sft" and config.algorithm.routing_replay != "none":
         raise ConfigError(
             f'algorithm.routing_replay = "{config.algorithm.routing_replay}": a supervised step has no recorded '
@@ -41,7 +44,7 @@ def _check_model(config: Config, command: str) -> None:
             f"model.path = {model} has no *.safetensors weights; name a folder that has, or set "
             "model.random_init = true to start from fresh weights"
         )
-    if command == "train" and config.model.random_init:
+    if command in ("train", "dump") and config.model.random_init:
         raise ConfigError(
             "model.random_init = true: reinforcement learning needs a model that is sometimes right; warm it up with "
             "`fiberpo sft` and set model.path to the folder that it writes"
@@ -51,7 +54,7 @@ def _check_model(config: Config, command: str) -> None:
 def _check_folder(config: Config, command: str, resume: bool) -> None:
     folder = config.run.folder
     metrics = folder / "metrics.jsonl"
-    if command != "eval" and not resume and metrics.exists():
+    if command in ("train", "sft") and not resume and metrics.exists():
         raise ConfigError(
             f"run.folder = {folder} already holds a run ({metrics}); continue it with --resume, or choose another "
             "folder with --run.folder"
@@ -62,6 +65,22 @@ def _check_folder(config: Config, command: str, resume: bool) -> None:
         raise ConfigError(f"run.folder = {folder} cannot be made: {error}") from error
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"run.folder = {folder} is not writable; choose another with --run.folder")
+
+
+def _check_rollouts(config: Config, command: str, resume: bool) -> None:
+    replay, own = config.rollouts.replay, config.run.folder / DUMP
+    if replay is not None and command != "train":
+        raise ConfigError(f"rollouts.replay = {replay}: `fiberpo {command}` replays nothing; leave it out")
+    if replay is not None and not dump_of(replay).steps():
+        raise ConfigError(
+            f"rollouts.replay = {replay}: there are no rollouts (step_*.npz); name a run folder or a dump written by "
+            "`fiberpo dump` or a run with --rollouts.dump true"
+        )
+    if (command == "dump" or config.rollouts.dump) and not resume and RolloutDump(own).steps():
+        raise ConfigError(
+            f"run.folder = {config.run.folder} already holds rollouts ({own}); continue with --resume, or choose "
+            "another folder with --run.folder"
+        )
 
 
 def _check_advantages(config: Config) -> None:

@@ -15,7 +15,7 @@ from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.generation import Generator
 from fiberpo_megatron.trainer.loop import Training, train
 from fiberpo_megatron.types import Prompt, RolloutGroup
-from tests.trainer.toy import CountingPrompts, FakeEngine, TablePolicy
+from tests.trainer.toy import CountingPrompts, FakeEngine, NothingStored, TablePolicy
 
 
 @dataclass
@@ -81,6 +81,7 @@ def training(
         memory,
         memory,
         PhaseTimers(),
+        NothingStored(),
     )
     return run, memory
 

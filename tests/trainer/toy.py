@@ -157,6 +157,19 @@ class FakeEngine:
         return [rows.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()]
 
 
+class NothingStored:
+    """No rollouts on disk."""
+
+    def load(self, step: int, prompts: Sequence[Prompt], weights: str) -> RolloutBatch | None:
+        return None
+
+    def save(self, step: int, prompts: Sequence[Prompt], weights: str, batch: RolloutBatch) -> None:
+        pass
+
+    def saved(self, done: int) -> None:
+        pass
+
+
 class CountingPrompts:
     """Prompt p wants a response full of token p + 1 (mod the vocabulary)."""
 

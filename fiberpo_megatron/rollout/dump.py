@@ -1,0 +1,167 @@
+"""Rollouts on disk: the whole RolloutBatch of each step, to train on it again without an engine.
+
+<folder>/step_000012.npz   every array of the batch, and what says where it comes from
+<folder>/index.jsonl       one readable line a step
+"""
+
+import json
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from fiberpo_megatron.types import Prompt, RolloutBatch
+
+FORMAT = 1
+INDEX = "index.jsonl"
+_STEP = re.compile(r"step_(\d+)\.npz")
+_ORIGIN = "origin"
+_DAMAGE = (OSError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile, zlib.error)
+
+
+class DumpError(ValueError):
+    """Stored rollouts that cannot be used; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a step's trajectories come from."""
+
+    step: int
+    weights: str
+    """Version of the weights that sampled them."""
+    prompts: str
+    """Digest of the step's prompts, see `prompts_digest`."""
+    settings: Mapping[str, Any]
+    """Settings that a run must share to train on them, by name; JSON values."""
+    run: str
+    """Digest of everything that decides the weights of a step: only with the same one are the weights of a version
+    the same weights."""
+    format: int = FORMAT
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """16 hex digits of the prompts' places and token ids, in order."""
+    told = repr([(prompt.domain, prompt.index, prompt.token_ids) for prompt in prompts])
+    return blake2b(told.encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class RolloutDump:
+    """A folder of stored steps. One rank writes; reading checks the file's own checksums."""
+
+    folder: Path
+
+    def path(self, step: int) -> Path:
+        """File of one step."""
+        return self.folder / f"step_{step:06d}.npz"
+
+    def steps(self) -> list[int]:
+        """Stored steps, ascending."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(found[1]) for path in self.folder.iterdir() if (found := _STEP.fullmatch(path.name)))
+
+    def write(self, batch: RolloutBatch, origin: Origin) -> None:
+        """Write one step in one move; a file of the same step is replaced."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        arrays = {field.name: getattr(batch, field.name) for field in fields(RolloutBatch)}
+        told = np.frombuffer(json.dumps(asdict(origin)).encode(), np.uint8)
+        with _replaced(self.path(origin.step)) as file:
+            np.savez(file, allow_pickle=False, **{_ORIGIN: told}, **arrays)
+        self._index({origin.step: _summary(batch, origin)})
+
+    def origin(self, step: int) -> Origin:
+        """Where a stored step comes from; raises DumpError."""
+        with self._open(step) as file:
+            return _origin(file)
+
+    def read(self, step: int) -> RolloutBatch:
+        """The trajectories of a stored step; raises DumpError when it is missing, damaged or of another version."""
+        with self._open(step) as file:
+            _origin(file)
+            known = {field.name for field in fields(RolloutBatch)}
+            required = {f.name for f in fields(RolloutBatch) if f.default is f.default_factory is MISSING}
+            stored = set(file.files) - {_ORIGIN}
+            if stored - known or required - stored:
+                raise DumpError(
+                    f"{self.path(step)} was written by another version of fiberpo-megatron: it lacks "
+                    f"{sorted(required - stored)} and has unknown {sorted(stored - known)}; make the dump again"
+                )
+            return RolloutBatch(**{name: file[name] for name in stored})
+
+    def drop(self, before: int) -> None:
+        """Delete the steps that come before step `before`."""
+        gone = [step for step in self.steps() if step < before]
+        for step in gone:
+            self.path(step).unlink(missing_ok=True)
+        if gone:
+            self._index(dict.fromkeys(gone))
+
+    @contextmanager
+    def _open(self, step: int) -> Iterator[Any]:
+        path = self.path(step)
+        if not path.is_file():
+            raise DumpError(f"{self.folder} has no rollouts of step {step}; {self._content()}")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                yield file
+        except DumpError:
+            raise
+        except _DAMAGE as error:
+            raise DumpError(f"{path} is damaged ({type(error).__name__}: {error}); make the dump again") from error
+
+    def _content(self) -> str:
+        steps = self.steps()
+        if not steps:
+            return "it holds no rollouts; `fiberpo dump` or a run with --rollouts.dump true writes them"
+        return f"it has {len(steps)} steps from {steps[0]} to {steps[-1]}; lower trainer.steps or dump more of them"
+
+    def _index(self, changed: Mapping[int, Mapping[str, Any] | None]) -> None:
+        """Put lines into index.jsonl, or take them out (None)."""
+        path = self.folder / INDEX
+        old = map(json.loads, path.read_text().splitlines()) if path.is_file() else []
+        lines = {line["step"]: line for line in old} | dict(changed)
+        with _replaced(path) as file:
+            for step in sorted(lines):
+                if lines[step] is not None:
+                    file.write(json.dumps(lines[step]).encode() + b"\n")
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[IO[bytes]]:
+    """A file that gets its name once it is whole and on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _origin(file: Any) -> Origin:
+    told = json.loads(file[_ORIGIN].tobytes())
+    if told.get("format") != FORMAT:
+        raise DumpError(f"{file.fid.name} has format {told.get('format')}; this version reads {FORMAT}")
+    return Origin(**told)
+
+
+def _summary(batch: RolloutBatch, origin: Origin) -> dict[str, Any]:
+    return {
+        "step": origin.step,
+        "weights": origin.weights,
+        "groups": int(batch.groups[-1]) + 1 if len(batch.groups) else 0,
+        "trajectories": len(batch.lengths),
+        "tokens": len(batch.tokens),
+        "reward_mean": float(batch.rewards.mean()) if len(batch.rewards) else None,
+        "accuracy": float(batch.correct.mean()) if len(batch.correct) else None,
+        "settings": origin.settings,
+    }

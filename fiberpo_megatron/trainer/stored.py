@@ -1,0 +1,151 @@
+"""Where the loop finds rollouts that were generated before: a dump to replay, or a step that a kill interrupted."""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from fiberpo_megatron.config import Config
+from fiberpo_megatron.rollout.dump import DumpError, Origin, RolloutDump, prompts_digest
+from fiberpo_megatron.trainer.batch import flatten
+from fiberpo_megatron.trainer.together import together
+from fiberpo_megatron.types import Layout, Prompt, RolloutBatch
+
+DUMP = "dump"
+"""Folder of a run's stored rollouts."""
+_log = logging.getLogger(__name__)
+
+
+def dump_of(folder: Path) -> RolloutDump:
+    """The stored rollouts of a run folder, or of a folder of stored rollouts."""
+    return RolloutDump(folder / DUMP if (folder / DUMP).is_dir() else folder)
+
+
+class StoredRollouts:
+    """Implements the loop's Store. Every rank calls its methods; the first leader reads and writes.
+
+    A step's trajectories stay on disk until a checkpoint holds the step (`rollouts.unfinished`) or for good
+    (`rollouts.dump`). Those of an interrupted run are used again when the run that made them had the same
+    configuration, so that a version of the weights means the same weights.
+    """
+
+    def __init__(self, config: Config, vocabulary: int, layout: Layout, start: int, resume: bool) -> None:
+        self._config = config.rollouts
+        self._needs_routing = config.needs_rollout_routing
+        self._layout = layout
+        self._own = RolloutDump(config.run.folder / DUMP)
+        self._replayed = dump_of(config.rollouts.replay) if config.rollouts.replay else None
+        self._writes = self._replayed is None and (config.rollouts.dump or config.rollouts.unfinished)
+        self._settings = shared_settings(config, vocabulary)
+        self._run = _run_digest(config, layout.world_size)
+        steps = range(start, config.trainer.steps)
+        with together(layout, "looking for stored rollouts"):
+            if self._replayed is not None and self._reads:
+                for step in steps:
+                    _check_settings(self._replayed, step, self._settings)
+            if self._writes and self._reads and not resume:
+                self._own.drop(before=sys.maxsize)  # left by a run that never recorded a step
+        found = [step for step in self._own.steps() if step in steps] if self._writes and self._reads else []
+        self._unfinished = set(json.loads(layout.share_text(json.dumps(found) if layout.rank == 0 else None)))
+
+    @property
+    def _reads(self) -> bool:
+        """The first leader: it is rank 0."""
+        return self._layout.rank == 0
+
+    def load(self, step: int, prompts: Sequence[Prompt], weights: str) -> RolloutBatch | None:
+        """The step's trajectories where they are on disk, equal on every rank; None where they have to be generated.
+
+        Raises DumpError (RuntimeError on the other ranks) when they are to be replayed and cannot be.
+        """
+        if self._replayed is None and step not in self._unfinished:
+            return None
+        batch = None
+        with together(self._layout, f"reading the rollouts of step {step}"):
+            if self._reads and self._replayed is not None:
+                batch = self._replay(self._replayed, step, prompts)
+            elif self._reads:
+                batch = self._reuse(step, prompts, weights)
+        share = batch if batch is not None else flatten([])
+        joined = self._layout.gather_rollouts(share if self._layout.is_leader else None)
+        return joined if len(joined.lengths) else None
+
+    def save(self, step: int, prompts: Sequence[Prompt], weights: str, batch: RolloutBatch) -> None:
+        """Keep trajectories that were just generated."""
+        if not self._writes:
+            return
+        with together(self._layout, f"writing the rollouts of step {step} to {self._own.folder}"):
+            if self._reads:
+                self._own.write(batch, self._origin(step, prompts, weights))
+
+    def saved(self, done: int) -> None:
+        """A checkpoint holds the first `done` steps: what was kept for a resume is no longer needed."""
+        if self._writes and self._reads and not self._config.dump:
+            self._own.drop(before=done)
+
+    def _replay(self, dump: RolloutDump, step: int, prompts: Sequence[Prompt]) -> RolloutBatch:
+        origin = dump.origin(step)
+        if origin.prompts != prompts_digest(prompts):
+            raise DumpError(
+                f"{dump.path(step)} holds rollouts of other prompts than this run's step {step}: the prompt files, the "
+                "tokenizer or the curriculum differ; replay with those of the run that made the dump"
+            )
+        batch = dump.read(step)
+        if self._needs_routing and not len(batch.routed_experts):
+            raise DumpError(
+                f"{dump.path(step)} has no expert routing, which this run's [algorithm] needs; make the dump with "
+                "rollout.return_routing = true"
+            )
+        return batch
+
+    def _reuse(self, step: int, prompts: Sequence[Prompt], weights: str) -> RolloutBatch | None:
+        """The trajectories that an interrupted run had generated for this step, unless they are of other weights."""
+        try:
+            if self._own.origin(step) == self._origin(step, prompts, weights):
+                return self._own.read(step)
+            reason = "they were generated by another configuration"
+        except DumpError as error:
+            reason = str(error)
+        _log.warning("step %d is generated again, its stored rollouts are not used: %s", step, reason)
+        return None
+
+    def _origin(self, step: int, prompts: Sequence[Prompt], weights: str) -> Origin:
+        return Origin(step, weights, prompts_digest(prompts), self._settings, self._run)
+
+
+def shared_settings(config: Config, vocabulary: int) -> dict[str, Any]:
+    """What a run and the dump that it replays must have in common, as JSON values."""
+    return {
+        "run.seed": config.run.seed,
+        "batch.prompts": config.batch.prompts,
+        "batch.samples_per_prompt": config.batch.samples_per_prompt,
+        "rollout.temperature": config.rollout.temperature,
+        "data.tasks": [task.name for task in config.data.tasks],
+        "model vocabulary": vocabulary,
+    }
+
+
+def _check_settings(dump: RolloutDump, step: int, ours: Mapping[str, Any]) -> None:
+    """DumpError when a step is missing or was made with other settings."""
+    theirs = dump.origin(step).settings
+    differing = [
+        f"{name} = {theirs.get(name)!r} (this run: {ours.get(name)!r})"
+        for name in sorted(ours.keys() | theirs.keys())
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differing:
+        raise DumpError(
+            f"{dump.path(step)} was made with {', '.join(differing)}; replay it with the same settings, or make "
+            "another dump"
+        )
+
+
+def _run_digest(config: Config, world_size: int) -> str:
+    """16 hex digits of every setting that decides weights and samples, and of the number of ranks."""
+    parts = {"model", "parallel", "optimizer", "algorithm", "batch", "rollout", "data", "trainer"}
+    told = config.model_dump(mode="json", include=parts) | {"seed": config.run.seed, "ranks": world_size}
+    told["rollout"]["engine"] = config.rollout.engine.dtype  # the servers' addresses and sizes decide nothing
+    return blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,84 @@
+"""Rollouts from disk: `fiberpo dump`, `--rollouts.replay`, and a resumed run that is bitwise the straight one."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.end_to_end.test_training import ROOT, command, processes_of, records, run
+
+SIX_STEPS = ["--trainer.steps", "6", "--evaluation.prompts", "0", "--weight_sync.method", "disk"]
+TIMES = ("seconds/", "tokens_per_second", "gate/time_share", "gate/reduce_share", "gpu/")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Training records without times."""
+    return [{k: v for k, v in record.items() if not k.startswith(TIMES)} for record in records(folder, "train")]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "hf" / "model.safetensors")
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def kill_when_saved(words: list[str], folder: Path, step: int) -> None:
+    """kill -9 the run once the checkpoint of `step` is complete."""
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (folder / "checkpoints" / f"step-{step:08d}").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while processes_of(folder):
+        assert time.monotonic() < deadline, "ranks outlived their launcher"
+        time.sleep(0.05)
+
+
+@pytest.mark.sglang
+def test_six_steps_straight_and_three_kill_three_are_bitwise_the_same(model: Path, engine: Any, tmp_path: Path):
+    """Two ranks, expert parallelism 2: a run with an engine, and its replay that is killed after three steps."""
+    straight, replayed = tmp_path / "straight", tmp_path / "replayed"
+    engines = ["--rollout.engine.urls", f'["{engine.url}"]']
+    done = run(model, straight, *SIX_STEPS, *engines, "--rollouts.dump", "true")
+    assert done.returncode == 0, done.stderr
+    assert len(list((straight / "dump").glob("step_*.npz"))) == 6
+
+    replay = [*SIX_STEPS, "--rollouts.replay", str(straight), "--rollout.engine.urls", '["http://127.0.0.1:9"]']
+    kill_when_saved(command(model, replayed, *replay), replayed, step=3)
+    assert len(records(replayed, "train")) < 6
+    done = run(model, replayed, *replay, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "Resumed from" in done.stdout and "no engine, nothing is published" in done.stdout
+    assert_same_weights(straight, replayed)
+    assert metrics(straight) == metrics(replayed)
+    assert not (replayed / "engines").exists() and not (replayed / "published").exists()
+
+
+@pytest.mark.sglang
+def test_dump_without_training_and_another_objective_on_it(model: Path, engine: Any, tmp_path: Path):
+    options = ["--trainer.steps", "2", "--evaluation.prompts", "0", "--weight_sync.method", "disk"]
+    done = run(model, tmp_path / "a", *options, "--rollout.engine.urls", f'["{engine.url}"]', verb="dump")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "a/dump/index.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["weights"], line["trajectories"]) for line in lines] == [(0, "0", 32), (1, "0", 32)]
+    assert not (tmp_path / "a/checkpoints").exists()
+
+    replay = [*options, "--rollouts.replay", str(tmp_path / "a"), "--algorithm.objective", "gspo"]
+    done = run(model, tmp_path / "b", *replay)
+    assert done.returncode == 0, done.stderr
+    first, second = records(tmp_path / "b", "train")
+    assert first["rollout_diff/max"] < 1e-4  # the first step's weights are those that sampled
+    assert [first["reward/mean"], second["reward/mean"]] == [line["reward_mean"] for line in lines]

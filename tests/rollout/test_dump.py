@@ -1,0 +1,97 @@
+"""Stored rollouts: what is written is read, damage and foreign files are refused."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fiberpo_megatron.rollout.dump import INDEX, DumpError, Origin, RolloutDump, prompts_digest
+from fiberpo_megatron.types import Prompt, RolloutBatch
+from tests.distributed.parity import make_batch
+
+ORIGIN = Origin(3, "3", "ab", {"run.seed": 7}, "cd")
+
+
+def batch_with_routing() -> RolloutBatch:
+    batch = make_batch()
+    experts = np.random.default_rng(0).integers(-1, 8, (len(batch.tokens), 2, 2)).astype(np.int16)
+    return replace(batch, routed_experts=experts)
+
+
+def test_what_is_written_is_read_bitwise(tmp_path: Path) -> None:
+    dump, batch = RolloutDump(tmp_path / "dump"), batch_with_routing()
+    dump.write(batch, ORIGIN)
+    read = dump.read(3)
+    for field in fields(RolloutBatch):
+        before, after = getattr(batch, field.name), getattr(read, field.name)
+        assert before.dtype == after.dtype and before.shape == after.shape
+        np.testing.assert_array_equal(before, after, err_msg=field.name)
+    assert dump.origin(3) == ORIGIN
+    assert sorted(path.name for path in dump.folder.iterdir()) == [INDEX, "step_000003.npz"]
+
+
+def test_index_is_readable_and_follows(tmp_path: Path) -> None:
+    dump, batch = RolloutDump(tmp_path), make_batch()
+    for step in (4, 3, 5, 4):
+        dump.write(batch, replace(ORIGIN, step=step))
+    lines = [json.loads(line) for line in (tmp_path / INDEX).read_text().splitlines()]
+    assert [line["step"] for line in lines] == dump.steps() == [3, 4, 5]
+    assert lines[0]["trajectories"] == 12 and lines[0]["groups"] == 4 and lines[0]["tokens"] == len(batch.tokens)
+    assert lines[0]["reward_mean"] == pytest.approx(batch.rewards.mean())
+    dump.drop(before=5)
+    assert dump.steps() == [5] and len((tmp_path / INDEX).read_text().splitlines()) == 1
+
+
+def test_missing_steps_say_what_there_is(tmp_path: Path) -> None:
+    dump = RolloutDump(tmp_path)
+    with pytest.raises(DumpError, match="no rollouts of step 0; it holds no rollouts; `fiberpo dump`"):
+        dump.read(0)
+    for step in (0, 1):
+        dump.write(make_batch(), replace(ORIGIN, step=step))
+    with pytest.raises(DumpError, match="no rollouts of step 2; it has 2 steps from 0 to 1; lower trainer.steps"):
+        dump.read(2)
+
+
+@pytest.mark.parametrize("place", [0.02, 0.3, 0.6, 0.99])
+def test_flipped_bits_are_seen(tmp_path: Path, place: float) -> None:
+    dump = RolloutDump(tmp_path)
+    dump.write(batch_with_routing(), ORIGIN)
+    data = bytearray(dump.path(3).read_bytes())
+    at = int(len(data) * place)
+    data[at : at + 64] = bytes(255 - byte for byte in data[at : at + 64])
+    dump.path(3).write_bytes(data)
+    with pytest.raises(DumpError, match="step_000003.npz"):
+        dump.read(3)
+
+
+def test_a_cut_file_is_damaged(tmp_path: Path) -> None:
+    dump = RolloutDump(tmp_path)
+    dump.write(make_batch(), ORIGIN)
+    dump.path(3).write_bytes(dump.path(3).read_bytes()[:1000])
+    with pytest.raises(DumpError, match="step_000003.npz is damaged"):
+        dump.origin(3)
+
+
+def test_files_of_other_versions_are_refused(tmp_path: Path) -> None:
+    dump = RolloutDump(tmp_path)
+    dump.write(make_batch(), replace(ORIGIN, format=9))
+    with pytest.raises(DumpError, match="has format 9; this version reads 1"):
+        dump.read(3)
+    dump.write(make_batch(), ORIGIN)
+    with np.load(dump.path(3)) as file:
+        arrays = {name: file[name] for name in file.files}
+    np.savez(dump.path(3), **{k: v for k, v in arrays.items() if k != "rewards"}, colour=np.zeros(1))
+    with pytest.raises(DumpError, match=r"lacks \['rewards'\] and has unknown \['colour'\]"):
+        dump.read(3)
+
+
+def test_digest_depends_on_tokens_places_and_order() -> None:
+    first, second = Prompt(0, 0, (1, 2), "a", "b"), Prompt(1, 0, (3,), "c", "d")
+    digests = [
+        prompts_digest(prompts)
+        for prompts in ([first, second], [second, first], [first], [first, replace(second, token_ids=(4,))])
+    ]
+    assert len(set(digests)) == 4
+    assert digests[0] == prompts_digest([replace(first, text="other"), second])

@@ -1,0 +1,149 @@
+"""The loop on stored rollouts: replay without an engine, and steps that an interrupted run had generated."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fiberpo_megatron.rollout.dump import DumpError
+from fiberpo_megatron.trainer.loop import Training, train
+from fiberpo_megatron.trainer.stored import StoredRollouts, dump_of
+from tests.trainer.test_loop import Memory, training
+from tests.trainer.toy import VOCABULARY, FakeEngine, SingleLayout
+
+
+def run_in(
+    folder: Path, *, resume: bool = False, start: int = 0, engine: FakeEngine | None = None, **sections: object
+) -> tuple[Training, Memory]:
+    """A run whose rollouts are stored in `folder`; without an engine where it replays."""
+    small = {"prompts": 4, "samples_per_prompt": 4, "mini_batches": 2}
+    merged = {"run": {"folder": folder}, "evaluation": {"prompts": 0}, "batch": small, **sections}
+    run, memory = training(engine=engine, **merged)
+    store = StoredRollouts(run.config, VOCABULARY, SingleLayout(), start, resume)
+    if run.config.rollouts.replay is not None:
+        return replace(run, rollouts=store, generator=None, publisher=None), memory
+    return replace(run, rollouts=store), memory
+
+
+def test_a_replayed_run_is_the_run_that_was_dumped(tmp_path: Path) -> None:
+    first, recorded = run_in(tmp_path / "a", rollouts={"dump": True})
+    train(first)
+    again, replayed = run_in(tmp_path / "b", rollouts={"replay": tmp_path / "a"})
+    train(again)
+    assert torch.equal(first.policy.table, again.policy.table)
+    for name in ("reward/mean", "gradient_norm", "rollout_diff/max", "ratio/max"):
+        assert recorded.values("train", name) == replayed.values("train", name)
+    assert not (tmp_path / "b").exists()  # nothing is generated, so nothing is stored
+
+
+def test_another_objective_on_the_same_data(tmp_path: Path) -> None:
+    first, recorded = run_in(tmp_path / "a", rollouts={"dump": True})
+    train(first)
+    other, replayed = run_in(
+        tmp_path / "b", rollouts={"replay": tmp_path / "a" / "dump"}, algorithm={"advantage": "none"}
+    )
+    train(other)
+    assert recorded.values("train", "reward/mean") == replayed.values("train", "reward/mean")
+    assert not torch.equal(first.policy.table, other.policy.table)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"trainer": {"steps": 4}}, r"no rollouts of step 3; it has 3 steps from 0 to 2; lower trainer\.steps"),
+        ({"rollout": {"temperature": 0.5}}, r"made with rollout\.temperature = 1\.0 \(this run: 0\.5\)"),
+        ({"data": {"tasks": [{"kind": "sort"}]}}, r"data\.tasks = \['addition'\] \(this run: \['sort'\]\)"),
+        ({"algorithm": {"routing_replay": "rollout"}}, "has no expert routing"),
+    ],
+    ids=["steps", "temperature", "tasks", "routing"],
+)
+def test_rollouts_of_another_setting_are_refused(tmp_path: Path, sections: dict[str, object], message: str) -> None:
+    first, _ = run_in(tmp_path / "a", rollouts={"dump": True})
+    train(first)
+    with pytest.raises(DumpError, match=message):
+        train(run_in(tmp_path / "b", **{"rollouts": {"replay": tmp_path / "a"}, **sections})[0])
+
+
+def test_rollouts_of_other_prompts_are_refused(tmp_path: Path) -> None:
+    first, _ = run_in(tmp_path / "a", rollouts={"dump": True})
+    train(first)
+    again, memory = run_in(tmp_path / "b", rollouts={"replay": tmp_path / "a"})
+    prompts_at = again.prompts.prompts_at
+    again.prompts.prompts_at = lambda seed, step, count: prompts_at(seed, step + (step == 1), count)
+    with pytest.raises(DumpError, match=r"step_000001\.npz holds rollouts of other prompts than this run's step 1"):
+        train(again)
+    assert memory.saved == [1]
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing after it happens."""
+
+
+class CountingEngine(FakeEngine):
+    """Counts requests; its randomness is not that of an earlier engine."""
+
+    calls = 0
+
+    def sample(self, *args: object) -> object:
+        self.calls += 1
+        return super().sample(*args)
+
+
+def interrupted(folder: Path) -> None:
+    """Step 1's rollouts are generated; its training does not end."""
+    run, _ = run_in(folder)
+    step, calls = run.policy.step, []
+
+    def failing(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) > 2:  # optimiser steps of step 0
+            raise Killed
+        return step(*args, **kwargs)
+
+    run.policy.step = failing
+    with pytest.raises(Killed):
+        train(run)
+    assert dump_of(folder).steps() == [1]
+
+
+def test_an_interrupted_step_is_not_generated_again(tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    kept = dump_of(tmp_path).read(1)
+    engine = CountingEngine(seed=5)
+    run, memory = run_in(tmp_path, resume=True, start=1, engine=engine)
+    train(run, start=1)
+    assert engine.calls == 1  # step 2 only
+    assert memory.values("train", "reward/mean")[0] == float(kept.rewards.mean())
+    assert dump_of(tmp_path).steps() == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"optimizer": {"learning_rate": 1.0}}, {"rollouts": {"unfinished": False}}], ids=str
+)
+def test_an_interrupted_step_of_another_configuration_is(
+    tmp_path: Path, change: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    interrupted(tmp_path)
+    engine = CountingEngine(seed=5)
+    with caplog.at_level(logging.WARNING):
+        train(run_in(tmp_path, resume=True, start=1, engine=engine, **change)[0], start=1)
+    assert engine.calls == 2
+    if "optimizer" in change:
+        assert "step 1 is generated again" in caplog.text and "by another configuration" in caplog.text
+
+
+def test_damaged_leftovers_are_generated_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    interrupted(tmp_path)
+    dump_of(tmp_path).path(1).write_bytes(b"")
+    engine = CountingEngine(seed=5)
+    train(run_in(tmp_path, resume=True, start=1, engine=engine)[0], start=1)
+    assert engine.calls == 2 and "is damaged" in caplog.text
+
+
+def test_a_fresh_start_forgets_leftovers(tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    engine = CountingEngine(seed=5)
+    train(run_in(tmp_path, engine=engine)[0])
+    assert engine.calls == 3
