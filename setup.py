@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["fiberpo_megatron", "fiberpo_megatron.*"]),
     include_package_data=True,
-    package_data={"fiberpo_megatron.rollout": ["sglang_cpu/**/*", "sglang_cpu/**/*.dist-info/*"]},
+    package_data={"fiberpo_megatron.rollout": ["sglang_*/**/*", "sglang_*/**/*.dist-info/*"]},
     install_requires=[
         "torch>=2.6",
         # 0.17 and later need Python 3.12 and were not tested here

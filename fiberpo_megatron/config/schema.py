@@ -185,6 +185,9 @@ class EngineConfig(Section):
 
     urls: list[str] = []
     """Addresses of running servers (http://host:port). Empty: the run starts `count` servers itself."""
+    api_key_file: Path | None = None
+    """File (mode 0600) with the API key of the servers in `urls`. Servers that the run starts get a fresh key each run
+    when this is unset."""
     count: int = Field(1, ge=1)
     """Servers started on this node when `urls` is empty."""
     tensor: int = Field(1, ge=1)

@@ -9,9 +9,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from fiberpo_megatron.rendezvous import store_on
 
 _TAIL_LINES = 15
 
@@ -23,7 +24,7 @@ def launch_ranks(arguments: Sequence[str], world_size: int, log_folder: Path, en
     rank goes to `log_folder`. When a rank fails the others are stopped and its message is printed.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its failures are told below
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = store_on("127.0.0.1")
     common = {
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
@@ -32,6 +33,7 @@ def launch_ranks(arguments: Sequence[str], world_size: int, log_folder: Path, en
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RUN_ID": time.strftime("%Y%m%d_%H%M%S"),
         "FIBERPO_LAUNCHER_PID": str(os.getpid()),
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # ranks of one machine meet on loopback
         **environment,
     }
     log_folder.mkdir(parents=True, exist_ok=True)

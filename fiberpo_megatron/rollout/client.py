@@ -6,7 +6,7 @@ There are no retries: a generation that failed says so, and a weight update must
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -26,6 +26,7 @@ from fiberpo_megatron.rollout.errors import (
 from fiberpo_megatron.types import Completion
 
 CONTROL_TIMEOUT_S = 60.0
+KEY_FIX = "Name the file with the servers' key in rollout.engine.api_key_file"
 KEEP_ALIVE_S = 3.0
 """Idle connections are dropped sooner than the server drops them (5 s): none is used while it closes."""
 
@@ -37,6 +38,12 @@ class EngineAddress:
     url: str
     """http://host:port"""
     log: Path | None = None
+    api_key: str | None = field(default=None, repr=False)
+    """Sent with every request (`Authorization: Bearer`); never shown."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,12 @@ class EngineClient:
         limits = httpx.Limits(max_connections=max_connections, keepalive_expiry=KEEP_ALIVE_S)
         # trust_env=False: a proxy of the environment must not stand between trainer and engines
         self._http = httpx.AsyncClient(
-            base_url=self.url, timeout=None, limits=limits, trust_env=False, transport=transport
+            base_url=self.url,
+            headers=address.headers,
+            timeout=None,
+            limits=limits,
+            trust_env=False,
+            transport=transport,
         )
 
     async def close(self) -> None:
@@ -322,6 +334,8 @@ class EngineClient:
                 "The server died or was stopped: see its log",
                 self.address.log,
             ) from error
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            raise EngineRefused(self.url, f"{path} was refused: {_key_seen(self.address)}", KEY_FIX)
         if response.status_code != httpx.codes.OK:
             raise self._refused(path, f"HTTP {response.status_code}: {_reason(response)}")
         if not json:
@@ -340,6 +354,10 @@ class EngineClient:
         except ValueError as error:
             what = f"bad answer to {path}: {error}"
             raise EngineAnswerError(self.url, what, "Check that it is an SGLang server of a tested version") from error
+
+
+def _key_seen(address: EngineAddress) -> str:
+    return "another API key is needed" if address.api_key else "an API key is needed, none was given"
 
 
 def _reason(response: httpx.Response) -> str:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fiberpo_megatron.config.schema import EngineConfig
+from fiberpo_megatron.rollout.addresses import interface_of
 
+PLUGIN = Path(__file__).parent / "sglang_plugin" / "path"
 CPU_STAND_INS = Path(__file__).parent / "sglang_cpu" / "path"
 CPU_KV_TOKENS = 16384
 
@@ -79,8 +81,13 @@ def server_command(server: Server, config: EngineConfig) -> list[str]:
     return command + config.extra_args
 
 
-def server_environment(parent: Mapping[str, str], config: EngineConfig, gpu: bool) -> dict[str, str]:
-    """The parent's environment without what belongs to its own launcher, with what the server needs."""
+def server_environment(
+    parent: Mapping[str, str], config: EngineConfig, server: Server, key_file: Path | None
+) -> dict[str, str]:
+    """The parent's environment without what belongs to its own launcher, with what the server needs.
+
+    `key_file`: holds the API key, which must appear neither here nor on the command line.
+    """
     environment = {
         name: value
         for name, value in parent.items()
@@ -90,10 +97,16 @@ def server_environment(parent: Mapping[str, str], config: EngineConfig, gpu: boo
     environment["PYTHONUNBUFFERED"] = "1"
     environment["PYTHONSAFEPATH"] = "1"  # the working directory shadows no module
     environment["HF_HUB_OFFLINE"] = "1"  # a wrong folder is an error, not the name of a model on the hub
-    if gpu:
+    folders = [PLUGIN] if server.gpu else [PLUGIN, CPU_STAND_INS]
+    environment["PYTHONPATH"] = os.pathsep.join([*map(str, folders), *filter(None, [parent.get("PYTHONPATH")])])
+    interface = interface_of(server.host)
+    if interface is not None:  # gloo would listen on the address of the host's name, whoever can reach that
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if key_file is not None:
+        environment["FIBERPO_API_KEY_FILE"] = str(key_file)
+    if server.gpu:
         return environment
     return environment | {
-        "PYTHONPATH": os.pathsep.join([str(CPU_STAND_INS), *filter(None, [parent.get("PYTHONPATH")])]),
         "SGLANG_USE_CPU_ENGINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": str(config.threads),

@@ -17,14 +17,16 @@ import httpx
 import torch
 
 from fiberpo_megatron.config.schema import EngineConfig
-from fiberpo_megatron.rollout.client import EngineAddress
+from fiberpo_megatron.rollout.addresses import free_ports, is_free
+from fiberpo_megatron.rollout.api_key import write_key
+from fiberpo_megatron.rollout.client import KEY_FIX, EngineAddress
 from fiberpo_megatron.rollout.command import Server, server_command, server_environment
-from fiberpo_megatron.rollout.errors import EngineStartError, EngineUnreachable
-from fiberpo_megatron.rollout.ports import free_ports, is_free
+from fiberpo_megatron.rollout.errors import EngineRefused, EngineStartError, EngineUnreachable
 
 POLL_S = 0.1
 CHECK_TIMEOUT_S = 30.0
 TEMPORARY = "fiberpo-engine-"
+ONE_TOKEN = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
 LAUNCHER = Path(__file__).with_name("launcher.py")
 
 
@@ -41,6 +43,7 @@ def engines(
     gpu: bool | None = None,
     routed_experts: bool = False,
     deterministic: bool | None = None,
+    api_key: str | None = None,
 ) -> Iterator[list[EngineAddress]]:
     """Healthy engines; those that were started here are stopped at the end, whatever the reason.
 
@@ -48,13 +51,14 @@ def engines(
     `folder`: gets engine_<i>.log. `dtype`: used where `engine.dtype` is auto. `host`: address to bind, which
     all ranks must reach. `first_gpu`: server i takes `engine.tensor` GPUs from first_gpu + i * engine.tensor.
     `gpu` unset: whether torch sees one. `deterministic` (unset: without a GPU): honour per-request seeds.
+    `api_key`: without it the servers refuse requests; unset, everybody who reaches them can use them.
 
     Call it from a thread that outlives the engines. Raises EngineStartError (busy port, missing sglang, exit
     or no health before `engine.start_timeout_s`, with the log's tail), and EngineUnreachable for a given
     address without a server.
     """
     if config.urls:
-        addresses = [EngineAddress(url.rstrip("/")) for url in config.urls]
+        addresses = [EngineAddress(url.rstrip("/"), api_key=api_key) for url in config.urls]
         for address in addresses:
             check_reachable(address)
         yield addresses
@@ -84,7 +88,7 @@ def engines(
     started: list[EngineProcess] = []
     try:
         for i, server in enumerate(servers):
-            started.append(start_server(server, config, folder / f"engine_{i}.log"))
+            started.append(start_server(server, config, folder / f"engine_{i}.log", api_key))
         deadline = time.monotonic() + config.start_timeout_s
         for process in started:
             process.wait_until_healthy(deadline)
@@ -116,8 +120,11 @@ def check_startable(config: EngineConfig, model: Path, host: str) -> None:
 def check_reachable(address: EngineAddress) -> None:
     """Raise EngineUnreachable unless a server answers at this address."""
     try:
-        with httpx.Client(trust_env=False, timeout=CHECK_TIMEOUT_S) as http:
-            http.get(f"{address.url}/model_info").raise_for_status()
+        with httpx.Client(headers=address.headers, trust_env=False, timeout=CHECK_TIMEOUT_S) as http:
+            answer = http.get(f"{address.url}/model_info")
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            raise EngineRefused(address.url, "the server asks for another API key than this run has", KEY_FIX)
+        answer.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise EngineUnreachable(
             address.url,
@@ -136,9 +143,12 @@ class EngineProcess:
     """Its sockets and other temporary files, which SGLang leaves behind."""
 
     def wait_until_healthy(self, deadline: float) -> None:
-        """Return once the server has generated a token. `deadline`: of time.monotonic()."""
+        """Return once the server has generated a token, and has refused to without the API key.
+
+        `deadline`: of time.monotonic().
+        """
         begin = time.monotonic()
-        with httpx.Client(base_url=self.address.url, trust_env=False) as http:
+        with httpx.Client(base_url=self.address.url, headers=self.address.headers, trust_env=False) as http:
             while True:
                 code = self.process.poll()
                 if code is not None:
@@ -157,24 +167,35 @@ class EngineProcess:
                         self.address.log,
                     )
                 if _generates(http, left):
-                    return
+                    break
                 time.sleep(POLL_S)
+        if self.address.api_key and not _refuses_strangers(self.address.url, max(left, CHECK_TIMEOUT_S)):
+            raise EngineStartError(
+                self.address.url,
+                "the server answers without the API key",
+                "Leave SGLANG_PLUGINS unset: the key is set by the plugin in rollout/sglang_plugin",
+                self.address.log,
+            )
 
 
-def start_server(server: Server, config: EngineConfig, log: Path) -> EngineProcess:
+def start_server(server: Server, config: EngineConfig, log: Path, api_key: str | None = None) -> EngineProcess:
     """Start one server in a process group of its own; it dies with this process, even at kill -9."""
     command = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *server_command(server, config)]
-    temporary = tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-")
+    temporary = tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-")  # mode 0700
+    key_file = Path(temporary) / "api_key" if api_key else None
+    if key_file and api_key:
+        write_key(key_file, api_key)
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=server_environment(os.environ, config, server.gpu) | {"TMPDIR": temporary},
+            env=server_environment(os.environ, config, server, key_file) | {"TMPDIR": temporary},
             start_new_session=True,
         )
-    return EngineProcess(EngineAddress(f"http://{server.host}:{server.port}", log), process, Path(temporary))
+    address = EngineAddress(f"http://{server.host}:{server.port}", log, api_key)
+    return EngineProcess(address, process, Path(temporary))
 
 
 def stop_all(started: Sequence[EngineProcess]) -> None:
@@ -200,11 +221,17 @@ def remove_leftovers() -> None:
 
 def _generates(http: httpx.Client, timeout_s: float) -> bool:
     """Whether the server generates a token. (SGLang's /health asks for one too, and then sleeps 1 s.)"""
-    request = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
     try:
-        return http.post("/generate", json=request, timeout=timeout_s).status_code == httpx.codes.OK
+        return http.post("/generate", json=ONE_TOKEN, timeout=timeout_s).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
+
+
+def _refuses_strangers(url: str, timeout_s: float) -> bool:
+    """Whether the server refuses a request without an API key."""
+    with httpx.Client(base_url=url, trust_env=False, timeout=timeout_s) as stranger:
+        answers = [stranger.post("/generate", json=ONE_TOKEN), stranger.get("/model_info")]
+    return all(answer.status_code == httpx.codes.UNAUTHORIZED for answer in answers)
 
 
 def _exit_text(code: int) -> str:

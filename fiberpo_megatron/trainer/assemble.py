@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fiberpo_megatron.config import Config, dump_config
+from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.data.prompts import PromptSets, build_prompt_sets
 from fiberpo_megatron.data.tokenizer import Tokenizer, load_tokenizer, response_text, stop_token_ids, tokens_with
 from fiberpo_megatron.mcore.architecture import read_architecture
@@ -20,6 +21,7 @@ from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout, stop_lay
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
 from fiberpo_megatron.mcore.weights import save_hf
 from fiberpo_megatron.rewards import RetryEnvironment, build_reward
+from fiberpo_megatron.rollout.api_key import new_key, read_key
 from fiberpo_megatron.rollout.client import EngineAddress, Sampling
 from fiberpo_megatron.rollout.conversation import Dialogue
 from fiberpo_megatron.rollout.engine import engines
@@ -204,8 +206,10 @@ def _engines(base: Base, stack: ExitStack) -> list[EngineAddress]:
     if not config.rollout.engine.urls:
         base.say(f"Starting SGLang (log: {folder}/engine_0.log) ...")
     addresses: list[EngineAddress] = []
+    key: str | None = None
     with together(layout, "starting the rollout engines"):
         if layout.rank == 0:
+            key = _api_key(config.rollout.engine)
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
             needed = config.rollout.engine.count * config.rollout.engine.tensor
             spare = torch.cuda.device_count() >= local_ranks + needed
@@ -219,10 +223,19 @@ def _engines(base: Base, stack: ExitStack) -> list[EngineAddress]:
                     host="127.0.0.1" if local_ranks == layout.world_size else socket.gethostname(),
                     routed_experts=config.needs_rollout_routing,
                     first_gpu=local_ranks if spare else 0,  # beside the training ranks, else on their GPUs
+                    api_key=key,
                 )
             )
-    urls = layout.share_text(json.dumps([a.url for a in addresses]) if layout.rank == 0 else None)
-    return addresses or [EngineAddress(url) for url in json.loads(urls)]
+    shared = layout.share_text(json.dumps([key, *(a.url for a in addresses)]) if layout.rank == 0 else None)
+    key, *urls = json.loads(shared)
+    return addresses or [EngineAddress(url, api_key=key) for url in urls]
+
+
+def _api_key(engine: EngineConfig) -> str | None:
+    """Of given servers: what their file says, if anything; else a fresh one."""
+    if engine.api_key_file is not None:
+        return read_key(engine.api_key_file)
+    return None if engine.urls else new_key()
 
 
 def _publisher(base: Base, addresses: list[EngineAddress]) -> Publisher:

@@ -7,15 +7,17 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import torch
 
+from fiberpo_megatron.rollout.addresses import local_address
 from fiberpo_megatron.rollout.client import EngineAddress
 from fiberpo_megatron.rollout.errors import EngineError, EngineTimeout
 from fiberpo_megatron.weight_sync.base import Deadline, Publisher, Weights
 from fiberpo_megatron.weight_sync.buckets import Bucket, buckets
-from fiberpo_megatron.weight_sync.group import UpdateGroup, store_host
+from fiberpo_megatron.weight_sync.group import UpdateGroup
 
 MIB = 1024**2
 QUICK_S = 10.0
@@ -100,7 +102,7 @@ class DistributedPublisher(Publisher):
         """A new group with every tensor-parallel rank of every engine: rank 0 is this process."""
         sizes = self._on_all(lambda client: client.tensor_parallel_size())
         offsets = list(accumulate(sizes, initial=1))
-        host = store_host([client.url for client in self.clients])
+        host = local_address([urlsplit(client.url).hostname or "" for client in self.clients])
         name = f"fiberpo-{uuid.uuid4().hex[:8]}"
         group = UpdateGroup(name, self.backend, host, offsets[-1], self.timeout_s)
         calls = [

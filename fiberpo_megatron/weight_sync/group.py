@@ -5,26 +5,15 @@ stay untouched, and an eagerly initialised default group is not split for it. Th
 under which SGLang (`init_custom_process_group`) and torch (`_new_process_group_helper`) look for the others.
 """
 
-import socket
 from datetime import timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import BackendConfig
 
-
-def store_host(engine_urls: list[str]) -> str:
-    """The address at which every engine reaches this process: loopback when all of them are local."""
-    hosts = {urlsplit(url).hostname or "" for url in engine_urls}
-    if all(host == "localhost" or host.startswith("127.") for host in hosts):
-        return "127.0.0.1"
-    remote = next(h for h in sorted(hosts) if h != "localhost" and not h.startswith("127."))
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((remote, 9))  # sends nothing: the kernel only chooses the route
-        return str(probe.getsockname()[0])
+from fiberpo_megatron.rendezvous import store_on
 
 
 class UpdateGroup:
@@ -37,7 +26,7 @@ class UpdateGroup:
         self.name, self.backend, self.size = name, backend, size
         self.timeout = timedelta(seconds=timeout_s)
         self.host = host
-        self._store = dist.TCPStore(host, 0, size, True, self.timeout, wait_for_workers=False)
+        self._store = store_on(host, size, self.timeout)
         self._group: Any = None
 
     @property
@@ -56,7 +45,11 @@ class UpdateGroup:
             options._timeout = self.timeout
             self._group = dist.ProcessGroupNCCL(store, 0, self.size, options)
         else:
-            self._group = dist.ProcessGroupGloo(store, 0, self.size, self.timeout)
+            kind: Any = dist.ProcessGroupGloo
+            gloo = kind._Options()
+            gloo._timeout = self.timeout
+            gloo._devices = [kind.create_device(hostname=self.host)]  # listens on that address
+            self._group = kind(store, 0, self.size, gloo)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Send `tensor`; returns when it was sent.

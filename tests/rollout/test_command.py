@@ -1,11 +1,12 @@
 """Command line and environment of a server."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fiberpo_megatron.config.schema import EngineConfig
-from fiberpo_megatron.rollout.command import CPU_STAND_INS, Server, server_command, server_environment
+from fiberpo_megatron.rollout.command import CPU_STAND_INS, PLUGIN, Server, server_command, server_environment
 
 
 def server(model: Path, **changes) -> Server:
@@ -49,9 +50,12 @@ def test_a_model_without_weights_starts_with_random_ones(tmp_path):
 def test_the_launchers_variables_do_not_reach_the_server():
     """Under torchrun the server's own rendezvous would join the trainer's store and hang."""
     parent = {"RANK": "1", "MASTER_PORT": "5", "TORCHELASTIC_USE_AGENT_STORE": "True", "HOME": "/h", "PYTHONPATH": "/p"}
-    gpu = server_environment(parent, EngineConfig(), gpu=True)
+    where = server(Path("/m"), gpu=True)
+    gpu = server_environment(parent, EngineConfig(), where, key_file=Path("/private/key"))
     assert not set(gpu) & {"RANK", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"}
-    assert gpu["HOME"] == "/h" and gpu["PYTHONPATH"] == "/p"
-    cpu = server_environment(parent, EngineConfig(threads=2), gpu=False)
-    assert cpu["PYTHONPATH"] == f"{CPU_STAND_INS}:/p" and cpu["OMP_NUM_THREADS"] == "2"
+    assert gpu["HOME"] == "/h" and gpu["PYTHONPATH"] == f"{PLUGIN}:/p"
+    assert gpu["FIBERPO_API_KEY_FILE"] == "/private/key" and gpu["GLOO_SOCKET_IFNAME"] == "lo"
+    cpu = server_environment(parent, EngineConfig(threads=2), replace(where, gpu=False), key_file=None)
+    assert "FIBERPO_API_KEY_FILE" not in cpu
+    assert cpu["PYTHONPATH"] == f"{PLUGIN}:{CPU_STAND_INS}:/p" and cpu["OMP_NUM_THREADS"] == "2"
     assert (CPU_STAND_INS / "triton" / "__init__.py").is_file()

@@ -8,14 +8,16 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.rollout.client import EngineAddress, Sampling
-from fiberpo_megatron.rollout.engine import EngineProcess, engines, remove_leftovers, stop_all
-from fiberpo_megatron.rollout.errors import EngineStartError, EngineUnreachable
+from fiberpo_megatron.rollout.engine import EngineProcess, check_reachable, engines, remove_leftovers, stop_all
+from fiberpo_megatron.rollout.errors import EngineRefused, EngineStartError, EngineUnreachable
 from fiberpo_megatron.rollout.generate import EngineSampler
 
 
@@ -87,12 +89,40 @@ def test_a_failed_start_shows_the_end_of_the_log(checkpoint, tmp_path):
     assert "--no-such-flag" in (tmp_path / "engines" / "engine_0.log").read_text()
 
 
+KEY = "a-key-that-nobody-else-may-see"
+
+
+def check_key(address: EngineAddress) -> None:
+    """Only who has the key gets in, and it is nowhere to be seen."""
+    for stranger, seen in ((None, "an API key is needed, none was given"), ("guessed", "another API key is needed")):
+        without = replace(address, api_key=stranger)
+        with pytest.raises(EngineRefused, match="the server asks for another API key .*api_key_file"):
+            check_reachable(without)
+        with (
+            EngineSampler([without], Sampling(1), max_concurrent=1, timeout_s=60, vocabulary=64) as sampler,
+            pytest.raises(EngineRefused, match=f"{seen}.*api_key_file"),
+        ):
+            sampler.sample([[2, 3]], 1)
+    check_reachable(address)
+    assert address.log is not None and KEY not in repr(address)
+    log = address.log.read_text()
+    assert "'api_key': '<redacted>'" in log and KEY not in log
+    for pid in living():
+        try:
+            assert KEY not in Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+            assert KEY not in Path(f"/proc/{pid}/environ").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+
+
 RUN = """
 import sys, time
 from pathlib import Path
 from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.rollout.engine import engines
-with engines(EngineConfig(), Path(sys.argv[1]), Path(sys.argv[2]), dtype="float32", gpu=False) as found:
+key = sys.stdin.readline().strip()
+model, folder = Path(sys.argv[1]), Path(sys.argv[2])
+with engines(EngineConfig(), model, folder, dtype="float32", gpu=False, api_key=key) as found:
     print(found[0].url, flush=True)
     time.sleep(600)
 """
@@ -102,14 +132,22 @@ with engines(EngineConfig(), Path(sys.argv[1]), Path(sys.argv[2]), dtype="float3
 def test_kill_9_of_the_run_takes_the_server_along_and_a_waiting_sampler_says_so(checkpoint, tmp_path):
     """Worth a server start of its own: a server that outlives its run keeps memory and ports for ever."""
     run = subprocess.Popen(
-        [sys.executable, "-c", RUN, str(checkpoint), str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", RUN, str(checkpoint), str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    assert run.stdout is not None
+    assert run.stdin is not None and run.stdout is not None
+    run.stdin.write(f"{KEY}\n")
+    run.stdin.close()
     url = run.stdout.readline().strip()
     (server,) = children(run.pid)
     assert len(members(server)) >= 3, "server, scheduler and detokenizer"
+    address = EngineAddress(url, tmp_path / "engine_0.log", KEY)
+    check_key(address)
+    listening = {c.laddr.ip for pid in members(server) for c in psutil.Process(pid).net_connections() if not c.raddr}
+    assert listening == {"127.0.0.1"}
     threading.Timer(1.0, run.kill).start()
-    address = EngineAddress(url, tmp_path / "engine_0.log")
     with (
         EngineSampler([address], Sampling(500), max_concurrent=64, timeout_s=60, vocabulary=64) as sampler,
         pytest.raises(EngineUnreachable, match=rf"{url}: the connection was lost[\s\S]*engine_0.log ---"),

@@ -5,8 +5,10 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from fiberpo_megatron.rollout.client import EngineAddress
 from fiberpo_megatron.rollout.errors import EngineError, EngineRefused, EngineTimeout
 from fiberpo_megatron.weight_sync.disk import DiskPublisher
 from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
-from fiberpo_megatron.weight_sync.group import store_host
+from fiberpo_megatron.weight_sync.group import UpdateGroup
 from tests.rollout.fake_server import FakeServers
 
 ENGINES = [EngineAddress("http://127.0.0.1:1"), EngineAddress("http://127.0.0.1:2")]
@@ -242,9 +244,26 @@ def test_a_reported_version_that_is_not_the_published_one(model, tmp_path):
         publishing.publish(iter(WEIGHTS.items()), "1")
 
 
-def test_the_address_of_the_store():
-    assert store_host(["http://127.0.0.1:1", "http://localhost:2"]) == "127.0.0.1"
-    assert store_host(["http://127.0.0.1:1", "http://192.0.2.1:2"]) != "127.0.0.1"
+def test_the_group_listens_on_its_address_alone():
+    before = listening()
+    group = UpdateGroup("alone", "gloo", "127.0.0.1", 2, timeout_s=30)
+    joined = threading.Thread(target=group.connect)
+    joined.start()
+    store: Any = dist.TCPStore("127.0.0.1", group.port)
+    for prefix in ("alone", "alone/", "cpu/"):
+        store = dist.PrefixStore(prefix, store)
+    other = dist.ProcessGroupGloo(store, 1, 2, timedelta(seconds=30))
+    joined.join(30)
+    assert not joined.is_alive()
+    opened = listening() - before
+    assert ("127.0.0.1", group.port) in opened and {address for address, _ in opened} == {"127.0.0.1"}
+    group.close()
+    del other
+
+
+def listening() -> set[tuple[str, int]]:
+    connections = psutil.Process().net_connections("inet")
+    return {(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
 
 
 def test_no_engines(model):

@@ -1,0 +1,64 @@
+"""Where a server listens: the address that its clients reach and no other, and a free port."""
+
+import random
+import socket
+from collections.abc import Iterable
+
+import psutil
+
+LOWEST, HIGHEST = 18000, 21999
+"""Below the kernel's ephemeral range, used by connections, and below SGLang's own picks (from 22000)."""
+
+
+def is_free(port: int, host: str) -> bool:
+    """Whether a server could listen on host:port now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_ports(count: int, host: str) -> list[int]:
+    """`count` different free ports, drawn at random so that two runs on a machine rarely want the same."""
+    found: list[int] = []
+    for port in random.Random().sample(range(LOWEST, HIGHEST + 1), HIGHEST + 1 - LOWEST):
+        if len(found) == count:
+            break
+        if is_free(port, host):
+            found.append(port)
+    if len(found) < count:
+        raise RuntimeError(f"{count} free ports are needed on {host}, {len(found)} found in {LOWEST}-{HIGHEST}")
+    return found
+
+
+def local_address(peers: Iterable[str]) -> str:
+    """The IPv4 address of this machine that every one of `peers` (names or addresses) reaches: loopback when all of
+    them are this machine, else the one from which packets to the first other machine leave.
+
+    Raises OSError for a name without an address.
+    """
+    for peer in peers:
+        remote = socket.gethostbyname(peer)
+        if remote.startswith("127."):
+            continue
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((remote, 9))  # sends nothing: the kernel only chooses the route
+            source = str(probe.getsockname()[0])
+        if source != remote:
+            return source
+    return "127.0.0.1"
+
+
+def interface_of(host: str) -> str | None:
+    """Name of the network interface with this address (or name); None when no interface has it."""
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.family == socket.AF_INET and a.address == address for a in addresses):
+            return name
+    return None

@@ -1,0 +1,51 @@
+"""SGLang plugin (entry-point group `sglang.srt.plugins`) of every server that a run starts.
+
+SGLang loads it in each of the server's processes, before it reads its arguments. README.md beside this folder says
+what each hook is for.
+"""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+KEY_FILE = "FIBERPO_API_KEY_FILE"
+
+_kept: list[Any] = []
+"""The rendezvous store, for as long as the process lives."""
+
+
+def _with_key(server_args: Any, *args: object, **kwargs: object) -> Any:
+    """The parsed arguments with the API key of the file: on the command line everybody on the machine could read it."""
+    server_args.api_key = Path(os.environ[KEY_FILE]).read_text().strip()
+    return server_args
+
+
+def _without_key(shown: dict[str, Any], *args: object, **kwargs: object) -> dict[str, Any]:
+    """What SGLang writes to its log about its arguments."""
+    return shown | {"api_key": "<redacted>"}
+
+
+def _rendezvous_on_loopback(server_args: Any) -> None:
+    """Host the store in which the server's own ranks meet; torch's would listen on every interface."""
+    from torch.distributed import TCPStore
+
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", server_args.nccl_port))
+    listener.listen(1024)
+    port = listener.getsockname()[1]
+    _kept.append(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # all ranks are clients
+
+
+def register() -> None:
+    """Entry point of the plugin."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    if KEY_FILE in os.environ:
+        HookRegistry.register("sglang.srt.server_args.prepare_server_args", _with_key, HookType.AFTER)
+        HookRegistry.register("sglang.srt.entrypoints.engine._server_args_for_logging", _without_key, HookType.AFTER)
+    HookRegistry.register(
+        "sglang.srt.entrypoints.engine._set_envs_and_config", _rendezvous_on_loopback, HookType.BEFORE
+    )
