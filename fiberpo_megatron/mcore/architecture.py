@@ -5,137 +5,219 @@ A field that changes the computation and is not understood here is refused by na
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-FAMILIES = ("qwen3_moe", "qwen3", "qwen2", "llama", "mixtral")
+from fiberpo_megatron.mcore.config_fields import FAMILIES, HARMLESS, REQUIRED, Fields
+from fiberpo_megatron.mcore.rope import Rope, read_rope
 
-_USED = {
-    "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling",
-    "tie_word_embeddings", "initializer_range", "max_position_embeddings", "num_experts", "num_local_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
-}  # fmt: skip
 
-_WITHOUT_EFFECT = {
-    "transformers_version", "architectures", "output_hidden_states", "output_attentions", "return_dict", "dtype",
-    "torch_dtype", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type",
-    "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "_name_or_path", "pretraining_tp",
-    "output_router_logits", "router_aux_loss_coef", "max_window_layers", "rope_theta", "auto_map",
-    "_attn_implementation", "_experts_implementation", "use_return_dict", "tokenizer_class",
-}  # fmt: skip
-"""Labels, outputs, and `router_aux_loss_coef`: the run's own `model.router_aux_loss` decides."""
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1). Sizes per head unless said."""
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, None),
-    "use_sliding_window": (False, None),
-    "decoder_sparse_step": (1,),
-    "mlp_only_layers": ([], None),
-    "router_jitter_noise": (0, None),
-    "partial_rotary_factor": (1, None),
-    "quantization_config": (None,),
-}
-"""Fields with an effect that is not built here, and the values at which they have none."""
+    query_rank: int | None
+    """Of the compressed queries; None: queries are projected directly."""
+    key_value_rank: int
+    """Of the compressed keys and values, over all heads."""
+    plain_size: int
+    """Part of queries and keys without rotary embedding."""
+    rotary_size: int
+    """Part with rotary embedding; the keys' is shared by all heads."""
+    value_size: int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts of the layers that have one."""
+
+    count: int
+    per_token: int
+    ffn_size: int
+    """Of one expert."""
+    dense_layers: tuple[int, ...]
+    """Layers, from 0, that have a plain MLP instead."""
+    normalised: bool
+    """Whether the chosen experts' probabilities are made to sum to 1."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    shared_ffn_size: int = 0
+    """Of the experts that every token goes to, together."""
+    correction_bias: bool = False
+    """Whether a bias is added to the scores for the choice alone (DeepSeek-V3, arXiv 2412.19437, equation 16)."""
+    scaling: float | None = None
+    """Factor of the chosen experts' probabilities."""
+    groups: int | None = None
+    """Groups of experts of which a token may use only some; None: any expert."""
+    groups_per_token: int | None = None
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers of a decoder with RMSNorm, rotary embeddings, grouped queries and SwiGLU."""
+    """The numbers of a decoder with RMSNorm, rotary embeddings and SwiGLU."""
 
     model_type: str
     layers: int
     hidden_size: int
     ffn_size: int
-    """Of a dense layer; for a mixture of experts of one expert."""
+    """Of a dense layer."""
     heads: int
     key_value_heads: int
     head_dim: int
+    """Of queries and keys."""
     vocab_size: int
     norm_eps: float
-    rope_theta: float
+    rope: Rope
     tied_embeddings: bool
     initializer_range: float
     max_positions: int
     qk_norm: bool
     qkv_bias: bool
-    experts: int | None
+    experts: Experts | None
     """None for a dense model."""
-    experts_per_token: int
-    norm_topk_prob: bool
-    """Whether the chosen experts' probabilities are made to sum to 1."""
+    latent: LatentAttention | None
+    """None: grouped-query attention."""
+    predict_layers: int
+    """Multi-token prediction layers behind the model's own; their weights are neither loaded nor exported."""
+
+
+class _Config:
+    """Fields of a config.json with the family's defaults."""
+
+    def __init__(self, hf_config: Mapping[str, Any], fields: Fields) -> None:
+        self._given = hf_config
+        self._fields = fields
+
+    def get(self, key: str) -> Any:
+        default = self._fields.used[key]
+        return self._given.get(key, None if default is REQUIRED else default)
+
+    def number(self, key: str, at_least: int = 1) -> int:
+        value = self.get(key)
+        if not isinstance(value, int) or value < at_least:
+            raise ValueError(f"config.json: {key} = {value!r}; a whole number of at least {at_least} is needed")
+        return value
 
 
 def read_architecture(hf_config: Mapping[str, Any]) -> Architecture:
     """The architecture of a config.json; ValueError names what is missing or not supported."""
-    family = hf_config.get("model_type")
+    family = str(hf_config.get("model_type"))
     if family not in FAMILIES:
         raise ValueError(f"config.json: model_type = {family!r} is not supported; use one of {', '.join(FAMILIES)}")
-    _refuse_unknown(hf_config)
-    moe = family in ("qwen3_moe", "mixtral")
-    heads = _need(hf_config, "num_attention_heads")
-    hidden = _need(hf_config, "hidden_size")
+    fields = FAMILIES[family]
+    _refuse_unknown(hf_config, fields)
+    config = _Config(hf_config, fields)
+    heads = config.number("num_attention_heads")
+    latent = _latent(config) if family == "deepseek_v3" else None
+    if latent:
+        key_value_heads, head_dim = heads, latent.plain_size + latent.rotary_size
+        if config.get("num_key_value_heads") not in (heads, None):
+            raise ValueError(
+                f"config.json: num_key_value_heads = {config.get('num_key_value_heads')} differs from "
+                f"num_attention_heads = {heads}; latent attention has one key and value per query head"
+            )
+    else:
+        key_value_heads = config.get("num_key_value_heads") or heads
+        head_dim = config.get("head_dim") or config.number("hidden_size") // heads
     return Architecture(
         model_type=family,
-        layers=_need(hf_config, "num_hidden_layers"),
-        hidden_size=hidden,
-        ffn_size=_need(hf_config, "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"),
+        layers=config.number("num_hidden_layers"),
+        hidden_size=config.number("hidden_size"),
+        ffn_size=config.number("intermediate_size"),
         heads=heads,
-        key_value_heads=hf_config.get("num_key_value_heads") or heads,
-        head_dim=hf_config.get("head_dim") or hidden // heads,
-        vocab_size=_need(hf_config, "vocab_size"),
-        norm_eps=float(hf_config.get("rms_norm_eps", 1e-6)),
-        rope_theta=_rope_theta(hf_config),
-        tied_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
-        initializer_range=float(hf_config.get("initializer_range", 0.02)),
-        max_positions=int(hf_config.get("max_position_embeddings", 32768)),
+        key_value_heads=key_value_heads,
+        head_dim=head_dim,
+        vocab_size=config.number("vocab_size"),
+        norm_eps=float(config.get("rms_norm_eps")),
+        rope=read_rope(hf_config, latent=latent is not None),
+        tied_embeddings=bool(config.get("tie_word_embeddings")),
+        initializer_range=float(config.get("initializer_range")),
+        max_positions=config.number("max_position_embeddings"),
         qk_norm=family in ("qwen3_moe", "qwen3"),
         qkv_bias=family == "qwen2",
-        experts=_experts(hf_config) if moe else None,
-        experts_per_token=_need(hf_config, "num_experts_per_tok") if moe else 0,
-        norm_topk_prob=bool(hf_config.get("norm_topk_prob", False)) if family == "qwen3_moe" else True,
+        experts=_EXPERTS[family](config) if family in _EXPERTS else None,
+        latent=latent,
+        predict_layers=config.number("num_nextn_predict_layers", 0) if latent else 0,
     )
 
 
-def _need(hf_config: Mapping[str, Any], key: str) -> int:
-    value = hf_config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json: {key} = {value!r}; a whole number of at least 1 is needed")
-    return value
+def _latent(config: _Config) -> LatentAttention:
+    return LatentAttention(
+        query_rank=None if config.get("q_lora_rank") is None else config.number("q_lora_rank"),
+        key_value_rank=config.number("kv_lora_rank"),
+        plain_size=config.number("qk_nope_head_dim"),
+        rotary_size=config.number("qk_rope_head_dim"),
+        value_size=config.number("v_head_dim"),
+    )
 
 
-def _experts(hf_config: Mapping[str, Any]) -> int:
-    return _need(hf_config, "num_experts" if "num_experts" in hf_config else "num_local_experts")
+def _qwen3_moe(config: _Config) -> Experts | None:
+    count = config.number("num_experts" if config.get("num_local_experts") is None else "num_local_experts")
+    step, dense = config.number("decoder_sparse_step"), config.get("mlp_only_layers") or []
+    layers = range(config.number("num_hidden_layers"))
+    dense_layers = tuple(layer for layer in layers if layer in dense or (layer + 1) % step)
+    if len(dense_layers) == len(layers):
+        return None
+    return Experts(
+        count=count,
+        per_token=config.number("num_experts_per_tok"),
+        ffn_size=config.number("moe_intermediate_size"),
+        dense_layers=dense_layers,
+        normalised=bool(config.get("norm_topk_prob")),
+    )
 
 
-def _rope_theta(hf_config: Mapping[str, Any]) -> float:
-    rope = dict(hf_config.get("rope_parameters") or {})
-    scaling = dict(hf_config.get("rope_scaling") or {})
-    for field, values in (("rope_parameters", rope), ("rope_scaling", scaling)):
-        kind = values.pop("rope_type", values.pop("type", "default"))
-        values.pop("type", None)
-        extra = {key: value for key, value in values.items() if key != "rope_theta" and value is not None}
-        if extra.get("partial_rotary_factor") == 1:
-            extra.pop("partial_rotary_factor")
-        if kind != "default" or extra:
-            raise ValueError(
-                f"config.json: {field} = {hf_config[field]!r} asks for scaled rotary embeddings, which are not built; "
-                'only rope_type "default" with a rope_theta is supported'
-            )
-    theta = rope.get("rope_theta", scaling.get("rope_theta", hf_config.get("rope_theta")))
-    if theta is None:
-        raise ValueError("config.json: rope_theta is missing (also inside rope_parameters)")
-    return float(theta)
+def _mixtral(config: _Config) -> Experts:
+    return Experts(
+        count=config.number("num_local_experts"),
+        per_token=config.number("num_experts_per_tok"),
+        ffn_size=config.number("intermediate_size"),
+        dense_layers=(),
+        normalised=True,
+    )
 
 
-def _refuse_unknown(hf_config: Mapping[str, Any]) -> None:
+def _deepseek_v3(config: _Config) -> Experts | None:
+    layers, first = config.number("num_hidden_layers"), config.number("first_k_dense_replace", 0)
+    if first >= layers:
+        return None
+    per_token, normalised = config.number("num_experts_per_tok"), bool(config.get("norm_topk_prob"))
+    if normalised != (per_token > 1):
+        raise ValueError(
+            f"config.json: norm_topk_prob = {normalised} with num_experts_per_tok = {per_token} is not built: "
+            "Megatron normalises sigmoid scores exactly when a token uses several experts"
+        )
+    groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
+    limited = chosen < groups
+    if limited and per_token // chosen != 2:
+        raise ValueError(
+            f"config.json: topk_group = {chosen} with num_experts_per_tok = {per_token} is not built: transformers "
+            "ranks a group of experts by its best 2, Megatron by its best num_experts_per_tok // topk_group = "
+            f"{per_token // chosen}"
+        )
+    return Experts(
+        count=config.number("n_routed_experts"),
+        per_token=per_token,
+        ffn_size=config.number("moe_intermediate_size"),
+        dense_layers=tuple(range(first)),
+        normalised=normalised,
+        score="sigmoid",
+        shared_ffn_size=config.number("n_shared_experts") * config.number("moe_intermediate_size"),
+        correction_bias=True,
+        scaling=float(config.get("routed_scaling_factor")),
+        groups=groups if limited else None,
+        groups_per_token=chosen if limited else None,
+    )
+
+
+_EXPERTS = {"qwen3_moe": _qwen3_moe, "mixtral": _mixtral, "deepseek_v3": _deepseek_v3}
+
+
+def _refuse_unknown(hf_config: Mapping[str, Any], fields: Fields) -> None:
     for key, value in hf_config.items():
-        if key in _NEUTRAL:
-            if value not in _NEUTRAL[key]:
+        if key in fields.fixed:
+            if value not in fields.fixed[key]:
                 raise ValueError(
                     f"config.json: {key} = {value!r} changes the computation in a way that is not built; supported: "
-                    f"{', '.join(repr(v) for v in _NEUTRAL[key])}"
+                    f"{', '.join(repr(v) for v in fields.fixed[key])}"
                 )
         elif key == "sliding_window":
             if value is not None and hf_config.get("use_sliding_window") is not False:
@@ -144,7 +226,7 @@ def _refuse_unknown(hf_config: Mapping[str, Any]) -> None:
             other = sorted({kind for kind in value or [] if kind != "full_attention"})
             if other:
                 raise ValueError(f"config.json: layer_types contains {other[0]!r}; supported: 'full_attention'")
-        elif key not in _USED and key not in _WITHOUT_EFFECT and value not in (None, False, 0, [], {}):
+        elif key not in fields.used.keys() | fields.harmless | HARMLESS and value not in (None, False, 0, [], {}):
             raise ValueError(
                 f"config.json: the field {key} = {value!r} is not known and might change the computation; if it does "
                 "not, take it out of config.json"

@@ -5,6 +5,7 @@ renamed. What bears its final name is complete; an interrupted or failed save le
 """
 
 import errno
+import json
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping
@@ -208,7 +209,8 @@ def _dimensions(layout: ParallelLayout) -> dict[str, int]:
 
 def _model_fields(policy: CheckpointedPolicy) -> dict[str, object]:
     """What decides the tensors of a checkpoint: architecture, precision, kind of optimizer."""
-    fields = asdict(read_architecture(policy.hf_config))
+    # Through JSON, as a description that is read back: it has lists for tuples.
+    fields: dict[str, object] = json.loads(json.dumps(asdict(read_architecture(policy.hf_config))))
     for free in ("initializer_range", "max_positions"):
         fields.pop(free)
     fields["dtype"] = str(next(policy.models[0].parameters()).dtype).removeprefix("torch.")

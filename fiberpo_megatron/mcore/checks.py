@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fiberpo_megatron.config.schema import ParallelConfig
-from fiberpo_megatron.mcore.architecture import Architecture, read_architecture
+from fiberpo_megatron.mcore.architecture import Architecture, Experts, read_architecture
 
 
 def check_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, world_size: int) -> None:
@@ -20,7 +20,7 @@ def check_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, world_s
                 f"a {architecture.model_type} model has no experts; set both to 1"
             )
     else:
-        _check_experts(architecture, parallel, world_size)
+        _check_experts(architecture.experts, parallel, world_size)
 
 
 def divisors(number: int) -> list[int]:
@@ -52,7 +52,7 @@ def _check_tensor(architecture: Architecture, parallel: ParallelConfig) -> None:
     for what, number in (
         ("num_attention_heads", architecture.heads),
         ("num_key_value_heads", architecture.key_value_heads),
-        *([] if architecture.experts else [("intermediate_size", architecture.ffn_size)]),
+        *_split_widths(architecture),
     ):
         if number % size:
             _refuse("tensor", size, what, number, divisors(number))
@@ -62,6 +62,17 @@ def _check_tensor(architecture: Architecture, parallel: ParallelConfig) -> None:
             f"parallel.tensor = {size} leaves a rank without any of vocab_size = {architecture.vocab_size} tokens; "
             "use fewer tensor-parallel ranks"
         )
+
+
+def _split_widths(architecture: Architecture) -> list[tuple[str, int]]:
+    """Inner sizes of the MLPs that tensor parallelism splits."""
+    experts = architecture.experts
+    widths = []
+    if experts is None or experts.dense_layers:
+        widths.append(("intermediate_size", architecture.ffn_size))
+    if experts and experts.shared_ffn_size:
+        widths.append(("the shared experts' intermediate size", experts.shared_ffn_size))
+    return widths
 
 
 def _check_layers(architecture: Architecture, parallel: ParallelConfig) -> None:
@@ -85,17 +96,16 @@ def _check_layers(architecture: Architecture, parallel: ParallelConfig) -> None:
         _refuse("virtual_pipeline", parallel.virtual_pipeline, "layers per stage", per_stage, divisors(per_stage))
 
 
-def _check_experts(architecture: Architecture, parallel: ParallelConfig, world_size: int) -> None:
-    experts = architecture.experts or 1
-    if experts % parallel.expert:
-        _refuse("expert", parallel.expert, "the number of experts", experts, divisors(experts))
-    if architecture.ffn_size % parallel.expert_tensor:
-        fits = divisors(architecture.ffn_size)
+def _check_experts(experts: Experts, parallel: ParallelConfig, world_size: int) -> None:
+    if experts.count % parallel.expert:
+        _refuse("expert", parallel.expert, "the number of experts", experts.count, divisors(experts.count))
+    if experts.ffn_size % parallel.expert_tensor:
+        fits = divisors(experts.ffn_size)
         _refuse(
             "expert_tensor",
             parallel.expert_tensor,
             "the experts' intermediate size",
-            architecture.ffn_size,
+            experts.ffn_size,
             fits,
         )
     ranks = world_size // parallel.pipeline

@@ -35,12 +35,15 @@ class GpuPlatform:
             "bias_dropout_fusion": True,
         }
 
-    def layer_spec(self, *, num_experts: int | None, qk_layernorm: bool) -> Any:
+    def layer_spec(self, *, num_experts: int | None, qk_layernorm: bool, latent: bool) -> Any:
         """Megatron's Transformer Engine layer."""
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=qk_layernorm
+            num_experts=num_experts,
+            moe_grouped_gemm=num_experts is not None,
+            qk_layernorm=qk_layernorm or latent,
+            multi_latent_attention=latent,
         )
 
     def final_norm(self) -> Any:

@@ -14,7 +14,8 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fiberpo_megatron.config.schema import OptimizerConfig
-from fiberpo_megatron.mcore.model import DTYPES, PolicyModel
+from fiberpo_megatron.mcore.model import PolicyModel
+from fiberpo_megatron.mcore.transformer_config import DTYPES
 
 
 def wrap_data_parallel(chunks: Sequence[PolicyModel], distributed_optimizer: bool) -> list[DistributedDataParallel]:

@@ -21,8 +21,9 @@ class Platform(Protocol):
         """Fields of Megatron's TransformerConfig that depend on the machine."""
         ...
 
-    def layer_spec(self, *, num_experts: int | None, qk_layernorm: bool) -> Any:
-        """ModuleSpec of one transformer layer."""
+    def layer_spec(self, *, num_experts: int | None, qk_layernorm: bool, latent: bool) -> Any:
+        """ModuleSpec of one transformer layer; dense when `num_experts` is None, with multi-head latent attention
+        when `latent`."""
         ...
 
     def final_norm(self) -> Any:

@@ -7,7 +7,7 @@ Transformer-Engine spec's names are brought to this form by `canonical_name`.
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from fiberpo_megatron.mcore.weights_transforms import (
@@ -102,12 +102,16 @@ class Family:
         return layer, -1 if match.expert is None else match.expert, self.rules.index(rule)
 
     def for_model(self, dims: Dimensions) -> "Family":
-        """The table of one model: a tied output layer is a copy of the embedding."""
-        if not dims.tied_embeddings:
-            return self
-        tied = Rule(OUTPUT, (HF_EMBEDDING,), Vocabulary(), exported=False)
-        rules = tuple(tied if rule.megatron == OUTPUT else rule for rule in self.rules)
-        return Family(rules, self.fused_experts, self.ignored)
+        """The table of one model: a tied output layer is a copy of the embedding; layers that predict tokens
+        further ahead are not built."""
+        ignored, rules = self.ignored, self.rules
+        if dims.predict_layers:
+            behind = "|".join(str(dims.layers + i) for i in range(dims.predict_layers))
+            ignored = rf"{ignored}|model\.layers\.({behind})\..*"
+        if dims.tied_embeddings:
+            tied = Rule(OUTPUT, (HF_EMBEDDING,), Vocabulary(), exported=False)
+            rules = tuple(tied if rule.megatron == OUTPUT else rule for rule in rules)
+        return replace(self, rules=rules, ignored=ignored)
 
 
 _LAYER = "decoder.layers.{layer}."
@@ -164,6 +168,23 @@ _MOE_FUSED = (
 )
 _MIXTRAL = "block_sparse_moe.experts.{expert}."
 
+_SHARED = "mlp.shared_experts."
+_SHARED_EXPERTS = (
+    _layer(_SHARED + "linear_fc1.weight", (_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight"), GateUp()),
+    _layer(_SHARED + "linear_fc2.weight", (_SHARED + "down_proj.weight",), Split(1)),
+)
+_CORRECTION_BIAS = (_layer("mlp.router.expert_bias", ("mlp.gate.e_score_correction_bias",), Whole()),)
+_LATENT_ATTENTION = (
+    _layer("self_attention.linear_q_proj.weight", ("self_attn.q_proj.weight",), Split(0)),
+    _layer("self_attention.linear_q_down_proj.weight", ("self_attn.q_a_proj.weight",), Whole()),
+    _layer("self_attention.q_layernorm.weight", ("self_attn.q_a_layernorm.weight",), Whole()),
+    _layer("self_attention.linear_q_up_proj.weight", ("self_attn.q_b_proj.weight",), Split(0)),
+    _layer("self_attention.linear_kv_down_proj.weight", ("self_attn.kv_a_proj_with_mqa.weight",), Whole()),
+    _layer("self_attention.kv_layernorm.weight", ("self_attn.kv_a_layernorm.weight",), Whole()),
+    _layer("self_attention.linear_kv_up_proj.weight", ("self_attn.kv_b_proj.weight",), Split(0)),
+    _layer("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Split(1)),
+)
+
 _LLAMA = (*_FRAME, *_NORMS, *_ATTENTION, *_DENSE)
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(_LLAMA),
@@ -183,6 +204,9 @@ FAMILIES: Mapping[str, Family] = {
             ),
         )
     ),
+    "deepseek_v3": Family(
+        (*_FRAME, *_NORMS, *_LATENT_ATTENTION, *_DENSE, *_MOE, *_CORRECTION_BIAS, *_SHARED_EXPERTS), _MOE_FUSED
+    ),
 }
 """By config.json's `model_type`."""
 
@@ -197,6 +221,7 @@ def family_of(hf_config: Mapping[str, object], dims: Dimensions) -> Family:
 
 _TE_NAMES = (
     (re.compile(r"self_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),
+    (re.compile(r"self_attention\.linear_(q|kv)_up_proj\.layer_norm_weight$"), r"self_attention.\1_layernorm.weight"),
     (re.compile(r"mlp\.linear_fc1\.layer_norm_weight$"), "pre_mlp_layernorm.weight"),
     (re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$"), r"mlp.experts.\3.\1.\2"),
     (re.compile(r"mlp\.experts\.local_experts\.(\d+)\."), r"mlp.experts.\1."),

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fiberpo_megatron.mcore.architecture import read_architecture
+
 Shape = tuple[int, ...]
 
 
@@ -35,29 +37,22 @@ class Dimensions:
     kv_heads: int
     head_dim: int
     tied_embeddings: bool
+    predict_layers: int = 0
+    """Multi-token prediction layers behind the model's own."""
 
     @classmethod
     def from_hf(cls, hf_config: Mapping[str, object]) -> "Dimensions":
-        """Read config.json's fields; raises ValueError with the name of a missing one."""
-
-        def number(*names: str, default: int | None = None) -> int:
-            for name in names:
-                value = hf_config.get(name)
-                if isinstance(value, int):
-                    return value
-            if default is None:
-                raise ValueError(f"config.json has no {names[0]!r}; it is needed to place the weights")
-            return default
-
-        heads = number("num_attention_heads")
+        """Read config.json's fields; raises ValueError as `read_architecture` does."""
+        architecture = read_architecture(hf_config)
         return cls(
-            vocab_size=number("vocab_size"),
-            layers=number("num_hidden_layers"),
-            experts=number("num_experts", "num_local_experts", "n_routed_experts", default=0),
-            heads=heads,
-            kv_heads=number("num_key_value_heads", default=heads),
-            head_dim=number("head_dim", default=number("hidden_size") // heads),
-            tied_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
+            vocab_size=architecture.vocab_size,
+            layers=architecture.layers,
+            experts=architecture.experts.count if architecture.experts else 0,
+            heads=architecture.heads,
+            kv_heads=architecture.key_value_heads,
+            head_dim=architecture.head_dim,
+            tied_embeddings=architecture.tied_embeddings,
+            predict_layers=architecture.predict_layers,
         )
 
 

@@ -196,7 +196,7 @@ def _routing_shape(hf_config: Mapping[str, Any]) -> tuple[int, int]:
     architecture = read_architecture(hf_config)
     if architecture.experts is None:
         raise ValueError(f"routing was asked for, but a {architecture.model_type} model has no experts")
-    return architecture.layers, architecture.experts_per_token
+    return architecture.layers, architecture.experts.per_token
 
 
 def _engines(base: Base, stack: ExitStack) -> list[EngineAddress]:

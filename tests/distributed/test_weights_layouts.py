@@ -35,9 +35,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], list[str]]] = {
     "PP2": (2, {"pipeline": 2}, list(MODELS)),
     "VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}, list(MODELS)),
     "EP2": (2, {"expert": 2}, list(MOE)),
-    "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}, ["qwen3_moe", "qwen2", "qwen3-tied"]),
-    "PP2xEP2": (4, {"pipeline": 2, "expert": 2}, ["qwen3_moe", "mixtral"]),
-    "TP2xEP2, ETP2": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2}, ["qwen3_moe"]),
+    "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}, ["qwen3_moe", "qwen2", "qwen3-tied", "deepseek_v3"]),
+    "PP2xEP2": (4, {"pipeline": 2, "expert": 2}, ["qwen3_moe", "mixtral", "deepseek_v3"]),
+    "TP2xEP2, ETP2": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2}, ["qwen3_moe", "deepseek_v3"]),
 }
 """Processes, parallel sizes, models."""
 

@@ -23,6 +23,35 @@ _SHAPE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _QWEN3_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+}
+_DEEPSEEK: dict[str, Any] = {
+    "initializer_range": 0.1,  # 0.2 makes these so sharp that float32 rounding reaches 1e-5
+    "head_dim": None,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "num_nextn_predict_layers": 0,
+}
 DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "qwen2": ("qwen2", {"head_dim": None}),
@@ -35,7 +64,13 @@ MOE: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {**_QWEN3_MOE, "norm_topk_prob": False, "tie_word_embeddings": True},
     ),
+    "qwen3_moe-mixed": ("qwen3_moe", {**_QWEN3_MOE, "mlp_only_layers": [1], "decoder_sparse_step": 1}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v3": ("deepseek_v3", {**_DEEPSEEK, "rope_parameters": _YARN, "rms_norm_eps": 1e-5}),
+    "deepseek_v3-moonlight": (
+        "deepseek_v3",
+        {**_DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 3},
+    ),
 }
 MODELS = {**DENSE, **MOE}
 """By name: model_type and config fields beyond the common shape."""
@@ -54,6 +89,9 @@ def write_model(folder: Path, name: str, max_shard_size: str = "5GB") -> Any:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.normal_(1.0, 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model
 

@@ -48,8 +48,12 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedRow | None = None,
     ) -> Tensor:
-        """query [t, 1, heads, d], key and value [t, 1, groups, d] -> [t, 1, heads * d]."""
+        """query [t, 1, heads, d], key [t, 1, groups, d] and value [t, 1, groups, v] -> [t, 1, heads * v].
+
+        Latent attention leaves out the dimension of 1.
+        """
         assert packed_seq_params is not None, "the CPU platform computes packed rows only"
+        query, key, value = (x if x.dim() == 3 else x.squeeze(1) for x in (query, key, value))
         if self.context_group.size() > 1:
             key = gather_from_sequence_parallel_region(key, group=self.context_group)
             value = gather_from_sequence_parallel_region(value, group=self.context_group)
@@ -74,6 +78,6 @@ class PackedAttention(MegatronModule):
 
 
 def _batch(x: Tensor, rows: Tensor, sequences: int) -> Tensor:
-    """[t, 1, heads, d] -> [sequences, heads, length, d]"""
-    picked = x.squeeze(1).index_select(0, rows)
+    """[t, heads, d] -> [sequences, heads, length, d]"""
+    picked = x.index_select(0, rows)
     return picked.view(sequences, -1, *picked.shape[1:]).transpose(1, 2)

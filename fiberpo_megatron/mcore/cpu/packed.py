@@ -40,6 +40,18 @@ class PackedRow(PackedSeqParams):
         self.context_size = context_size
 
     @cached_property
+    def thd(self) -> PackedSeqParams:
+        """The same row in THD form, for latent attention."""
+        bounds = torch.from_numpy(self.bounds).to(torch.int32)
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=self.max_seqlen_q,
+            max_seqlen_kv=self.max_seqlen_kv,
+        )
+
+    @cached_property
     def layout(self) -> tuple[list[Bucket], Tensor]:
         """Buckets and, int64 [t], the place of each local row in the buckets' concatenated queries."""
         lengths = np.diff(self.bounds)

@@ -201,6 +201,13 @@ def _router_without_transformer_engine() -> Undo:
     return _replace(moe_utils, te_general_gemm=getattr(moe_utils, "te_general_gemm", None))
 
 
+def _latent_attention_without_transformer_engine() -> Undo:
+    import megatron.core.transformer.multi_latent_attention as latent
+    from megatron.core.post_training.modelopt.layers import Linear
+
+    return _replace(latent, HAVE_TE=False, Linear=Linear)
+
+
 def _adam_step_of_loaded_checkpoint() -> Undo:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -258,6 +265,12 @@ PATCHES: tuple[Patch, ...] = (
         "recompute_without_transformer_engine",
         "selective recompute asks Transformer Engine for its fp8 state although nothing is in fp8",
         _recompute_without_transformer_engine,
+    ),
+    Patch(
+        "latent_attention_without_transformer_engine",
+        "0.16.1 takes its stand-in for Transformer Engine's linear layer for a class, and later versions leave the "
+        "plain one undefined",
+        _latent_attention_without_transformer_engine,
     ),
     Patch(
         "dispatcher_splits",

@@ -24,11 +24,11 @@ class CpuPlatform:
             "apply_rope_fusion": False,
         }
 
-    def layer_spec(self, *, num_experts: int | None, qk_layernorm: bool) -> Any:
+    def layer_spec(self, *, num_experts: int | None, qk_layernorm: bool, latent: bool) -> Any:
         """Megatron's local layer, with core attention and norms of `cpu/`."""
         from fiberpo_megatron.mcore.cpu.spec import layer_spec
 
-        return layer_spec(num_experts=num_experts, qk_layernorm=qk_layernorm)
+        return layer_spec(num_experts=num_experts, qk_layernorm=qk_layernorm, latent=latent)
 
     def final_norm(self) -> Any:
         """torch.nn.RMSNorm with the sequence-parallel mark."""

@@ -1,0 +1,107 @@
+"""Rotary embeddings as config.json describes them: the kinds that Megatron computes exactly as transformers. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["default", "linear", "llama3", "yarn"]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Angles of position p: p times the inverse frequencies of `theta`, changed as `kind` says."""
+
+    theta: float
+    kind: Kind = "default"
+    factor: float = 1.0
+    """By which the context was stretched."""
+    original_positions: int = 0
+    """Context length before stretching (yarn)."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    """Both set (DeepSeek) or neither: arXiv 2309.00071, section 3.4, as transformers implements it."""
+    truncate: bool = True
+    """Whether yarn rounds its correction range to whole dimensions."""
+
+
+_LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+"""The constants of Llama 3.1 to 3.3, which are Megatron's."""
+_KEYS: Mapping[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", *_LLAMA3},
+    "yarn": {
+        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
+    },
+}  # fmt: skip
+
+
+def read_rope(hf_config: Mapping[str, Any], *, latent: bool) -> Rope:
+    """The rotary embedding of a config.json; ValueError names what is not built.
+
+    `latent`: multi-head latent attention, for which Megatron has the default and yarn only.
+    """
+    given = {key: hf_config[key] for key in ("rope_parameters", "rope_scaling") if hf_config.get(key)}
+    if len(given) == 2 and _plain(given["rope_parameters"]) != _plain(given["rope_scaling"]):
+        raise ValueError(
+            f"config.json: rope_parameters = {given['rope_parameters']!r} and rope_scaling = "
+            f"{given['rope_scaling']!r} disagree; keep the one that the model was trained with"
+        )
+    field, raw = next(iter(given.items()), ("rope_parameters", {}))
+    values = _plain(raw)
+    kind = values.pop("rope_type")
+    theta = values.pop("rope_theta", hf_config.get("rope_theta"))
+    if not theta:
+        raise ValueError("config.json: rope_theta is missing (also inside rope_parameters)")
+
+    def refuse(why: str) -> ValueError:
+        return ValueError(f"config.json: {field} = {raw!r}: {why}")
+
+    built = ("default", "yarn") if latent else tuple(_KEYS)
+    if kind not in built:
+        raise refuse(f"rope_type {kind!r} is not built; supported here: {', '.join(built)}")
+    unknown = sorted(values.keys() - _KEYS[kind])
+    if unknown:
+        raise refuse(f"{unknown[0]} = {values[unknown[0]]!r} is not built for rope_type {kind!r}")
+    if kind == "default":
+        return Rope(float(theta))
+    if not isinstance(values.get("factor"), (int, float)) or values["factor"] < 1:
+        raise refuse(f"factor = {values.get('factor')!r}; a number of at least 1 is needed")
+    if kind == "llama3":
+        for key, value in _LLAMA3.items():
+            if values.get(key) != value:
+                raise refuse(f"{key} = {values.get(key)!r}; Megatron computes llama3 with {value} only")
+    if kind != "yarn":
+        return Rope(float(theta), kind, float(values["factor"]))
+    mscale, all_dim = values.get("mscale") or None, values.get("mscale_all_dim") or None
+    if (mscale is None) != (all_dim is None):
+        raise refuse("mscale and mscale_all_dim are built together or not at all; one of them is missing or 0")
+    truncate = bool(values.get("truncate", True))
+    if latent and not truncate:
+        raise refuse("truncate = False is not built for latent attention")
+    original = values.get("original_max_position_embeddings") or hf_config.get("max_position_embeddings")
+    if not original:
+        raise refuse("original_max_position_embeddings is missing")
+    return Rope(
+        float(theta),
+        "yarn",
+        float(values["factor"]),
+        int(original),
+        float(values.get("beta_fast") or 32),
+        float(values.get("beta_slow") or 1),
+        mscale,
+        all_dim,
+        truncate,
+    )
+
+
+def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings under their current names, without those that say nothing."""
+    values = {key: value for key, value in raw.items() if value is not None}
+    kind = values.pop("type", "default")
+    values.setdefault("rope_type", kind)
+    if values.get("partial_rotary_factor") == 1:
+        values.pop("partial_rotary_factor")
+    return values
