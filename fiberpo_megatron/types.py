@@ -13,6 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+EXIT_STOPPED = 85
+"""Exit code of a run that was asked to stop, saved a checkpoint and goes on with --resume."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -221,6 +224,10 @@ class Layout(Protocol):
     def agree(self, error: str | None, where: str, reraise: bool = True) -> None:
         """Every rank calls it with its error or None; if any rank passed one, those with `reraise` raise one
         RuntimeError that names the first failing rank, `where` and the error."""
+        ...
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any rank passed True; every rank calls it and gets the same answer."""
         ...
 
     def barrier(self) -> None: ...

@@ -29,7 +29,7 @@ PARTS = {
         "rollout",
         "weight_sync",
     },
-    "launch": {"config", "rendezvous", "rollout"},
+    "launch": {"config", "types", "rendezvous", "rollout"},
     "cli": {"config", "types", "telemetry", "launch", "trainer", "mcore"},
 }
 SOURCES = [

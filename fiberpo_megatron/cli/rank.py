@@ -10,19 +10,29 @@ from collections.abc import Sequence
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fiberpo_megatron.config import load_config
+from fiberpo_megatron.launch.local import LAUNCHER
+from fiberpo_megatron.trainer.stop import Stopped, StopRequest
+from fiberpo_megatron.types import EXIT_STOPPED
 
 
 def main(arguments: Sequence[str]) -> int:
     """`train|sft|dump|eval CONFIG.toml [--resume] [--section.key value ...]`; returns the exit code.
 
     An error is written where the launcher reads it, with its traceback on stderr; under torchrun or srun its message
-    is also the last line on stderr.
+    is also the last line on stderr. SIGUSR1, and SIGTERM from anybody but the local launcher, ask the run to save and
+    stop (exit code EXIT_STOPPED).
     """
     die_with_launcher()
+    stop = StopRequest()
+    stop.listen(signal.SIGUSR1, *(() if LAUNCHER in os.environ else (signal.SIGTERM,)))
     errors = get_error_handler()
     errors.initialize()
     try:
-        _run(list(arguments))
+        _run(list(arguments), stop)
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fiberpo: {stopped}", file=sys.stderr, flush=True)
+        return EXIT_STOPPED
     except Exception as error:
         errors.record_exception(error)
         traceback.print_exc()
@@ -33,25 +43,25 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str], stop: StopRequest) -> None:
     command, path, *rest = arguments
     resume = rest[:1] == ["--resume"]
     config = load_config(path, rest[1:] if resume else rest)
     from fiberpo_megatron.trainer import assemble  # imports torch and Megatron: after the cheap checks
 
     if command == "train":
-        assemble.run_train(config, resume)
+        assemble.run_train(config, resume, stop)
     elif command == "sft":
-        assemble.run_sft(config, resume)
+        assemble.run_sft(config, resume, stop)
     elif command == "dump":
-        assemble.run_dump(config, resume)
+        assemble.run_dump(config, resume, stop)
     else:
-        assemble.run_eval(config)
+        assemble.run_eval(config, stop)
 
 
 def die_with_launcher() -> None:
     """Ask the kernel to end this process when the local launcher dies, kill -9 included."""
-    launcher = os.environ.get("FIBERPO_LAUNCHER_PID")
+    launcher = os.environ.get(LAUNCHER)
     if launcher is None:
         return
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG

@@ -7,12 +7,18 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from fiberpo_megatron.rendezvous import store_on
+from fiberpo_megatron.types import EXIT_STOPPED
+
+LAUNCHER = "FIBERPO_LAUNCHER_PID"
+"""Environment variable by which a rank knows this launcher; its value is the process id."""
 
 _TAIL_LINES = 15
 
@@ -22,6 +28,9 @@ def launch_ranks(arguments: Sequence[str], world_size: int, log_folder: Path, en
 
     The rendezvous store lives in this process, so no port can be lost between choosing and using it. stderr of each
     rank goes to `log_folder`. When a rank fails the others are stopped and its message is printed.
+
+    SIGUSR1 and a first SIGTERM reach the ranks as SIGUSR1, a request to save and stop; their exit code is then
+    returned. SIGINT and a second SIGTERM stop them at once.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its failures are told below
     store = store_on("127.0.0.1")
@@ -32,7 +41,7 @@ def launch_ranks(arguments: Sequence[str], world_size: int, log_folder: Path, en
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RUN_ID": time.strftime("%Y%m%d_%H%M%S"),
-        "FIBERPO_LAUNCHER_PID": str(os.getpid()),
+        LAUNCHER: str(os.getpid()),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # ranks of one machine meet on loopback
         **environment,
     }
@@ -45,19 +54,44 @@ def launch_ranks(arguments: Sequence[str], world_size: int, log_folder: Path, en
         envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks},
         logs_specs=DefaultLogsSpecs(log_dir=str(log_folder), redirects=Std.ERR),
     )
+    asked = _pass_on(context.pids())
     try:
         result = context.wait(period=0.2)
     except (SignalException, KeyboardInterrupt) as stop:
         number = getattr(stop, "sigval", signal.SIGINT)
-        context.close(number)
+        context.close(signal.SIGKILL if asked else number)
         print(f"fiberpo: stopped by {signal.Signals(number).name}", file=sys.stderr)
         return 128 + int(number)
     finally:
         context.close()
     if result is None or not result.is_failed():
         return 0
+    if asked:
+        codes = {failure.exitcode for failure in result.failures.values()}
+        stopped = codes - {-signal.SIGTERM, -signal.SIGUSR1}  # those that the others' end took along
+        if stopped <= {EXIT_STOPPED}:
+            print(f"fiberpo: stopped by {asked[0].name}", file=sys.stderr)
+            return EXIT_STOPPED if stopped else 128 + asked[0]
     print(_explain(result.failures, context.stderrs), file=sys.stderr)
     return 1
+
+
+def _pass_on(pids: Mapping[int, int]) -> list[signal.Signals]:
+    """From now on requests to stop go to the ranks; the list fills with the signals that came."""
+    came: list[signal.Signals] = []
+    at_once = signal.getsignal(signal.SIGTERM)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if came and number == signal.SIGTERM and callable(at_once):
+            at_once(number, frame)
+        came.append(signal.Signals(number))
+        for pid in pids.values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGUSR1, ask)
+    return came
 
 
 def _explain(failures: Mapping[int, ProcessFailure], logs: Mapping[int, str]) -> str:

@@ -129,9 +129,7 @@ class ParallelLayout:
     ) -> None:
         """Every rank calls it with its error or None; if any rank passed one, those with `reraise` raise one
         `raises` that names the first failing rank, `where` and the error."""
-        failed = torch.tensor([int(error is not None)])
-        dist.all_reduce(failed, group=self.host_group)
-        if not failed.item():
+        if not self.any_rank(error is not None):
             return
         texts = exchange.all_gather_bytes(exchange.text_to_bytes(error or ""), self.host_group)
         errors = [(rank, exchange.bytes_to_text(text)) for rank, text in enumerate(texts)]
@@ -139,6 +137,12 @@ class ParallelLayout:
         more = f" (and on {len(told) - 1} other ranks)" if len(told) > 1 else ""
         if reraise:
             raise raises(f"{where} failed on {told[0] if told else 'an unnamed rank'}{more}")
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any rank passed True; every rank calls it and gets the same answer."""
+        count = torch.tensor([int(flag)])
+        dist.all_reduce(count, group=self.host_group)
+        return bool(count.item())
 
     def barrier(self) -> None:
         """Wait for every rank."""

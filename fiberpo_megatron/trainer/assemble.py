@@ -37,6 +37,7 @@ from fiberpo_megatron.trainer.loop import Training, evaluate, generate, publish,
 from fiberpo_megatron.trainer.preflight import make_objective
 from fiberpo_megatron.trainer.recorder import RunCheckpoints, RunRecorder
 from fiberpo_megatron.trainer.sft import fine_tune
+from fiberpo_megatron.trainer.stop import Stopped, StopRequest
 from fiberpo_megatron.trainer.stored import DUMP, StoredRollouts
 from fiberpo_megatron.trainer.together import together
 from fiberpo_megatron.weight_sync.base import Publisher
@@ -54,6 +55,7 @@ class Base:
     tokenizer: Tokenizer
     prompts: PromptSets
     checkpoints: RunCheckpoints
+    stop: StopRequest
 
     def say(self, text: str) -> None:
         """One line for the person at the terminal."""
@@ -61,9 +63,9 @@ class Base:
             print(text, flush=True)
 
 
-def run_train(config: Config, resume: bool) -> None:
+def run_train(config: Config, resume: bool, stop: StopRequest) -> None:
     """`fiberpo train`: reinforcement learning from `model.path`, or from the newest checkpoint."""
-    with _base(config) as base, ExitStack() as stack:
+    with _base(config, stop) as base, ExitStack() as stack:
         policy = build_policy(config, base.hf_config, base.layout)
         start = _restore(base, policy, resume)
         run = stack.enter_context(_training(base, policy, ("train", "eval"), start, resume))
@@ -71,39 +73,41 @@ def run_train(config: Config, resume: bool) -> None:
         _finish(base, policy)
 
 
-def run_eval(config: Config) -> None:
+def run_eval(config: Config, stop: StopRequest) -> None:
     """`fiberpo eval`: sampled accuracy of `model.path` on the held-out prompts."""
-    with _base(config) as base, ExitStack() as stack:
+    with _base(config, stop) as base, ExitStack() as stack:
         policy = build_policy(config, base.hf_config, base.layout)
         run = stack.enter_context(_training(base, policy, ()))
         publish(run, 0, probe=None)
         evaluate(run, 0)
 
 
-def run_dump(config: Config, resume: bool) -> None:
+def run_dump(config: Config, resume: bool, stop: StopRequest) -> None:
     """`fiberpo dump`: the rollouts of `trainer.steps` training steps with the weights of `model.path`, on disk."""
-    with _base(config) as base, ExitStack() as stack:
+    with _base(config, stop) as base, ExitStack() as stack:
         policy = build_policy(config, base.hf_config, base.layout)
         run = stack.enter_context(_training(base, policy, (), resume=resume))
         publish(run, 0, probe=None)
         for step in range(config.trainer.steps):
+            if base.layout.any_rank(stop()):
+                raise Stopped(step)
             rollouts = generate(run, step, 0)
             base.say(f"step {step}: {len(rollouts.lengths)} trajectories, mean reward {rollouts.rewards.mean():.3f}")
         base.say(f"Rollouts: {config.run.folder / DUMP}")
 
 
-def run_sft(config: Config, resume: bool) -> None:
+def run_sft(config: Config, resume: bool, stop: StopRequest) -> None:
     """`fiberpo sft`: supervised warm-up; leaves a Hugging Face folder for `fiberpo train`."""
-    with _base(config) as base, ExitStack() as stack:
+    with _base(config, stop) as base, ExitStack() as stack:
         policy = build_policy(config, base.hf_config, base.layout, total_steps=config.sft.steps)
         start = _restore(base, policy, resume)
         recorder = stack.enter_context(_recorder(base, start, config.sft.steps, ("sft",), "warm-up"))
-        fine_tune(config, policy, base.prompts, recorder, base.checkpoints, PhaseTimers(), start)
+        fine_tune(config, policy, base.prompts, recorder, base.checkpoints, PhaseTimers(), start, stop)
         _finish(base, policy)
 
 
 @contextmanager
-def _base(config: Config) -> Iterator[Base]:
+def _base(config: Config, stop: StopRequest) -> Iterator[Base]:
     hf_config = json.loads((config.model.path / "config.json").read_text())
     layout = start_layout(hf_config, config.parallel, config.run)
     try:
@@ -113,7 +117,7 @@ def _base(config: Config) -> Iterator[Base]:
         if layout.rank == 0:
             config.run.folder.mkdir(parents=True, exist_ok=True)
             (config.run.folder / "config.toml").write_text(dump_config(config))
-        yield Base(config, hf_config, layout, tokenizer, prompts, checkpoints)
+        yield Base(config, hf_config, layout, tokenizer, prompts, checkpoints, stop)
     finally:
         stop_layout()
 
@@ -156,6 +160,7 @@ def _training(
             checkpoints=base.checkpoints,
             timers=PhaseTimers(),
             rollouts=rollouts,
+            stop=base.stop,
         )
 
 

@@ -4,7 +4,7 @@ Every rank runs it; every collaborator is passed in, so the same function trains
 the tests and a Megatron model with SGLang on a cluster.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from fiberpo_megatron.trainer.batch import flatten, mini_batches
 from fiberpo_megatron.trainer.generation import Generator, share
 from fiberpo_megatron.trainer.optimise import Objective, optimise
 from fiberpo_megatron.trainer.routing import StepRouting
+from fiberpo_megatron.trainer.stop import Stopped, never
 from fiberpo_megatron.trainer.together import together
 from fiberpo_megatron.trainer.verify import verify_publication
 from fiberpo_megatron.types import Policy, Prompt, RolloutBatch, RolloutGroup
@@ -90,26 +91,38 @@ class Training:
     checkpoints: Checkpoints
     timers: PhaseTimers
     rollouts: Store
+    stop: Callable[[], bool] = never
+    """Whether this rank was asked to stop."""
 
 
 def train(run: Training, start: int = 0) -> None:
-    """Train from step `start` (0, or the step of the checkpoint that was loaded) to `trainer.steps`."""
-    config = run.config
+    """Train from step `start` (0, or the step of the checkpoint that was loaded) to `trainer.steps`.
+
+    Raises Stopped, on all ranks at the same step and after saving, when any rank was asked to stop: after a step, or
+    between a step's rollouts and its first optimiser step.
+    """
+    config, saved = run.config, start
     publish(run, start, probe=None)
     if start == 0:
         evaluate(run, 0)
     for step in range(start, config.trainer.steps):
         done = step + 1
         rollouts = generate(run, step, step)
+        if _asked_to_stop(run):
+            if step > saved:
+                _save(run, step)
+            raise Stopped(step)
         metrics = learn(run, rollouts)
         publish(run, done, probe=rollouts)
         run.recorder.record("train", step, metrics | _throughput(rollouts, run.timers.read()))
         if _due(done, config.evaluation.every_steps, config.trainer.steps):
             evaluate(run, done)
-        if _due(done, config.checkpoint.every_steps, config.trainer.steps):
-            with run.timers("checkpoint"):  # last: a step whose checkpoint exists has been recorded
-                run.checkpoints.save(run.policy, done)
-                run.rollouts.saved(done)
+        stopping = _asked_to_stop(run)
+        if stopping or _due(done, config.checkpoint.every_steps, config.trainer.steps):
+            _save(run, done)  # last: a step whose checkpoint exists has been recorded
+            saved = done
+        if stopping and done < config.trainer.steps:
+            raise Stopped(done)
 
 
 def generate(run: Training, step: int, version: int) -> RolloutBatch:
@@ -174,6 +187,16 @@ def evaluate(run: Training, step: int) -> None:
     with run.timers("evaluate"):
         rollouts = _rollouts(run, prompts, evaluation.samples_per_prompt, step, log_step=None)
     run.recorder.record("eval", step, _rollout_summary(rollouts, run.prompts.domains))
+
+
+def _asked_to_stop(run: Training) -> bool:
+    return run.policy.layout.any_rank(run.stop())
+
+
+def _save(run: Training, done: int) -> None:
+    with run.timers("checkpoint"):
+        run.checkpoints.save(run.policy, done)
+        run.rollouts.saved(done)
 
 
 def _rollouts(run: Training, prompts: list[Prompt], count: int, version: int, *, log_step: int | None) -> RolloutBatch:

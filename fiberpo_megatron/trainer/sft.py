@@ -1,6 +1,6 @@
 """Supervised warm-up with the RL policy's own code: coefficients 1/tokens instead of an objective's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ from fiberpo_megatron.data.prompts import Example
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.batch import pack_share, packing_metrics
 from fiberpo_megatron.trainer.loop import Checkpoints, Recorder
+from fiberpo_megatron.trainer.stop import Stopped, never
 from fiberpo_megatron.types import Coefficients, Policy, RolloutBatch
 
 
@@ -49,17 +50,24 @@ def fine_tune(
     checkpoints: Checkpoints,
     timers: PhaseTimers,
     start: int = 0,
+    stop: Callable[[], bool] = never,
 ) -> None:
-    """Maximise the mean log-prob of the target tokens for `sft.steps` optimiser steps."""
+    """Maximise the mean log-prob of the target tokens for `sft.steps` optimiser steps.
+
+    Raises Stopped, after saving, when any rank was asked to stop.
+    """
     for step in range(start, config.sft.steps):
         batch = supervised_batch(examples.examples_at(config.run.seed, step, config.sft.examples))
         metrics = _step(config, policy, batch)
         seconds = timers.read()
         metrics["tokens_per_second"] = len(batch.tokens) / seconds["seconds/total"]
         recorder.record("sft", step, metrics | seconds)
-        done = step + 1
-        if done == config.sft.steps or (config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0):
+        done, every = step + 1, config.checkpoint.every_steps
+        stopping = policy.layout.any_rank(stop())
+        if stopping or done == config.sft.steps or (every and done % every == 0):
             checkpoints.save(policy, done)
+        if stopping and done < config.sft.steps:
+            raise Stopped(done)
 
 
 def _step(config: Config, policy: Policy, batch: RolloutBatch) -> dict[str, float]:

@@ -96,3 +96,32 @@ def test_no_rank_outlives_its_launcher(tmp_path: Path, how: signal.Signals):
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_request_to_stop_reaches_every_rank_and_their_exit_code_comes_back(tmp_path: Path):
+    """Rank 1 ends later than rank 0, as ranks do."""
+    body = f"""
+from fiberpo_megatron.trainer.stop import StopRequest
+stop = StopRequest()
+import signal
+stop.listen(signal.SIGUSR1)
+open({str(tmp_path)!r} + f"/ready{{rank}}", "w").close()
+while not stop(): time.sleep(0.01)
+time.sleep(1.5 * rank)
+open({str(tmp_path)!r} + f"/saved{{rank}}", "w").close()
+sys.exit(85)
+"""
+    program = (
+        f"import sys; sys.path.insert(0, {ROOT!r}); from pathlib import Path\n"
+        "from fiberpo_megatron.launch.local import launch_ranks\n"
+        f"sys.exit(launch_ranks([{script(tmp_path, body)!r}], 2, Path({str(tmp_path / 'logs')!r}), {{}}))"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not all((tmp_path / f"ready{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGTERM)
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 85 and "fiberpo: stopped by SIGTERM" in said
+    assert all((tmp_path / f"saved{rank}").exists() for rank in range(2))

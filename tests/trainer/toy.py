@@ -48,6 +48,9 @@ class SingleLayout:
         if error is not None and reraise:
             raise RuntimeError(f"rank 0 failed while {where}: {error}")
 
+    def any_rank(self, flag: bool) -> bool:
+        return flag
+
     def barrier(self) -> None:
         pass
 

@@ -1,0 +1,45 @@
+"""Stopping on request: SIGUSR1 or SIGTERM lets a run finish what it is at, save and end with its own exit code."""
+
+import signal
+from types import FrameType
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has: the first `done` steps are in a checkpoint (with 0, there is none)."""
+
+    def __init__(self, done: int) -> None:
+        self.done = done
+        super().__init__(f"stopped as asked, after {done} steps; continue with --resume")
+
+
+class StopRequest:
+    """Whether this process was asked to stop; call it to know.
+
+    A signal only leaves a note: ranks get it at different moments, so the loop asks all of them at the same point.
+    """
+
+    def __init__(self) -> None:
+        self._asked: list[int] = []
+
+    def __call__(self) -> bool:
+        return bool(self._asked)
+
+    def listen(self, *numbers: signal.Signals) -> None:
+        """Take these signals as requests to stop. A second SIGTERM ends the process at once; a first one that is not
+        listened to has no effect any more once another signal asked."""
+        for number in numbers:
+            signal.signal(number, self._note)
+            signal.siginterrupt(number, False)  # calls of gloo, NCCL and the network go on
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and number in self._asked:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # a launcher sends it when the first rank has ended
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._asked.append(number)
+
+
+def never() -> bool:
+    """For runs that nobody stops."""
+    return False
