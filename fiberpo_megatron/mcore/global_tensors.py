@@ -24,12 +24,13 @@ def global_shards(chunks: Sequence[MegatronModule]) -> Iterator[ShardedTensor]:
 
 def gradient_shards(chunks: Sequence[MegatronModule]) -> Iterator[ShardedTensor]:
     """As `global_shards`, for the gradients in the data-parallel buffers; frozen parameters have zeros."""
-    with _gradients_as_data(chunks):
+    with gradients_as_data(chunks):
         yield from global_shards(chunks)
 
 
 @contextmanager
-def _gradients_as_data(chunks: Sequence[MegatronModule]) -> Iterator[None]:
+def gradients_as_data(chunks: Sequence[MegatronModule]) -> Iterator[None]:
+    """Inside, parameters hold their gradients (zeros where frozen); in the dtype of the gradient buffers."""
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     kept = [parameter.data for parameter in parameters]
     try:

@@ -127,10 +127,14 @@ def micro_batches_for(batch: RolloutBatch, layout: ParallelLayout, budget: int |
     )
 
 
+def loss_weights(tokens: int) -> NDArray[Any]:
+    """[N] random coefficients by flat token index."""
+    return np.random.default_rng(1).normal(size=tokens) / tokens
+
+
 def fixed_gate(micro_batches: list[MicroBatch], tokens: int) -> Gate:
     """Fixed random coefficients by flat token index: the same for any layout and any order of calls."""
-    weights = torch.from_numpy(np.random.default_rng(1).normal(size=tokens)) / tokens
-    mine = weights[concatenated_response_tokens(micro_batches)]
+    mine = torch.from_numpy(loss_weights(tokens))[concatenated_response_tokens(micro_batches)]
     return lambda log_probs, where: Coefficients(mine[where])
 
 

@@ -1,12 +1,16 @@
 """Tiny Hugging Face models of every family, with transformers' own answers."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
 
+from fiberpo_megatron.cli import transformers_reference as reference
 from fiberpo_megatron.types import RolloutBatch
 
 _SHAPE: dict[str, Any] = {
@@ -84,7 +88,7 @@ def write_model(folder: Path, name: str, max_shard_size: str = "5GB") -> Any:
     given = {key: value for key, value in {**_SHAPE, **fields}.items() if value is not None}
     config = AutoConfig.for_model(family, **given)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -101,23 +105,54 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-PROBE = torch.arange(0, 51, 2)[None]
-"""[1, 26] tokens whose logits are compared."""
+@dataclass
+class Expected:
+    """transformers' answers for a batch, by flat token index."""
+
+    logits: Tensor
+    layers: dict[int, Tensor]
+    routers: dict[int, Tensor]
+    log_probs: Tensor
+    """[N]; 0 for the first token of a trajectory."""
 
 
-@torch.no_grad()
-def reference_logits(model: Any) -> NDArray[Any]:
-    """[26, 51] logits of `PROBE` under transformers."""
-    return model(input_ids=PROBE).logits[0].numpy()
+def expected(model: Any, batch: RolloutBatch, temperature: float) -> Expected:
+    """The reference of a batch, each trajectory alone."""
+    runs = [reference.run(model, torch.from_numpy(batch.tokens[start:end])) for start, end in _bounds(batch)]
+    logits = torch.cat([run.logits for run in runs])
+    log_probs = torch.zeros(len(batch.tokens))
+    for (start, end), run in zip(_bounds(batch), runs):
+        log_probs[start + 1 : end] = _scores(run.logits, run.tokens, temperature)
+    return Expected(
+        logits,
+        {layer: torch.cat([run.layers[layer] for run in runs]) for layer in runs[0].layers},
+        {layer: torch.cat([run.routers[layer] for run in runs]) for layer in runs[0].routers},
+        log_probs,
+    )
 
 
-@torch.no_grad()
-def reference_log_probs(model: Any, batch: RolloutBatch, temperature: float) -> NDArray[Any]:
-    """[N] log-probs of every token of the batch under transformers; 0 for the first of a trajectory."""
-    out = torch.zeros(len(batch.tokens))
-    for start, end in zip(batch.offsets[:-1], batch.offsets[1:]):
-        tokens = torch.from_numpy(batch.tokens[start:end])[None]
-        logits = model(input_ids=tokens).logits.float() / temperature
-        scores = logits.log_softmax(-1)[0, :-1].gather(-1, tokens[0, 1:, None])[:, 0]
-        out[start + 1 : end] = scores
-    return out.numpy()
+def write_gradients(model: Any, batch: RolloutBatch, weights: NDArray[Any], temperature: float, folder: Path) -> None:
+    """Save d loss / d parameter under the parameters' names; loss = -sum_j weights_j log-prob_j, j [N]."""
+    for start, end in _bounds(batch):
+        tokens = torch.from_numpy(batch.tokens[start:end])
+        scores = _scores(model(input_ids=tokens[None]).logits[0], tokens, temperature)
+        wanted = torch.from_numpy(weights[start + 1 : end] * batch.response_mask[start + 1 : end]).float()
+        (-(scores * wanted).sum()).backward()
+    for parameter in model.parameters():
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    model.save_pretrained(folder)
+
+
+def _bounds(batch: RolloutBatch) -> list[tuple[int, int]]:
+    return list(zip(batch.offsets[:-1].tolist(), batch.offsets[1:].tolist()))
+
+
+def _scores(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """[L - 1] log-probs of tokens[1:]."""
+    return (logits / temperature).log_softmax(-1)[:-1].gather(-1, tokens[1:, None])[:, 0]
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files."""
+    files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+    return {name: value for file in files for name, value in file.items()}

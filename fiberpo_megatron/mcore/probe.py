@@ -1,0 +1,73 @@
+"""What a model computes on the way: hidden states of every layer and the routers' probabilities, for comparisons."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from fiberpo_megatron.mcore.layout import ParallelLayout
+from fiberpo_megatron.mcore.model import PolicyModel
+from fiberpo_megatron.types import MicroBatch
+
+
+@dataclass
+class Observation:
+    """Of one micro-batch, on the CPU. Rows are positions of this rank's share, or tokens after `whole`."""
+
+    layers: dict[int, Tensor] = field(default_factory=dict)
+    """By global layer, from 0: hidden states [rows, h] that it hands on."""
+    routers: dict[int, Tensor] = field(default_factory=dict)
+    """By global layer: probabilities [rows, experts], zero for experts that were not chosen."""
+    final: dict[int, Tensor] = field(default_factory=dict)
+    """Under 0: hidden states after the final norm."""
+
+
+@contextmanager
+def observed(models: Sequence[PolicyModel]) -> Iterator[Observation]:
+    """Keeps what the first micro-batch of the passes inside computes on this rank."""
+    seen = Observation()
+    with ExitStack() as stack:
+        for model in models:
+            for layer in model.decoder.layers:
+                assert isinstance(layer, TransformerLayer)
+                number = layer.layer_number - 1
+                stack.callback(layer.register_forward_hook(partial(_keep, seen.layers, number)).remove)
+                if hasattr(layer.mlp, "router"):
+                    hook = layer.mlp.router.register_forward_hook(partial(_keep, seen.routers, number))
+                    stack.callback(hook.remove)
+            if model.decoder.final_layernorm is not None:
+                hook = model.decoder.final_layernorm.register_forward_hook(partial(_keep, seen.final, 0))
+                stack.callback(hook.remove)
+        yield seen
+
+
+def _keep(target: dict[int, Tensor], key: int, module: Any, inputs: Any, output: Any) -> None:
+    first = output[0] if isinstance(output, tuple) else output
+    target.setdefault(key, first.detach().to("cpu", copy=True).flatten(0, -2))
+
+
+def whole(seen: Observation, batch: MicroBatch, layout: ParallelLayout, tokens: int) -> Observation:
+    """The observations of all ranks by flat token index, [tokens, ...]; tokens in no row stay 0. Every rank calls it.
+
+    `batch`: the micro-batch that this rank observed.
+    """
+    rows = batch.source_tokens.chunk(layout.tensor_size)[layout.tensor_rank]  # sequence parallelism
+    everyone: list[Any] = [None] * layout.world_size
+    dist.all_gather_object(everyone, (rows, seen), group=layout.host_group)
+    out = Observation()
+    for rows, part in everyone:
+        for name in ("layers", "routers", "final"):
+            _scatter(getattr(out, name), getattr(part, name), rows, tokens)
+    return out
+
+
+def _scatter(target: dict[int, Tensor], part: Mapping[int, Tensor], rows: Tensor, tokens: int) -> None:
+    real = rows >= 0
+    for key, value in part.items():
+        table = target.setdefault(key, value.new_zeros(tokens, value.size(-1)))
+        table[rows[real]] = value[real]
