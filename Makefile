@@ -16,7 +16,13 @@ env:
 demo: env
 	@tools/demo.sh $(DEMO_ARGS)
 
-test: env
+# The tests of the fused kernels run Triton's interpreter and compiler (a wheel of some 200 MB). Beside the environment,
+# not in it: Megatron and SGLang behave differently where Triton can be imported. 3.7.1 is what torch 2.13 uses on CUDA.
+TRITON := .venv/triton-3.7.1
+$(TRITON): | env
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ triton==3.7.1
+
+test: env $(TRITON)
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 format: env

@@ -7,18 +7,17 @@ pass 3: the gradient that reaches tokens through aggregates (skipped while it is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fiberpo_megatron.fibration.collective import Reduce, fused_sum
 from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
 from fiberpo_megatron.fibration.membership import NodeMap, make_node_map
 from fiberpo_megatron.fibration.metrics import ObjectiveMetrics
-from fiberpo_megatron.fibration.rule import Chunk, Gating, Rule
-from fiberpo_megatron.fibration.runs import Runs, find_runs, iterate
+from fiberpo_megatron.fibration.passes import GatedTokens, choose_passes
+from fiberpo_megatron.fibration.rule import Gating, Rule
+from fiberpo_megatron.fibration.runs import Runs, find_runs
 from fiberpo_megatron.fibration.statistics import TokenStatistics
 from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO, TokenBatch, table_size
 from fiberpo_megatron.fibration.tree import parent_tables
@@ -38,29 +37,35 @@ class ObjectiveOutput:
     """Global metrics; None when the call asked for none."""
 
 
-def evaluate(rule: Rule, batch: TokenBatch, reduce: Reduce | None, *, with_metrics: bool) -> ObjectiveOutput:
+def evaluate(
+    rule: Rule, batch: TokenBatch, reduce: Reduce | None, *, with_metrics: bool, kernels: bool | None
+) -> ObjectiveOutput:
     """Run an objective on this rank's tokens."""
-    call = _Call(rule, batch, reduce, with_metrics=with_metrics)
+    call = _Call(rule, batch, reduce, with_metrics=with_metrics, kernels=kernels)
     gating, node_sums = call.first_pass()
-    ratio, gradient, value, reduced = call.second_pass(gating)
-    call.third_pass(gating, reduced, gradient)
+    gated, reduced = call.second_pass(gating)
+    call.third_pass(gating, reduced, gated.gradient)
     metrics = None
     if call.statistics is not None:
         metrics = call.statistics.metrics(gating, reduced, call.nodes, node_sums, alone=reduce is None)
-    return ObjectiveOutput(ratio, gradient, value, metrics)
+    return ObjectiveOutput(gated.ratio, gated.gradient, gated.value, metrics)
 
 
 class _Call:
-    def __init__(self, rule: Rule, batch: TokenBatch, reduce: Reduce | None, *, with_metrics: bool) -> None:
+    def __init__(
+        self, rule: Rule, batch: TokenBatch, reduce: Reduce | None, *, with_metrics: bool, kernels: bool | None
+    ) -> None:
         self.rule, self.batch, self.reduce = rule, batch, reduce
         keys = (*rule.base_keys, *rule.parent_keys)
         by_trajectory = with_metrics and TRAJECTORY_KEY in batch.ids
         seen = (*keys, TRAJECTORY_KEY) if by_trajectory and TRAJECTORY_KEY not in keys else keys
-        self.runs: Runs = find_runs(batch, seen)
+        passes = choose_passes(rule, batch, kernels)
+        self.runs: Runs = find_runs(batch, seen, chunk=passes.chunk(batch))
         shared = reduce is not None
         self.nodes: NodeMap | None = None
         if rule.has_nodes:
             self.nodes = make_node_map(batch, self.runs, rule.base_keys, seen, soft=rule.soft, shared=shared)
+        self.passes = passes(rule, batch, self.runs, self.nodes)
         self.statistics: TokenStatistics | None = None
         if with_metrics:
             trajectories = self._trajectories(shared) if by_trajectory else None
@@ -73,32 +78,15 @@ class _Call:
         ids = self.runs.ids[TRAJECTORY_KEY]
         return table_size(TRAJECTORY_KEY, int(ids.max()) if ids.numel() else -1, self.batch.counts, shared=shared)
 
-    def _chunks(self) -> Iterator[Chunk]:
-        batch = self.batch
-        for tokens, runs in iterate(self.runs):
-            x = batch.log_ratio[tokens]
-            if batch.any_beyond_clamp:
-                x = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-            yield Chunk(tokens, runs, x, batch.advantages[tokens], batch.weights[tokens], batch.any_weightless)
-
-    def _table(self, rows: int) -> Tensor:
-        assert self.nodes is not None
-        shape = (rows, self.nodes.base_nodes, self.nodes.partitions)
-        return torch.zeros(shape, dtype=torch.float64, device=self.batch.log_ratio.device)
-
     def _fused(self, tables: dict[str, Tensor]) -> dict[str, Tensor]:
         return fused_sum(tables, self.reduce) if tables else {}
 
     def first_pass(self) -> tuple[Gating, Tensor | None]:
+        node_sums = self.passes.first(self.statistics)
         tables: dict[str, Tensor] = {}
-        if self.nodes is not None:
-            tables["nodes"] = self._table(self.rule.node_terms)
+        if self.nodes is not None and node_sums is not None:
+            tables["nodes"] = node_sums
             tables.update(parent_tables(self.nodes, self.runs, self.rule.parent_keys))
-        for chunk in self._chunks():
-            if self.nodes is not None:
-                self.nodes.sum_into(tables["nodes"], self.rule.terms(chunk), chunk.tokens, chunk.runs)
-            if self.statistics is not None:
-                self.statistics.first(chunk)
         if self.statistics is not None:
             tables.update(self.statistics.first_tables())
         reduced = self._fused(tables)
@@ -107,33 +95,16 @@ class _Call:
         sums = reduced.get("nodes")
         return self.rule.prepare(self.nodes, sums, reduced.get("parents"), self.batch.log_ratio), sums
 
-    def second_pass(self, gating: Gating) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        ratio, gradient = torch.empty_like(self.batch.log_ratio), torch.empty_like(self.batch.log_ratio)
-        value = torch.zeros((), dtype=torch.float64, device=ratio.device)
-        tables: dict[str, Tensor] = {}
-        if self.nodes is not None:
-            tables["nodes"] = self._table(self.rule.adjoint_terms)
-        for chunk in self._chunks():
-            values = [] if self.nodes is None else self._gather(gating.node_values, chunk)
-            gated = gating.gate(chunk, values)
-            ratio[chunk.tokens], gradient[chunk.tokens] = gated.ratio, gated.gradient
-            value += (chunk.weights * chunk.advantages).mul_(gated.ratio).sum(dtype=torch.float64)
-            if self.nodes is not None:
-                self.nodes.sum_into(tables["nodes"], gated.node_terms, chunk.tokens, chunk.runs)
-            if self.statistics is not None:
-                self.statistics.second(chunk, gated)
+    def second_pass(self, gating: Gating) -> tuple[GatedTokens, dict[str, Tensor]]:
+        gated = self.passes.second(gating, self.statistics)
+        tables = {} if gated.node_sums is None else {"nodes": gated.node_sums}
         if self.statistics is not None:
-            tables.update(self.statistics.second_tables(value))
-        return ratio, gradient, value, self._fused(tables)
+            tables.update(self.statistics.second_tables(gated.value))
+        return gated, self._fused(tables)
 
     def third_pass(self, gating: Gating, reduced: dict[str, Tensor], gradient: Tensor) -> None:
         table = gating.adjoint(reduced["nodes"]) if self.nodes is not None else None
         if table is not None and bool(table.any()):
-            for chunk in self._chunks():
-                gradient[chunk.tokens] += gating.finish(chunk, self._gather(table, chunk))
+            self.passes.third(gating, table, gradient)
         if self.batch.any_beyond_clamp:
             gradient.masked_fill_(self.batch.log_ratio.abs() > MAX_LOG_RATIO, 0.0)
-
-    def _gather(self, table: Tensor | None, chunk: Chunk) -> list[Tensor]:
-        assert self.nodes is not None and table is not None
-        return self.nodes.gather(table, chunk.tokens, chunk.runs)

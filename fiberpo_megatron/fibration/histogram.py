@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 _MANTISSA_BITS = 5
-_SHIFT = 23 - _MANTISSA_BITS
-_LOWEST = (127 - 14) << _MANTISSA_BITS
-_PER_SIGN = 19 << _MANTISSA_BITS
-BINS = 2 * _PER_SIGN + 1
+SHIFT = 23 - _MANTISSA_BITS
+LOWEST = (127 - 14) << _MANTISSA_BITS
+PER_SIGN = 19 << _MANTISSA_BITS
+BINS = 2 * PER_SIGN + 1
+"""A bin is min(max((pattern of |x| >> SHIFT) - LOWEST + 1, 0), PER_SIGN), mirrored around PER_SIGN."""
 _FINE_BITS = 10
 FINE_BINS = 1 << _FINE_BITS
 """Sub-bins of one bin, with which the second reduction resolves the maximum to 2**-15 of |x|."""
@@ -30,7 +31,7 @@ def quantile(counts: Tensor, share: float) -> float:
     if float(total) == 0.0:
         return 0.0
     at = int(torch.searchsorted(counts.cumsum(0), (share * total).reshape(1)).clamp(max=BINS - 1))
-    return _edge_middle(at - _PER_SIGN, 0, 0)
+    return _edge_middle(at - PER_SIGN, 0, 0)
 
 
 def top_bin(counts: Tensor) -> int:
@@ -46,7 +47,7 @@ def fine_position(maximum: float, top: int) -> Tensor:
         return row
     value = torch.tensor([maximum], dtype=torch.float32)
     if int(_bin(value)) == top:
-        row[(int(value.view(torch.int32)) >> (_SHIFT - _FINE_BITS)) & (FINE_BINS - 1)] = 1.0
+        row[(int(value.view(torch.int32)) >> (SHIFT - _FINE_BITS)) & (FINE_BINS - 1)] = 1.0
     return row
 
 
@@ -55,7 +56,7 @@ def refined_maximum(top: int, fine: Tensor) -> float:
     if top < 0:
         return 0.0
     held = fine.nonzero().squeeze(1)
-    signed = top - _PER_SIGN
+    signed = top - PER_SIGN
     if signed == 0:
         return 0.0
     best = int(held.max() if signed > 0 else held.min())  # a negative maximum is the smallest magnitude
@@ -64,15 +65,15 @@ def refined_maximum(top: int, fine: Tensor) -> float:
 
 def _bin(log_ratio: Tensor) -> Tensor:
     bits = log_ratio.float().view(torch.int32)
-    magnitude = ((bits & 0x7FFFFFFF) >> _SHIFT).sub_(_LOWEST - 1).clamp_(0, _PER_SIGN)
+    magnitude = ((bits & 0x7FFFFFFF) >> SHIFT).sub_(LOWEST - 1).clamp_(0, PER_SIGN)
     sign = bits >> 31  # 0 or -1: xor and subtract negate where it is -1
-    return magnitude.bitwise_xor_(sign).sub_(sign).add_(_PER_SIGN)
+    return magnitude.bitwise_xor_(sign).sub_(sign).add_(PER_SIGN)
 
 
 def _edge_middle(signed: int, fine: int, fine_bits: int) -> float:
     if signed == 0:
         return 0.0
-    step = 1 << (_SHIFT - fine_bits)
-    low = ((abs(signed) + _LOWEST - 1) << _SHIFT) + fine * step
+    step = 1 << (SHIFT - fine_bits)
+    low = ((abs(signed) + LOWEST - 1) << SHIFT) + fine * step
     edges = torch.tensor([low, low + step], dtype=torch.int32).view(torch.float32).double()
     return float(edges.mean()) * (1.0 if signed > 0 else -1.0)

@@ -56,6 +56,7 @@ class Objective:
         reduce: Reduce | None = None,
         counts: Mapping[str, int] | None = None,
         metrics: bool = True,
+        kernels: bool | None = None,
     ) -> ObjectiveOutput:
         """Gated ratio, gradient, value and metrics of this rank's tokens.
 
@@ -71,6 +72,8 @@ class Objective:
             counts: global number of ids per key. Without it a single rank uses its largest id + 1; ranks
                 that share tables use max(1024, the next power of two), which must agree between them.
             metrics: False skips the metrics; the same on all ranks.
+            kernels: True runs the passes over tokens in fused Triton kernels, False in torch. None takes the
+                kernels where there are some: on CUDA with Triton, for every objective but "apc".
 
         Raises:
             ValueError: malformed input, or levels that do not nest; names level, node, value and fix.
@@ -94,7 +97,7 @@ class Objective:
                 counts=counts,
                 expert_share=expert_share if self.uses_experts else None,
             )
-            return evaluate(self._rule, batch, reduce, with_metrics=metrics)
+            return evaluate(self._rule, batch, reduce, with_metrics=metrics, kernels=kernels)
 
     def surrogate(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, **call: Any

@@ -26,22 +26,32 @@ class Runs:
     decided on runs; tokens in any other order are right too, only with more runs.
     """
 
+    size: int
+    """Tokens of the batch."""
+    chunk: int
+    """Tokens per chunk; the last one may hold fewer."""
+    starts: Tensor
+    """[R] first token of each run."""
     lengths: Tensor
     """[R] tokens per run."""
     ids: dict[str, Tensor]
     """Per key, the id of each run, int64 [R]."""
-    chunks: tuple[tuple[int, int, int, int], ...]
-    """Per chunk: first token, end token, first run, end run."""
+
+    @cached_property
+    def chunks(self) -> list[tuple[int, int, int, int]]:
+        """Per chunk: first token, end token, first run, end run."""
+        firsts = list(range(0, self.size, self.chunk))
+        run_at = torch.searchsorted(self.starts, self.starts.new_tensor(firsts)).tolist()
+        ends, run_ends = [*firsts[1:], self.size], [*run_at[1:], self.starts.shape[0]]
+        return list(zip(firsts, ends, run_at, run_ends, strict=True)) if firsts else []
 
 
-def find_runs(batch: TokenBatch, keys: tuple[str, ...], *, chunk: int | None = None) -> Runs:
+def find_runs(batch: TokenBatch, keys: tuple[str, ...], *, chunk: int) -> Runs:
     """Runs of the batch over `keys`; ids are taken from the first token of each run."""
     size, device = batch.size, batch.log_ratio.device
-    if chunk is None:
-        chunk = CPU_CHUNK if device.type == "cpu" else max(size, 1)
     if size == 0:
         none = torch.zeros(0, dtype=torch.int64, device=device)
-        return Runs(none, dict.fromkeys(keys, none), ())
+        return Runs(size, chunk, none, none, dict.fromkeys(keys, none))
     cut = torch.zeros(size, dtype=torch.bool, device=device)
     cut[::chunk] = True
     for key in keys:
@@ -49,15 +59,7 @@ def find_runs(batch: TokenBatch, keys: tuple[str, ...], *, chunk: int | None = N
         cut[1:] |= ids[1:] != ids[:-1]
     starts = cut.nonzero().squeeze(1)
     lengths = torch.diff(starts, append=starts.new_tensor([size]))
-    firsts = list(range(0, size, chunk))
-    run_at = torch.searchsorted(starts, starts.new_tensor(firsts)).tolist()
-    ends = [*firsts[1:], size]
-    run_ends = [*run_at[1:], starts.shape[0]]
-    return Runs(
-        lengths,
-        {key: batch.ids[key].index_select(0, starts).long() for key in keys},
-        tuple(zip(firsts, ends, run_at, run_ends, strict=True)),
-    )
+    return Runs(size, chunk, starts, lengths, {key: batch.ids[key].index_select(0, starts).long() for key in keys})
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class RunSlice:
     lengths: Tensor
     first: int
     end: int
+
+    @property
+    def rows(self) -> slice:
+        """These runs among the batch's."""
+        return slice(self.first, self.end)
 
     @cached_property
     def run_of_token(self) -> Tensor:

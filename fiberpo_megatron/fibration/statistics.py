@@ -54,18 +54,18 @@ class TokenStatistics:
             log_share = share.clamp(min=torch.finfo(share.dtype).tiny).log_()
             entropy = -(mu @ log_share.mul_(share)).sum(dtype=torch.float64)
         wide = torch.float64
-        parts = [ratio.sum(dtype=wide), mu.sum(dtype=wide), weighted.sum(dtype=wide)]
-        parts += [weighted.mul_(chunk.ratio).sum(dtype=wide), entropy]
-        self.sums[0] += counted
-        self.sums[1:] += torch.stack(parts)
-        self.counts += histogram.histogram(x)
-        if self.tokens_of is not None:
-            self._per_trajectory(self.tokens_of, chunk, chunk.counted)
+        parts = [mu.new_tensor(counted, dtype=wide), ratio.sum(dtype=wide), mu.sum(dtype=wide)]
+        parts += [weighted.sum(dtype=wide), weighted.mul_(chunk.ratio).sum(dtype=wide), entropy]
+        tokens = None if self.tokens_of is None else _per_run(chunk, chunk.counted)
+        self.add_first(torch.stack(parts), histogram.histogram(x), tokens, chunk.runs.rows)
 
-    def _per_trajectory(self, table: Tensor, chunk: Chunk, value: Tensor | None) -> None:
-        runs = chunk.runs
-        sums = runs.lengths.double() if value is None else runs.sums(value)
-        table.index_add_(0, self.runs.ids[TRAJECTORY_KEY][runs.first : runs.end], sums)
+    def add_first(self, sums: Tensor, counts: Tensor, tokens: Tensor | None, runs: slice) -> None:
+        """Sums of tokens that count, r, mu, mu r, mu r^2 and mu H(omega), [6]; histogram counts [BINS]; tokens that
+        count per run of `runs`, all but these in float64."""
+        self.sums += sums
+        self.counts += counts
+        if self.tokens_of is not None and tokens is not None:
+            self.tokens_of.index_add_(0, self.runs.ids[TRAJECTORY_KEY][runs], tokens)
 
     def first_tables(self) -> dict[str, Tensor]:
         tables = {"sums": self.sums, "log_ratio_histogram": self.counts}
@@ -80,9 +80,14 @@ class TokenStatistics:
     def second(self, chunk: Chunk, gated: GatedChunk) -> None:
         """Count clipped tokens."""
         clipped = chunk.only_counted(1.0 - gated.free)
-        self.clipped += clipped.sum(dtype=torch.float64)
-        if self.clipped_of is not None:
-            self._per_trajectory(self.clipped_of, chunk, clipped)
+        per_run = None if self.clipped_of is None else _per_run(chunk, clipped)
+        self.add_second(clipped.sum(dtype=torch.float64), per_run, chunk.runs.rows)
+
+    def add_second(self, total: Tensor, clipped: Tensor | None, runs: slice) -> None:
+        """Clipped tokens in all, and per run of `runs`; float64."""
+        self.clipped += total
+        if self.clipped_of is not None and clipped is not None:
+            self.clipped_of.index_add_(0, self.runs.ids[TRAJECTORY_KEY][runs], clipped)
 
     def second_tables(self, value: Tensor) -> dict[str, Tensor]:
         fine = histogram.fine_position(self.local_max, self.top).to(value.device)
@@ -124,6 +129,10 @@ class TokenStatistics:
         none = int((held & (clipped == 0)).sum())
         every = int((held & (clipped == self.tokens_of)).sum())
         return none / size, (int(held.sum()) - none - every) / size, every / size
+
+
+def _per_run(chunk: Chunk, value: Tensor | None) -> Tensor:
+    return chunk.runs.lengths.double() if value is None else chunk.runs.sums(value)
 
 
 def _expert_metrics(sums: Tensor, entropy: float, weight: float) -> ExpertMetrics:

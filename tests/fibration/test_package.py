@@ -32,6 +32,8 @@ def test_imports_only_torch_and_the_standard_library(path: Path) -> None:
     for name in imported(path):
         top = name.split(".")[0]
         inside = name.startswith("fiberpo_megatron.fibration")
+        if top == "triton" and path.parent.name == "kernels":
+            continue  # optional: imported when tensors are on CUDA and Triton is there
         assert inside or top == "torch" or top in sys.stdlib_module_names, f"{path.name} imports {name}"
         assert not name.startswith("torch.distributed"), f"{path.name}: sums cross ranks through `reduce`"
 

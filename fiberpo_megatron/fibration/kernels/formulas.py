@@ -1,0 +1,162 @@
+"""Each objective's arithmetic on one block of tokens, as device functions.
+
+They say in Triton what the rules' `terms`, `gate` and `finish` say in torch, in the same order of operations:
+  terms(x, mu, counted)                -> what the first reduction sums per finest node
+  gate(x, a, mu, values, OPTIONS)      -> G, direct gradient, whether the own clip is free, what the second one sums
+  finish(x, mu, counted, values)       -> the gradient that reaches tokens through aggregates
+x, a, mu are [BLOCK], x clamped; `values` are the node values a token receives. Constants come in as OPTIONS and
+are given the tokens' dtype by `tl.full`: Triton would round a bare float to float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from fiberpo_megatron.fibration.fiber import UNBOUNDED, FiberRule
+from fiberpo_megatron.fibration.rule import Rule
+from fiberpo_megatron.fibration.sequence import GSPORule
+from fiberpo_megatron.fibration.token_clip import CISPORule, PPORule, ReinforceRule
+
+_UNBOUNDED = tl.constexpr(UNBOUNDED)
+
+
+@triton.jit
+def _fiber_terms(x, mu, counted):
+    return mu, counted.to(x.dtype), tl.maximum(x, 0.0) * mu, -(tl.minimum(x, 0.0) * mu)
+
+
+@triton.jit
+def _fiber_clip(value, a, OPTIONS: tl.constexpr):
+    gain = tl.full((), OPTIONS[0], value.dtype)
+    loss = tl.full((), OPTIONS[1], value.dtype)
+    bound = tl.where(a > 0, gain, loss)
+    upper = bound
+    if OPTIONS[2] is not None:
+        upper = tl.where(a < 0, _UNBOUNDED, bound)
+    return tl.minimum(tl.maximum(value, -bound), upper)
+
+
+@triton.jit
+def _fiber_gate(x, a, mu, values, OPTIONS: tl.constexpr):
+    s_plus, s_minus, log_weight = values
+    positive = x >= 0
+    own = tl.where(positive, x - s_plus, x + s_minus)
+    other = tl.where(positive, -s_minus, s_plus)
+    own_clipped = _fiber_clip(own, a, OPTIONS)
+    other_clipped = _fiber_clip(other, a, OPTIONS)
+    own_free = own_clipped == own
+    other_free = other_clipped == other
+    ratio = tl.exp(own_clipped - other_clipped + log_weight)
+    scale = mu * a
+    weight = scale * ratio
+    gradient = tl.where(own_free, weight, 0.0)
+    free = own_free
+    if OPTIONS[2] is not None or OPTIONS[3]:
+        raw = tl.exp(x)
+        on_raw = x != x
+        raw_gated = raw
+        if OPTIONS[2] is not None:
+            on_raw = (a < 0) & (x > 0)
+            raw_gated = tl.where(on_raw, tl.minimum(raw, tl.full((), OPTIONS[2], x.dtype)), raw)
+        if OPTIONS[3]:
+            on_raw = on_raw | ((a > 0) & (x < 0))
+        raw_free = raw_gated == raw
+        ratio = tl.where(on_raw, raw_gated, ratio)
+        gradient = tl.where(on_raw, tl.where(raw_free, scale * raw, 0.0), gradient)
+        free = tl.where(on_raw, raw_free, free)
+        weight = tl.where(on_raw, 0.0, weight)
+    stopped_plus = tl.where(tl.where(positive, own_free, other_free), 0.0, weight)
+    stopped_minus = tl.where(tl.where(positive, other_free, own_free), 0.0, weight)
+    return ratio, gradient, free, (weight, stopped_plus, stopped_minus)
+
+
+@triton.jit
+def _fiber_finish(x, mu, counted, values):
+    return tl.where(x >= 0, values[0], values[1]) * mu
+
+
+@triton.jit
+def _no_terms(x, mu, counted):
+    return ()
+
+
+@triton.jit
+def _nothing(x, mu, counted, values):
+    return tl.zeros_like(x)
+
+
+@triton.jit
+def _pessimistic_clip(ratio, a, OPTIONS: tl.constexpr):
+    below = tl.maximum(ratio, tl.full((), 1.0 - OPTIONS[1], ratio.dtype))
+    if OPTIONS[2] is not None:
+        below = tl.minimum(below, tl.full((), OPTIONS[2], ratio.dtype))
+    return tl.where(a >= 0, tl.minimum(ratio, tl.full((), 1.0 + OPTIONS[0], ratio.dtype)), below)
+
+
+@triton.jit
+def _ppo_gate(x, a, mu, values, OPTIONS: tl.constexpr):
+    raw = tl.exp(x)
+    ratio = _pessimistic_clip(raw, a, OPTIONS)
+    free = ratio == raw
+    return ratio, tl.where(free, mu * a * ratio, 0.0), free, ()
+
+
+@triton.jit
+def _cispo_gate(x, a, mu, values, OPTIONS: tl.constexpr):
+    raw = tl.exp(x)
+    ratio = tl.minimum(tl.maximum(raw, tl.full((), 1.0 - OPTIONS[1], x.dtype)), tl.full((), 1.0 + OPTIONS[0], x.dtype))
+    return ratio, mu * a * ratio, ratio == raw, ()
+
+
+@triton.jit
+def _reinforce_gate(x, a, mu, values, OPTIONS: tl.constexpr):
+    ratio = tl.exp(x)
+    return ratio, mu * a * ratio, x == x, ()
+
+
+@triton.jit
+def _gspo_terms(x, mu, counted):
+    return counted.to(x.dtype), tl.where(counted, x, 0.0)
+
+
+@triton.jit
+def _gspo_gate(x, a, mu, values, OPTIONS: tl.constexpr):
+    ratio = _pessimistic_clip(values[0], a, OPTIONS)
+    free = ratio == values[0]
+    return ratio, tl.zeros_like(x), free, (tl.where(free, mu * a * ratio, 0.0),)
+
+
+@triton.jit
+def _gspo_finish(x, mu, counted, values):
+    return tl.where(counted, values[0], 0.0)
+
+
+@dataclass(frozen=True)
+class Formulas:
+    """One objective's device functions."""
+
+    terms: Any
+    gate: Any
+    finish: Any
+    options: Callable[[Any], tuple[float | bool | None, ...]]
+    """Reads the rule's constants: (epsilon for A > 0, for A <= 0, dual clip, unclip positive)."""
+
+
+# APC needs expm1, which Triton's language does not have: it stays in torch.
+FORMULAS: dict[type[Rule], Formulas] = {
+    FiberRule: Formulas(
+        _fiber_terms,
+        _fiber_gate,
+        _fiber_finish,
+        lambda rule: (*rule.epsilon, rule.overlays.dual_clip, rule.overlays.unclip_positive),
+    ),
+    PPORule: Formulas(_no_terms, _ppo_gate, _nothing, lambda rule: (*rule.epsilon, rule.dual_clip, False)),
+    CISPORule: Formulas(_no_terms, _cispo_gate, _nothing, lambda rule: (*rule.epsilon, None, False)),
+    ReinforceRule: Formulas(_no_terms, _reinforce_gate, _nothing, lambda rule: (0.0, 0.0, None, False)),
+    GSPORule: Formulas(_gspo_terms, _gspo_gate, _gspo_finish, lambda rule: (*rule.epsilon, None, False)),
+}

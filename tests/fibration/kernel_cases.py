@@ -1,0 +1,189 @@
+"""The fused kernels against the torch passes: on CPU tensors in Triton's interpreter, else on a GPU.
+
+Run by test_kernels.py in a process of its own with Triton on the path, which the other tests' environment must not
+hold; TRITON_INTERPRET=1 chooses the interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+import triton
+
+from fiberpo_megatron.fibration import OBJECTIVES, PRESET_LEVELS, build_objective
+from fiberpo_megatron.fibration.kernels import blocks, fused
+from tests.fibration import oracle
+from tests.fibration.oracle import Case
+from tests.fibration.ranks import joined
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+DEVICE = "cuda" if isinstance(blocks.first_pass, triton.JITFunction) else "cpu"
+TIGHT = (0.06, 0.05)
+PRESETS = [(name, soft) for name in PRESET_LEVELS for soft in ((True, False) if "expert" in name else (True,))]
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+def preset(name: str, *, soft: bool = True, **options):
+    """Gates and clips are active on `hard_case`."""
+    budgets = {"+".join(level): TIGHT for level in PRESET_LEVELS[name]}
+    membership = ("soft" if soft else "hard") if "expert" in name else None
+    return build_objective(name, **{"epsilon": 0.1, "budgets": budgets, "expert_membership": membership, **options})
+
+
+def on_device(case: Case) -> Case:
+    ids = {key: value.to(DEVICE) for key, value in case.ids.items()}
+    flat = (tensor.to(DEVICE) for tensor in (case.x, case.advantages, case.weights))
+    return Case(*flat, ids, case.share.to(DEVICE))
+
+
+def random_case(seed: int, **options) -> Case:
+    return on_device(oracle.random_case(seed, **options))
+
+
+def hard_case(dtype: torch.dtype = torch.float64, *, partitions: int = 3, seed: int = 0) -> Case:
+    """Trajectories of 1 to 1,200 tokens, two of them in several places; zeros, clamped and weightless tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    block = fused.block_size(1, dtype)
+    lengths = torch.tensor([1, 40, block, block + 176, 1, 17, 60])
+    trajectory = torch.repeat_interleave(torch.arange(7), lengths)
+    order = torch.cat([torch.arange(20, trajectory.shape[0]), torch.arange(20)])  # trajectory 1 begins at the end
+    order[-3:] = order[-3:].roll(1)
+    order[[100, 2200]] = order[[2200, 100]]  # and single tokens of two others lie inside one another
+    trajectory = trajectory[order]
+    n = trajectory.shape[0]
+    x = 0.15 * torch.randn(n, generator=draw, dtype=torch.float64)
+    x[trajectory == 2] += 0.1
+    x[torch.rand(n, generator=draw) < 0.1] = 0.0
+    x[[7, 2000, n - 5]] = torch.tensor([25.0, -31.0, 20.0], dtype=torch.float64)
+    advantages = torch.randn(7, generator=draw, dtype=torch.float64)[trajectory]
+    advantages[trajectory == 5] = 0.0
+    weights = 1.0 / (7.0 * lengths.double()[trajectory])
+    weights[[3, 500, 501]] = 0.0
+    share = torch.rand(n, partitions, generator=draw, dtype=torch.float64)
+    share[::5, 0] = share[::5].amax(1)  # a tie, or the maximum twice
+    share[1::5, 1] = 0.0
+    share = (share.to(dtype) / share.to(dtype).sum(1, keepdim=True)).contiguous()
+    group = trajectory // 2
+    ids = {"trajectory": trajectory, "prompt_group": group, "domain": group // 2}
+    return on_device(Case(x.to(dtype), advantages.to(dtype), weights.to(dtype), ids, share))
+
+
+def assert_same(objective, case: Case, part: torch.Tensor | None = None, **options) -> None:
+    expected = case.call(objective, part, kernels=False, **options)
+    found = case.call(objective, part, kernels=True, **options)
+    tolerance = TOLERANCE[case.x.dtype]
+    for name in ("gated_ratio", "gradient", "value"):
+        left, right = getattr(found, name), getattr(expected, name)
+        assert left.dtype == right.dtype
+        scale = float(right.abs().max()) if right.numel() else 0.0
+        torch.testing.assert_close(
+            left, right, rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    if found.metrics is not None:
+        wide = dict.fromkeys(expected.metrics.as_dict(), None) | found.metrics.as_dict()
+        assert wide == pytest.approx(expected.metrics.as_dict(), rel=10 * tolerance, abs=tolerance, nan_ok=True)
+
+
+@pytest.mark.parametrize(("name", "soft"), PRESETS)
+def test_presets(name: str, soft: bool) -> None:
+    assert_same(preset(name, soft=soft), hard_case())
+
+
+@pytest.mark.parametrize("name", ["fiberpo-domain", "fiberpo-expert"])
+def test_float32(name: str) -> None:
+    assert_same(preset(name), hard_case(torch.float32))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dual_clip": 1.2},
+        {"unclip_positive": True},
+        {"dual_clip": 1.2, "unclip_positive": True, "epsilon": (0.03, 0.02)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["fiberpo", "fiberpo-expert"])
+def test_overlays(name: str, options: dict) -> None:
+    assert_same(preset(name, **options), hard_case(seed=1))
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in PRESET_LEVELS and name != "apc"])
+def test_other_objectives(name: str) -> None:
+    for dtype in TOLERANCE:
+        assert_same(build_objective(name), hard_case(dtype))
+
+
+def test_one_long_node_and_many_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finest node of more runs than are added side by side, and P that is no power of two."""
+    monkeypatch.setattr(fused, "RUNS_AT_ONCE", 4)
+    case = random_case(3, trajectories=11, longest=1, partitions=5)
+    levels = [["all", "expert"], ["all"]]
+    budgets = {"all+expert": TIGHT, "all": TIGHT}
+    assert_same(build_objective("fiberpo", levels=levels, budgets=budgets, epsilon=0.1), case)
+
+
+def test_the_first_step_is_exact() -> None:
+    """At log ratio zero G is 1 and the gradient is mu A, bit for bit."""
+    case = hard_case(torch.float32)
+    case.x.zero_()
+    out = case.call(preset("fiberpo-domain"), kernels=True)
+    assert torch.equal(out.gated_ratio, torch.ones_like(case.x))
+    assert torch.equal(out.gradient, case.weights * case.advantages)
+
+
+class _Asked(Exception):
+    """A rank asks for a sum that the other ranks have not given their share of yet."""
+
+
+def in_turn(objective, case: Case, parts: list[torch.Tensor], **options) -> list:
+    """One call per rank, one after the other: the interpreter runs one kernel at a time. A rank that asks for a
+    sum for the first time is stopped, and called again when all ranks have asked."""
+    totals: list[torch.Tensor] = []
+    while True:
+        outputs, asked = [], []
+        for part in parts:
+            known = iter(totals)
+
+            def reduce(flat: torch.Tensor, known=known, asked=asked) -> torch.Tensor:
+                total = next(known, None)
+                if total is None:
+                    asked.append(flat.clone())
+                    raise _Asked
+                return total.clone()
+
+            with contextlib.suppress(_Asked):
+                outputs.append(case.call(objective, part, reduce=reduce, **options))
+        if not asked:
+            return outputs
+        totals.append(torch.stack(asked).sum(0))
+
+
+def test_three_ranks_of_which_one_is_empty() -> None:
+    case = random_case(2)
+    objective = preset("fiberpo-expert")
+    order = torch.randperm(case.x.shape[0], generator=torch.Generator().manual_seed(0))
+    parts = [order[:9], order[9:], order[:0]]
+    parts = [part.to(DEVICE) for part in parts]
+    counts = {key: int(ids.max()) + 1 for key, ids in case.ids.items()}
+    alone = case.call(objective, kernels=False)
+    outputs = in_turn(objective, case, parts, counts=counts, kernels=True)
+    torch.testing.assert_close(joined(outputs, parts, "gradient"), alone.gradient, rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(joined(outputs, parts, "gated_ratio"), alone.gated_ratio, rtol=1e-10, atol=0)
+    assert outputs[0].metrics == outputs[2].metrics
+
+
+def test_without_metrics_and_strided_inputs() -> None:
+    case = random_case(4)
+    case.x = torch.stack([case.x, case.x], dim=1)[:, 0]
+    case.share = torch.stack([case.share, case.share], dim=2)[..., 0]
+    assert not case.x.is_contiguous()
+    assert_same(preset("fiberpo-expert"), case, metrics=False)
+
+
+def test_no_kernels_for_apc() -> None:
+    with pytest.raises(ValueError, match="APCRule has no kernels"):
+        random_case(0).call(build_objective("apc"), kernels=True)
