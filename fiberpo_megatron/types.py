@@ -256,6 +256,18 @@ class Routing(Protocol):
         ...
 
 
+class PendingSave(Protocol):
+    """A checkpoint that is being written; every rank calls the methods."""
+
+    def written(self) -> bool:
+        """Whether `finish` would not wait; the same on every rank."""
+        ...
+
+    def finish(self) -> None:
+        """Complete the checkpoint. Raises on every rank, with the cause, when a file could not be written."""
+        ...
+
+
 RoutingMode = Literal["off", "record", "replay"]
 
 
@@ -308,6 +320,10 @@ class Policy(Protocol):
         ...
 
     def save(self, folder: str, state: Mapping[str, object]) -> None: ...
+
+    def begin_save(self, folder: str, state: Mapping[str, object]) -> "PendingSave":
+        """As `save`, written by a thread beside the training until `finish` is called."""
+        ...
 
     def load(self, folder: str) -> dict[str, object]: ...
 

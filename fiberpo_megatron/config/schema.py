@@ -348,6 +348,13 @@ class DataConfig(Section):
     """Domains from which prompts are drawn."""
     max_prompt_tokens: int = Field(2048, ge=1)
     """Longest prompt; a longer one stops the run with its line, before anything starts."""
+    curriculum: Literal["none", "adaptive"] = "none"
+    """none: domains are mixed by their `weight`; adaptive: by weight x max(curriculum_floor, 4 a (1 - a)), where a is
+    the domain's running solve rate, so that what is solved about half of the time is drawn most."""
+    curriculum_rate: float = Field(0.1, gt=0, le=1)
+    """Share of a step's solve rate in the running one."""
+    curriculum_floor: float = Field(0.1, gt=0, le=1)
+    """Least factor of a domain that is always or never solved, relative to one that is solved half of the time."""
     random_reward: bool = False
     """Control experiment: rewards are fair coin flips that ignore the answer."""
 
@@ -374,6 +381,23 @@ class CheckpointConfig(Section):
     """Save every so many steps; 0: only after the last. 1 loses nothing but the unfinished step."""
     keep: int = Field(2, ge=1)
     """Complete checkpoints kept, newest first."""
+    keep_best_metric: str | None = None
+    """Keep the checkpoint with the best value of this metric as well: "eval/accuracy", "train/reward/mean" or another
+    that rank 0 knows. A step without it (no evaluation was due) cannot be the best."""
+    keep_best_mode: Literal["max", "min"] = "max"
+    """Whether the largest or the smallest value is the best."""
+    asynchronous: bool = False
+    """Copy the state to host memory and let a thread write it while training goes on. The checkpoint counts from the
+    first step's end that finds it written; the run waits before the next save and before it ends."""
+
+    @model_validator(mode="after")
+    def metric_has_a_kind(self) -> "CheckpointConfig":
+        if self.keep_best_metric and not self.keep_best_metric.startswith(("eval/", "train/")):
+            raise ValueError(
+                f"checkpoint.keep_best_metric = {self.keep_best_metric!r}: say of which record, eval/... or train/..., "
+                "for example eval/accuracy"
+            )
+        return self
 
 
 class TelemetryConfig(Section):

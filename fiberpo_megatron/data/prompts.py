@@ -4,16 +4,17 @@ Nothing here keeps state: every rank, and a resumed run, computes the same promp
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
+from typing import Any
 
 from fiberpo_megatron.config.schema import JsonlTask
 from fiberpo_megatron.data.chat import ChatTemplate
 from fiberpo_megatron.data.shuffle import Permutation, derive_key
 from fiberpo_megatron.data.tasks import Problem, ProblemSet, Task, build_problem_set
 from fiberpo_megatron.data.tokenizer import Tokenizer
-from fiberpo_megatron.types import Prompt
+from fiberpo_megatron.types import Prompt, RolloutBatch
 
 SCHEDULE_SLOTS = 1000
 """Length of the repeating schedule that mixes domains: weights are met to 1/1000."""
@@ -172,6 +173,22 @@ class PromptSets:
         ]
         domains = ((self._domains[number], position) for position, number in sorted(turns)[:count])
         return [domain.prompt(domain.problems.held_out(position)) for domain, position in domains]
+
+    def observe(self, rollouts: RolloutBatch) -> dict[str, float]:
+        """See a step's rollouts; metrics. A fixed mix learns nothing from them."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold beside the step: of a fixed mix nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's `state`; ValueError when it is a curriculum's."""
+        if state:
+            raise ValueError(
+                'the checkpoint was written with data.curriculum = "adaptive"; resume with it, or start in another run '
+                "folder"
+            )
 
     def _stream(self, name: str, seed: int, step: int, count: int) -> Iterator[tuple[Domain, Problem]]:
         for position in range(step * count, (step + 1) * count):

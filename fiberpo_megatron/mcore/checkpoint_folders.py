@@ -1,6 +1,7 @@
 """Checkpoint folders: names, what makes one complete, the newest, pruning. No Megatron here.
 
-<root>/step-00000012/            complete: checkpoint.json is in it and every file has its recorded size
+<root>/step-00000012/            complete: checkpoint.json is in it and every file has its recorded size; whole:
+                                 and its recorded checksum
 <root>/.step-00000013.partial/   being written, or left by a run that died: never read
 """
 
@@ -9,13 +10,15 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import zlib
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 DESCRIPTION = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 _STEP = re.compile(r"step-(\d+)")
 _PACKAGES = ("fiberpo-megatron", "megatron-core", "torch", "numpy")
 _log = logging.getLogger(__name__)
@@ -23,6 +26,28 @@ _log = logging.getLogger(__name__)
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says which, why, and what to do."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that is missing, incomplete or not as it was written; an earlier one may be whole."""
+
+
+class FileMark(NamedTuple):
+    """What a file was when it was written."""
+
+    size: int
+    """Bytes."""
+    crc32: int
+
+
+def mark(path: Path) -> FileMark:
+    """Size and checksum of a file."""
+    crc = size = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            crc = zlib.crc32(chunk, crc)
+            size += len(chunk)
+    return FileMark(size, crc)
 
 
 @dataclass(frozen=True)
@@ -38,8 +63,8 @@ class Description:
     packages: Mapping[str, str]
     state: Mapping[str, object]
     """The caller's own state."""
-    files: Mapping[str, int]
-    """Size in bytes of every other file, by path relative to the folder."""
+    files: Mapping[str, FileMark]
+    """Every other file, by path relative to the folder."""
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -77,40 +102,56 @@ def packages() -> dict[str, str]:
     return found
 
 
-def sizes(folder: Path) -> dict[str, int]:
-    """Size of every file below `folder` but checkpoint.json."""
+def mark_all(folder: Path, known: Mapping[str, FileMark] | None = None) -> dict[str, FileMark]:
+    """Marks of every file below `folder` but checkpoint.json; those that are `known` are not read again."""
+    known = known or {}
+    return {name: known[name] if name in known else mark(path) for name, path in _files(folder).items()}
+
+
+def _files(folder: Path) -> dict[str, Path]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DESCRIPTION)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    return {str(path.relative_to(folder)): path for path in files}
 
 
 def describe(folder: str | Path) -> Description:
-    """Read checkpoint.json and check that the folder is complete; raises CheckpointError when it is not."""
+    """Read checkpoint.json and check that the folder is complete; raises DamagedCheckpoint when it is not."""
     folder = Path(folder)
     if not folder.is_dir():
         beside = latest(folder.parent) if folder.parent.is_dir() else None
         hint = f"the newest complete one there is {beside}" if beside else f"{folder.parent} holds no complete one"
-        raise CheckpointError(f"no checkpoint at {folder}; {hint}")
+        raise DamagedCheckpoint(f"no checkpoint at {folder}; {hint}")
     try:
         read = json.loads((folder / DESCRIPTION).read_text())
         if read.get("format") != FORMAT:
-            raise CheckpointError(f"{folder} has checkpoint format {read.get('format')}; this version reads {FORMAT}")
-        description = Description(**read)
+            raise DamagedCheckpoint(f"{folder} has checkpoint format {read.get('format')}; this version reads {FORMAT}")
+        marks = {name: FileMark(*values) for name, values in read.pop("files").items()}
+        description = Description(**read, files=marks)
     except FileNotFoundError as error:
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"{folder} is not a complete checkpoint: it has no {DESCRIPTION}; take an earlier one"
         ) from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{folder / DESCRIPTION} is damaged ({error}); take an earlier checkpoint") from error
-    found = sizes(folder)
-    for name, size in description.files.items():
-        if found.get(name) != size:
+        raise DamagedCheckpoint(f"{folder / DESCRIPTION} is damaged ({error}); take an earlier checkpoint") from error
+    found = {name: path.stat().st_size for name, path in _files(folder).items()}
+    for name, written in description.files.items():
+        if found.get(name) != written.size:
             seen = "is missing" if name not in found else f"has {found[name]} bytes"
-            raise CheckpointError(
-                f"{folder} is damaged: {name} {seen}, {size} bytes were written; take an earlier checkpoint"
+            raise DamagedCheckpoint(
+                f"{folder} is damaged: {name} {seen}, {written.size} bytes were written; take an earlier checkpoint"
             )
     return description
+
+
+def damaged_files(folder: Path, description: Description, *, part: int = 0, parts: int = 1) -> str | None:
+    """Says which file of a complete checkpoint is not as it was written, or None. It reads every `parts`-th file from
+    number `part` on, largest first, so that ranks share the work."""
+    by_size = sorted(description.files, key=lambda name: (-description.files[name].size, name))
+    for name in by_size[part::parts]:
+        if mark(folder / name) != description.files[name]:
+            return f"{folder} is damaged: {name} has another checksum than when it was written; take an earlier one"
+    return None
 
 
 def complete_steps(root: str | Path) -> list[Path]:
@@ -141,14 +182,26 @@ def latest(root: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
-def prune(root: str | Path, keep: int) -> list[Path]:
-    """Delete all but the `keep` newest complete checkpoints, and remains of unfinished ones.
+def best(root: str | Path, metric: str, mode: Literal["max", "min"]) -> Path | None:
+    """The complete checkpoint with the best value of `metric` in its state's "metrics", the newest of equals; None
+    when none has one."""
+    measured = []
+    for order, folder in enumerate(complete_steps(root)):
+        metrics = describe(folder).state.get("metrics")
+        value = metrics.get(metric) if isinstance(metrics, dict) else None
+        if value is not None:
+            measured.append((value if mode == "max" else -value, order, folder))
+    return max(measured)[2] if measured else None
+
+
+def prune(root: str | Path, keep: int, spare: Collection[Path] = ()) -> list[Path]:
+    """Delete all but the `keep` newest complete checkpoints and those to `spare`, and remains of unfinished ones.
 
     Returns the deleted ones. One rank calls it, while no checkpoint is being written. The newest complete one
     is never deleted.
     """
     root = Path(root)
-    doomed = complete_steps(root)[: -max(keep, 1)]
+    doomed = [folder for folder in complete_steps(root)[: -max(keep, 1)] if folder not in spare]
     for folder in doomed:
         hidden = partial_folder(folder)  # out of sight first: a kill in the middle leaves no half checkpoint
         shutil.rmtree(hidden, ignore_errors=True)

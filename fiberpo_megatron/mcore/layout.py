@@ -4,6 +4,7 @@ import datetime
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import lcm
 from typing import Any
 
@@ -39,8 +40,9 @@ class Axes:
 class ParallelLayout:
     """Implements `types.Layout` on Megatron's process groups."""
 
-    def __init__(self, parallel: ParallelConfig) -> None:
+    def __init__(self, parallel: ParallelConfig, timeout: datetime.timedelta) -> None:
         platform = activate()
+        self._timeout = timeout
         self.parallel = parallel
         self.device = platform.device
         self.rank = dist.get_rank()
@@ -69,15 +71,15 @@ class ParallelLayout:
         if backend == "gloo":
             self.host_group, self._host_token_group = dist.group.WORLD, self.token_group
         else:
-            self.host_group = dist.new_group(backend="gloo")
+            self.host_group = dist.new_group(backend="gloo", timeout=self._timeout)
             self._host_token_group = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
         axes = [Axes(*row) for row in self._everyones_axes()]
         leaders = [r for r, at in enumerate(axes) if at.tensor == at.context == at.pipeline == 0]
         self._leaders = sorted(leaders, key=lambda rank: axes[rank].data)
-        self._leader_group = dist.new_group(self._leaders, backend="gloo", use_local_synchronization=False)
+        self._leader_group = dist.new_group(self._leaders, backend="gloo", timeout=self._timeout)
         for data in range(self.data_size):
             members = [r for r, at in enumerate(axes) if at.data == data]
-            group = dist.new_group(members, backend="gloo")
+            group = dist.new_group(members, backend="gloo", timeout=self._timeout)
             if data == self.data_rank:
                 self._replica_group = group
 
@@ -86,6 +88,11 @@ class ParallelLayout:
         everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(everyone, mine, group=self.host_group)
         return [row.tolist() for row in everyone]
+
+    @cached_property
+    def background_group(self) -> Any:
+        """Gloo group of all ranks for a thread beside the main one; every rank asks for it at the same place."""
+        return dist.new_group(backend="gloo", timeout=self._timeout)
 
     @property
     def chunks(self) -> int:
@@ -182,7 +189,7 @@ def start_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, run: Ru
         create_gloo_process_groups=True,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(run.seed)
-    return ParallelLayout(parallel)
+    return ParallelLayout(parallel, timeout)
 
 
 def stop_layout() -> None:

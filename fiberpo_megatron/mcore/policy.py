@@ -21,6 +21,7 @@ from fiberpo_megatron.types import (
     Gate,
     MicroBatch,
     OptimizerStep,
+    PendingSave,
     RoutingMode,
     TokenScores,
     response_slices,
@@ -178,6 +179,12 @@ class MegatronPolicy:
 
         self.memory.require("saving a checkpoint")
         checkpoint.save(self, folder, state)
+
+    def begin_save(self, folder: str, state: Mapping[str, object]) -> PendingSave:
+        """As `save`, written by a thread beside the training until `finish` is called."""
+        from fiberpo_megatron.mcore import checkpoint
+
+        return checkpoint.begin_save(self, folder, state)
 
     def load(self, folder: str) -> dict[str, object]:
         """Read a checkpoint written under any layout; returns the trainer's state."""

@@ -67,6 +67,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("expert/entropy", "entropy of the expert weights", "nats"),
     Metric("rollout_diff/mean", "mean |rollout - trainer| log-prob", "nats"),
     Metric("rollout_diff/max", "largest |rollout - trainer| log-prob", "nats", "max"),
+    Metric("curriculum/share/*", "prompts of a domain", "share", "last"),
+    Metric("curriculum/solve_rate/*", "running solve rate of a domain", "share", "last"),
     Metric("gradient_norm", "gradient norm before clipping", ""),
     Metric("gradient_norm_max", "largest gradient norm before clipping", "", "max"),
     Metric("extra_forwards", "extra forward passes", "", "sum"),

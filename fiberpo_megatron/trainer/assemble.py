@@ -13,10 +13,11 @@ import torch
 
 from fiberpo_megatron.config import Config, dump_config
 from fiberpo_megatron.config.schema import EngineConfig
-from fiberpo_megatron.data.prompts import PromptSets, build_prompt_sets
+from fiberpo_megatron.data.curriculum import build_prompts
+from fiberpo_megatron.data.prompts import PromptSets
 from fiberpo_megatron.data.tokenizer import Tokenizer, load_tokenizer, response_text, stop_token_ids, tokens_with
 from fiberpo_megatron.mcore.architecture import read_architecture
-from fiberpo_megatron.mcore.checkpoint import latest
+from fiberpo_megatron.mcore.checkpoint import CheckpointError, DamagedCheckpoint, complete_steps
 from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout, stop_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
 from fiberpo_megatron.mcore.weights import save_hf
@@ -67,7 +68,10 @@ def run_train(config: Config, resume: bool, stop: StopRequest) -> None:
     """`fiberpo train`: reinforcement learning from `model.path`, or from the newest checkpoint."""
     with _base(config, stop) as base, ExitStack() as stack:
         policy = build_policy(config, base.hf_config, base.layout)
-        start = _restore(base, policy, resume)
+        state = _restore(base, policy, resume)
+        start = int(state.get("step", 0))
+        if state:
+            base.prompts.restore(state["prompts"])
         run = stack.enter_context(_training(base, policy, ("train", "eval"), start, resume))
         train(run, start)
         _finish(base, policy)
@@ -100,7 +104,7 @@ def run_sft(config: Config, resume: bool, stop: StopRequest) -> None:
     """`fiberpo sft`: supervised warm-up; leaves a Hugging Face folder for `fiberpo train`."""
     with _base(config, stop) as base, ExitStack() as stack:
         policy = build_policy(config, base.hf_config, base.layout, total_steps=config.sft.steps)
-        start = _restore(base, policy, resume)
+        start = int(_restore(base, policy, resume).get("step", 0))
         recorder = stack.enter_context(_recorder(base, start, config.sft.steps, ("sft",), "warm-up"))
         fine_tune(config, policy, base.prompts, recorder, base.checkpoints, PhaseTimers(), start, stop)
         _finish(base, policy)
@@ -112,7 +116,7 @@ def _base(config: Config, stop: StopRequest) -> Iterator[Base]:
     layout = start_layout(hf_config, config.parallel, config.run)
     try:
         tokenizer = load_tokenizer(config.model.path)
-        prompts = build_prompt_sets(config.data.tasks, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
+        prompts = build_prompts(config.data, tokenizer)
         checkpoints = RunCheckpoints(config.run.folder / "checkpoints", config.checkpoint)
         if layout.rank == 0:
             config.run.folder.mkdir(parents=True, exist_ok=True)
@@ -122,19 +126,31 @@ def _base(config: Config, stop: StopRequest) -> Iterator[Base]:
         stop_layout()
 
 
-def _restore(base: Base, policy: MegatronPolicy, resume: bool) -> int:
-    """The step from which to go on: 0, or the newest complete checkpoint's after loading it."""
+def _restore(base: Base, policy: MegatronPolicy, resume: bool) -> dict[str, Any]:
+    """The state of the newest whole checkpoint after loading it; empty at the beginning.
+
+    A damaged checkpoint is told and passed over; CheckpointError when all are.
+    """
     if not resume:
-        return 0
-    newest = latest(base.checkpoints.folder) if base.layout.rank == 0 else None
-    path = base.layout.share_text(str(newest or "") if base.layout.rank == 0 else None)
-    if not path:
-        base.say(f"No complete checkpoint in {base.checkpoints.folder}: starting from the beginning")
-        return 0
-    step = policy.load(path)["step"]
-    assert isinstance(step, int)
-    base.say(f"Resumed from {path}")
-    return step
+        return {}
+    root = base.checkpoints.folder
+    found = [str(folder) for folder in reversed(complete_steps(root))] if base.layout.rank == 0 else None
+    paths = json.loads(base.layout.share_text(json.dumps(found) if found is not None else None))
+    for path in paths:
+        try:
+            state = policy.load(path)
+        except DamagedCheckpoint as error:
+            base.say(f"WARNING: {error}")
+            continue
+        base.say(f"Resumed from {path}")
+        return state
+    if paths:
+        raise CheckpointError(
+            f"none of the {len(paths)} checkpoints in {root} is whole; restore one from a backup, or start again "
+            "without --resume in another run folder"
+        )
+    base.say(f"No complete checkpoint in {root}: starting from the beginning")
+    return {}
 
 
 @contextmanager

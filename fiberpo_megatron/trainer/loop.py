@@ -37,6 +37,14 @@ class Prompts(Protocol):
 
     def held_out(self, count: int) -> list[Prompt]: ...
 
+    def observe(self, rollouts: RolloutBatch) -> Mapping[str, float]:
+        """See a step's rollouts, which may move a curriculum; metrics."""
+        ...
+
+    def state(self) -> Mapping[str, object]:
+        """What a resumed run needs beside the step; JSON values."""
+        ...
+
 
 class Publisher(Protocol):
     """Carries weights to the engines; every rank calls it, only rank 0 talks to them."""
@@ -55,7 +63,14 @@ class Recorder(Protocol):
 
 
 class Checkpoints(Protocol):
-    def save(self, policy: Policy, step: int) -> None: ...
+    def save(self, policy: Policy, step: int, *, prompts: Mapping[str, object], measured: Mapping[str, float]) -> None:
+        """Begin to save the state after `step` steps. `measured`: the step's metrics as "train/..." and "eval/..."."""
+        ...
+
+    def complete(self, wait: bool) -> int:
+        """Finish what an asynchronous save has written, or, if asked, wait for it; the last step of this run that a
+        checkpoint holds, 0 if none does. Every rank calls it."""
+        ...
 
 
 class Store(Protocol):
@@ -110,17 +125,21 @@ def train(run: Training, start: int = 0) -> None:
         rollouts = generate(run, step, step)
         if _asked_to_stop(run):
             if step > saved:
-                _save(run, step)
+                _save(run, step, {})
+            _complete_save(run, wait=True)
             raise Stopped(step)
         metrics = learn(run, rollouts)
         publish(run, done, probe=rollouts)
+        metrics |= run.prompts.observe(rollouts)
         run.recorder.record("train", step, metrics | _throughput(rollouts, run.timers.read()))
+        measured = {f"train/{name}": value for name, value in metrics.items()}
         if _due(done, config.evaluation.every_steps, config.trainer.steps):
-            evaluate(run, done)
+            measured |= {f"eval/{name}": value for name, value in evaluate(run, done).items()}
         stopping = _asked_to_stop(run)
         if stopping or _due(done, config.checkpoint.every_steps, config.trainer.steps):
-            _save(run, done)  # last: a step whose checkpoint exists has been recorded
+            _save(run, done, measured)  # last: a step whose checkpoint exists has been recorded
             saved = done
+        _complete_save(run, wait=stopping or done == config.trainer.steps)
         if stopping and done < config.trainer.steps:
             raise Stopped(done)
 
@@ -178,25 +197,31 @@ def publish(run: Training, version: int, probe: RolloutBatch | None) -> None:
             verify_publication(run.policy, run.generator.sampler, probe, run.config.weight_sync, version)
 
 
-def evaluate(run: Training, step: int) -> None:
-    """Sampled accuracy on held-out prompts with the weights of `step`."""
+def evaluate(run: Training, step: int) -> dict[str, float]:
+    """Sampled accuracy on held-out prompts with the weights of `step`; the metrics recorded."""
     evaluation = run.config.evaluation
     prompts = run.prompts.held_out(evaluation.prompts) if evaluation.prompts else []
     if not prompts or run.generator is None:
-        return
+        return {}
     with run.timers("evaluate"):
         rollouts = _rollouts(run, prompts, evaluation.samples_per_prompt, step, log_step=None)
-    run.recorder.record("eval", step, _rollout_summary(rollouts, run.prompts.domains))
+    summary = _rollout_summary(rollouts, run.prompts.domains)
+    run.recorder.record("eval", step, summary)
+    return summary
 
 
 def _asked_to_stop(run: Training) -> bool:
     return run.policy.layout.any_rank(run.stop())
 
 
-def _save(run: Training, done: int) -> None:
+def _save(run: Training, done: int, measured: Mapping[str, float]) -> None:
     with run.timers("checkpoint"):
-        run.checkpoints.save(run.policy, done)
-        run.rollouts.saved(done)
+        run.checkpoints.save(run.policy, done, prompts=run.prompts.state(), measured=measured)
+
+
+def _complete_save(run: Training, wait: bool) -> None:
+    with run.timers("checkpoint"):
+        run.rollouts.saved(run.checkpoints.complete(wait))
 
 
 def _rollouts(run: Training, prompts: list[Prompt], count: int, version: int, *, log_step: int | None) -> RolloutBatch:

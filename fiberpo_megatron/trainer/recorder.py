@@ -10,7 +10,8 @@ from fiberpo_megatron.telemetry.gpu import GpuMonitor, gpu_metrics
 from fiberpo_megatron.telemetry.metrics import Kind
 from fiberpo_megatron.telemetry.rollout_log import write_rollouts
 from fiberpo_megatron.telemetry.sinks import Sinks
-from fiberpo_megatron.types import Layout, Policy, RolloutGroup
+from fiberpo_megatron.trainer.together import together
+from fiberpo_megatron.types import Layout, PendingSave, Policy, RolloutGroup
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,51 @@ class RunRecorder:
             write_rollouts(self.folder, step, trajectories, count=self.samples, domains=self.domains)
 
 
-@dataclass(frozen=True)
 class RunCheckpoints:
     """Implements the loop's Checkpoints in <run folder>/checkpoints."""
 
-    folder: Path
-    settings: CheckpointConfig
+    def __init__(self, folder: Path, settings: CheckpointConfig) -> None:
+        self.folder, self._settings = folder, settings
+        self._pending: tuple[Policy, int, PendingSave] | None = None
+        self._complete = 0
 
-    def save(self, policy: Policy, step: int) -> None:
-        policy.save(str(checkpoint.step_folder(self.folder, step)), {"step": step})
+    def save(self, policy: Policy, step: int, *, prompts: Mapping[str, object], measured: Mapping[str, float]) -> None:
+        """Save the state after `step` steps, or begin to; an earlier save is completed first."""
+        self.complete(wait=True)
+        metrics: dict[str, float] = {}
+        with together(policy.layout, "saving a checkpoint"):
+            if policy.layout.rank == 0:
+                metrics = self._best_value(measured)
+        state = {"step": step, "prompts": dict(prompts), "metrics": metrics}
+        folder = str(checkpoint.step_folder(self.folder, step))
+        if self._settings.asynchronous:
+            self._pending = policy, step, policy.begin_save(folder, state)
+        else:
+            policy.save(folder, state)
+            self._saved(policy, step)
+
+    def complete(self, wait: bool) -> int:
+        """See the protocol."""
+        if self._pending is not None and (wait or self._pending[2].written()):
+            (policy, step, pending), self._pending = self._pending, None
+            pending.finish()
+            self._saved(policy, step)
+        return self._complete
+
+    def _best_value(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """The metric by which the best is kept, if this step has records of its kind."""
+        name = self._settings.keep_best_metric
+        if name is None or not any(known.split("/")[0] == name.split("/")[0] for known in measured):
+            return {}
+        if name not in measured:
+            raise ValueError(
+                f"checkpoint.keep_best_metric = {name!r}: rank 0 knows no such metric; use one of {sorted(measured)}"
+            )
+        return {name: measured[name]}
+
+    def _saved(self, policy: Policy, step: int) -> None:
+        self._complete = step
         if policy.layout.rank == 0:
-            checkpoint.prune(self.folder, self.settings.keep)
+            name, mode = self._settings.keep_best_metric, self._settings.keep_best_mode
+            best = checkpoint.best(self.folder, name, mode) if name else None
+            checkpoint.prune(self.folder, self._settings.keep, spare=[best] if best else [])

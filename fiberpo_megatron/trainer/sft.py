@@ -65,7 +65,8 @@ def fine_tune(
         done, every = step + 1, config.checkpoint.every_steps
         stopping = policy.layout.any_rank(stop())
         if stopping or done == config.sft.steps or (every and done % every == 0):
-            checkpoints.save(policy, done)
+            checkpoints.save(policy, done, prompts={}, measured={})
+        checkpoints.complete(wait=stopping or done == config.sft.steps)
         if stopping and done < config.sft.steps:
             raise Stopped(done)
 

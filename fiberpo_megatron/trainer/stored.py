@@ -123,6 +123,7 @@ def shared_settings(config: Config, vocabulary: int) -> dict[str, Any]:
         "batch.prompts": config.batch.prompts,
         "batch.samples_per_prompt": config.batch.samples_per_prompt,
         "rollout.temperature": config.rollout.temperature,
+        "data.curriculum": config.data.curriculum,
         "data.tasks": [task.name for task in config.data.tasks],
         "model vocabulary": vocabulary,
     }

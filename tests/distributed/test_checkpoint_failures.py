@@ -58,6 +58,22 @@ def save_and_die(root: Path, moment: str) -> None:
         policy.save(str(checkpoint.step_folder(root, step)), {"step": step})
 
 
+def save_in_background_and_die(root: Path) -> None:
+    """A complete checkpoint, and one that is on the disk but was not finished."""
+    policy = start(parallel={"expert": 2})
+    for step in (1, 2):
+        with torch.no_grad():
+            for model in policy.models:
+                for parameter in model.parameters():
+                    parameter.fill_(step)
+        pending = policy.begin_save(str(checkpoint.step_folder(root, step)), {"step": step})
+        if step == 1:
+            pending.finish()
+    while not pending.written():
+        time.sleep(0.01)
+    die()
+
+
 def load_newest(roots: list[Path]) -> list[tuple[int, float, float]]:
     """Per root the step found, and the smallest and largest weight."""
     policy = start()
@@ -69,6 +85,14 @@ def load_newest(roots: list[Path]) -> list[tuple[int, float, float]]:
         weights = weights_of(policy)
         found.append((int(str(state["step"])), float(weights.min()), float(weights.max())))
     return found
+
+
+def test_kill_while_saving_in_the_background(tmp_path: Path) -> None:
+    outcomes = collect_ranks(2, save_in_background_and_die, tmp_path)
+    assert all(outcome.error is not None for outcome in outcomes)
+    [[(step, low, high)]] = run_ranks(1, load_newest, [tmp_path])
+    assert low == high == step == 1
+    assert partial_folder(checkpoint.step_folder(tmp_path, 2)).is_dir()
 
 
 MOMENTS = ["while tensors are written", "before it is described", "before it gets its name", "0.07", "0.31"]
@@ -91,7 +115,11 @@ def test_kill_while_saving(tmp_path: Path) -> None:
         assert list(root.iterdir()) == [checkpoint.step_folder(root, step)]
 
 
-def fail_to_write(root: Path, failing_rank: int) -> str:
+def begin_and_finish(policy: MegatronPolicy, folder: Path) -> None:
+    policy.begin_save(str(folder), {}).finish()
+
+
+def fail_to_write(root: Path, failing_rank: int, background: bool) -> str:
     """A save in which one rank may not write files of more than 20 kB; then one with room again."""
     policy = start(parallel={"expert": 2})
     policy.save(str(checkpoint.step_folder(root, 1)), {})
@@ -100,7 +128,10 @@ def fail_to_write(root: Path, failing_rank: int) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
     message = ""
     try:
-        policy.save(str(checkpoint.step_folder(root, 2)), {})
+        if background:
+            begin_and_finish(policy, checkpoint.step_folder(root, 2))
+        else:
+            policy.save(str(checkpoint.step_folder(root, 2)), {})
     except RuntimeError as error:
         message = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -112,9 +143,9 @@ def fail_to_write(root: Path, failing_rank: int) -> str:
     return message
 
 
-@pytest.mark.parametrize("failing_rank", [0, 1])
-def test_a_failed_write(failing_rank: int, tmp_path: Path) -> None:
-    for message in run_ranks(2, fail_to_write, tmp_path, failing_rank):
+@pytest.mark.parametrize(("failing_rank", "background"), [(0, False), (1, False), (1, True)])
+def test_a_failed_write(failing_rank: int, background: bool, tmp_path: Path) -> None:
+    for message in run_ranks(2, fail_to_write, tmp_path, failing_rank, background):
         assert "step-00000002 (earlier ones are untouched) failed on rank" in message
         assert "File too large" in message
     assert checkpoint.latest(tmp_path) == checkpoint.step_folder(tmp_path, 2)
@@ -138,15 +169,15 @@ def refuse_checkpoints(root: Path) -> dict[str, str]:
     for folder in folders.values():
         policy.save(str(folder), {"step": 0})
     damage(folders["cut"], lambda data: data[: len(data) // 2])
-    damage(folders["garbled"], lambda data: bytes(len(data)))
+    damage(folders["garbled"], lambda data: data[:-9000] + bytes([data[-9000] ^ 1]) + data[-8999:])
     before = weights_of(policy)
     said = {"cut": refused(policy, folders["cut"])}
     said["missing"] = refused(policy, checkpoint.step_folder(root, 9))
     policy.hf_config = {**QWEN3_MOE, "num_experts": 4}
     said["other model"] = refused(policy, folders["good"])
     policy.hf_config = QWEN3_MOE
-    assert torch.equal(weights_of(policy), before)
     said["garbled"] = refused(policy, folders["garbled"])
+    assert torch.equal(weights_of(policy), before)
     policy.load(str(folders["good"]))
     assert torch.equal(weights_of(policy), before)
     return said
@@ -156,8 +187,7 @@ def test_messages(tmp_path: Path) -> None:
     [said] = run_ranks(1, refuse_checkpoints, tmp_path)
     assert "step-00000000 is damaged: __0_0.distcp has " in said["cut"]
     assert "take an earlier checkpoint" in said["cut"]
-    assert "step-00000001 failed on rank 0" in said["garbled"]
-    assert "the checkpoint is damaged or of another model, take an earlier one" in said["garbled"]
+    assert "step-00000001 is damaged: __0_0.distcp has another checksum than when it was written" in said["garbled"]
     assert "no checkpoint at" in said["missing"]
     assert "step-00000002 was written for another model: experts 8 (this run: 4)" in said["other model"]
 

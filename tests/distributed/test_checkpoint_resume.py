@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2": (2, {"pipeline": 2}),
     "VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "TP2xEP2": (4, {"tensor": 2, "expert": 2}),
+    "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}),
+    "EP4": (4, {"expert": 4}),
 }
 
 
@@ -51,6 +54,8 @@ class Case:
     """Largest difference of a parameter after the next step, which is of order 1e-2: 0 where sums keep their
     order, else float32 rounding."""
     sections: dict[str, Any] = field(default_factory=dict)
+    background: bool = False
+    """Whether training goes on while the checkpoint is written."""
 
 
 BF16 = {"model": {"dtype": "bfloat16"}}
@@ -64,6 +69,12 @@ CASES = [
     Case("EP2", "EP2", sections=BF16),
     Case("TP2", "TP2", sections=PLAIN),
     Case("EP2", "TP2", 1e-6, PLAIN),
+    Case("TP2xPP2", "EP4", 1e-6),
+    Case("1", "TP2xPP2", 1e-6),
+    Case("DP2", "EP2", 1e-6),
+    Case("EP2", "EP2", background=True),
+    Case("TP2", "TP2", sections=PLAIN, background=True),
+    Case("VPP2", "1", 1e-6, background=True),
 ]
 
 
@@ -99,14 +110,19 @@ def start(config: Config, layout: ParallelLayout) -> tuple[MegatronPolicy, Calla
     return policy, lambda: policy.step(micro_batches, gate, TEMPERATURE).learning_rate
 
 
-def uninterrupted(config: Config, layout: ParallelLayout, folder: Path) -> Outcome:
+def uninterrupted(config: Config, layout: ParallelLayout, folder: Path, background: bool = False) -> Outcome:
     """Two steps, a save, one more step."""
     policy, step = start(config, layout)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(100 + policy.layout.rank)
     step(), step(), draws()
-    policy.save(str(folder), STATE)
+    if background:
+        pending = policy.begin_save(str(folder), STATE)
+    else:
+        policy.save(str(folder), STATE)
     rates = [step()]
+    if background:  # what was saved is the state before that step
+        pending.finish()
     return Outcome(pieces(global_shards(policy.models)), rates, draws())
 
 
@@ -133,16 +149,21 @@ def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
     return float(max(np.abs(a[key][at] - b[key][at]).max() for key, at in common.items()))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.saved} to {case.resumed} {case.sections or ''}")
+@pytest.mark.parametrize(
+    "case",
+    CASES,
+    ids=lambda case: f"{case.saved} to {case.resumed}{' background' * case.background} {case.sections or ''}",
+)
 def test_the_next_step_is_the_same(case: Case, tmp_path: Path) -> None:
     folder = checkpoint.step_folder(tmp_path, 2)
     ranks = LAYOUTS[case.saved][0]
+    first = partial(uninterrupted, background=case.background)
     config = configured(case.saved, case.sections)
     if case.saved == case.resumed:
-        before, after = zip(*run_ranks(ranks, run_parts, config, folder, [uninterrupted, resumed]))
+        before, after = zip(*run_ranks(ranks, run_parts, config, folder, [first, resumed]))
     else:
         other = configured(case.resumed, case.sections)
-        [before] = zip(*run_ranks(ranks, run_parts, config, folder, [uninterrupted]))
+        [before] = zip(*run_ranks(ranks, run_parts, config, folder, [first]))
         [after] = zip(*run_ranks(LAYOUTS[case.resumed][0], run_parts, other, folder, [resumed]))
     assert checkpoint.latest(tmp_path) == folder
     difference = largest_difference(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import zlib
 from pathlib import Path
 
 import pytest
@@ -10,23 +11,26 @@ from fiberpo_megatron.mcore.checkpoint_folders import (
     DESCRIPTION,
     CheckpointError,
     Description,
+    FileMark,
+    best,
+    damaged_files,
     describe,
     latest,
+    mark_all,
     partial_folder,
     prune,
-    sizes,
     step_folder,
     step_of,
 )
 
 
-def write(root: Path, step: int) -> Path:
+def write(root: Path, step: int, **metrics: float) -> Path:
     """A complete checkpoint of two small files."""
     folder = step_folder(root, step)
     (folder / "random").mkdir(parents=True)
     (folder / "tensors.distcp").write_bytes(b"x" * 100)
     (folder / "random" / "0.pt").write_bytes(b"y" * 10)
-    Description(step, {"tensor": 1}, {"layers": 2}, {}, {"seen": 3}, sizes(folder)).write(folder)
+    Description(step, {"tensor": 1}, {"layers": 2}, {}, {"seen": 3, "metrics": metrics}, mark_all(folder)).write(folder)
     return folder
 
 
@@ -40,8 +44,23 @@ def test_names() -> None:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     description = describe(write(tmp_path, 7))
     assert description.step == 7
-    assert description.state == {"seen": 3}
-    assert description.files == {"tensors.distcp": 100, "random/0.pt": 10}
+    assert description.state == {"seen": 3, "metrics": {}}
+    assert description.files == {
+        "tensors.distcp": FileMark(100, zlib.crc32(b"x" * 100)),
+        "random/0.pt": FileMark(10, zlib.crc32(b"y" * 10)),
+    }
+
+
+def test_a_flipped_bit_is_seen_by_the_rank_that_reads_the_file(tmp_path: Path) -> None:
+    folder = write(tmp_path, 7)
+    description = describe(folder)
+    assert [damaged_files(folder, description, part=rank, parts=2) for rank in (0, 1)] == [None, None]
+    (folder / "random" / "0.pt").write_bytes(b"y" * 9 + b"x")
+    assert describe(folder) == description  # of the same size
+    assert damaged_files(folder, description, part=0, parts=2) is None
+    said = damaged_files(folder, description, part=1, parts=2)
+    assert said == damaged_files(folder, description)
+    assert said and "random/0.pt has another checksum than when it was written" in said
 
 
 def test_the_newest_complete_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -75,7 +94,7 @@ def test_messages(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="checkpoint.json is damaged"):
         describe(folder)
     (folder / DESCRIPTION).write_text(json.dumps({"format": 99}))
-    with pytest.raises(CheckpointError, match="has checkpoint format 99; this version reads 1"):
+    with pytest.raises(CheckpointError, match="has checkpoint format 99; this version reads 2"):
         describe(folder)
     (folder / DESCRIPTION).unlink()
     with pytest.raises(CheckpointError, match="is not a complete checkpoint: it has no checkpoint.json"):
@@ -92,3 +111,15 @@ def test_prune(tmp_path: Path) -> None:
     assert prune(tmp_path, keep=0) == [step_folder(tmp_path, 2)]
     assert latest(tmp_path) == step_folder(tmp_path, 3)
     assert prune(tmp_path / "nothing", keep=1) == []
+
+
+def test_the_best_is_kept(tmp_path: Path) -> None:
+    assert best(tmp_path, "eval/accuracy", "max") is None
+    for step, accuracy in enumerate((0.2, 0.9, 0.9, 0.1)):
+        write(tmp_path, step, **{"eval/accuracy": accuracy})
+    write(tmp_path, 4)  # no evaluation was due
+    assert best(tmp_path, "eval/accuracy", "max") == step_folder(tmp_path, 2)
+    assert best(tmp_path, "eval/accuracy", "min") == step_folder(tmp_path, 3)
+    assert best(tmp_path, "train/loss", "min") is None
+    assert prune(tmp_path, keep=1, spare=[step_folder(tmp_path, 2)]) == [step_folder(tmp_path, i) for i in (0, 1, 3)]
+    assert best(tmp_path, "eval/accuracy", "max") == step_folder(tmp_path, 2)

@@ -32,8 +32,13 @@ class Memory:
     def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         self.samples.append((step, len(groups)))
 
-    def save(self, policy: TablePolicy, step: int) -> None:
+    def save(
+        self, policy: TablePolicy, step: int, *, prompts: Mapping[str, object], measured: Mapping[str, float]
+    ) -> None:
         self.saved.append(step)
+
+    def complete(self, wait: bool) -> int:
+        return self.saved[-1] if self.saved else 0
 
     def values(self, kind: str, name: str) -> list[float]:
         return [metrics[name] for k, _, metrics in self.records if k == kind]

@@ -187,3 +187,9 @@ class CountingPrompts:
 
     def held_out(self, count: int) -> list[Prompt]:
         return [self._prompt(i) for i in range(count)]
+
+    def observe(self, rollouts: RolloutBatch) -> dict[str, float]:
+        return {}
+
+    def state(self) -> dict[str, object]:
+        return {}

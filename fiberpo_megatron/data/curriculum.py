@@ -1,0 +1,116 @@
+"""An adaptive mix of domains: more prompts from those that the policy solves about half of the time.
+
+A group of samples teaches nothing where all are right or all are wrong: the variance of a reward that is 1 with
+probability a is a (1 - a). A domain's share of a step's prompts is therefore
+
+    share_d  ~  weight_d  max(floor, 4 a_d (1 - a_d)),       a_d <- (1 - rate) a_d + rate (share of right answers)
+
+with a_d the domain's running solve rate, 1/2 at first. Shares become whole numbers of prompts by largest credit, and
+what a step rounds off is credited to the next. All state is in `Mix`; the prompts of a step are a pure function of
+(seed, step, Mix), and the Mix of the rollouts seen, so that every rank and a resumed run have the same.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import floor
+from typing import Any
+
+import numpy as np
+
+from fiberpo_megatron.config.schema import DataConfig
+from fiberpo_megatron.data.prompts import PromptSets, build_prompt_sets
+from fiberpo_megatron.data.tokenizer import Tokenizer
+from fiberpo_megatron.types import Prompt, RolloutBatch
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One number per domain each."""
+
+    solve_rates: tuple[float, ...]
+    """Running share of right answers."""
+    drawn: tuple[int, ...]
+    """Prompts drawn so far: where the domain's shuffled stream goes on."""
+    credit: tuple[float, ...]
+    """Prompts owed by rounding; they sum to 0."""
+
+
+def shares(mix: Mix, weights: Sequence[float], least: float) -> list[float]:
+    """Each domain's share of the prompts; they sum to 1. `least` is the floor of 4 a (1 - a)."""
+    wanted = [weight * max(least, 4 * a * (1 - a)) for weight, a in zip(weights, mix.solve_rates, strict=True)]
+    return [value / sum(wanted) for value in wanted]
+
+
+def allot(mix: Mix, part: Sequence[float], count: int) -> tuple[list[int], list[float]]:
+    """(whole numbers of prompts per domain that sum to `count`, credit after them)."""
+    owed = [credit + share * count for credit, share in zip(mix.credit, part, strict=True)]
+    counts = [max(0, floor(value)) for value in owed]
+    while sum(counts) != count:
+        step = 1 if sum(counts) < count else -1
+        among = [number for number, n in enumerate(counts) if step > 0 or n > 0]
+        counts[max(among, key=lambda number: (step * (owed[number] - counts[number]), -number))] += step
+    return counts, [value - n for value, n in zip(owed, counts)]
+
+
+class AdaptivePrompts(PromptSets):
+    """Prompt sets whose mix follows the solve rates; `weight` of a task is its share where all are solved alike."""
+
+    def __init__(self, sets: PromptSets, rate: float, least: float) -> None:
+        super().__init__(sets._domains)
+        self._rate, self._least = rate, least
+        count = len(self.domains)
+        self.mix = Mix((0.5,) * count, (0,) * count, (0.0,) * count)
+
+    def prompts_at(self, seed: int, step: int, count: int) -> list[Prompt]:
+        """The `count` prompts of the step that comes next; `step` itself decides nothing."""
+        counts, _ = allot(self.mix, self._shares(), count)
+        wishes = sorted(((k + 0.5) / n, number, k) for number, n in enumerate(counts) for k in range(n))
+        prompts = []
+        for _, number, k in wishes:
+            domain = self._domains[number]
+            prompts.append(domain.prompt(domain.shuffled(self.mix.drawn[number] + k, "train", seed)))
+        return prompts
+
+    def observe(self, rollouts: RolloutBatch) -> dict[str, float]:
+        """Move on by one step's rollouts; the step's shares and the new solve rates as metrics."""
+        first = np.unique(rollouts.groups, return_index=True)[1]
+        counts, credit = allot(self.mix, self._shares(), len(first))
+        seen = np.bincount(rollouts.domains[first], minlength=len(self.domains)).tolist()
+        assert seen == counts, f"the rollouts have {seen} prompts of each domain, the curriculum chose {counts}"
+        rates = list(self.mix.solve_rates)
+        for number in np.unique(rollouts.domains).tolist():
+            right = float(rollouts.correct[rollouts.domains == number].mean())
+            rates[number] += self._rate * (right - rates[number])
+        drawn = tuple(before + n for before, n in zip(self.mix.drawn, counts))
+        self.mix = replace(self.mix, solve_rates=tuple(rates), drawn=drawn, credit=tuple(credit))
+        told = {f"curriculum/share/{name}": n / len(first) for name, n in zip(self.domains, counts)}
+        return told | {f"curriculum/solve_rate/{name}": rate for name, rate in zip(self.domains, rates)}
+
+    def state(self) -> dict[str, Any]:
+        """JSON values for a checkpoint."""
+        return {
+            "domains": list(self.domains),
+            "solve_rates": list(self.mix.solve_rates),
+            "drawn": list(self.mix.drawn),
+            "credit": list(self.mix.credit),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's `state`; ValueError when it is of other domains, or of no curriculum."""
+        if state.get("domains") != list(self.domains):
+            raise ValueError(
+                f"the checkpoint's curriculum is over the domains {state.get('domains')}, data.tasks has "
+                f"{list(self.domains)}; resume with the tasks and the data.curriculum that wrote it"
+            )
+        self.mix = Mix(tuple(state["solve_rates"]), tuple(state["drawn"]), tuple(state["credit"]))
+
+    def _shares(self) -> list[float]:
+        return shares(self.mix, [task.weight for task in self.tasks], self._least)
+
+
+def build_prompts(data: DataConfig, tokenizer: Tokenizer) -> PromptSets:
+    """Prompt sets of [data], checked (see `build_prompt_sets`), in its fixed or adaptive mix."""
+    sets = build_prompt_sets(data.tasks, tokenizer, max_prompt_tokens=data.max_prompt_tokens)
+    if data.curriculum == "none":
+        return sets
+    return AdaptivePrompts(sets, data.curriculum_rate, data.curriculum_floor)

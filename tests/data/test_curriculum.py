@@ -1,0 +1,114 @@
+"""The adaptive mix of domains: its formula, its rounding, its state."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fiberpo_megatron.config.schema import DataConfig
+from fiberpo_megatron.data.curriculum import AdaptivePrompts, Mix, allot, build_prompts, shares
+from fiberpo_megatron.data.tokenizer import load_tokenizer
+from fiberpo_megatron.types import Prompt, RolloutBatch
+from tests.distributed.parity import make_batch
+
+MODEL = Path(__file__).parents[2] / "examples/demo/model"
+TASKS = [
+    {"kind": "addition", "name": "easy", "digits": 1},
+    {"kind": "addition", "name": "medium", "digits": 2},
+    {"kind": "addition", "name": "hard", "digits": 4, "weight": 2.0},
+]
+
+
+def mix(*solve_rates: float, credit: tuple[float, ...] | None = None) -> Mix:
+    return Mix(solve_rates, (0,) * len(solve_rates), credit or (0.0,) * len(solve_rates))
+
+
+def prompts(**settings: object) -> AdaptivePrompts:
+    data = DataConfig.model_validate({"tasks": TASKS, "curriculum": "adaptive", **settings})
+    built = build_prompts(data, load_tokenizer(MODEL))
+    assert isinstance(built, AdaptivePrompts)
+    return built
+
+
+def rollouts_of(drawn: list[Prompt], accuracy: dict[int, float], samples: int = 4) -> RolloutBatch:
+    """`samples` trajectories of each prompt, the first part of which are right."""
+    domains = np.repeat([prompt.domain for prompt in drawn], samples)
+    place = np.tile(np.arange(samples), len(drawn))
+    return replace(
+        make_batch(),
+        groups=np.repeat(np.arange(len(drawn)), samples),
+        domains=domains,
+        correct=place < np.array([accuracy[d] * samples for d in domains]),
+    )
+
+
+def test_shares_by_hand() -> None:
+    # 4 a (1 - a): 1, 0.64, and 0.04 lifted to the floor; times the weights
+    assert shares(mix(0.5, 0.2, 0.99), [1, 1, 2], 0.1) == pytest.approx([1 / 1.84, 0.64 / 1.84, 0.2 / 1.84])
+    assert shares(mix(0.0, 1.0), [1, 3], 0.1) == pytest.approx([0.25, 0.75])
+
+
+def test_allotment_is_whole_and_owes_nothing_in_the_long_run() -> None:
+    part = [0.61, 0.28, 0.07, 0.04]
+    state, totals = mix(0.5, 0.5, 0.5, 0.5), np.zeros(4)
+    for _ in range(50):
+        counts, credit = allot(state, part, 5)
+        assert sum(counts) == 5 and min(counts) >= 0
+        assert sum(credit) == pytest.approx(0, abs=1e-9) and max(map(abs, credit)) < 1
+        state, totals = replace(state, credit=tuple(credit)), totals + counts
+    assert np.abs(totals - 250 * np.array(part)).max() < 1  # also domains whose share is below one prompt a step
+
+
+def test_allotment_when_the_shares_have_moved() -> None:
+    counts, credit = allot(mix(0.5, 0.5, credit=(-1.5, 1.5)), [0.1, 0.9], 4)
+    assert counts == [0, 4] and credit == pytest.approx([-1.1, 1.1])
+
+
+def test_mix_follows_what_is_half_solved_and_never_repeats_a_prompt_before_the_others() -> None:
+    sets, accuracy = prompts(curriculum_rate=0.5), {0: 1.0, 1: 0.5, 2: 0.0}
+    seen: list[tuple[int, int]] = []
+    for step in range(12):
+        drawn = sets.prompts_at(3, step, 8)
+        assert drawn == sets.prompts_at(3, step, 8)  # asking changes nothing
+        seen += [(p.domain, p.index) for p in drawn if p.domain]
+        metrics = sets.observe(rollouts_of(drawn, accuracy))
+    assert metrics["curriculum/solve_rate/easy"] > 0.95 and metrics["curriculum/solve_rate/hard"] < 0.05
+    assert metrics["curriculum/solve_rate/medium"] == 0.5
+    # weights 1, 1, 2 and factors 0.1, 1, 0.1: three quarters are of the middle one
+    counts = np.bincount([p.domain for p in sets.prompts_at(3, 12, 40)])
+    assert counts.tolist() == pytest.approx([40 / 13, 400 / 13, 80 / 13], abs=1)
+    assert len(set(seen)) == len(seen)
+
+
+def test_state_goes_through_a_checkpoint_bitwise() -> None:
+    straight, resumed = prompts(), prompts()
+    for step in range(6):
+        drawn = straight.prompts_at(0, step, 7)
+        straight.observe(rollouts_of(drawn, {0: 0.75, 1: 0.25, 2: 0.0}))
+        if step == 3:
+            resumed.restore(json.loads(json.dumps(straight.state())))
+        if step > 3:
+            assert resumed.prompts_at(0, step, 7) == drawn
+            resumed.observe(rollouts_of(drawn, {0: 0.75, 1: 0.25, 2: 0.0}))
+    assert straight.mix == resumed.mix
+
+
+def test_a_state_of_other_domains_or_of_no_curriculum_is_refused() -> None:
+    sets = prompts()
+    with pytest.raises(ValueError, match=r"domains \['a'\], data.tasks has \['easy', 'medium', 'hard'\]"):
+        sets.restore({"domains": ["a"]})
+    with pytest.raises(ValueError, match="domains None"):
+        sets.restore({})
+    fixed = build_prompts(DataConfig.model_validate({"tasks": TASKS}), load_tokenizer(MODEL))
+    fixed.restore(fixed.state())
+    with pytest.raises(ValueError, match='written with data.curriculum = "adaptive"'):
+        fixed.restore(sets.state())
+
+
+def test_rollouts_of_other_prompts_are_not_counted() -> None:
+    sets = prompts()
+    drawn = sets.prompts_at(0, 0, 8)
+    with pytest.raises(AssertionError, match="the curriculum chose"):
+        sets.observe(rollouts_of([replace(p, domain=0) for p in drawn], {0: 1.0}))
