@@ -39,6 +39,7 @@ class StoredRollouts:
         self._own = RolloutDump(config.run.folder / DUMP)
         self._replayed = dump_of(config.rollouts.replay) if config.rollouts.replay else None
         self._writes = self._replayed is None and (config.rollouts.dump or config.rollouts.unfinished)
+        self._dropped = 0
         self._settings = shared_settings(config, vocabulary)
         self._run = _run_digest(config, layout.world_size)
         steps = range(start, config.trainer.steps)
@@ -83,8 +84,9 @@ class StoredRollouts:
 
     def saved(self, done: int) -> None:
         """A checkpoint holds the first `done` steps: what was kept for a resume is no longer needed."""
-        if self._writes and self._reads and not self._config.dump:
+        if done > self._dropped and self._writes and self._reads and not self._config.dump:
             self._own.drop(before=done)
+            self._dropped = done
 
     def _replay(self, dump: RolloutDump, step: int, prompts: Sequence[Prompt]) -> RolloutBatch:
         origin = dump.origin(step)
