@@ -110,6 +110,9 @@ class OptimizerConfig(Section):
     """Decoupled weight decay (none on norms and biases)."""
     clip_grad: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""
+    cpu_offload: bool = False
+    """Keep master weights and moments in host memory, except while the optimizer steps: they and the activations are
+    then never on the device together. Costs two copies of them a step; changes no result."""
 
 
 class AlgorithmConfig(Section):
@@ -202,8 +205,12 @@ class EngineConfig(Section):
     """Size of the KV cache in tokens. Unset on a GPU: from `memory_fraction`; without: 16384."""
     max_running_requests: int = Field(64, ge=1)
     """Requests decoded together."""
+    colocated: bool = False
+    """Engines on the training ranks' GPUs: while they generate, gradients are dropped and the optimizer's state waits
+    in host memory; while the trainer learns, they give up weights and KV cache. Needs weight_sync.method = "disk" on
+    GPUs; servers given by URL need --enable-memory-saver."""
     memory_fraction: float = Field(0.8, gt=0, le=1)
-    """Share of GPU memory for weights and KV cache."""
+    """Share of GPU memory for weights and KV cache; colocated engines share it with the trainer's parameters."""
     start_timeout_s: float = Field(300.0, gt=0)
     """Seconds a server may take to become healthy."""
     request_timeout_s: float = Field(600.0, gt=0)

@@ -7,6 +7,7 @@ parameters would then no longer be the parameters.)
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -17,13 +18,32 @@ from fiberpo_megatron.mcore.optimizer import optimizer_parts
 
 
 class TrainingMemory:
-    """What training keeps on the device besides the parameters: gradient buffers, master weights, Adam's moments."""
+    """What training keeps on the device besides the parameters: gradient buffers, and the optimizer's state (float32
+    master weights and Adam's moments).
 
-    def __init__(self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    `offload`: the state is on the device only inside `state`.
+    """
+
+    def __init__(
+        self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, offload: bool = False
+    ) -> None:
         self._chunks = chunks
         self._optimizer = optimizer
+        self._offload = offload
         self._parked: list[tuple[Tensor, Tensor]] = []
+        self._pinned: dict[int, Tensor] = {}
         self.released = False
+        if offload:
+            self._park()
+
+    @contextmanager
+    def state(self, action: str) -> Iterator[None]:
+        """The optimizer's state is on the device inside. RuntimeError while released."""
+        self.require(action)
+        self._unpark()
+        yield
+        if self._offload:
+            self._park()
 
     def release(self) -> None:
         """Free the gradient buffers and move the optimizer's state to host memory; idempotent."""
@@ -31,8 +51,8 @@ class TrainingMemory:
             return
         self._optimizer.zero_grad()  # the masters' .grad are views of the buffers
         for buffer in self._gradient_buffers():
-            self._empty(buffer)
-        self._parked = [(tensor, self._park(tensor)) for tensor in self._state()]
+            buffer.untyped_storage().resize_(0)
+        self._park()
         self.released = True
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -41,13 +61,8 @@ class TrainingMemory:
         """Bring everything back, bit by bit the same (gradients: zero); idempotent."""
         if not self.released:
             return
-        for tensor, copy in self._parked:
-            storage = tensor.untyped_storage()
-            storage.resize_(copy.nbytes)
-            storage.copy_(copy.untyped_storage(), non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()  # the copies are read until here
-        self._parked = []
+        if not self._offload:
+            self._unpark()
         for buffer in self._gradient_buffers():
             buffer.untyped_storage().resize_(buffer.nbytes)
             buffer.zero_()
@@ -60,6 +75,36 @@ class TrainingMemory:
                 f"{action} needs the optimizer's memory, which was released; call restore_memory() first"
             )
 
+    def _park(self) -> None:
+        """Move the optimizer's state to the host; nothing where it is there already."""
+        if self._parked:
+            return
+        for tensor in self._state():
+            storage = tensor.untyped_storage()
+            copy = self._host_copy(storage)
+            copy.untyped_storage().copy_(storage)
+            storage.resize_(0)
+            self._parked.append((tensor, copy))
+
+    def _unpark(self) -> None:
+        for tensor, copy in self._parked:
+            storage = tensor.untyped_storage()
+            storage.resize_(copy.nbytes)
+            storage.copy_(copy.untyped_storage(), non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # the copies are read until here
+        self._parked = []
+
+    def _host_copy(self, storage: torch.UntypedStorage) -> Tensor:
+        """Host memory for a storage. Pinned memory is kept: to allocate it takes longer than to copy."""
+        if storage.device.type == "cpu":
+            return torch.empty(storage.nbytes(), dtype=torch.uint8)
+        copy = self._pinned.get(storage._cdata)
+        if copy is None or copy.nbytes != storage.nbytes():
+            copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)
+            self._pinned[storage._cdata] = copy
+        return copy
+
     def device_bytes(self) -> int:
         """Bytes of gradient buffers and optimizer state that are allocated now."""
         tensors = [*self._gradient_buffers(), *self._state()]
@@ -71,10 +116,7 @@ class TrainingMemory:
                 yield buffer.grad_data
 
     def _state(self) -> list[Tensor]:
-        """Tensors with a storage of their own on the training device, parameters left out; each storage once.
-
-        A part of the optimizer that Megatron keeps on the host anyway is left alone.
-        """
+        """Tensors with a storage of their own on the training device, parameters left out; each storage once."""
         parameters = [p for chunk in self._chunks for p in chunk.parameters()]
         device = parameters[0].device
         seen = {p.untyped_storage()._cdata for p in parameters}
@@ -94,15 +136,3 @@ class TrainingMemory:
                 yield from group["params"]
             for state in part.optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, Tensor))
-
-    def _park(self, tensor: Tensor) -> Tensor:
-        """A host copy of the tensor's whole storage, which is emptied."""
-        storage = tensor.untyped_storage()
-        copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=tensor.is_cuda)
-        copy.untyped_storage().copy_(storage)
-        self._empty(tensor)
-        return copy
-
-    @staticmethod
-    def _empty(tensor: Tensor) -> None:
-        tensor.untyped_storage().resize_(0)

@@ -63,7 +63,7 @@ class MegatronPolicy:
             distributed_optimizer=distributed,
             total_steps=total_steps,
         )
-        self.memory = TrainingMemory(self.chunks, self.optimizer)
+        self.memory = TrainingMemory(self.chunks, self.optimizer, config.optimizer.cpu_offload)
         self.routing = Routing(models, layout)
         self._replay = config.algorithm.routing_replay != "none"
         chunk = config.model.log_prob_chunk_tokens
@@ -102,7 +102,8 @@ class MegatronPolicy:
         gradient = self.accumulate(micro_batches, gate, temperature, log_probs=log_probs, single_pass=single_pass)
         self._require_finite(gradient.error)
         self.scheduler.step(1)
-        _, norm, _ = self.optimizer.step()
+        with self.memory.state("an optimiser step"):
+            _, norm, _ = self.optimizer.step()
         return OptimizerStep(
             gradient_norm=float(norm),
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
@@ -177,8 +178,8 @@ class MegatronPolicy:
         """Write model, optimizer, schedule and the trainer's state as a distributed checkpoint."""
         from fiberpo_megatron.mcore import checkpoint
 
-        self.memory.require("saving a checkpoint")
-        checkpoint.save(self, folder, state)
+        with self.memory.state("saving a checkpoint"):
+            checkpoint.save(self, folder, state)
 
     def begin_save(self, folder: str, state: Mapping[str, object]) -> PendingSave:
         """As `save`, written by a thread beside the training until `finish` is called."""
@@ -190,8 +191,8 @@ class MegatronPolicy:
         """Read a checkpoint written under any layout; returns the trainer's state."""
         from fiberpo_megatron.mcore import checkpoint
 
-        self.memory.require("loading a checkpoint")
-        return checkpoint.load(self, folder)
+        with self.memory.state("loading a checkpoint"):
+            return checkpoint.load(self, folder)
 
 
 class _GateCalls:

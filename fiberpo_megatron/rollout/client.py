@@ -213,6 +213,26 @@ class EngineClient:
         """Drop the KV cache of finished requests. Refused while requests run, unless they were retracted."""
         await self._call("POST", "/flush_cache", None, CONTROL_TIMEOUT_S, json=False)
 
+    async def memory_saver(self) -> bool:
+        """Whether releasing memory frees any: the server was started with --enable-memory-saver."""
+        answer = await self._call("GET", "/server_info", None, CONTROL_TIMEOUT_S)
+        with self._answer_errors("/server_info"):
+            return bool(answers.field(answer, "enable_memory_saver", bool))
+
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """Give up the memory of "kv_cache" or "weights", contents included; no requests until it is resumed.
+
+        A server that is not idle would die of it: waits until the last request has left (EngineRefused if it does
+        not).
+        """
+        idle = CONTROL_TIMEOUT_S / 2
+        await self._call("POST", f"/flush_cache?timeout={idle:g}", None, CONTROL_TIMEOUT_S, json=False)
+        await self._call("POST", "/release_memory_occupation", {"tags": list(tags)}, CONTROL_TIMEOUT_S, json=False)
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take the memory again. Weights must then be published."""
+        await self._call("POST", "/resume_memory_occupation", {"tags": list(tags)}, CONTROL_TIMEOUT_S, json=False)
+
     async def abort_all(self) -> None:
         """End all requests; each answers with the tokens it has."""
         await self._call("POST", "/abort_request", {"abort_all": True}, CONTROL_TIMEOUT_S, json=False)

@@ -76,6 +76,8 @@ def server_command(server: Server, config: EngineConfig) -> list[str]:
         command += ["--max-total-tokens", str(tokens)]
     if server.routed_experts:
         command.append("--enable-return-routed-experts")
+    if config.colocated and server.gpu:
+        command.append("--enable-memory-saver")
     if server.deterministic:
         command.append("--enable-deterministic-inference")
     return command + config.extra_args

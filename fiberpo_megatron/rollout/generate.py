@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fiberpo_megatron.rollout.background import BackgroundLoop
 from fiberpo_megatron.rollout.client import EngineAddress, EngineClient, Sampling
+from fiberpo_megatron.rollout.errors import EngineRefused
 from fiberpo_megatron.types import Completion
 
 Result = TypeVar("Result")
@@ -146,6 +147,31 @@ class EngineSampler:
             return list(await asyncio.gather(*(client.score(token_ids) for client in self._clients)))
 
         return self._loop.run(all_engines())
+
+    def require_memory_saver(self) -> None:
+        """EngineRefused when an engine was started in a way that never gives memory up."""
+
+        async def check(client: EngineClient) -> None:
+            if not await client.memory_saver():
+                raise EngineRefused(
+                    client.url,
+                    "it shares its GPUs with the trainer (rollout.engine.colocated), but cannot release their memory",
+                    "Start it with --enable-memory-saver",
+                    client.address.log,
+                )
+
+        self._on_all(check)
+
+    def release_memory(self, tags: Sequence[str]) -> None:
+        """Every engine gives up the memory of `tags` ("kv_cache", "weights"), contents included."""
+        self._on_all(lambda client: client.release_memory(tags))
+
+    def resume_memory(self, tags: Sequence[str]) -> None:
+        """Every engine takes it again; weights must then be published."""
+        self._on_all(lambda client: client.resume_memory(tags))
+
+    def _on_all(self, call: Callable[[EngineClient], Coroutine[Any, Any, None]]) -> None:
+        self._loop.run(_all_or_first_error([call(client) for client in self._clients]))
 
     def close(self) -> None:
         """Close connections and thread; idempotent."""

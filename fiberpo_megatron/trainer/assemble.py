@@ -35,6 +35,7 @@ from fiberpo_megatron.telemetry.sinks import Sinks, open_sinks
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.generation import Generator
 from fiberpo_megatron.trainer.loop import Training, evaluate, generate, publish, train
+from fiberpo_megatron.trainer.memory import OwnDevices, SharedDevices
 from fiberpo_megatron.trainer.preflight import make_objective
 from fiberpo_megatron.trainer.recorder import RunCheckpoints, RunRecorder
 from fiberpo_megatron.trainer.sft import fine_tune
@@ -163,7 +164,8 @@ def _training(
         rollouts = StoredRollouts(config, int(base.hf_config["vocab_size"]), base.layout, start, resume)
         if replay is not None:
             base.say(f"Rollouts come from {replay}: no engine, nothing is published, no held-out evaluation")
-        generator, publisher = (None, None) if replay else stack.enter_context(_engine_side(base))
+        shared = SharedDevices(policy) if config.rollout.engine.colocated and replay is None else None
+        generator, publisher = (None, None) if replay else stack.enter_context(_engine_side(base, shared))
         recorder = stack.enter_context(_recorder(base, start, config.trainer.steps, kinds, "training"))
         yield Training(
             config=config,
@@ -177,11 +179,12 @@ def _training(
             timers=PhaseTimers(),
             rollouts=rollouts,
             stop=base.stop,
+            turns=shared or OwnDevices(),
         )
 
 
 @contextmanager
-def _engine_side(base: Base) -> Iterator[tuple[Generator, Publisher]]:
+def _engine_side(base: Base, shared: SharedDevices | None) -> Iterator[tuple[Generator, Publisher]]:
     """Engines, and what samples from them, scores what they say and publishes to them."""
     config = base.config
     with ExitStack() as stack:
@@ -204,6 +207,11 @@ def _engine_side(base: Base) -> Iterator[tuple[Generator, Publisher]]:
                 routed_experts=_routing_shape(base.hf_config) if config.needs_rollout_routing else None,
             )
         )
+        if shared is not None:
+            with together(base.layout, "checking the engines"):
+                if base.layout.rank == 0 and base.layout.device.type == "cuda":
+                    sampler.require_memory_saver()
+            shared.attach(sampler)
         reward = build_reward(config.data, config.run.seed)
         stack.callback(reward.close)
         publisher = stack.enter_context(_publisher(base, addresses))
@@ -232,8 +240,7 @@ def _engines(base: Base, stack: ExitStack) -> list[EngineAddress]:
         if layout.rank == 0:
             key = _api_key(config.rollout.engine)
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
-            needed = config.rollout.engine.count * config.rollout.engine.tensor
-            spare = torch.cuda.device_count() >= local_ranks + needed
+            first_gpu = _first_engine_gpu(config.rollout.engine, local_ranks)
             addresses = stack.enter_context(
                 engines(
                     config.rollout.engine,
@@ -243,7 +250,7 @@ def _engines(base: Base, stack: ExitStack) -> list[EngineAddress]:
                     seed=config.run.seed,
                     host="127.0.0.1" if local_ranks == layout.world_size else socket.gethostname(),
                     routed_experts=config.needs_rollout_routing,
-                    first_gpu=local_ranks if spare else 0,  # beside the training ranks, else on their GPUs
+                    first_gpu=first_gpu,
                     api_key=key,
                 )
             )
@@ -257,6 +264,19 @@ def _api_key(engine: EngineConfig) -> str | None:
     if engine.api_key_file is not None:
         return read_key(engine.api_key_file)
     return None if engine.urls else new_key()
+
+
+def _first_engine_gpu(engine: EngineConfig, local_ranks: int) -> int:
+    """Index of the first GPU of the engines that are started here: on the training ranks' GPUs, or behind them."""
+    if engine.colocated or engine.urls or not torch.cuda.is_available():
+        return 0
+    there, needed = torch.cuda.device_count(), local_ranks + engine.count * engine.tensor
+    if there < needed:
+        raise ValueError(
+            f"{local_ranks} training ranks and {engine.count} engines of {engine.tensor} GPUs need {needed} GPUs on "
+            f"this machine, which has {there}; start fewer, or let them share with rollout.engine.colocated = true"
+        )
+    return local_ranks
 
 
 def _publisher(base: Base, addresses: list[EngineAddress]) -> Publisher:

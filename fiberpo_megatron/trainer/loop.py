@@ -17,6 +17,7 @@ from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.advantages import group_advantages
 from fiberpo_megatron.trainer.batch import flatten, mini_batches
 from fiberpo_megatron.trainer.generation import Generator, share
+from fiberpo_megatron.trainer.memory import OwnDevices, Turns
 from fiberpo_megatron.trainer.optimise import Objective, optimise
 from fiberpo_megatron.trainer.routing import StepRouting
 from fiberpo_megatron.trainer.stop import Stopped, never
@@ -108,6 +109,8 @@ class Training:
     rollouts: Store
     stop: Callable[[], bool] = never
     """Whether this rank was asked to stop."""
+    turns: Turns = OwnDevices()
+    """Lets training have the devices' memory where it shares them with engines."""
 
 
 def train(run: Training, start: int = 0) -> None:
@@ -128,7 +131,8 @@ def train(run: Training, start: int = 0) -> None:
                 _save(run, step, {})
             _complete_save(run, wait=True)
             raise Stopped(step)
-        metrics = learn(run, rollouts)
+        with run.turns.training(publishes=True):
+            metrics = learn(run, rollouts)
         publish(run, done, probe=rollouts)
         metrics |= run.prompts.observe(rollouts)
         run.recorder.record("train", step, metrics | _throughput(rollouts, run.timers.read()))
@@ -215,7 +219,7 @@ def _asked_to_stop(run: Training) -> bool:
 
 
 def _save(run: Training, done: int, measured: Mapping[str, float]) -> None:
-    with run.timers("checkpoint"):
+    with run.timers("checkpoint"), run.turns.training(publishes=False):
         run.checkpoints.save(run.policy, done, prompts=run.prompts.state(), measured=measured)
 
 

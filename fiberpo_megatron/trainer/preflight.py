@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import torch
+
 from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.fibration import Objective, build_objective
 from fiberpo_megatron.rollout.dump import RolloutDump
@@ -18,6 +20,11 @@ def preflight(config: Config, command: str, resume: bool) -> None:
         raise ConfigError(
             f'algorithm.routing_replay = "{config.algorithm.routing_replay}": a supervised step has no recorded '
             'routing to replay; set it to "none"'
+        )
+    if config.rollout.engine.colocated and config.weight_sync.method == "distributed" and torch.cuda.is_available():
+        raise ConfigError(
+            'weight_sync.method = "distributed" needs different GPUs for rank 0 and the engines (NCCL), but '
+            'rollout.engine.colocated = true; set weight_sync.method = "disk", with weight_sync.folder in /dev/shm'
         )
     if command == "train":
         make_objective(config)

@@ -22,6 +22,13 @@ from tests.distributed.parity import (
 from tests.distributed.spawn import run_ranks
 
 PARALLEL = {"data": 2, "expert": 2}
+OPTIMIZERS = (
+    # type of the parameters, distributed optimizer, CPU offload
+    ("float32", False, False),
+    ("float32", True, True),
+    ("bfloat16", True, False),
+    ("bfloat16", False, True),
+)
 
 
 def live_bytes() -> int:
@@ -69,30 +76,30 @@ def three_steps(config: Config, layout: ParallelLayout, release: bool) -> dict[s
         "parameters": [(key, data) for key, _, _, data in pieces(global_shards(policy.models))],
         "sizes": sizes,
         "gradients": 4 * trained,
-        "masters": 4 * optimised if config.model.dtype == "bfloat16" else 0,
-        "moments": 8 * optimised,
+        "state": (4 * optimised if config.model.dtype == "bfloat16" else 0, 8 * optimised),
     }
 
 
 def all_optimizers() -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(released, not released) for each kind of optimizer."""
+    """(released, neither released nor offloaded) for each kind of optimizer."""
     layout = start_layout(QWEN3_MOE, make_config(parallel=PARALLEL).parallel, make_config().run)
     found = []
-    for dtype, distributed in (("float32", False), ("float32", True), ("bfloat16", True), ("bfloat16", False)):
-        config = make_config(parallel={**PARALLEL, "distributed_optimizer": distributed}, model={"dtype": dtype})
-        found.append((three_steps(config, layout, True), three_steps(config, layout, False)))
+    for dtype, distributed, offload in OPTIMIZERS:
+        options = {"parallel": {**PARALLEL, "distributed_optimizer": distributed}, "model": {"dtype": dtype}}
+        released = three_steps(make_config(**options, optimizer={"cpu_offload": offload}), layout, True)
+        found.append((released, three_steps(make_config(**options), layout, False)))
     return found
 
 
-def test_released_memory_is_free_and_comes_back_bitwise():
+def test_released_and_offloaded_memory_is_free_and_comes_back_bitwise():
     for rank in run_ranks(2, all_optimizers):
-        for ours, theirs in rank:
+        for (ours, theirs), (_, _, offload) in zip(rank, OPTIMIZERS, strict=True):
             assert ours["seen"] == theirs["seen"]
             for (key, mine), (_, other) in zip(ours["parameters"], theirs["parameters"], strict=True):
                 assert (mine == other).all(), key
-            held = ours["gradients"] + ours["masters"]  # Adam's moments exist from the first step on
-            for (live, held_before, live_released, held_released), more in zip(ours["sizes"], (0, ours["moments"])):
-                assert held_before == pytest.approx(held + more, rel=0.02)  # buffers are padded
+            masters, moments = (0, 0) if offload else ours["state"]  # moments exist from the first step on
+            for (live, held_before, live_released, held_released), more in zip(ours["sizes"], (0, moments)):
+                assert held_before == pytest.approx(ours["gradients"] + masters + more, rel=0.02)  # buffers are padded
                 assert held_released == 0
                 # On a CPU the parked state is live as well: what is really freed is the gradients.
                 assert live - live_released == pytest.approx(ours["gradients"], rel=0.02)

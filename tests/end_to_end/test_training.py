@@ -141,6 +141,7 @@ def test_expert_objective_on_the_engines_own_routing(model: Path, engine: Any, t
 def test_routing_replay_runs_with_routers_that_learn(model: Path, engine: Any, tmp_path: Path, replay: str):
     urls = ["--rollout.engine.urls", f'["{engine.url}"]', "--evaluation.prompts", "0", "--trainer.steps", "2"]
     options = ["--algorithm.routing_replay", replay, "--model.train_router", "true", "--model.recompute", "full"]
+    options += ["--rollout.engine.colocated", "true"]  # memory changes hands between generating and learning
     done = run(model, tmp_path / "run", *urls, *options)
     assert done.returncode == 0, done.stderr
     assert all(record["rollout_diff/max"] < 1e-4 for record in records(tmp_path / "run", "train"))

@@ -58,6 +58,6 @@ class FakeServers(httpx.AsyncBaseTransport):
         if path == "/model_info":
             return {"model_path": "/m", "weight_version": self.version.get(host, "default")}
         if path == "/server_info":
-            return {"tp_size": 1, "dp_size": 1}
+            return {"tp_size": 1, "dp_size": 1, "enable_memory_saver": False}
         self.version[host] = (body or {}).get("weight_version") or self.version.get(host, "default")
         return {"success": True, "message": "Success"}

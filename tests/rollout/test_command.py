@@ -40,8 +40,15 @@ def test_with_gpu(model):
     assert value(command, "--tp-size") == "4" and value(command, "--base-gpu-id") == "2"
     assert value(command, "--mem-fraction-static") == "0.5" and value(command, "--max-running-requests") == "7"
     assert command[-2:] == ["--x", "1"]
+    assert "--enable-memory-saver" not in command
     cpu_only = {"--device", "--max-total-tokens", "--attention-backend", "--disable-radix-cache"}
     assert not set(command) & {*cpu_only, "--enable-deterministic-inference", "--enable-return-routed-experts"}
+
+
+def test_only_engines_on_the_trainers_gpus_can_give_memory_up(model):
+    config = EngineConfig(colocated=True)
+    assert "--enable-memory-saver" in server_command(server(model, gpu=True), config)
+    assert "--enable-memory-saver" not in server_command(server(model), config)  # needs CUDA
 
 
 def test_a_model_without_weights_starts_with_random_ones(tmp_path):

@@ -106,3 +106,35 @@ def test_wrong_use():
     with sampler(FakeServers(), 4) as engines, pytest.raises(ValueError, match="1 seeds for 2 prompts"):
         engines.sample(PROMPTS[:2], 1, seeds=[1])
     engines.close()  # a second time does nothing
+
+
+def test_memory_is_released_by_every_engine_once_it_is_idle():
+    servers = FakeServers()
+    with sampler(servers, 4) as engines:
+        engines.release_memory(["kv_cache", "weights"])
+        engines.resume_memory(["kv_cache", "weights"])
+    for engine in ("a:1", "b:2"):
+        calls = [(path, body) for host, path, body in servers.calls if host == engine]
+        assert calls == [
+            ("/flush_cache", None),
+            ("/release_memory_occupation", {"tags": ["kv_cache", "weights"]}),
+            ("/resume_memory_occupation", {"tags": ["kv_cache", "weights"]}),
+        ]
+
+
+def test_a_busy_engine_keeps_its_memory():
+    busy = FakeServers({"/flush_cache": lambda host, body: httpx.Response(400, text="requests are running")})
+    with sampler(busy, 4) as engines, pytest.raises(EngineRefused, match="requests are running"):
+        engines.release_memory(["kv_cache"])
+    assert "/release_memory_occupation" not in busy.paths()
+
+
+def test_an_engine_without_memory_saver_is_refused_with_the_flag():
+    with (
+        sampler(FakeServers(), 4) as engines,
+        pytest.raises(EngineRefused, match=r"a:1: it shares.*Start it with --enable-memory-saver"),
+    ):
+        engines.require_memory_saver()
+    able = {"tp_size": 1, "dp_size": 1, "enable_memory_saver": True}
+    with sampler(FakeServers({"/server_info": lambda host, body: able}), 4) as engines:
+        engines.require_memory_saver()

@@ -118,3 +118,16 @@ def test_abort_pause_and_checksum(engine, checkpoint):
             await client.health()
 
     asyncio.run(run())
+
+
+def test_memory_calls_leave_a_server_that_generates_the_same(engine):
+    """Without a GPU nothing is freed (SGLang's memory saver needs CUDA), but the calls are the same."""
+    with sampler(engine, Sampling(6)) as engines:
+        before = engines.sample(PROMPTS, 2, list(range(len(PROMPTS))))
+        for tags in (["kv_cache"], ["kv_cache", "weights"]):
+            engines.release_memory(tags)  # right after the last answer: it waits until the server is idle
+            engines.resume_memory(tags)
+            after = engines.sample(PROMPTS, 2, list(range(len(PROMPTS))))
+            assert [[c.token_ids for c in g] for g in after] == [[c.token_ids for c in g] for g in before]
+        with pytest.raises(EngineRefused, match="cannot release their memory"):
+            engines.require_memory_saver()

@@ -1,7 +1,7 @@
 """The whole loop with a toy policy and a fake engine."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from fiberpo_megatron.rewards import Score
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.generation import Generator
 from fiberpo_megatron.trainer.loop import Training, train
+from fiberpo_megatron.trainer.memory import SharedDevices
 from fiberpo_megatron.types import Prompt, RolloutGroup
 from tests.trainer.toy import CountingPrompts, FakeEngine, NothingStored, TablePolicy
 
@@ -192,3 +193,18 @@ def test_two_reductions_of_node_sums_per_optimiser_step(objective: str):
     steps = 2 * 2  # mini_batches x epochs
     assert len(sizes[3]) == 2 * steps + 1 and sizes[3] == sizes[30]
     assert sum(sizes[3]) / steps < 1_000_000
+
+
+def test_shared_devices_take_turns_and_change_nothing():
+    """Policy and engine refuse to work without their memory; the engine forgets weights that it gave up."""
+    alone, wanted = training()
+    train(alone)
+    engine = FakeEngine(seed=0)
+    run, found = training(engine=engine)
+    turns = SharedDevices(run.policy)
+    turns.attach(engine)
+    train(replace(run, turns=turns))
+    assert torch.equal(run.policy.table, alone.policy.table)
+    assert found.values("eval", "accuracy") == wanted.values("eval", "accuracy")
+    assert engine.released == [("kv_cache", "weights"), ("kv_cache",)] * 3
+    assert run.policy.released

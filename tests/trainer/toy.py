@@ -136,13 +136,26 @@ class FakeEngine:
         self.length = length
         self.random = torch.Generator().manual_seed(seed)
         self.corrupt = 0.0
+        self.missing: set[str] = set()
+        """What of its memory it has given up, or holds without contents."""
+        self.released: list[tuple[str, ...]] = []
+
+    def release_memory(self, tags: Sequence[str]) -> None:
+        self.released.append(tuple(tags))
+        self.missing |= {f"{tag} memory" for tag in tags} | ({"weights"} & set(tags))
+
+    def resume_memory(self, tags: Sequence[str]) -> None:
+        self.missing -= {f"{tag} memory" for tag in tags}
 
     def publish(self, weights: Iterator[tuple[str, Tensor]], version: str) -> None:
+        assert self.missing <= {"weights"}
+        self.missing = set()
         for _, tensor in weights:
             self.table = tensor + self.corrupt * torch.eye(VOCABULARY)
         self.version = version
 
     def sample(self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]) -> list[list[Completion]]:
+        assert not self.missing
         return [[self._one(prompt[-1]) for _ in range(count)] for prompt in prompts]
 
     def _one(self, token: int) -> Completion:
@@ -156,6 +169,7 @@ class FakeEngine:
         return Completion(tuple(tokens), np.array(log_probs, np.float32), "stop", spans)
 
     def score(self, token_ids: Sequence[int]) -> list[list[float]]:
+        assert not self.missing
         rows = torch.log_softmax(self.table[list(token_ids[:-1])], -1)
         return [rows.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()]
 

@@ -1,0 +1,67 @@
+"""Who has the devices' memory: engines that share the training ranks' GPUs take turns with the optimizer."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+from fiberpo_megatron.trainer.together import together
+from fiberpo_megatron.types import Policy
+
+KV_CACHE, WEIGHTS = "kv_cache", "weights"
+
+
+class Turns(Protocol):
+    """Engines have the memory, except inside `training`."""
+
+    def training(self, *, publishes: bool) -> AbstractContextManager[None]:
+        """Optimiser steps and saves are possible inside. `publishes`: the engines get weights before they generate
+        again, so they need not keep theirs."""
+        ...
+
+
+class OwnDevices:
+    """Engines and training ranks have GPUs of their own: nothing to do."""
+
+    def training(self, *, publishes: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class EngineMemory(Protocol):
+    """All engines; `rollout.generate.EngineSampler` is one."""
+
+    def release_memory(self, tags: Sequence[str]) -> None: ...
+
+    def resume_memory(self, tags: Sequence[str]) -> None: ...
+
+
+class SharedDevices:
+    """The policy's memory is released from now on, except inside `training`, where the engines' is.
+
+    Every rank makes one before the engines start and calls it; rank 0 talks to the engines.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._engines: EngineMemory | None = None
+        policy.release_memory()
+        policy.layout.barrier()  # an engine that starts measures the memory that is free
+
+    def attach(self, engines: EngineMemory) -> None:
+        """The engines, once they run."""
+        self._engines = engines
+
+    @contextmanager
+    def training(self, *, publishes: bool) -> Iterator[None]:
+        assert self._engines is not None, "the engines were attached when they had started"
+        layout = self._policy.layout
+        tags = (KV_CACHE, WEIGHTS) if publishes else (KV_CACHE,)
+        with together(layout, "releasing the engines' memory"):
+            if layout.rank == 0:
+                self._engines.release_memory(tags)
+        self._policy.restore_memory()
+        yield
+        self._policy.release_memory()
+        layout.barrier()  # every rank's memory is free before an engine takes it
+        with together(layout, "giving the engines their memory back"):
+            if layout.rank == 0:
+                self._engines.resume_memory(tags)
