@@ -62,7 +62,8 @@ def activate() -> Platform:
     from fiberpo_megatron.mcore.cpu import patches
     from fiberpo_megatron.mcore.cpu.platform import CpuPlatform
 
-    patches.install()
+    with patches.without_compiler():
+        patches.install()
     return CpuPlatform()
 
 

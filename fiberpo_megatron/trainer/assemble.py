@@ -30,7 +30,6 @@ from fiberpo_megatron.rollout.generate import EngineSampler
 from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.gpu import GpuMonitor
 from fiberpo_megatron.telemetry.metrics import Kind
-from fiberpo_megatron.telemetry.report import write_report
 from fiberpo_megatron.telemetry.sinks import Sinks, open_sinks
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.generation import Generator
@@ -328,5 +327,7 @@ def _finish(base: Base, policy: MegatronPolicy) -> None:
         save_hf(policy.export_weights(), folder / "hf", base.config.model.path, writer=base.layout.rank == 0)
     base.say(f"Weights: {folder / 'hf'}")
     if base.layout.is_logger:
+        from fiberpo_megatron.telemetry.report import write_report  # matplotlib: nothing that every start should pay for
+
         print(f"Report: {write_report(folder)}", flush=True)
     base.layout.barrier()

@@ -5,7 +5,7 @@ The table `PATCHES` is the whole list; `tests/mcore/test_patches.py` leaves each
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,26 @@ def install() -> None:
     for patch in PATCHES:
         if patch.name not in _applied:
             _applied[patch.name] = patch.apply()
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Import Megatron-Core inside it: functions decorated by torch.compile stay as they are.
+
+    TORCH_COMPILE_DISABLE makes torch.compile do nothing but still import Inductor, 2 s of every process's start.
+    """
+
+    def compile_(model: Any = None, **options: Any) -> Any:
+        return model if model is not None else lambda function: function
+
+    undo = _replace(torch, compile=compile_)
+    try:
+        yield
+        from megatron.core import jit
+
+        jit.disable_jit_fuser()  # modules that are imported later ask this switch
+    finally:
+        undo()
 
 
 def leave_out(name: str) -> None:
