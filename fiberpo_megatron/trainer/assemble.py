@@ -327,7 +327,9 @@ def _finish(base: Base, policy: MegatronPolicy) -> None:
         save_hf(policy.export_weights(), folder / "hf", base.config.model.path, writer=base.layout.rank == 0)
     base.say(f"Weights: {folder / 'hf'}")
     if base.layout.is_logger:
-        from fiberpo_megatron.telemetry.report import write_report  # matplotlib: nothing that every start should pay for
+        from fiberpo_megatron.telemetry.report import (
+            write_report,
+        )  # matplotlib: nothing that every start should pay for
 
         print(f"Report: {write_report(folder)}", flush=True)
     base.layout.barrier()
