@@ -1,0 +1,103 @@
+"""The parameters that one rank holds: names and order as Megatron builds them, shapes as the layout cuts them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from fiberpo_megatron.config.schema import ParallelConfig
+from fiberpo_megatron.mcore.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of a rank."""
+
+    name: str
+    shape: tuple[int, ...]
+    expert: bool = False
+    """Its gradient is summed over the expert-data-parallel ranks, not over all data-parallel ones."""
+    router: bool = False
+    """Frozen unless `model.train_router`."""
+    shared_embedding: bool = False
+    """Embedding and output layer are one matrix, held by the first and the last pipeline stage."""
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+def vocabulary_rows(architecture: Architecture, parallel: ParallelConfig) -> int:
+    """Rows of one rank's shard of embedding and output layer: the vocabulary padded to whole shards."""
+    return -(-architecture.vocab_size // parallel.tensor)
+
+
+def stage_layers(architecture: Architecture, parallel: ParallelConfig, stage: int, chunk: int) -> range:
+    """Layers (from 0, over the whole model) of model chunk `chunk` on pipeline stage `stage`."""
+    count = architecture.layers // (parallel.pipeline * parallel.virtual_pipeline)
+    first = (chunk * parallel.pipeline + stage) * count
+    return range(first, first + count)
+
+
+def chunk_weights(architecture: Architecture, parallel: ParallelConfig, stage: int, chunk: int) -> list[Weight]:
+    """Parameters of one model chunk in the order of `named_parameters()`."""
+    vocabulary = (vocabulary_rows(architecture, parallel), architecture.hidden_size)
+    first = stage == 0 and chunk == 0
+    last = stage == parallel.pipeline - 1 and chunk == parallel.virtual_pipeline - 1
+    tied = architecture.tied_embeddings
+    weights: list[Weight] = []
+    if first:
+        weights.append(Weight("embedding", vocabulary, shared_embedding=tied))
+    for layer in stage_layers(architecture, parallel, stage, chunk):
+        weights += _layer(architecture, parallel, layer)
+    if last:
+        weights.append(Weight("final_layernorm", (architecture.hidden_size,)))
+        if not (tied and first):  # the only stage uses the embedding itself
+            weights.append(Weight("output_layer", vocabulary, shared_embedding=tied))
+    return weights
+
+
+def _layer(architecture: Architecture, parallel: ParallelConfig, layer: int) -> Iterator[Weight]:
+    hidden, prefix = architecture.hidden_size, f"layers.{layer}"
+    yield Weight(f"{prefix}.input_layernorm", (hidden,))
+    yield from _attention(architecture, parallel, prefix)
+    yield Weight(f"{prefix}.pre_mlp_layernorm", (hidden,))
+    if architecture.experts is None:
+        yield from _gated_mlp(f"{prefix}.mlp", hidden, architecture.ffn_size // parallel.tensor)
+        return
+    yield Weight(f"{prefix}.router", (architecture.experts, hidden), router=True)
+    for expert in range(architecture.experts // parallel.expert):
+        name = f"{prefix}.experts.{expert}"
+        yield from _gated_mlp(name, hidden, architecture.ffn_size // parallel.expert_tensor, expert=True)
+
+
+def _attention(architecture: Architecture, parallel: ParallelConfig, prefix: str) -> Iterator[Weight]:
+    hidden, size, tensor = architecture.hidden_size, architecture.head_dim, parallel.tensor
+    rows = (architecture.heads + 2 * architecture.key_value_heads) * size // tensor
+    yield Weight(f"{prefix}.linear_proj", (hidden, architecture.heads * size // tensor))
+    yield Weight(f"{prefix}.linear_qkv", (rows, hidden))
+    if architecture.qkv_bias:
+        yield Weight(f"{prefix}.linear_qkv.bias", (rows,))
+    if architecture.qk_norm:
+        yield Weight(f"{prefix}.q_layernorm", (size,))
+        yield Weight(f"{prefix}.k_layernorm", (size,))
+
+
+def _gated_mlp(name: str, hidden: int, ffn: int, expert: bool = False) -> Iterator[Weight]:
+    yield Weight(f"{name}.linear_fc1", (2 * ffn, hidden), expert)
+    yield Weight(f"{name}.linear_fc2", (hidden, ffn), expert)
+
+
+def model_parameters(architecture: Architecture) -> int:
+    """Parameters of the whole model, tied embeddings counted once, without padding."""
+    return sum(weight.numel for weight in chunk_weights(architecture, ParallelConfig(), 0, 0))
+
+
+def active_parameters(architecture: Architecture) -> int:
+    """Parameters that one token multiplies with: all but the experts it is not sent to and the embedding table."""
+    whole = ParallelConfig()
+    weights = chunk_weights(architecture, whole, 0, 0)
+    experts = sum(weight.numel for weight in weights if weight.expert)
+    rest = sum(weight.numel for weight in weights if not weight.expert and weight.name != "embedding")
+    if architecture.tied_embeddings:
+        rest += architecture.vocab_size * architecture.hidden_size
+    return rest + (experts * architecture.experts_per_token // architecture.experts if architecture.experts else 0)
