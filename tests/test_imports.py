@@ -16,6 +16,7 @@ PARTS = {
     "data": {"config", "types"},
     "rewards": {"config", "types"},
     "mcore": {"config", "types"},
+    "planning": {"config", "fibration", "mcore"},
     "rollout": {"config", "types"},
     "weight_sync": {"config", "types", "rendezvous", "rollout"},
     "trainer": {
@@ -30,7 +31,7 @@ PARTS = {
         "weight_sync",
     },
     "launch": {"config", "types", "rendezvous", "rollout"},
-    "cli": {"config", "types", "telemetry", "launch", "trainer", "mcore"},
+    "cli": {"config", "types", "telemetry", "launch", "trainer", "mcore", "planning"},
 }
 SOURCES = [
     p

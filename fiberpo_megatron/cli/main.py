@@ -1,4 +1,4 @@
-"""`fiberpo train|sft|dump|eval|report`: checks what can be checked at once, then starts the ranks."""
+"""`fiberpo train|sft|dump|eval|plan|report`: checks what can be checked at once, then starts the ranks."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fiberpo_megatron
+from fiberpo_megatron.cli import plan
 from fiberpo_megatron.config import Config, ConfigError, load_config
 from fiberpo_megatron.trainer.preflight import preflight
 
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if overrides:
                 parser.error(f"unexpected arguments: {' '.join(overrides)}")
             return _report(options.folder)
+        if options.command == "plan":
+            return plan.run(options, overrides)
         return _run(options, overrides)
     except (ConfigError, FileNotFoundError, ValueError) as error:
         print(f"fiberpo: {error}", file=sys.stderr)
@@ -42,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", type=Path, metavar="CONFIG.toml")
         if name != "eval":
             command.add_argument("--resume", action="store_true", help="continue where the run stopped")
+    plan.add_parser(commands, _OVERRIDES)
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     return parser

@@ -7,6 +7,7 @@ float32 gradients, no overlap and so one bucket a buffer. tests/planning/test_st
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import lcm
 from typing import Literal
 
@@ -121,13 +122,26 @@ def state_bytes(
     adam: Adam = "fused",
 ) -> StateBytes:
     """Bytes that the rank at `position` holds for the whole run."""
-    width = DTYPE_BYTES[model.dtype]
+    return _state_bytes(architecture, model.dtype, model.train_router, parallel, world_size, position, adam)
+
+
+@lru_cache(maxsize=4096)  # a search asks for the same layout beside many engines
+def _state_bytes(
+    architecture: Architecture,
+    dtype: str,
+    train_router: bool,
+    parallel: ParallelConfig,
+    world_size: int,
+    position: Position,
+    adam: Adam,
+) -> StateBytes:
+    width = DTYPE_BYTES[dtype]
     ranks, expert_ranks = data_ranks(parallel, world_size)
     parameters = gradients = optimizer = 0
     for chunk in range(parallel.virtual_pipeline):
         weights = chunk_weights(architecture, parallel, position.stage, chunk)
-        trained = [weight for weight in weights if model.train_router or not weight.router]
-        parameters += width * sum(weight.numel for weight in weights if not (model.train_router or not weight.router))
+        trained = [weight for weight in weights if train_router or not weight.router]
+        parameters += width * sum(weight.numel for weight in weights if weight.router and not train_router)
         for part, size, rank in (
             ([w for w in trained if not w.expert], ranks, position.data),
             ([w for w in trained if w.expert], expert_ranks, position.expert_data),

@@ -1,15 +1,15 @@
 """The parameters that one rank holds: names and order as Megatron builds them, shapes as the layout cuts them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cache
 from math import prod
+from typing import NamedTuple
 
 from fiberpo_megatron.config.schema import ParallelConfig
-from fiberpo_megatron.mcore.architecture import Architecture
+from fiberpo_megatron.mcore.architecture import Architecture, Experts, LatentAttention
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """One parameter of a rank."""
 
     name: str
@@ -56,18 +56,30 @@ def chunk_weights(architecture: Architecture, parallel: ParallelConfig, stage: i
     return weights
 
 
+def experts_of(architecture: Architecture, layer: int) -> Experts | None:
+    """The experts of a layer; None where it has a plain MLP."""
+    experts = architecture.experts
+    return None if experts is None or layer in experts.dense_layers else experts
+
+
 def _layer(architecture: Architecture, parallel: ParallelConfig, layer: int) -> Iterator[Weight]:
     hidden, prefix = architecture.hidden_size, f"layers.{layer}"
     yield Weight(f"{prefix}.input_layernorm", (hidden,))
-    yield from _attention(architecture, parallel, prefix)
+    if architecture.latent is None:
+        yield from _attention(architecture, parallel, prefix)
+    else:
+        yield from _latent_attention(architecture, architecture.latent, parallel, prefix)
     yield Weight(f"{prefix}.pre_mlp_layernorm", (hidden,))
-    if architecture.experts is None:
+    experts = experts_of(architecture, layer)
+    if experts is None:
         yield from _gated_mlp(f"{prefix}.mlp", hidden, architecture.ffn_size // parallel.tensor)
         return
-    yield Weight(f"{prefix}.router", (architecture.experts, hidden), router=True)
-    for expert in range(architecture.experts // parallel.expert):
+    yield Weight(f"{prefix}.router", (experts.count, hidden), router=True)
+    for expert in range(experts.count // parallel.expert):
         name = f"{prefix}.experts.{expert}"
-        yield from _gated_mlp(name, hidden, architecture.ffn_size // parallel.expert_tensor, expert=True)
+        yield from _gated_mlp(name, hidden, experts.ffn_size // parallel.expert_tensor, expert=True)
+    if experts.shared_ffn_size:
+        yield from _gated_mlp(f"{prefix}.shared_experts", hidden, experts.shared_ffn_size // parallel.tensor)
 
 
 def _attention(architecture: Architecture, parallel: ParallelConfig, prefix: str) -> Iterator[Weight]:
@@ -82,22 +94,46 @@ def _attention(architecture: Architecture, parallel: ParallelConfig, prefix: str
         yield Weight(f"{prefix}.k_layernorm", (size,))
 
 
+def _latent_attention(
+    architecture: Architecture, latent: LatentAttention, parallel: ParallelConfig, prefix: str
+) -> Iterator[Weight]:
+    """Down-projections are whole on every tensor-parallel rank, up-projections are cut by heads."""
+    hidden, heads = architecture.hidden_size, architecture.heads // parallel.tensor
+    queries, rank = heads * architecture.head_dim, latent.key_value_rank
+    yield Weight(f"{prefix}.linear_proj", (hidden, heads * latent.value_size))
+    if latent.query_rank is None:
+        yield Weight(f"{prefix}.linear_q_proj", (queries, hidden))
+    else:
+        yield Weight(f"{prefix}.linear_q_down_proj", (latent.query_rank, hidden))
+        yield Weight(f"{prefix}.linear_q_up_proj", (queries, latent.query_rank))
+    yield Weight(f"{prefix}.linear_kv_down_proj", (rank + latent.rotary_size, hidden))
+    yield Weight(f"{prefix}.linear_kv_up_proj", (heads * (latent.plain_size + latent.value_size), rank))
+    if latent.query_rank is not None:
+        yield Weight(f"{prefix}.q_layernorm", (latent.query_rank,))
+    yield Weight(f"{prefix}.kv_layernorm", (rank,))
+
+
 def _gated_mlp(name: str, hidden: int, ffn: int, expert: bool = False) -> Iterator[Weight]:
     yield Weight(f"{name}.linear_fc1", (2 * ffn, hidden), expert)
     yield Weight(f"{name}.linear_fc2", (hidden, ffn), expert)
 
 
+@cache
 def model_parameters(architecture: Architecture) -> int:
     """Parameters of the whole model, tied embeddings counted once, without padding."""
     return sum(weight.numel for weight in chunk_weights(architecture, ParallelConfig(), 0, 0))
 
 
+@cache
 def active_parameters(architecture: Architecture) -> int:
     """Parameters that one token multiplies with: all but the experts it is not sent to and the embedding table."""
-    whole = ParallelConfig()
-    weights = chunk_weights(architecture, whole, 0, 0)
-    experts = sum(weight.numel for weight in weights if weight.expert)
-    rest = sum(weight.numel for weight in weights if not weight.expert and weight.name != "embedding")
-    if architecture.tied_embeddings:
-        rest += architecture.vocab_size * architecture.hidden_size
-    return rest + (experts * architecture.experts_per_token // architecture.experts if architecture.experts else 0)
+    embedding = 0 if architecture.tied_embeddings else architecture.vocab_size * architecture.hidden_size
+    experts = architecture.experts
+    used = experts.per_token / experts.count if experts else 1.0
+    return model_parameters(architecture) - embedding - round(expert_parameters(architecture) * (1 - used))
+
+
+@cache
+def expert_parameters(architecture: Architecture) -> int:
+    """Parameters of the experts among which tokens choose."""
+    return sum(weight.numel for weight in chunk_weights(architecture, ParallelConfig(), 0, 0) if weight.expert)

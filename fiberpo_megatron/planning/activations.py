@@ -1,0 +1,196 @@
+"""Bytes that autograd keeps of one micro-batch between its forward and its backward pass, on one rank.
+
+Two layer implementations. `local` is the CPU platform's layer (Megatron's local modules, `mcore/cpu`); every term names
+the tensors that were seen with saved-tensor hooks, and tests/planning/test_activations.py holds the sum to 15 %.
+`te` is the GPU platform's layer (Transformer Engine, flash attention, grouped experts): derived from what those modules
+hand to their backward functions, not measured.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fiberpo_megatron.config.schema import ModelConfig, ParallelConfig
+from fiberpo_megatron.mcore.architecture import Architecture, Experts
+from fiberpo_megatron.planning.states import DTYPE_BYTES
+from fiberpo_megatron.planning.weights import experts_of, stage_layers, vocabulary_rows
+
+Implementation = Literal["local", "te"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed row, as one rank sees it."""
+
+    tokens: int
+    """Positions over all context-parallel ranks, padding included."""
+    responses: int
+    """Response tokens on this rank."""
+    imbalance: float = 1.0
+    """Tokens at this rank's experts over their even share."""
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the terms are made of: numbers per rank."""
+
+    width: int
+    """Bytes of a parameter's type."""
+    local: int
+    """Positions of this context-parallel rank."""
+    sequence: int
+    """Of those, positions of this rank between the tensor-parallel regions (sequence parallelism)."""
+    keys: int
+    """Positions whose keys and values are at hand: all of the row's."""
+    hidden: int
+    queries: int
+    """Elements of one position's queries on this rank (heads x size)."""
+    key_values: int
+    """Elements of one position's keys, and of its values, on this rank."""
+    heads: int
+    routed: int
+    """Tokens at this rank's experts, each counted once per expert that it goes to."""
+
+
+def _sizes(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, row: Row) -> _Sizes:
+    local = row.tokens // parallel.context
+    sequence = local // parallel.tensor
+    routed = 0
+    if architecture.experts is not None:
+        # Every rank sends its sequence shard; expert-tensor ranks gather what the others of their group received
+        routed = int(row.imbalance * sequence * architecture.experts.per_token * parallel.expert_tensor)
+    return _Sizes(
+        width=DTYPE_BYTES[model.dtype],
+        local=local,
+        sequence=sequence,
+        keys=row.tokens,
+        hidden=architecture.hidden_size,
+        queries=architecture.heads * architecture.head_dim // parallel.tensor,
+        key_values=architecture.key_value_heads * architecture.head_dim // parallel.tensor,
+        heads=architecture.heads // parallel.tensor,
+        routed=routed,
+    )
+
+
+def layer_bytes(
+    architecture: Architecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    row: Row,
+    layer: int,
+    implementation: Implementation,
+) -> int:
+    """Bytes of layer `layer` without recomputation."""
+    sizes = _sizes(architecture, model, parallel, row)
+    experts = experts_of(architecture, layer)
+    if implementation == "local":
+        return _local_attention(architecture, sizes) + _local_mlp(architecture, parallel, sizes, experts)
+    return _te_attention(architecture, sizes) + _te_mlp(architecture, parallel, sizes, experts)
+
+
+def _norm(rows: int, size: int) -> int:
+    """torch's RMSNorm keeps its input and the normalised rows in float32, and each row's 1 / rms."""
+    return rows * (2 * size + 1) * 4
+
+
+def _local_attention(architecture: Architecture, s: _Sizes) -> int:
+    total = _norm(s.sequence, s.hidden) + s.sequence * s.hidden * s.width  # the norm, its output before linear_qkv
+    if architecture.qk_norm:
+        total += _norm(s.local * s.heads, architecture.head_dim)
+        total += _norm(s.local * s.key_values // architecture.head_dim, architecture.head_dim)
+        if s.width == 4:  # no copy in float32: the norm of the keys keeps the joint output of linear_qkv alive
+            total += s.local * (s.queries + s.key_values) * 4
+    total += 4 * s.local * architecture.head_dim * s.width  # cosines and sines of queries and of keys
+    total += s.local * 2 * s.queries * s.width + s.keys * 2 * s.key_values * s.width  # queries, output, keys, values
+    total += s.local * s.heads * 4  # log-sums
+    return total + s.local * s.queries * s.width  # the output in row order, input of linear_proj
+
+
+def _local_mlp(architecture: Architecture, parallel: ParallelConfig, s: _Sizes, experts: Experts | None) -> int:
+    total = _norm(s.sequence, s.hidden) + s.sequence * s.hidden * s.width
+    if experts is None:
+        return total + s.local * 5 * (architecture.ffn_size // parallel.tensor) * s.width
+    ffn, shared = experts.ffn_size // parallel.expert_tensor, experts.shared_ffn_size // parallel.tensor
+    # gate and up projection together, silu, the product, its weighted copy and that copy's cast; weights in float32
+    routed = s.routed * ((s.hidden + 6 * ffn) * s.width + 4)
+    return total + _routing(experts, s) + routed + s.local * 5 * shared * s.width
+
+
+def _routing(experts: Experts, s: _Sizes) -> int:
+    """Chosen experts (int64) with weights (float32), their map (bool and float32), and the order of the permutation."""
+    return s.sequence * (experts.per_token * (8 + 4 + 8) + experts.count * (1 + 4))
+
+
+def _te_attention(architecture: Architecture, s: _Sizes) -> int:
+    total = s.sequence * (2 * s.hidden * s.width + 4)  # input of the fused norm and linear_qkv, the normed input, 1/rms
+    if architecture.qk_norm:
+        total += s.local * ((s.queries + s.key_values) * s.width + (s.queries + s.key_values) // architecture.head_dim * 4)
+    # flash attention: queries, keys, values, output (also the input of linear_proj), log-sums
+    return total + s.local * (2 * (s.queries + s.key_values) * s.width + s.heads * 4)
+
+
+def _te_mlp(architecture: Architecture, parallel: ParallelConfig, s: _Sizes, experts: Experts | None) -> int:
+    total = s.sequence * (2 * s.hidden * s.width + 4)
+    if experts is None:
+        return total + s.local * 3 * (architecture.ffn_size // parallel.tensor) * s.width
+    ffn, shared = experts.ffn_size // parallel.expert_tensor, experts.shared_ffn_size // parallel.tensor
+    # permuted input, gate and up projection together, the weighted product; weights in float32
+    routed = s.routed * ((s.hidden + 3 * ffn) * s.width + 4)
+    return total + _routing(experts, s) + routed + s.local * 3 * shared * s.width
+
+
+def head_bytes(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, row: Row) -> int:
+    """What final norm and log-probs keep on the last stage."""
+    width = DTYPE_BYTES[model.dtype]
+    sequence = row.tokens // (parallel.context * parallel.tensor)
+    return _norm(sequence, architecture.hidden_size) + row.responses * (architecture.hidden_size * width + 8 + 8 + 4)
+
+
+def log_prob_bytes(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, row: Row) -> int:
+    """Short-lived buffers of `mcore/log_probs.py`, the larger of its two passes.
+
+    Forward: a chunk's logits in the model's type and in float32, their exponentials and one product; backward: logits
+    in both types, and the output layer's gradient in float32 with one chunk's share of it.
+    """
+    width, hidden = DTYPE_BYTES[model.dtype], architecture.hidden_size
+    rows = vocabulary_rows(architecture, parallel)
+    chunk = min(model.log_prob_chunk_tokens, row.responses)
+    cast = width if width != 4 else 0
+    forward = chunk * rows * (3 * 4 + cast)
+    backward = chunk * rows * (4 + cast) + rows * hidden * (4 + width)
+    return max(forward, backward)
+
+
+def micro_batches_in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> int:
+    """Model chunks' worth of activations that a stage holds at once: 1F1B, or Megatron's interleaved schedule."""
+    left = parallel.pipeline - stage
+    if parallel.virtual_pipeline == 1:
+        return min(left, micro_batches)
+    warm_up = 2 * (left - 1) + (parallel.virtual_pipeline - 1) * parallel.pipeline + 1
+    return min(warm_up, micro_batches * parallel.virtual_pipeline)
+
+
+def activation_bytes(
+    architecture: Architecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    row: Row,
+    *,
+    stage: int,
+    micro_batches: int,
+    implementation: Implementation,
+) -> int:
+    """Peak of what a rank of `stage` keeps for its backward passes, log-prob buffers not included.
+
+    `model.recompute = "selective"` is planned like "none": an upper bound.
+    """
+    chunks = range(parallel.virtual_pipeline)
+    layers = [layer for chunk in chunks for layer in stage_layers(architecture, parallel, stage, chunk)]
+    kept = [layer_bytes(architecture, model, parallel, row, layer, implementation) for layer in layers]
+    # in units of the stage's whole share of the model
+    flying = micro_batches_in_flight(parallel, stage, micro_batches) / parallel.virtual_pipeline
+    head = head_bytes(architecture, model, parallel, row) if stage == parallel.pipeline - 1 else 0
+    if model.recompute != "full":
+        return int(flying * sum(kept)) + head
+    inputs = row.tokens // (parallel.context * parallel.tensor) * architecture.hidden_size * DTYPE_BYTES[model.dtype]
+    # the head is done with before the first layer is recomputed
+    return int(flying * len(layers) * inputs) + max(*kept, head)

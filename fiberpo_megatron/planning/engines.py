@@ -1,0 +1,79 @@
+"""What one SGLang engine holds: weights, and tokens of KV cache in what is left."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fiberpo_megatron.config.schema import Config
+from fiberpo_megatron.mcore.architecture import Architecture
+from fiberpo_megatron.planning.states import DTYPE_BYTES
+from fiberpo_megatron.planning.weights import model_parameters
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """One engine, per GPU."""
+
+    weights: int
+    """Bytes of weights."""
+    cache_token: int
+    """Bytes of one token's keys and values over all layers."""
+    cache: int
+    """Bytes of KV cache; 0 where the weights leave none."""
+    longest: int
+    """Tokens of the longest trajectory."""
+
+    @property
+    def cache_tokens(self) -> int:
+        return self.cache // self.cache_token
+
+    @property
+    def fits(self) -> bool:
+        """Whether the longest trajectory has room."""
+        return self.cache_tokens >= self.longest
+
+
+def engine_count(config: Config) -> int:
+    """Engines of the config."""
+    return len(config.rollout.engine.urls) or config.rollout.engine.count
+
+
+def engine_dtype_bytes(config: Config) -> int:
+    """Bytes of a number in the engine."""
+    dtype = config.rollout.engine.dtype
+    return DTYPE_BYTES[config.model.dtype if dtype == "auto" else dtype]
+
+
+def cache_token_bytes(architecture: Architecture, tensor: int, width: int) -> int:
+    """KV cache of one token on one of an engine's `tensor` GPUs.
+
+    GPUs beyond the number of key-value heads hold copies; of latent attention every GPU holds the whole latent.
+    """
+    latent = architecture.latent
+    if latent is not None:
+        return architecture.layers * (latent.key_value_rank + latent.rotary_size) * width
+    heads = -(-architecture.key_value_heads // tensor)
+    return 2 * architecture.layers * heads * architecture.head_dim * width
+
+
+def plan_engine(config: Config, architecture: Architecture, memory: float) -> EnginePlan:
+    """One GPU with `memory` bytes of an engine of the config."""
+    engine, width = config.rollout.engine, engine_dtype_bytes(config)
+    weights = -(-model_parameters(architecture) * width // engine.tensor)
+    token = cache_token_bytes(architecture, engine.tensor, width)
+    room = max(0, int(engine.memory_fraction * memory) - weights)
+    if engine.max_total_tokens is not None:
+        room = min(room, engine.max_total_tokens * token)
+    return EnginePlan(weights, token, room, config.data.max_prompt_tokens + config.rollout.max_response_tokens)
+
+
+def touched_experts(architecture: Architecture, tokens: float) -> float:
+    """Share of a layer's experts that `tokens` tokens use, if each chose at random."""
+    experts = architecture.experts
+    return 1.0 if experts is None else 1.0 - (1.0 - experts.per_token / experts.count) ** tokens
+
+
+def running_requests(config: Config, plan: EnginePlan, mean_tokens: float, engines: int) -> int:
+    """Trajectories that one engine decodes together: as many as there are, as its settings and its cache allow."""
+    wanted = -(-config.batch.prompts * config.batch.samples_per_prompt // engines)
+    limits: Sequence[int] = (wanted, config.rollout.engine.max_running_requests, int(plan.cache_tokens // mean_tokens))
+    return max(1, min(limits))

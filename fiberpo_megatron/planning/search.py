@@ -1,0 +1,74 @@
+"""Layouts for a number of GPUs, the fastest that fits first."""
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Any
+
+from fiberpo_megatron.config.schema import Config, ParallelConfig
+from fiberpo_megatron.mcore.architecture import read_architecture
+from fiberpo_megatron.mcore.checks import check_layout
+from fiberpo_megatron.planning.engines import plan_engine
+from fiberpo_megatron.planning.hardware import Assumptions, Gpu
+from fiberpo_megatron.planning.plan import Plan, make_plan
+
+_SIZES = (1, 2, 4, 8, 16)
+_TENSOR = (1, 2, 4, 8)
+"""Tensor parallelism beyond a node is not proposed."""
+_ENGINE_SHARES = (0.25, 0.5, 0.75)
+
+
+def propose(
+    config: Config,
+    hf_config: Mapping[str, Any],
+    gpus: int,
+    memory: float,
+    gpu: Gpu,
+    assumptions: Assumptions,
+    count: int = 10,
+) -> list[Plan]:
+    """At most `count` plans that fit, by estimated step time; layout, engines and recomputation vary, the rest of the
+    config stays. Engines get GPUs of their own."""
+    fitting = []
+    for candidate in _candidates(config, hf_config, gpus, memory):
+        plan = make_plan(candidate, hf_config, gpus, memory, gpu, assumptions)
+        if not plan.problems:
+            fitting.append(plan)
+    return sorted(fitting, key=lambda plan: (plan.time.total, plan.largest.total))[:count]
+
+
+def _candidates(config: Config, hf_config: Mapping[str, Any], gpus: int, memory: float) -> Iterator[Config]:
+    architecture = read_architecture(hf_config)
+    for share, tensor in product(_ENGINE_SHARES, _TENSOR):
+        engines = int(gpus * share) // tensor
+        if not engines:
+            continue
+        engine = config.rollout.engine.model_copy(update={"urls": [], "count": engines, "tensor": tensor})
+        rollout = config.rollout.model_copy(update={"engine": engine})
+        if not plan_engine(config.model_copy(update={"rollout": rollout}), architecture, memory).fits:
+            continue
+        for parallel in _layouts(config, hf_config, gpus - engines * tensor):
+            for recompute in ("none", "full"):
+                model = config.model.model_copy(update={"recompute": recompute})
+                yield config.model_copy(update={"model": model, "parallel": parallel, "rollout": rollout})
+
+
+def _layouts(config: Config, hf_config: Mapping[str, Any], gpus: int) -> Iterator[ParallelConfig]:
+    for tensor, pipeline, context in product(_TENSOR, _SIZES, _SIZES):
+        if gpus % (tensor * pipeline * context):
+            continue
+        for expert, expert_tensor in product((*_SIZES, 32, 64), sorted({1, tensor})):
+            sizes = {
+                "tensor": tensor,
+                "pipeline": pipeline,
+                "context": context,
+                "expert": expert,
+                "expert_tensor": expert_tensor,
+                "virtual_pipeline": 1,
+                "data": gpus // (tensor * pipeline * context),
+            }
+            parallel = config.parallel.model_copy(update=sizes)
+            try:
+                check_layout(hf_config, parallel, gpus)
+            except ValueError:  # does not divide the model or the GPUs
+                continue
+            yield parallel

@@ -1,0 +1,111 @@
+"""Plans as Markdown, for the terminal and for docs/planning.md, and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fiberpo_megatron.planning.plan import Plan
+from fiberpo_megatron.planning.timing import GIGA
+from fiberpo_megatron.planning.weights import active_parameters, model_parameters
+
+LAYOUT_HEADINGS = ("layout of the trainer", "engines", "recompute", "training GB", "KV cache tokens", "step s")
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def layout_text(plan: Plan) -> str:
+    """`tensor 2, pipeline 4, .. = 16 GPUs`; sizes of 1 are left out."""
+    parallel = plan.config.parallel
+    sizes = {
+        name: getattr(parallel, name) or 1
+        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "data", "expert", "expert_tensor")
+    }
+    words = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    return f"{', '.join(words) or 'one rank'} = {plan.training_gpus} GPUs"
+
+
+def engines_text(plan: Plan) -> str:
+    """`4 x tensor 2 = 8 GPUs`."""
+    tensor = plan.config.rollout.engine.tensor
+    beside = ", shared with training" if plan.colocated else ""
+    return f"{plan.engine_gpus // tensor} x tensor {tensor} = {plan.engine_gpus} GPUs{beside}"
+
+
+def layout_row(plan: Plan) -> list[str]:
+    """A row under LAYOUT_HEADINGS."""
+    return [
+        layout_text(plan),
+        engines_text(plan),
+        plan.config.model.recompute,
+        gigabytes(plan.largest.total),
+        f"{plan.engine.cache_tokens:,}",
+        f"{plan.time.total:.0f}",
+    ]
+
+
+def gigabytes(number: float) -> str:
+    """10^9 bytes."""
+    return f"{number / GIGA:.2f}"
+
+
+def plan_text(plan: Plan) -> str:
+    """The whole plan."""
+    time, work = plan.time, plan.work
+    stages = [
+        [
+            str(stage.stage),
+            *(gigabytes(part) for part in (stage.states.parameters, stage.states.gradients, stage.states.optimizer)),
+            *(gigabytes(part) for part in (stage.activations, stage.log_probs, stage.reserved, stage.total)),
+        ]
+        for stage in plan.stages
+    ]
+    headings = ("stage", "parameters", "gradients", "optimizer", "activations", "log-probs", "reserved", "total")
+    phases = [[f"{value:.1f}" for value in (*asdict(time).values(), time.total)]]
+    verdict = "It fits." if not plan.problems else "It does not fit:\n" + "\n".join(f"- {p}" for p in plan.problems)
+    return "\n".join(
+        [
+            f"{plan.architecture.model_type}: {model_parameters(plan.architecture) / GIGA:.2f}e9 parameters, "
+            f"{active_parameters(plan.architecture) / GIGA:.2f}e9 active per token; {plan.gpu.name} with "
+            f"{plan.memory / GIGA:.0f} GB",
+            f"training: {layout_text(plan)}; engines: {engines_text(plan)}",
+            f"step: {work.trajectories} trajectories of {work.prompt_tokens:.0f} + {work.response_tokens:.0f} tokens, "
+            f"{work.optimiser_steps} optimiser steps of {work.micro_batches} micro-batches a rank",
+            "",
+            "GB on a training GPU (the fullest of each stage):",
+            "",
+            table(headings, stages),
+            "",
+            f"engine, per GPU: {gigabytes(plan.engine.weights)} GB of weights, {gigabytes(plan.engine.cache)} GB of KV "
+            f"cache = {plan.engine.cache_tokens:,} tokens (longest trajectory: {plan.engine.longest:,})",
+            f"publication: {gigabytes(plan.publish)} GB to every engine; gates: "
+            f"{' + '.join(f'{size:,}' for size in plan.gates)} bytes all-reduced in an optimiser step",
+            "",
+            "Estimated seconds of a step:",
+            "",
+            table((*(name.replace("_", " ") for name in asdict(time)), "total"), phases),
+            "",
+            verdict,
+        ]
+    )
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """Everything as numbers; bytes and seconds."""
+    return {
+        "fits": not plan.problems,
+        "problems": plan.problems,
+        "parallel": plan.config.parallel.model_dump(),
+        "recompute": plan.config.model.recompute,
+        "training_gpus": plan.training_gpus,
+        "engine_gpus": plan.engine_gpus,
+        "colocated": plan.colocated,
+        "stages": [asdict(stage) | {"total": stage.total} for stage in plan.stages],
+        "engine": asdict(plan.engine) | {"cache_tokens": plan.engine.cache_tokens},
+        "publish_bytes": plan.publish,
+        "gate_bytes": list(plan.gates),
+        "seconds": asdict(plan.time) | {"total": plan.time.total},
+    }
