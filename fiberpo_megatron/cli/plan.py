@@ -50,5 +50,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     elif plans:
         print(show.table(show.LAYOUT_HEADINGS, [show.layout_row(plan) for plan in plans]))
     else:
-        print(f"No layout of {options.gpus} GPUs with {memory / GIGA:.0f} GB fits; more GPUs or shorter rows would help")
+        print(
+            f"No layout of {options.gpus} GPUs with {memory / GIGA:.0f} GB fits; more GPUs or shorter rows would help"
+        )
     return 0 if plans else 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fiberpo_megatron.config.schema import ModelConfig, ParallelConfig
-from fiberpo_megatron.mcore.architecture import Architecture, Experts
+from fiberpo_megatron.mcore.architecture import Architecture, Experts, LatentAttention
 from fiberpo_megatron.planning.states import DTYPE_BYTES
 from fiberpo_megatron.planning.weights import experts_of, stage_layers, vocabulary_rows
 
@@ -27,6 +27,8 @@ class Row:
     """Response tokens on this rank."""
     imbalance: float = 1.0
     """Tokens at this rank's experts over their even share."""
+    squares: int = 0
+    """Sum of the squared lengths of its sequences; only the CPU's latent attention keeps a matrix of weights."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class _Sizes:
     key_values: int
     """Elements of one position's keys, and of its values, on this rank."""
     heads: int
+    squares: int
     routed: int
     """Tokens at this rank's experts, each counted once per expert that it goes to."""
 
@@ -67,6 +70,7 @@ def _sizes(architecture: Architecture, model: ModelConfig, parallel: ParallelCon
         queries=architecture.heads * architecture.head_dim // parallel.tensor,
         key_values=architecture.key_value_heads * architecture.head_dim // parallel.tensor,
         heads=architecture.heads // parallel.tensor,
+        squares=row.squares // parallel.context,
         routed=routed,
     )
 
@@ -93,7 +97,9 @@ def _norm(rows: int, size: int) -> int:
 
 
 def _local_attention(architecture: Architecture, s: _Sizes) -> int:
-    total = _norm(s.sequence, s.hidden) + s.sequence * s.hidden * s.width  # the norm, its output before linear_qkv
+    total = _norm(s.sequence, s.hidden) + s.sequence * s.hidden * s.width  # the norm, its output before the projections
+    if architecture.latent is not None:
+        return total + _local_latent(architecture, architecture.latent, s)
     if architecture.qk_norm:
         total += _norm(s.local * s.heads, architecture.head_dim)
         total += _norm(s.local * s.key_values // architecture.head_dim, architecture.head_dim)
@@ -103,6 +109,16 @@ def _local_attention(architecture: Architecture, s: _Sizes) -> int:
     total += s.local * 2 * s.queries * s.width + s.keys * 2 * s.key_values * s.width  # queries, output, keys, values
     total += s.local * s.heads * 4  # log-sums
     return total + s.local * s.queries * s.width  # the output in row order, input of linear_proj
+
+
+def _local_latent(architecture: Architecture, latent: LatentAttention, s: _Sizes) -> int:
+    """torch has no fused attention for values of another size: float32 copies and the whole matrix of weights."""
+    total = 0
+    for rank in (latent.query_rank or 0, latent.key_value_rank):  # norm of the compressed, input of the up-projection
+        total += (_norm(s.sequence, rank) if rank else 0) + s.sequence * rank * s.width
+    total += 4 * s.local * latent.rotary_size * s.width
+    total += s.heads * (s.local * architecture.head_dim + s.keys * (architecture.head_dim + latent.value_size)) * 4
+    return total + s.heads * (s.squares * 4 + s.local * latent.value_size * s.width)
 
 
 def _local_mlp(architecture: Architecture, parallel: ParallelConfig, s: _Sizes, experts: Experts | None) -> int:
@@ -122,8 +138,15 @@ def _routing(experts: Experts, s: _Sizes) -> int:
 
 def _te_attention(architecture: Architecture, s: _Sizes) -> int:
     total = s.sequence * (2 * s.hidden * s.width + 4)  # input of the fused norm and linear_qkv, the normed input, 1/rms
+    latent = architecture.latent
+    if latent is not None:
+        ranks = (latent.query_rank or 0) + latent.key_value_rank
+        heads = 2 * (architecture.head_dim + latent.value_size)
+        return total + s.sequence * 2 * ranks * s.width + s.local * s.heads * (heads * s.width + 4)
     if architecture.qk_norm:
-        total += s.local * ((s.queries + s.key_values) * s.width + (s.queries + s.key_values) // architecture.head_dim * 4)
+        total += s.local * (
+            (s.queries + s.key_values) * s.width + (s.queries + s.key_values) // architecture.head_dim * 4
+        )
     # flash attention: queries, keys, values, output (also the input of linear_proj), log-sums
     return total + s.local * (2 * (s.queries + s.key_values) * s.width + s.heads * 4)
 

@@ -113,7 +113,9 @@ def make_plan(
     parallel = config.parallel.model_copy(update={"data": training // config.parallel.model_ranks})
     config = config.model_copy(update={"parallel": parallel})
     work = workload(config, training // parallel.model_ranks, assumptions)
-    stages = tuple(_stage(config, architecture, training, stage, work, assumptions) for stage in range(parallel.pipeline))
+    stages = tuple(
+        _stage(config, architecture, training, stage, work, assumptions) for stage in range(parallel.pipeline)
+    )
     fullest = max(stages, key=lambda stage: stage.states.total)
     engine = plan_engine(config, architecture, memory)
     return Plan(

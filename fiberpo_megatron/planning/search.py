@@ -5,11 +5,13 @@ from itertools import product
 from typing import Any
 
 from fiberpo_megatron.config.schema import Config, ParallelConfig
-from fiberpo_megatron.mcore.architecture import read_architecture
+from fiberpo_megatron.mcore.architecture import Architecture, read_architecture
 from fiberpo_megatron.mcore.checks import check_layout
 from fiberpo_megatron.planning.engines import plan_engine
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu
 from fiberpo_megatron.planning.plan import Plan, make_plan
+from fiberpo_megatron.planning.states import DTYPE_BYTES, GRADIENT_BYTES
+from fiberpo_megatron.planning.weights import expert_parameters, model_parameters
 
 _SIZES = (1, 2, 4, 8, 16)
 _TENSOR = (1, 2, 4, 8)
@@ -46,13 +48,14 @@ def _candidates(config: Config, hf_config: Mapping[str, Any], gpus: int, memory:
         rollout = config.rollout.model_copy(update={"engine": engine})
         if not plan_engine(config.model_copy(update={"rollout": rollout}), architecture, memory).fits:
             continue
-        for parallel in _layouts(config, hf_config, gpus - engines * tensor):
+        for parallel in _layouts(config, hf_config, gpus - engines * tensor, memory):
             for recompute in ("none", "full"):
                 model = config.model.model_copy(update={"recompute": recompute})
                 yield config.model_copy(update={"model": model, "parallel": parallel, "rollout": rollout})
 
 
-def _layouts(config: Config, hf_config: Mapping[str, Any], gpus: int) -> Iterator[ParallelConfig]:
+def _layouts(config: Config, hf_config: Mapping[str, Any], gpus: int, memory: float) -> Iterator[ParallelConfig]:
+    architecture = read_architecture(hf_config)
     for tensor, pipeline, context in product(_TENSOR, _SIZES, _SIZES):
         if gpus % (tensor * pipeline * context):
             continue
@@ -71,4 +74,13 @@ def _layouts(config: Config, hf_config: Mapping[str, Any], gpus: int) -> Iterato
                 check_layout(hf_config, parallel, gpus)
             except ValueError:  # does not divide the model or the GPUs
                 continue
-            yield parallel
+            if _least_bytes(architecture, config.model.dtype, parallel) < memory:
+                yield parallel
+
+
+def _least_bytes(architecture: Architecture, dtype: str, parallel: ParallelConfig) -> float:
+    """Parameters and gradients of an even share of the model: a cheap bound before the exact count."""
+    chosen = expert_parameters(architecture)
+    rest = model_parameters(architecture) - chosen
+    share = chosen / (parallel.expert * parallel.expert_tensor) + rest / parallel.tensor
+    return share / parallel.pipeline * (DTYPE_BYTES[dtype] + GRADIENT_BYTES)

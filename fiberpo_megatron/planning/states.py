@@ -2,7 +2,7 @@
 
 Sources: `_ParamAndGradBuffer` (distributed/param_and_grad_buffer.py) for buffers and their padding,
 `DistributedOptimizer` (optimizer/distrib_optimizer.py) for the shards, and `mcore/optimizer.py` for the settings:
-float32 gradients, no overlap and so one bucket a buffer. tests/planning/test_states.py counts the tensors of real ranks.
+float32 gradients, no overlap and so one bucket a buffer. tests/planning/test_states.py counts real ranks' tensors.
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ A roofline, not a simulation: nothing overlaps, ranks are equally loaded but for
 from dataclasses import dataclass
 from math import ceil
 
-from fiberpo_megatron.config.schema import Config, ParallelConfig
+from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.mcore.architecture import Architecture
 from fiberpo_megatron.planning.engines import (
     EnginePlan,

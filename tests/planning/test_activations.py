@@ -9,12 +9,13 @@ from torch import Tensor
 from fiberpo_megatron.config.schema import ModelConfig, ParallelConfig
 from fiberpo_megatron.mcore.architecture import read_architecture
 from fiberpo_megatron.planning.activations import Row, activation_bytes
-from tests.distributed.parity import QWEN3_MOE, make_batch, make_config, micro_batches_for
+from tests.distributed.parity import DEEPSEEK_V3, QWEN3_MOE, make_batch, make_config, micro_batches_for
 from tests.distributed.spawn import run_ranks
 from tests.planning.layouts import next_layout
 
 MOE = {**QWEN3_MOE, "hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 48, "num_hidden_layers": 2}
 WIDE = {**MOE, "num_hidden_layers": 4, "num_experts_per_tok": 4, "num_key_value_heads": 4, "moe_intermediate_size": 32}
+LATENT = {**DEEPSEEK_V3, "hidden_size": 64}
 DENSE: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 51,
@@ -78,7 +79,8 @@ def measure(cases: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[in
                 [row] * 4, lambda log_probs, where: Coefficients(log_probs.double().exp()), 1.0, single_pass=True
             )
         tokens = len(row.tokens) * layout.context_size
-        found.append((layout.pipeline_rank, live.peak, Row(tokens, len(row.response_positions))))
+        squares = int(row.cu_seqlens.diff().square().sum())
+        found.append((layout.pipeline_rank, live.peak, Row(tokens, len(row.response_positions), squares=squares)))
     return found
 
 
@@ -93,7 +95,7 @@ def case(hf_config: dict[str, Any], dtype: str, recompute: str = "none", **paral
             1,
             [
                 case(hf_config, dtype, recompute)
-                for hf_config in (MOE, WIDE, DENSE)
+                for hf_config in (MOE, WIDE, DENSE, LATENT)
                 for dtype in ("float32", "bfloat16")
                 for recompute in ("none", "full")
             ],
@@ -106,6 +108,7 @@ def case(hf_config: dict[str, Any], dtype: str, recompute: str = "none", **paral
                 case(MOE, "bfloat16", context=2),
                 case(DENSE, "float32", context=2),
                 case(DENSE, "bfloat16", tensor=2),
+                case(LATENT, "bfloat16", tensor=2),
                 case(WIDE, "bfloat16", expert=2),
                 case(WIDE, "bfloat16", pipeline=2),
                 case(WIDE, "bfloat16", "full", pipeline=2),

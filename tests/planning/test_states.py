@@ -9,7 +9,7 @@ from torch import Tensor
 from fiberpo_megatron.config.schema import ModelConfig, ParallelConfig
 from fiberpo_megatron.mcore.architecture import read_architecture
 from fiberpo_megatron.planning.states import Position, StateBytes, state_bytes
-from tests.distributed.parity import QWEN3_MOE, make_batch, make_config, micro_batches_for
+from tests.distributed.parity import DEEPSEEK_V3, QWEN3_MOE, make_batch, make_config, micro_batches_for
 from tests.distributed.spawn import run_ranks
 from tests.planning.layouts import next_layout
 
@@ -88,11 +88,16 @@ def _settings(*layouts: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("hf_config", "ranks", "layouts"),
     [
-        (ODD, 2, [{"tensor": 2}, {"pipeline": 2}, {"expert": 2}, {"context": 2}, {"pipeline": 2, "virtual_pipeline": 2}]),
+        (
+            ODD,
+            2,
+            [{"tensor": 2}, {"pipeline": 2}, {"expert": 2}, {"context": 2}, {"pipeline": 2, "virtual_pipeline": 2}],
+        ),
         (ODD, 4, [{"tensor": 2, "pipeline": 2}, {"expert": 2}, {"tensor": 2, "expert": 2, "expert_tensor": 2}]),
+        (DEEPSEEK_V3, 2, [{"tensor": 2}, {"expert": 2}]),
         (DENSE, 2, [{}, {"tensor": 2}, {"pipeline": 2}]),
     ],
-    ids=["experts-2", "experts-4", "dense-tied-2"],
+    ids=["experts-2", "experts-4", "latent-2", "dense-tied-2"],
 )
 def test_exact_to_the_byte(hf_config: dict[str, Any], ranks: int, layouts: list[dict[str, Any]]):
     settings = _settings(*layouts)
