@@ -1,19 +1,24 @@
-"""One run of the policy on one layout, returned as global tensors so that layouts can be compared."""
+"""Runs of the policy on one layout, returned as global tensors so that layouts can be compared."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.data.packing import assign_rows, pack, padded_lengths
 from fiberpo_megatron.mcore.global_tensors import global_shards, gradient_shards
+from fiberpo_megatron.mcore.checks import check_layout
 from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
+from fiberpo_megatron.mcore.weights import save_hf
 from fiberpo_megatron.types import Coefficients, Gate, MicroBatch, RolloutBatch, concatenated_response_tokens
 
 TEMPERATURE = 0.7
@@ -62,7 +67,33 @@ DEEPSEEK_V3: dict[str, Any] = {
 }
 """Latent attention, a dense first layer, shared experts, a sigmoid router that is limited to groups of experts."""
 
+_NO_EXPERTS = {k: v for k, v in QWEN3_MOE.items() if "expert" not in k and "moe_" not in k and "topk" not in k}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "moe": QWEN3_MOE,
+    "moe tied": {**QWEN3_MOE, "tie_word_embeddings": True},
+    "dense": {**_NO_EXPERTS, "model_type": "qwen2"},
+    "dense tied": {**_NO_EXPERTS, "model_type": "qwen3", "tie_word_embeddings": True},
+}
+"""Hugging Face configs by kind. qwen2 has biases in its projections, qwen3 norms on queries and keys."""
+
 Piece = tuple[str, tuple[int, ...], tuple[int, ...], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of one model on a layout."""
+
+    model: str
+    """Key of MODELS."""
+    distributed_optimizer: bool = False
+    trajectories: int | None = None
+    """Only the first so many of `make_batch`, so that some ranks get none; None: all."""
+    budget: int | None = 72
+    """Token budget of a micro-batch; None puts everything into one. The longest trajectory takes 63 positions,
+    all together 188."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the config's [model]."""
 
 
 @dataclass
@@ -174,31 +205,48 @@ def assemble(per_rank: Iterable[list[Piece]]) -> dict[str, NDArray[Any]]:
     return out
 
 
-def run_policy(
-    hf_config: dict[str, Any],
-    sections: dict[str, Any],
-    budget: int | None,
-    steps: int = 3,
-    extra: Callable[[MegatronPolicy, list[MicroBatch]], None] | None = None,
-) -> Run:
-    """Scores, gradients of both gates and parameters after `steps` optimiser steps, on the launched ranks."""
-    config = make_config(**sections)
-    layout = start_layout(hf_config, config.parallel, config.run)
+def whole_gradients(policy: MegatronPolicy) -> None:
+    """Complete the gradient buffers, of which the distributed optimizer leaves each rank one shard."""
+    for chunk in policy.chunks:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            for bucket in buffer.buckets if buffer.ddp_config.use_distributed_optimizer else []:
+                shards = list(bucket.grad_data.chunk(buffer.data_parallel_world_size))
+                own = shards[buffer.data_parallel_group.rank()].clone()
+                dist.all_gather(shards, own, group=buffer.data_parallel_group)
+
+
+def first_trajectories(batch: RolloutBatch, count: int) -> RolloutBatch:
+    """The batch cut off after `count` trajectories."""
+    tokens = int(batch.lengths[:count].sum())
+    fields = {name: getattr(batch, name) for name in RolloutBatch.__dataclass_fields__}
+    per_token = ("tokens", "response_mask", "rollout_log_probs", "routed_experts")
+    return RolloutBatch(
+        **{name: value[: tokens if name in per_token else count] for name, value in fields.items()}
+    )
+
+
+def run_case(case: Case, folder: Path, parallel: dict[str, int], layout: ParallelLayout) -> Run:
+    """Scores, gradients of both gates and parameters after three optimiser steps, from the checkpoint in `folder`."""
+    hf_config = MODELS[case.model]
+    config = make_config(
+        parallel={**parallel, "distributed_optimizer": case.distributed_optimizer},
+        model={"path": folder / case.model, "random_init": False, **case.options},
+    )
+    check_layout(hf_config, config.parallel, layout.world_size)
     batch = make_batch(vocab=hf_config["vocab_size"])
-    batches = micro_batches_for(batch, layout, budget)
+    batch = first_trajectories(batch, case.trajectories or len(batch.lengths))
+    batches = micro_batches_for(batch, layout, case.budget)
     tokens = len(batch.tokens)
     policy = build_policy(config, hf_config, layout)
     scores = policy.log_probs(batches, TEMPERATURE)
     index = concatenated_response_tokens(batches).tolist()
     gates = {"fixed": fixed_gate(batches, tokens), "coupled": coupled_gate(batches, tokens, layout)}
     gradients = {}
-    if not config.parallel.distributed_optimizer:
-        for name, gate in gates.items():
-            policy.accumulate(batches, gate, TEMPERATURE, single_pass=name == "fixed")
-            gradients[name] = pieces(gradient_shards(policy.models))
-    if extra:
-        extra(policy, batches)
-    norms = [policy.step(batches, gates["coupled"], TEMPERATURE).gradient_norm for _ in range(steps)]
+    for name, gate in gates.items():
+        policy.accumulate(batches, gate, TEMPERATURE, single_pass=name == "fixed")
+        whole_gradients(policy)
+        gradients[name] = pieces(gradient_shards(policy.models))
+    norms = [policy.step(batches, gates["coupled"], TEMPERATURE).gradient_norm for _ in range(3)]
     return Run(
         log_probs=dict(zip(index, scores.log_probs.tolist())) if scores else {},
         entropy=dict(zip(index, scores.entropy.tolist())) if scores else {},
@@ -207,3 +255,21 @@ def run_policy(
         micro_batches=len(batches),
         norms=norms,
     )
+
+
+def run_cases(cases: list[Case], folder: Path, parallel: dict[str, int]) -> list[Run]:
+    """Every case on one layout, one after the other in the same process groups."""
+    config = make_config(parallel=parallel)
+    layout = start_layout(MODELS[cases[0].model], config.parallel, config.run)
+    return [run_case(case, folder, parallel, layout) for case in cases]
+
+
+def write_checkpoints(folder: Path) -> None:
+    """One Hugging Face folder for each of MODELS, with drawn weights; one process."""
+    config = make_config()
+    layout = start_layout(QWEN3_MOE, config.parallel, config.run)
+    for name, hf_config in MODELS.items():
+        source = folder / f"config of {name}"
+        source.mkdir()
+        (source / "config.json").write_text(json.dumps(hf_config))
+        save_hf(build_policy(config, hf_config, layout).export_weights(), folder / name, source)
