@@ -87,8 +87,8 @@ class Case:
     model: str
     """Key of MODELS."""
     distributed_optimizer: bool = False
-    trajectories: int | None = None
-    """Only the first so many of `make_batch`, so that some ranks get none; None: all."""
+    batch: str = "mixed"
+    """Key of LENGTHS."""
     budget: int | None = 72
     """Token budget of a micro-batch; None puts everything into one. The longest trajectory takes 63 positions,
     all together 188."""
@@ -111,10 +111,18 @@ class Run:
     norms: list[float]
 
 
-def make_batch(seed: int = 0, vocab: int = 51) -> RolloutBatch:
+LENGTHS = {
+    "mixed": (3, 41, 7, 2, 64, 5, 5, 19, 33, 4, 11, 6),
+    "single": (41,),
+}
+"""Tokens of each trajectory, prompt included, by name of the batch. "single" leaves every data-parallel rank but one
+without any."""
+
+
+def make_batch(seed: int = 0, vocab: int = 51, name: str = "mixed") -> RolloutBatch:
     """Trajectories of very different lengths, one with a single response token, the long ones with several turns."""
     rng = np.random.default_rng(seed)
-    lengths = np.array([3, 41, 7, 2, 64, 5, 5, 19, 33, 4, 11, 6], dtype=np.int64)
+    lengths = np.array(LENGTHS[name], dtype=np.int64)
     mask = np.concatenate([(np.arange(n) >= max(1, n // 3)) & (np.arange(n) % 16 < 13) for n in lengths])
     count = len(lengths)
     return RolloutBatch(
@@ -135,8 +143,8 @@ def make_config(**sections: Any) -> Config:
     base: dict[str, Any] = {
         "run": {"distributed_timeout_s": 60.0},
         "model": {"path": "unused", "random_init": True, "dtype": "float32", "train_router": True},
-        # An eps near the gradients' size keeps Adam from turning rounding noise into whole steps.
-        "optimizer": {"learning_rate": 1e-2, "eps": 1e-2, "clip_grad": 0.03},
+        # Gradients are about 1e-3: an eps of that size keeps Adam from turning rounding noise into whole steps.
+        "optimizer": {"learning_rate": 1e-2, "eps": 1e-3, "clip_grad": 0.03},
         "data": {"tasks": [{"kind": "addition"}]},
     }
     for section, values in sections.items():
@@ -176,7 +184,7 @@ def coupled_gate(micro_batches: list[MicroBatch], tokens: int, layout: ParallelL
     def gate(log_probs: Tensor, where: slice) -> Coefficients:
         weights = fixed(log_probs, where).gradient
         total = layout.sum_over_tokens((weights * log_probs.double()).sum())
-        return Coefficients(weights * (1 + torch.tanh(10 * total)) * log_probs.double().exp())
+        return Coefficients(weights * (1 + torch.tanh(total)) * log_probs.double().exp())
 
     return gate
 
@@ -215,16 +223,6 @@ def whole_gradients(policy: MegatronPolicy) -> None:
                 dist.all_gather(shards, own, group=buffer.data_parallel_group)
 
 
-def first_trajectories(batch: RolloutBatch, count: int) -> RolloutBatch:
-    """The batch cut off after `count` trajectories."""
-    tokens = int(batch.lengths[:count].sum())
-    fields = {name: getattr(batch, name) for name in RolloutBatch.__dataclass_fields__}
-    per_token = ("tokens", "response_mask", "rollout_log_probs", "routed_experts")
-    return RolloutBatch(
-        **{name: value[: tokens if name in per_token else count] for name, value in fields.items()}
-    )
-
-
 def run_case(case: Case, folder: Path, parallel: dict[str, int], layout: ParallelLayout) -> Run:
     """Scores, gradients of both gates and parameters after three optimiser steps, from the checkpoint in `folder`."""
     hf_config = MODELS[case.model]
@@ -233,8 +231,7 @@ def run_case(case: Case, folder: Path, parallel: dict[str, int], layout: Paralle
         model={"path": folder / case.model, "random_init": False, **case.options},
     )
     check_layout(hf_config, config.parallel, layout.world_size)
-    batch = make_batch(vocab=hf_config["vocab_size"])
-    batch = first_trajectories(batch, case.trajectories or len(batch.lengths))
+    batch = make_batch(vocab=hf_config["vocab_size"], name=case.batch)
     batches = micro_batches_for(batch, layout, case.budget)
     tokens = len(batch.tokens)
     policy = build_policy(config, hf_config, layout)

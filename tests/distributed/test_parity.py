@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.distributed.parity import MODELS, Case, Run, assemble, run_cases, write_checkpoints
+from tests.distributed.parity import LENGTHS, MODELS, Case, Run, assemble, run_cases, write_checkpoints
 from tests.distributed.spawn import run_ranks
 
 TOLERANCE = 1e-5
@@ -82,8 +82,8 @@ class Reference:
     """What one process found, from the checkpoints that the layouts start from too."""
 
     folder: Path
-    whole: dict[tuple[str, int | None], Whole]
-    """By model and number of trajectories."""
+    whole: dict[tuple[str, str], Whole]
+    """By model and batch."""
 
     def run(self, cases: list[Case], parallel: dict[str, int]) -> list[Whole]:
         sizes = [parallel.get(name, 1) for name in ("tensor", "pipeline", "context", "data")]
@@ -94,7 +94,7 @@ class Reference:
         """Run the cases and hold each against one process; their largest differences are printed (pytest -rP)."""
         found = self.run(cases, parallel)
         for case, whole in zip(cases, found):
-            worst = differences(whole, self.whole[case.model, case.trajectories])
+            worst = differences(whole, self.whole[case.model, case.batch])
             print(case, {name: f"{value:.1e}" for name, value in worst.items()})
             too_far = {name: value for name, value in worst.items() if not value < TOLERANCE}
             assert not too_far, f"{case}: {too_far}"
@@ -105,9 +105,9 @@ class Reference:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     folder = tmp_path_factory.mktemp("checkpoints")
     run_ranks(1, write_checkpoints, folder)
-    cases = [Case(model, trajectories=count, budget=None) for model in MODELS for count in (None, 1)]
+    cases = [Case(model, batch=batch, budget=None) for model in MODELS for batch in LENGTHS]
     empty = Reference(folder, {})
-    return replace(empty, whole={(c.model, c.trajectories): w for c, w in zip(cases, empty.run(cases, {}))})
+    return replace(empty, whole={(c.model, c.batch): w for c, w in zip(cases, empty.run(cases, {}))})
 
 
 def differences(found: Whole, wanted: Whole) -> dict[str, float]:
@@ -139,7 +139,7 @@ def cases_for(parallel: dict[str, int]) -> list[Case]:
     """Every kind of model once, with and without the distributed optimizer, and ranks without a trajectory."""
     experts = [Case("moe"), Case("moe tied", distributed_optimizer=True)]
     dense = [Case("dense", distributed_optimizer=True), Case("dense tied")]
-    nothing = [Case("moe", distributed_optimizer=True, trajectories=1)] if parallel.get("data", 1) > 1 else []
+    nothing = [Case("moe", distributed_optimizer=True, batch="single")] if parallel.get("data", 1) > 1 else []
     return experts + nothing + ([] if "expert" in parallel or "expert_tensor" in parallel else dense)
 
 
@@ -151,7 +151,7 @@ def test_layout_does_not_matter(name: str, reference: Reference):
     assert max(found[0].micro_batches) > 1 or parallel.get("data", 1) > 2
     for case, whole in zip(cases, found):
         assert len(set(whole.micro_batches)) == 1, "every rank takes part in every micro-batch"
-        assert case.trajectories is None or 0 in whole.scored
+        assert case.batch == "mixed" or 0 in whole.scored
 
 
 def test_micro_batches_do_not_matter(reference: Reference):
@@ -159,16 +159,18 @@ def test_micro_batches_do_not_matter(reference: Reference):
     assert found.micro_batches == [3]
 
 
-def test_recompute(reference: Reference):
-    reference.compare([Case("moe", options={"recompute": "full"})], LAYOUTS["PP2"])
-
-
-def test_chunked_log_probs(reference: Reference):
-    reference.compare([Case("moe", options={"log_prob_chunk_tokens": 7})], LAYOUTS["TP2"])
+def test_memory_options_do_not_matter(reference: Reference):
+    selective = {"recompute": "selective", "recompute_modules": ["core_attn", "layernorm"]}
+    moe = selective | {"recompute_modules": ["core_attn", "layernorm", "moe"]}
+    mlp = selective | {"recompute_modules": ["core_attn", "layernorm", "mlp"]}
+    pipelined = [Case("moe", options={"recompute": "full"}), Case("moe", options=moe)]
+    split = [Case("dense tied", options=mlp), Case("moe", options={"log_prob_chunk_tokens": 7})]
+    reference.compare(pipelined, LAYOUTS["PP2"])
+    reference.compare(split, LAYOUTS["TP2"])
 
 
 def test_the_gates_differ(reference: Reference):
     """The coupled gate is not a fixed one in disguise: otherwise the reduction over ranks would go untested."""
-    gradients = reference.whole["moe", None].gradients
+    gradients = reference.whole["moe", "mixed"].gradients
     key = "output_layer.weight"
     assert np.abs(gradients["fixed"][key] - gradients["coupled"][key]).max() > 1e-3
