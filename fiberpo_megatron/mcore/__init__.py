@@ -1,9 +1,10 @@
 """Everything that touches Megatron-Core.
 
-Importing this package prepares the process: without a GPU the CPU platform is installed before Megatron-Core
-is imported for the first time (see `platform.py` and `cpu/patches.py`).
+Importing this package sets what Megatron-Core reads while it is imported; `platform.activate` then makes the process
+ready for use (without a GPU it installs the CPU platform, see `cpu/patches.py`). `architecture` and `checks` import
+no Megatron: a launcher or a planner can use them without either.
 """
 
 from fiberpo_megatron.mcore import platform as _platform
 
-_platform.activate()
+_platform.prepare()

@@ -49,16 +49,20 @@ _HARMLESS_WARNINGS = (
 """What Megatron-Core says on every start without a consequence here."""
 
 
-@cache
-def activate() -> Platform:
-    """The platform of this machine, made ready once per process, before Megatron-Core is first imported."""
+def prepare() -> None:
+    """What must be set before Megatron-Core is first imported."""
     for message in _HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    if not torch.cuda.is_available():
+        # jit_fuser is torch.compile: it needs a C++ compiler and seconds per function, for no gain on a CPU.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+
+@cache
+def activate() -> Platform:
+    """The platform of this machine, made ready once per process, before Megatron-Core is first used."""
     if torch.cuda.is_available():
         return _gpu()
-    # jit_fuser is torch.compile: it needs a C++ compiler and seconds per function, for no gain on a CPU. Megatron
-    # reads the switch while it is imported.
-    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     from fiberpo_megatron.mcore.cpu import patches
     from fiberpo_megatron.mcore.cpu.platform import CpuPlatform
 
