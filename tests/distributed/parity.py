@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.data.packing import assign_rows, pack, padded_lengths
-from fiberpo_megatron.mcore.global_tensors import global_shards, gradient_shards
 from fiberpo_megatron.mcore.checks import check_layout
+from fiberpo_megatron.mcore.global_tensors import global_shards, gradient_shards
 from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
 from fiberpo_megatron.mcore.weights import save_hf
