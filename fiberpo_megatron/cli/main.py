@@ -64,11 +64,13 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     overrides = [*overrides, *(["--rollouts.dump", "true"] if options.command == "dump" else [])]
     config = load_config(options.config, overrides)
     resume = getattr(options, "resume", False)
-    if "RANK" not in os.environ or os.environ["RANK"] == "0":
-        preflight(config, options.command, resume)
+    launched = "RANK" in os.environ  # by torchrun or srun: this process is a rank
+    world_size = int(os.environ["WORLD_SIZE"]) if launched else local_world_size(config)
+    if not launched or os.environ["RANK"] == "0":
+        preflight(config, options.command, resume, world_size)
     flags = ["--resume"] if resume else []
     words = [options.command, str(options.config), *flags, *overrides]
-    if "RANK" in os.environ:  # started by torchrun or srun: this process is a rank
+    if launched:
         from fiberpo_megatron.cli.rank import main as run_rank
 
         return run_rank(words)
@@ -76,7 +78,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
     return launch_ranks(
         ["-m", "fiberpo_megatron.cli.rank", *words],
-        local_world_size(config),
+        world_size,
         config.run.folder / "logs",
         {"OMP_NUM_THREADS": str(config.run.threads_per_rank)},
     )
@@ -91,6 +93,7 @@ def local_world_size(config: Config) -> int:
     gpus = torch.cuda.device_count()
     serving = 0 if engine.urls else engine.count * engine.tensor
     replicas = (gpus - serving) // parallel.model_ranks
+    replicas -= replicas % parallel.smallest_data()  # experts are spread over whole groups of replicas
     return max(parallel.world_size(), replicas * parallel.model_ranks if parallel.data is None else 0)
 
 

@@ -62,6 +62,9 @@ class ParallelConfig(Section):
     """Pipeline stages."""
     virtual_pipeline: int = Field(1, ge=1)
     """Model chunks per pipeline stage (interleaved schedule when above 1)."""
+    uneven_stages: bool = False
+    """Allow pipeline stages (and their chunks) that differ by one layer, where the layers do not divide. The slowest
+    stage sets the pace."""
     context: int = Field(1, ge=1)
     """Context-parallel ranks: each sequence is cut into 2 x context zigzag chunks."""
     expert: int = Field(1, ge=1)

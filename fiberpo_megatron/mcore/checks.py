@@ -1,26 +1,52 @@
-"""Whether a parallel layout fits a model. Pure; every message says what does not divide and what would."""
+"""Whether a parallel layout fits a model. Pure; every message says what does not divide and what would.
 
-from collections.abc import Mapping
+Context parallelism has no rule: sequences are padded to what it needs (`layout.sequence_multiple`). Nor has the number
+of micro-batches: packing makes it the same on every rank and a multiple of what an interleaved pipeline needs.
+"""
+
+from collections.abc import Iterator, Mapping
+from math import gcd
 from typing import Any
 
 from fiberpo_megatron.config.schema import ParallelConfig
-from fiberpo_megatron.mcore.architecture import Architecture, Experts, read_architecture
+from fiberpo_megatron.mcore.architecture import Architecture, read_architecture
 
 
 def check_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, world_size: int) -> None:
-    """Refuse a layout that does not divide the model or the world; ValueError with the values that would."""
-    architecture = read_architecture(hf_config)
-    _check_world(parallel, world_size)
-    _check_tensor(architecture, parallel)
-    _check_layers(architecture, parallel)
-    if architecture.experts is None:
-        if parallel.expert > 1 or parallel.expert_tensor > 1:
-            raise ValueError(
-                f"parallel.expert = {parallel.expert}, parallel.expert_tensor = {parallel.expert_tensor}: "
-                f"a {architecture.model_type} model has no experts; set both to 1"
-            )
-    else:
-        _check_experts(architecture.experts, parallel, world_size)
+    """Refuse a layout that does not fit the model or the world; ValueError with the values that would."""
+    problems = layout_problems(read_architecture(hf_config), parallel, world_size)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def layout_problems(architecture: Architecture, parallel: ParallelConfig, world_size: int) -> list[str]:
+    """Everything that keeps the layout from running, one sentence each; empty when it fits."""
+    return [
+        *_world_problems(parallel, world_size),
+        *_tensor_problems(architecture, parallel),
+        *_layer_problems(architecture, parallel),
+        *_expert_problems(architecture, parallel, world_size),
+    ]
+
+
+def check_aux_loss(coefficient: float, parallel: ParallelConfig) -> None:
+    """Refuse the routers' load-balancing loss where its gradient would be wrong; ValueError with what to set."""
+    if coefficient and parallel.tensor * parallel.context > 1:
+        raise ValueError(
+            f"model.router_aux_loss = {coefficient} gives wrong gradients under tensor or context parallelism "
+            f"(tensor {parallel.tensor}, context {parallel.context}) in Megatron-Core 0.16; set it to 0, or "
+            "parallel.tensor and parallel.context to 1"
+        )
+
+
+def layers_per_chunk(layers: int, chunks: int) -> list[int]:
+    """Layers of each model chunk along the pipeline, as equal as can be.
+
+    Chunks in the middle get the ones that are left over: the first also holds the embedding, the last the output.
+    """
+    base, more = divmod(layers, chunks)
+    first = (chunks - more) // 2
+    return [base + (first <= chunk < first + more) for chunk in range(chunks)]
 
 
 def divisors(number: int) -> list[int]:
@@ -28,89 +54,97 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _refuse(key: str, value: int, what: str, number: int, allowed: list[int]) -> None:
-    raise ValueError(f"parallel.{key} = {value} does not divide {what} = {number}; use one of {allowed}")
-
-
-def _check_world(parallel: ParallelConfig, world_size: int) -> None:
+def _world_problems(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
     product = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
     if world_size % parallel.model_ranks:
-        raise ValueError(
+        yield (
             f"{world_size} processes were started, but one replica takes {parallel.model_ranks} ({product}); "
             f"start a multiple of {parallel.model_ranks} processes"
         )
+        return
     data = world_size // parallel.model_ranks
     if parallel.data is not None and parallel.data != data:
-        raise ValueError(
+        yield (
             f"parallel.data = {parallel.data}, but {world_size} processes over {product} make {data}; start "
             f"{parallel.model_ranks * parallel.data} processes, or set parallel.data = {data}"
         )
 
 
-def _check_tensor(architecture: Architecture, parallel: ParallelConfig) -> None:
+def _tensor_problems(architecture: Architecture, parallel: ParallelConfig) -> Iterator[str]:
     size = parallel.tensor
-    for what, number in (
-        ("num_attention_heads", architecture.heads),
-        ("num_key_value_heads", architecture.key_value_heads),
-        *_split_widths(architecture),
-    ):
+    split = {
+        "num_attention_heads": architecture.heads,
+        "num_key_value_heads": architecture.key_value_heads,
+        **_split_widths(architecture),
+    }
+    for what, number in split.items():
         if number % size:
-            _refuse("tensor", size, what, number, divisors(number))
+            fits = divisors(gcd(*split.values()))
+            yield f"parallel.tensor = {size} does not divide {what} = {number}; use one of {fits}"
+            return
     padded = -(-architecture.vocab_size // size)
     if (size - 1) * padded >= architecture.vocab_size:
-        raise ValueError(
+        yield (
             f"parallel.tensor = {size} leaves a rank without any of vocab_size = {architecture.vocab_size} tokens; "
             "use fewer tensor-parallel ranks"
         )
 
 
-def _split_widths(architecture: Architecture) -> list[tuple[str, int]]:
+def _split_widths(architecture: Architecture) -> dict[str, int]:
     """Inner sizes of the MLPs that tensor parallelism splits."""
     experts = architecture.experts
-    widths = []
+    widths = {}
     if experts is None or experts.dense_layers:
-        widths.append(("intermediate_size", architecture.ffn_size))
+        widths["intermediate_size"] = architecture.ffn_size
     if experts and experts.shared_ffn_size:
-        widths.append(("the shared experts' intermediate size", experts.shared_ffn_size))
+        widths["the shared experts' intermediate size"] = experts.shared_ffn_size
     return widths
 
 
-def _check_layers(architecture: Architecture, parallel: ParallelConfig) -> None:
-    if architecture.layers % parallel.pipeline:
-        _refuse(
-            "pipeline",
-            parallel.pipeline,
-            "num_hidden_layers",
-            architecture.layers,
-            divisors(architecture.layers),
+def _layer_problems(architecture: Architecture, parallel: ParallelConfig) -> Iterator[str]:
+    layers, stages, virtual = architecture.layers, parallel.pipeline, parallel.virtual_pipeline
+    if virtual > 1 and stages == 1:
+        yield (
+            f"parallel.virtual_pipeline = {virtual} interleaves pipeline stages, but parallel.pipeline = 1; set "
+            "virtual_pipeline = 1 or pipeline to at least 2"
         )
-    if parallel.virtual_pipeline == 1:
+    elif stages * virtual > layers:
+        yield (
+            f"parallel.pipeline x parallel.virtual_pipeline = {stages} x {virtual} needs a layer for each chunk, but "
+            f"num_hidden_layers = {layers}; make the product {layers} or less"
+        )
+    elif layers % (stages * virtual) and not parallel.uneven_stages:
+        key, value, what, number = (
+            ("pipeline", stages, "num_hidden_layers", layers)
+            if layers % stages
+            else ("virtual_pipeline", virtual, "layers per stage", layers // stages)
+        )
+        yield (
+            f"parallel.{key} = {value} does not divide {what} = {number}; use one of {divisors(number)}, or set "
+            f"parallel.uneven_stages = true for chunks of {layers_per_chunk(layers, stages * virtual)} layers"
+        )
+
+
+def _expert_problems(architecture: Architecture, parallel: ParallelConfig, world_size: int) -> Iterator[str]:
+    experts, expert, split = architecture.experts, parallel.expert, parallel.expert_tensor
+    if experts is None:
+        if expert > 1 or split > 1:
+            yield (
+                f"parallel.expert = {expert}, parallel.expert_tensor = {split}: a {architecture.model_type} model has "
+                "no experts; set both to 1"
+            )
         return
-    if parallel.pipeline == 1:
-        raise ValueError(
-            f"parallel.virtual_pipeline = {parallel.virtual_pipeline} interleaves pipeline stages, but "
-            "parallel.pipeline = 1; set virtual_pipeline = 1 or pipeline to at least 2"
+    if experts.count % expert:
+        fits = divisors(experts.count)
+        yield f"parallel.expert = {expert} does not divide the number of experts = {experts.count}; use one of {fits}"
+    if experts.ffn_size % split:
+        yield (
+            f"parallel.expert_tensor = {split} does not divide the experts' intermediate size = {experts.ffn_size}; "
+            f"use one of {divisors(experts.ffn_size)}"
         )
-    per_stage = architecture.layers // parallel.pipeline
-    if per_stage % parallel.virtual_pipeline:
-        _refuse("virtual_pipeline", parallel.virtual_pipeline, "layers per stage", per_stage, divisors(per_stage))
-
-
-def _check_experts(experts: Experts, parallel: ParallelConfig, world_size: int) -> None:
-    if experts.count % parallel.expert:
-        _refuse("expert", parallel.expert, "the number of experts", experts.count, divisors(experts.count))
-    if experts.ffn_size % parallel.expert_tensor:
-        fits = divisors(experts.ffn_size)
-        _refuse(
-            "expert_tensor",
-            parallel.expert_tensor,
-            "the experts' intermediate size",
-            experts.ffn_size,
-            fits,
-        )
-    ranks = world_size // parallel.pipeline
-    if ranks % (parallel.expert * parallel.expert_tensor):
-        raise ValueError(
-            f"parallel.expert x parallel.expert_tensor = {parallel.expert} x {parallel.expert_tensor} does not divide "
-            f"tensor x context x data = {ranks}; their product must be one of {divisors(ranks)}"
+    ranks, left = divmod(world_size, parallel.pipeline)
+    if not left and ranks % (expert * split):
+        yield (
+            f"parallel.expert x parallel.expert_tensor = {expert} x {split} does not divide tensor x context x data = "
+            f"{ranks}; their product must be one of {divisors(ranks)}"
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fiberpo_megatron.config.schema import ModelConfig
 from fiberpo_megatron.mcore.architecture import Architecture
+from fiberpo_megatron.mcore.checks import check_aux_loss
 from fiberpo_megatron.mcore.global_tensors import global_shards
 from fiberpo_megatron.mcore.layout import ParallelLayout
 from fiberpo_megatron.mcore.platform import activate
@@ -66,7 +67,7 @@ def build_model(
     its gradient is summed over the expert-data-parallel group in every layout (Megatron marks it only when
     expert > 1, and is then wrong where expert_tensor differs from tensor).
     """
-    _refuse_aux_loss(model, layout)
+    check_aux_loss(model.router_aux_loss, layout.parallel)
     config = transformer_config(architecture, model, layout, dtype)
     chunks = []
     for index in range(layout.chunks):
@@ -139,15 +140,6 @@ def _rotary_options(rope: Rope, *, latent: bool) -> dict[str, Any]:
     elif rope.kind == "yarn":
         options["position_embedding_type"] = "yarn"
     return options
-
-
-def _refuse_aux_loss(model: ModelConfig, layout: ParallelLayout) -> None:
-    if model.router_aux_loss and layout.tensor_size * layout.context_size > 1:
-        raise ValueError(
-            f"model.router_aux_loss = {model.router_aux_loss} gives wrong gradients under tensor or context "
-            f"parallelism (tensor {layout.tensor_size}, context {layout.context_size}) in Megatron-Core 0.16; set it "
-            "to 0, or parallel.tensor and parallel.context to 1"
-        )
 
 
 def draw_weights(chunks: Sequence[PolicyModel], architecture: Architecture, seed: int) -> None:

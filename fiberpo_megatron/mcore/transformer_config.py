@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
-from fiberpo_megatron.config.schema import ModelConfig, RecomputeModule
+from fiberpo_megatron.config.schema import ModelConfig, ParallelConfig, RecomputeModule
 from fiberpo_megatron.mcore.architecture import Architecture, LatentAttention
+from fiberpo_megatron.mcore.checks import layers_per_chunk
 from fiberpo_megatron.mcore.layout import ParallelLayout
 from fiberpo_megatron.mcore.platform import activate
 from fiberpo_megatron.mcore.rope import Rope
@@ -50,6 +51,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        pipeline_model_parallel_layout=_uneven_stages(architecture.layers, parallel),
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
@@ -96,6 +98,15 @@ def _recompute_options(architecture: Architecture, model: ModelConfig) -> dict[s
             f"machine; use some of {[m for m in get_args(RecomputeModule) if has.get(m, True)]}"
         )
     return {"recompute_granularity": "selective", "recompute_modules": modules}
+
+
+def _uneven_stages(layers: int, parallel: ParallelConfig) -> list[list[str]] | None:
+    """What each model chunk holds, in Megatron's words; None where all get the same number of layers."""
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    if layers % chunks == 0:
+        return None
+    stages = [["decoder"] * count for count in layers_per_chunk(layers, chunks)]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def _leave(weight: Tensor) -> Tensor:

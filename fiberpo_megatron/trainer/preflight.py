@@ -1,5 +1,6 @@
 """What can be checked before any process starts: files, folders, options that contradict each other."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,13 +8,16 @@ import torch
 
 from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.fibration import Objective, build_objective
+from fiberpo_megatron.mcore.checks import check_aux_loss, check_layout
 from fiberpo_megatron.rollout.dump import RolloutDump
 from fiberpo_megatron.trainer.stored import DUMP, dump_of
 
 
-def preflight(config: Config, command: str, resume: bool) -> None:
-    """Raises ConfigError naming the setting, the value seen and the fix. `command`: train, sft, dump or eval."""
+def preflight(config: Config, command: str, resume: bool, world_size: int) -> None:
+    """Raises ConfigError naming the setting, the value seen and the fix. `command`: train, sft, dump or eval;
+    `world_size`: training ranks that run or are about to be started."""
     _check_model(config, command)
+    _check_layout(config, world_size)
     _check_folder(config, command, resume)
     _check_rollouts(config, command, resume)
     if command == "sft" and config.algorithm.routing_replay != "none":
@@ -56,6 +60,17 @@ def _check_model(config: Config, command: str) -> None:
             "model.random_init = true: reinforcement learning needs a model that is sometimes right; warm it up with "
             "`fiberpo sft` and set model.path to the folder that it writes"
         )
+
+
+def _check_layout(config: Config, world_size: int) -> None:
+    path = config.model.path / "config.json"
+    try:
+        check_layout(json.loads(path.read_text()), config.parallel, world_size)
+        check_aux_loss(config.model.router_aux_loss, config.parallel)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"model.path: {path} is not JSON ({error})") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_folder(config: Config, command: str, resume: bool) -> None:

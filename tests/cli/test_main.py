@@ -9,6 +9,8 @@ from fiberpo_megatron.config import load_config
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "examples/demo/train.toml")
+WARMUP = str(ROOT / "examples/demo/warmup.toml")
+MODEL = ROOT / "examples/demo/model"
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]):
@@ -29,6 +31,10 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]):
         (
             ["train", DEMO, "--model.path", str(ROOT / "examples/demo/model"), "--model.random_init", "true"],
             "warm it up with `fiberpo sft`",
+        ),
+        (
+            ["sft", WARMUP, "--model.path", str(MODEL), "--parallel.expert", "3"],
+            "parallel.expert = 3 does not divide the number of experts",
         ),
         (["report", "nowhere"], "run folder nowhere does not exist"),
     ],

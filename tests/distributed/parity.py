@@ -74,6 +74,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe tied": {**QWEN3_MOE, "tie_word_embeddings": True},
     "dense": {**_NO_EXPERTS, "model_type": "qwen2"},
     "dense tied": {**_NO_EXPERTS, "model_type": "qwen3", "tie_word_embeddings": True},
+    "deepseek": DEEPSEEK_V3,
 }
 """Hugging Face configs by kind. qwen2 has biases in its projections, qwen3 norms on queries and keys."""
 
@@ -261,6 +262,16 @@ def run_cases(cases: list[Case], folder: Path, parallel: dict[str, int]) -> list
     return [run_case(case, folder, parallel, layout) for case in cases]
 
 
+@torch.no_grad()
+def shake_vectors(policy: MegatronPolicy) -> None:
+    """Move norms from 1, and biases (also those of the routers) from 0, so that they take part in the comparison."""
+    generator = torch.Generator().manual_seed(5)
+    for model in policy.models:
+        for _, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.dim() == 1 and tensor.is_floating_point():
+                tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
+
+
 def write_checkpoints(folder: Path) -> None:
     """One Hugging Face folder for each of MODELS, with drawn weights; one process."""
     config = make_config()
@@ -269,4 +280,6 @@ def write_checkpoints(folder: Path) -> None:
         source = folder / f"config of {name}"
         source.mkdir()
         (source / "config.json").write_text(json.dumps(hf_config))
-        save_hf(build_policy(config, hf_config, layout).export_weights(), folder / name, source)
+        policy = build_policy(config, hf_config, layout)
+        shake_vectors(policy)
+        save_hf(policy.export_weights(), folder / name, source)

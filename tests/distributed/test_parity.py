@@ -25,6 +25,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "TP2 DP2": {"tensor": 2, "data": 2},
     "PP2": {"pipeline": 2},
     "PP2 VPP2": {"pipeline": 2, "virtual_pipeline": 2},
+    "PP3 uneven": {"pipeline": 3, "uneven_stages": True},
     "CP2": {"context": 2},
     "TP2 PP2": {"tensor": 2, "pipeline": 2},
     "TP2 CP2": {"tensor": 2, "context": 2},
@@ -40,6 +41,10 @@ EXPERT_LAYOUTS: dict[str, dict[str, int]] = {
     "TP2 DP2 EP2 ETP2": {"tensor": 2, "data": 2, "expert": 2, "expert_tensor": 2},
     "PP2 DP2 EP2": {"pipeline": 2, "data": 2, "expert": 2},
     "CP2 DP2 EP4": {"context": 2, "data": 2, "expert": 4},
+}
+BIG_LAYOUTS: dict[str, dict[str, int]] = {
+    "TP2 PP2 CP2 EP2": {"tensor": 2, "pipeline": 2, "context": 2, "expert": 2},
+    "TP2 PP2 VPP2 DP2 EP2": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "data": 2, "expert": 2},
 }
 
 
@@ -137,7 +142,7 @@ def tensor_difference(found: dict[str, NDArray[Any]], wanted: dict[str, NDArray[
 
 def cases_for(parallel: dict[str, int]) -> list[Case]:
     """Every kind of model once, with and without the distributed optimizer, and ranks without a trajectory."""
-    experts = [Case("moe"), Case("moe tied", distributed_optimizer=True)]
+    experts = [Case("moe"), Case("moe tied", distributed_optimizer=True), Case("deepseek", distributed_optimizer=True)]
     dense = [Case("dense", distributed_optimizer=True), Case("dense tied")]
     nothing = [Case("moe", distributed_optimizer=True, batch="single")] if parallel.get("data", 1) > 1 else []
     return experts + nothing + ([] if "expert" in parallel or "expert_tensor" in parallel else dense)
@@ -152,6 +157,13 @@ def test_layout_does_not_matter(name: str, reference: Reference):
     for case, whole in zip(cases, found):
         assert len(set(whole.micro_batches)) == 1, "every rank takes part in every micro-batch"
         assert case.batch == "mixed" or 0 in whole.scored
+
+
+@pytest.mark.slow  # eight ranks: the only layouts with four kinds of parallelism at once
+@pytest.mark.parametrize("name", list(BIG_LAYOUTS))
+def test_big_layout_does_not_matter(name: str, reference: Reference):
+    cases = [Case("moe tied", distributed_optimizer=True), Case("deepseek", distributed_optimizer=True)]
+    reference.compare(cases, BIG_LAYOUTS[name])
 
 
 def test_micro_batches_do_not_matter(reference: Reference):
