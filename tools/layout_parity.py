@@ -1,12 +1,14 @@
-"""Compares one layout with a single float64 process: the objective's coefficients and the parameter gradient.
+"""Compares one layout with a single float64 process: log-probs, the objective's coefficients, the parameter gradient.
 
     python tools/layout_parity.py --tensor 2 --pipeline 2 --objective fiberpo-domain --micro-batch-tokens 64
+    python tools/layout_parity.py --pipeline 2 --virtual-pipeline 2 --model latent --steps 3
 
-A small Qwen3-MoE with the same seeded weights is run (a) by one process in float64 with all trajectories in one
-micro-batch and (b) by tensor x pipeline x context x data processes in float32 with the given token budget. The last
-line is a JSON object with `coefficient_max_relative_diff` and `gradient_max_relative_diff`: the largest difference
-over the largest reference value, for gradients per global tensor. The reference runs on CPU, the layout on GPUs
-where there are any.
+A small model (`--model`: Qwen3-MoE, dense Qwen3 with tied embeddings, DeepSeek-V3) with the same seeded weights is run
+(a) by one process in float64 with all trajectories in one micro-batch and (b) by tensor x pipeline x context x data
+processes in float32 with the given token budget. The last line is a JSON object with `coefficient_max_relative_diff`,
+`gradient_max_relative_diff` and `log_prob_max_relative_diff`: the largest difference over the largest reference value,
+for gradients per global tensor. `--steps N` adds `parameter_max_relative_diff` after N optimiser steps, which the
+reference takes with torch.optim.AdamW. The reference runs on CPU, the layout on GPUs where there are any.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import os
 import pickle
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,34 @@ MODEL: dict[str, Any] = {
     "rope_theta": 10000.0,
     "initializer_range": 0.1,
 }
+_NO_EXPERTS = {k: v for k, v in MODEL.items() if "expert" not in k and "moe_" not in k and k != "norm_topk_prob"}
+MODELS: dict[str, dict[str, Any]] = {
+    "moe": MODEL,
+    "dense": {**_NO_EXPERTS, "model_type": "qwen3", "tie_word_embeddings": True},
+    "latent": {
+        **{k: v for k, v in _NO_EXPERTS.items() if k != "head_dim"},
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 8,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 24,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+    },
+}
 GROUPS, SAMPLES, DOMAINS = 6, 4, 3
+LEARNING_RATE, ADAM_EPS, CLIP_GRAD = 1e-2, 1e-3, 0.3
+"""Of `--steps`. Adam divides by the gradient's size: an eps far below it would turn rounding noise of elements whose
+gradient is nearly zero into whole steps, in either run."""
 
 Piece = tuple[str, tuple[int, ...], tuple[int, ...], NDArray[np.float64]]
 
@@ -59,6 +89,8 @@ class Outcome:
     log_probs: dict[int, float]
     gradient: list[Piece]
     """(key, global shape, offset, values) of this rank's parts of the global gradient."""
+    parameters: list[Piece]
+    """As `gradient`, after the steps; empty without any."""
 
 
 @dataclass(frozen=True)
@@ -149,12 +181,14 @@ def make_config(args: argparse.Namespace) -> Any:
     """A run's config for this layout; routers train, so that their gradient is compared too."""
     from fiberpo_megatron.config.schema import Config
 
-    sizes = {name: getattr(args, name) for name in ("tensor", "pipeline", "context", "expert", "data")}
+    names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "data")
+    sizes = {name: getattr(args, name) for name in names}
     return Config.model_validate(
         {
             "run": {"seed": args.seed, "distributed_timeout_s": DEADLINE_S / 3},
             "model": {"path": ".", "random_init": True, "dtype": "float32", "train_router": True},
             "parallel": {**sizes, "distributed_optimizer": False},
+            "optimizer": {"learning_rate": LEARNING_RATE, "eps": ADAM_EPS, "clip_grad": CLIP_GRAD},
             "data": {"tasks": [{"kind": "addition"}]},
         }
     )
@@ -186,70 +220,91 @@ def pieces(shards: Any) -> list[Piece]:
 def run_reference(args: argparse.Namespace, problem: Problem) -> Outcome:
     """One process, one micro-batch, float64; defines the old log-probs as its own minus the drift."""
     from fiberpo_megatron.mcore.architecture import read_architecture
-    from fiberpo_megatron.mcore.global_tensors import gradient_shards
+    from fiberpo_megatron.mcore.global_tensors import global_shards, gradient_shards
     from fiberpo_megatron.mcore.layout import start_layout
     from fiberpo_megatron.mcore.model import build_model, draw_weights
     from fiberpo_megatron.mcore.schedule import Schedule
 
-    config = make_config(argparse.Namespace(tensor=1, pipeline=1, context=1, expert=1, data=1, seed=args.seed))
-    layout = start_layout(MODEL, config.parallel, config.run)
-    architecture = read_architecture(MODEL)
+    config = make_config(parse([f"--seed={args.seed}"]))
+    layout = start_layout(MODELS[args.model], config.parallel, config.run)
+    architecture = read_architecture(MODELS[args.model])
     models = build_model(architecture, config.model, layout, dtype=torch.float64)
     draw_weights(models, architecture, args.seed)
     (batch,) = local_micro_batches(problem, layout, None)
     index = batch.response_tokens
-    found: dict[str, Tensor] = {}
+    seen: list[tuple[Tensor, Tensor]] = []
 
     def loss(_: int, log_probs: Tensor) -> Tensor:
         values = log_probs.detach()
-        old = dict(zip(index.tolist(), (values.numpy() - problem.drift[index]).tolist()))
-        found["log_probs"] = values
-        found["gradient"] = Gate(args, problem, old, index)(values, slice(0, len(values)), None)
-        return -(found["gradient"] * log_probs).sum()
+        first = seen[0][0] if seen else values
+        old = dict(zip(index.tolist(), (first.numpy() - problem.drift[index]).tolist()))
+        seen.append((values, Gate(args, problem, old, index)(values, slice(0, len(values)), None)))
+        return -(seen[-1][1] * log_probs).sum()
 
-    Schedule(models, models, layout, 4096).forward_backward([batch], TEMPERATURE, loss)
-    for parameter in models[0].parameters():
-        parameter.main_grad = parameter.grad
-    names = index.tolist()
+    parameters = [parameter for parameter in models[0].parameters() if parameter.requires_grad]
+    adam = config.optimizer
+    optimizer = torch.optim.AdamW(
+        parameters, adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
+    )
+    schedule, gradient = Schedule(models, models, layout, 4096), []
+    for _ in range(max(1, args.steps)):
+        optimizer.zero_grad()
+        schedule.forward_backward([batch], TEMPERATURE, loss)
+        if not gradient:
+            for parameter in parameters:
+                parameter.main_grad = parameter.grad
+            gradient = pieces(gradient_shards(models))
+        torch.nn.utils.clip_grad_norm_(parameters, adam.clip_grad)
+        optimizer.step()
+    names, (log_probs, coefficients) = index.tolist(), seen[0]
     return Outcome(
-        coefficients=dict(zip(names, found["gradient"].tolist())),
-        log_probs=dict(zip(names, found["log_probs"].tolist())),
-        gradient=pieces(gradient_shards(models)),
+        coefficients=dict(zip(names, coefficients.tolist())),
+        log_probs=dict(zip(names, log_probs.tolist())),
+        gradient=gradient,
+        parameters=pieces(global_shards(models)) if args.steps else [],
     )
 
 
 def run_rank(args: argparse.Namespace, problem: Problem, reference: Outcome) -> Outcome:
     """One rank of the layout, through the policy that training uses."""
-    from fiberpo_megatron.mcore.global_tensors import gradient_shards
+    from fiberpo_megatron.mcore.global_tensors import global_shards, gradient_shards
     from fiberpo_megatron.mcore.layout import start_layout
     from fiberpo_megatron.mcore.policy import build_policy
     from fiberpo_megatron.types import Coefficients, concatenated_response_tokens
 
     config = make_config(args)
-    layout = start_layout(MODEL, config.parallel, config.run)
-    policy = build_policy(config, MODEL, layout)
+    layout = start_layout(MODELS[args.model], config.parallel, config.run)
+    policy = build_policy(config, MODELS[args.model], layout)
     batches = local_micro_batches(problem, layout, args.micro_batch_tokens)
     index = concatenated_response_tokens(batches)
     old = {i: value - problem.drift[i] for i, value in reference.log_probs.items()}
     gate = Gate(args, problem, old, index)
     single = not gate.objective.spans_micro_batches and layout.context_size == 1
     reduce = None if single else layout.sum_over_tokens
-    seen: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor]] = []
 
     def coefficients(log_probs: Tensor, where: slice) -> Coefficients:
-        seen.append(gate(log_probs, where, reduce))
-        return Coefficients(seen[-1])
+        seen.append((log_probs.detach(), gate(log_probs, where, reduce)))
+        return Coefficients(seen[-1][1])
 
     policy.accumulate(batches, coefficients, TEMPERATURE, single_pass=single)
-    values = torch.cat(seen).tolist() if seen else []
-    return Outcome(dict(zip(index.tolist(), values)), {}, pieces(gradient_shards(policy.models)))
+    log_probs, values = (torch.cat(parts).tolist() for parts in zip(*seen)) if seen else ([], [])
+    gradient = pieces(gradient_shards(policy.models))
+    for _ in range(args.steps):
+        policy.step(batches, coefficients, TEMPERATURE, single_pass=single)
+    return Outcome(
+        coefficients=dict(zip(index.tolist(), values)),
+        log_probs=dict(zip(index.tolist(), log_probs)),
+        gradient=gradient,
+        parameters=pieces(global_shards(policy.models)) if args.steps else [],
+    )
 
 
-def assemble(outcomes: list[Outcome]) -> dict[str, NDArray[np.float64]]:
-    """Global gradients from every rank's pieces."""
+def assemble(parts: Iterable[list[Piece]]) -> dict[str, NDArray[np.float64]]:
+    """Global tensors from every rank's pieces."""
     whole: dict[str, NDArray[np.float64]] = {}
-    for outcome in outcomes:
-        for key, shape, offset, values in outcome.gradient:
+    for rank in parts:
+        for key, shape, offset, values in rank:
             target = whole.setdefault(key, np.full(shape, np.nan))
             values = values.reshape((1,) * (len(shape) - values.ndim) + values.shape)
             target[tuple(slice(o, o + n) for o, n in zip(offset, values.shape))] = values
@@ -305,29 +360,54 @@ def run_process(args: argparse.Namespace, folder: Path, mode: str, environment: 
 
 def compare(reference: Outcome, outcomes: list[Outcome]) -> dict[str, float]:
     """Largest differences, relative to the largest reference value."""
-    coefficients: dict[int, float] = {}
-    for outcome in outcomes:
-        coefficients |= outcome.coefficients
-    assert coefficients.keys() == reference.coefficients.keys(), "some response tokens have no coefficient"
-    size = max(abs(c) for c in reference.coefficients.values())
-    worst = max(abs(coefficients[i] - c) for i, c in reference.coefficients.items())
-    gradient = 0.0
-    found = assemble(outcomes)
-    for key, wanted in assemble([reference]).items():
-        rows = found[key][tuple(slice(0, n) for n in wanted.shape)]  # without the rows that pad the vocabulary
+    found = {
+        "coefficient_max_relative_diff": token_difference(
+            reference.coefficients, [outcome.coefficients for outcome in outcomes]
+        ),
+        "gradient_max_relative_diff": tensor_difference(reference.gradient, [outcome.gradient for outcome in outcomes]),
+        "log_prob_max_relative_diff": token_difference(
+            reference.log_probs, [outcome.log_probs for outcome in outcomes]
+        ),
+    }
+    if reference.parameters:
+        found["parameter_max_relative_diff"] = tensor_difference(
+            reference.parameters, [outcome.parameters for outcome in outcomes]
+        )
+    return found
+
+
+def token_difference(wanted: dict[int, float], ranks: list[dict[int, float]]) -> float:
+    """Of values by flat token index."""
+    found: dict[int, float] = {}
+    for rank in ranks:
+        found |= rank
+    assert found.keys() == wanted.keys(), "some response tokens are missing"
+    return max(abs(found[i] - value) for i, value in wanted.items()) / max(abs(value) for value in wanted.values())
+
+
+def tensor_difference(wanted: list[Piece], ranks: list[list[Piece]]) -> float:
+    """Of global tensors, each relative to its own largest element."""
+    worst, found = 0.0, assemble(ranks)
+    for key, value in assemble([wanted]).items():
+        rows = found[key][tuple(slice(0, n) for n in value.shape)]  # without the rows that pad the vocabulary
         assert np.isfinite(rows).all(), f"no rank holds all of {key}"
-        gradient = max(gradient, float(np.abs(rows - wanted).max() / np.abs(wanted).max()))
-    return {"coefficient_max_relative_diff": worst / size, "gradient_max_relative_diff": gradient}
+        size = np.abs(value).max()
+        assert size or not rows.any(), f"{key} should be zero"
+        worst = max(worst, float(np.abs(rows - value).max() / size) if size else 0.0)
+    return worst
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("tensor", "pipeline", "expert", "context", "data"):
+    for name in ("tensor", "pipeline", "virtual-pipeline", "expert", "expert-tensor", "context", "data"):
         parser.add_argument(f"--{name}", type=int, default=1)
     parser.add_argument("--objective", default="fiberpo-domain")
     parser.add_argument("--micro-batch-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    parser.add_argument("--model", choices=list(MODELS), default="moe")
+    parser.add_argument("--steps", type=int, default=0, help="optimiser steps after which parameters are compared")
+    return parser.parse_args(words)
 
 
 def main() -> None:
@@ -337,7 +417,7 @@ def main() -> None:
 
     world_size = args.tensor * args.pipeline * args.context * args.data
     try:
-        check_layout(MODEL, make_config(args).parallel, world_size)
+        check_layout(MODELS[args.model], make_config(args).parallel, world_size)
     except ValueError as error:
         raise SystemExit(f"layout_parity: {error}") from None
     with tempfile.TemporaryDirectory() as name:
