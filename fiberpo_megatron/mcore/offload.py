@@ -110,6 +110,10 @@ class TrainingMemory:
         tensors = [*self._gradient_buffers(), *self._state()]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
+    def host_bytes(self) -> int:
+        """Bytes of the optimizer's state that wait in host memory now."""
+        return sum(copy.nbytes for _, copy in self._parked)
+
     def _gradient_buffers(self) -> Iterator[Tensor]:
         for chunk in self._chunks:
             for buffer in chunk.buffers + chunk.expert_parallel_buffers:

@@ -185,7 +185,8 @@ class MegatronPolicy:
         """As `save`, written by a thread beside the training until `finish` is called."""
         from fiberpo_megatron.mcore import checkpoint
 
-        return checkpoint.begin_save(self, folder, state)
+        with self.memory.state("saving a checkpoint"):  # what the thread writes are copies
+            return checkpoint.begin_save(self, folder, state)
 
     def load(self, folder: str) -> dict[str, object]:
         """Read a checkpoint written under any layout; returns the trainer's state."""

@@ -60,7 +60,11 @@ def three_steps(config: Config, layout: ParallelLayout, release: bool) -> dict[s
                 policy.release_memory()
                 policy.release_memory()  # once more changes nothing
                 sizes.append((*before, live_bytes(), policy.memory.device_bytes()))
-                for action in (lambda: policy.step(batches, gate, TEMPERATURE), lambda: policy.save("nowhere", {})):
+                for action in (
+                    lambda: policy.step(batches, gate, TEMPERATURE),
+                    lambda: policy.save("nowhere", {}),
+                    lambda: policy.begin_save("nowhere", {}),
+                ):
                     with pytest.raises(RuntimeError, match=r"call restore_memory\(\) first"):
                         action()
             seen.append(policy.log_probs(batches, TEMPERATURE).log_probs.tolist())
