@@ -3,6 +3,7 @@
 import gc
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,3 +108,39 @@ def test_released_and_offloaded_memory_is_free_and_comes_back_bitwise():
                 assert held_released == 0
                 # On a CPU the parked state is live as well: what is really freed is the gradients.
                 assert live - live_released == pytest.approx(ours["gradients"], rel=0.02)
+
+
+def three_plain_steps(config: Config, layout: ParallelLayout) -> dict[str, Any]:
+    policy, batches = build_policy(config, QWEN3_MOE, layout), micro_batches_for(make_batch(), layout, 144)
+    before = {key: data for key, _, _, data in pieces(global_shards(policy.models))}
+    gate = coupled_gate(batches, len(make_batch().tokens), layout)
+    norms = [policy.step(batches, gate, TEMPERATURE).gradient_norm for _ in range(3)]
+    buffers = [b for chunk in policy.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
+    return {
+        "norms": norms,
+        "moves": {key: data - before[key] for key, _, _, data in pieces(global_shards(policy.models))},
+        "gradients": {str(buffer.grad_data.dtype) for buffer in buffers},
+        "parameters": {str(p.dtype) for model in policy.models for p in model.parameters()},
+        "masters": {str(p.dtype) for group in policy.optimizer.param_groups for p in group["params"]},
+    }
+
+
+def both_types() -> tuple[dict[str, Any], dict[str, Any]]:
+    layout = start_layout(QWEN3_MOE, make_config(parallel=PARALLEL).parallel, make_config().run)
+    found = [
+        three_plain_steps(make_config(parallel=PARALLEL, model={"dtype": dtype}), layout)
+        for dtype in ("bfloat16", "float32")
+    ]
+    return found[0], found[1]
+
+
+def test_bfloat16_parameters_with_float32_gradients_and_masters_stay_close_to_float32():
+    for low, full in run_ranks(2, both_types):
+        assert low["parameters"] == {"torch.bfloat16"}
+        assert low["gradients"] == low["masters"] == {"torch.float32"}
+        # bfloat16 keeps 8 bits: rounding of 2^-9 in every product, and experts that change where routers nearly tie
+        assert low["norms"] == pytest.approx(full["norms"], rel=0.1)
+        ours, theirs = (np.concatenate([x.ravel() for x in run["moves"].values()]) for run in (low, full))
+        cosine = ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs)
+
+        assert cosine > 0.95

@@ -1,7 +1,10 @@
 """The chunked log-prob function against torch's log_softmax, and its gradient against finite differences."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fiberpo_megatron.mcore.log_probs import VocabShard, response_log_probs
 
@@ -69,3 +72,35 @@ def test_bfloat16_comes_back_as_float32():
         states.bfloat16(), weight.bfloat16(), labels, positions, temperature=1.0, shard=ALONE, chunk=2
     )
     assert found.dtype is torch.float32
+
+
+class LargestOutput(TorchDispatchMode):
+    """Bytes of the largest storage that any operation makes, in the forward or in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(value, torch.Tensor):
+                self.bytes = max(self.bytes, value.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_is_larger_than_a_chunk_of_logits(dtype: torch.dtype):
+    """Forward and backward: not [tokens, vocabulary] in float32, nor in the model's type."""
+    tokens, hidden, vocabulary, chunk = 512, 4, 1000, 32
+    for size, wanted in ((chunk, chunk), (tokens, tokens)):
+        states = torch.randn(tokens, 1, hidden).to(dtype).requires_grad_()
+        weight = torch.randn(vocabulary, hidden).to(dtype).requires_grad_()
+        labels = torch.randint(vocabulary, (tokens,))
+        with LargestOutput() as largest:
+            found, _ = response_log_probs(
+                states, weight, labels, torch.arange(tokens), temperature=1.0, shard=ALONE, chunk=size
+            )
+            found.sum().backward()
+        assert states.grad is not None and weight.grad is not None
+        assert largest.bytes == 4 * wanted * vocabulary
