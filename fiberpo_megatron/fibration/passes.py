@@ -62,8 +62,8 @@ class Passes(ABC):
 def choose_passes(rule: Rule, batch: TokenBatch, kernels: bool | None) -> type[Passes]:
     """The implementation for a call.
 
-    `kernels` None takes the fused kernels where there are some: for CUDA tensors, when Triton is installed, and
-    for every objective but "apc". True insists on them and raises ValueError where there are none.
+    `kernels` None takes the fused kernels where there are some: for CUDA tensors, with Triton 3.4 or newer, and for
+    every objective but "apc". True insists on them and raises ValueError where there are none.
     """
     wanted = batch.log_ratio.is_cuda and importlib.util.find_spec("triton") is not None
     if not (wanted if kernels is None else kernels):

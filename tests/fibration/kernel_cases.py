@@ -187,3 +187,9 @@ def test_without_metrics_and_strided_inputs() -> None:
 def test_no_kernels_for_apc() -> None:
     with pytest.raises(ValueError, match="APCRule has no kernels"):
         random_case(0).call(build_objective("apc"), kernels=True)
+
+
+def test_no_kernels_with_an_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    with pytest.raises(ValueError, match="Triton is 3.3.1, the kernels need 3.4 or newer"):
+        random_case(0).call(build_objective("ppo"), kernels=True)

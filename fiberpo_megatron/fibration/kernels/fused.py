@@ -18,6 +18,8 @@ from fiberpo_megatron.fibration.runs import Runs
 from fiberpo_megatron.fibration.statistics import TokenStatistics
 from fiberpo_megatron.fibration.tokens import TokenBatch
 
+OLDEST_TRITON = (3, 4)
+"""The oldest version that the kernels were compiled with; torch 2.8 brings it."""
 TILE_BYTES = 8192
 """Expert shares per program, [BLOCK, padded P]: 16 registers for each of 128 threads. At twice as much the second
 pass fills all 255 registers for P = 8 (compiled for sm_90), and float64 spills."""
@@ -30,6 +32,8 @@ def why_not(rule: Rule, like: Tensor) -> str | None:
     """Why these tokens cannot go through the kernels; None when they can."""
     if type(rule) not in FORMULAS:
         return f"{type(rule).__name__} has no kernels"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton is {triton.__version__}, the kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer"
     if not like.is_cuda and isinstance(blocks.first_pass, triton.JITFunction):
         return f"the tensors are on {like.device}, the kernels need CUDA tensors (or Triton's interpreter)"
     return None
