@@ -1,4 +1,4 @@
-"""Writes the example's problems, train.jsonl and held_out.jsonl: subtraction up to 20 after one example, as raw text."""
+"""Writes the problems, train.jsonl and held_out.jsonl: subtraction up to 20 after one solved example, as raw text."""
 
 import json
 import random

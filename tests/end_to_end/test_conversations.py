@@ -1,0 +1,50 @@
+"""Conversations of several turns with Megatron and a real SGLang."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fiberpo_megatron.data.tokenizer import load_tokenizer
+from tests.end_to_end.test_training import records, run
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'][0] + ':' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.mark.sglang
+def test_wrong_answers_are_tried_again(model: Path, engine: Any, tmp_path: Path):
+    """A random model ends a turn now and then. The engine's log-probs of a later turn are those of the trainer after
+    the whole conversation, and so are its experts: the turns stand where the trainer thinks they stand."""
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
+    problems = tmp_path / "problems.jsonl"
+    lines = [json.dumps({"prompt": f"what is {i}+{i}?", "answer": str(2 * i)}) for i in range(8)]
+    problems.write_text("\n".join(lines))
+    task = f'{{kind = "jsonl", name = "sums", train = "{problems}", max_turns = 3, retry_message = "no, again"}}'
+    words = ["--rollout.engine.urls", f'["{engine.url}"]', "--evaluation.prompts", "0", "--trainer.steps", "1"]
+    words += ["--rollout.max_response_tokens", "32", "--rollout.return_routing", "true"]
+    words += ["--telemetry.rollouts_per_step", "32", "--data.tasks", f"[{task}]"]
+    done = run(model, tmp_path / "run", *words)
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path / "run", "train")
+    assert 1.1 < record["turns/mean"] < 3
+    assert record["rollout_diff/max"] < 1e-4  # float32 on both sides
+    assert record["routing_agreement/mean"] > 0.99  # an exact tie of two router scores may fall either way
+
+    tokenizer = load_tokenizer(model)
+    between = tokenizer.encode("u:no, again<eos>a:", add_special_tokens=False)
+    lines = (tmp_path / "run/rollouts/step_000000.jsonl").read_text().splitlines()
+    conversations = [rollout for rollout in map(json.loads, lines) if "loss_mask" in rollout]
+    assert conversations
+    for rollout in conversations:
+        written = [i for i, sampled in zip(rollout["token_ids"], rollout["loss_mask"]) if not sampled]
+        turns = len(rollout["weight_versions"])
+        assert written == between * (turns - 1) and 2 <= turns <= 3
+        assert "no, again" in rollout["response"]
+        for _, _, end in rollout["weight_versions"][:-1]:
+            assert rollout["token_ids"][end - 1] == tokenizer.eos_token_id
+        assert all((value < 0) == bool(sampled) for value, sampled in zip(rollout["log_probs"], rollout["loss_mask"]))
