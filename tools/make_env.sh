@@ -15,7 +15,7 @@ package=setup.py
 wanted=$(cat "$package" tools/requirements-cpu.txt tools/requirements-cpu-nodeps.txt tools/make_env.sh | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 torch=$(grep '^torch==' tools/requirements-cpu.txt)
-echo "Installing into .venv ($torch and SGLang's CPU parts: about 1.9 GB on disk) ..."
+echo "Installing into .venv ($torch and SGLang's CPU parts: about 2.0 GB on disk) ..."
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check install --quiet "$@"; }
 # torch first, from wherever pip finds the CPU build, else from PyTorch's own index: nothing later may pull CUDA

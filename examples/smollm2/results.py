@@ -1,4 +1,4 @@
-"""The table and the plot of the README, from the metrics of the two runs: writes runs/smollm2/{results.jsonl,curve.svg}.
+"""The README's table and plot, from the metrics of the two runs: writes runs/smollm2/results.jsonl and curve.svg.
 
 python examples/smollm2/results.py [--runs runs/smollm2] [--out FOLDER]
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "fiberpo"  # the same file for the same numbers
+matplotlib.rcParams.update({"svg.hashsalt": "fiberpo", "svg.fonttype": "none"})  # the same numbers, the same small file
 import matplotlib.pyplot as plt  # noqa: E402
 
 RUNS = {"train": "right answers rewarded", "control": "coin flips rewarded"}
@@ -37,7 +37,7 @@ def table(results: dict[str, dict[str, list[dict[str, float]]]]) -> str:
     ]
     steps = [str(e["step"]) for e in next(iter(results.values()))["eval"]]
     head = ["| steps | " + " | ".join(steps), "| --- " * (len(steps) + 1)]
-    return "\n".join(f"{row} |" for row in [*head, *rows])
+    return "\n".join(f"{row.rstrip()} |" for row in [*head, *rows])
 
 
 def plot(results: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> None:

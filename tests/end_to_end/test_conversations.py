@@ -1,6 +1,7 @@
 """Conversations of several turns with Megatron and a real SGLang."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ TEMPLATE = (
 def test_wrong_answers_are_tried_again(model: Path, engine: Any, tmp_path: Path):
     """A random model ends a turn now and then. The engine's log-probs of a later turn are those of the trainer after
     the whole conversation, and so are its experts: the turns stand where the trainer thinks they stand."""
+    model = Path(shutil.copytree(model, tmp_path / "model"))
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
     problems = tmp_path / "problems.jsonl"
