@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from fiberpo_megatron.config.schema import ParallelConfig
 from fiberpo_megatron.mcore.architecture import Architecture, Experts, LatentAttention
+from fiberpo_megatron.mcore.checks import layers_per_chunk
 
 
 class Weight(NamedTuple):
@@ -33,9 +34,10 @@ def vocabulary_rows(architecture: Architecture, parallel: ParallelConfig) -> int
 
 def stage_layers(architecture: Architecture, parallel: ParallelConfig, stage: int, chunk: int) -> range:
     """Layers (from 0, over the whole model) of model chunk `chunk` on pipeline stage `stage`."""
-    count = architecture.layers // (parallel.pipeline * parallel.virtual_pipeline)
-    first = (chunk * parallel.pipeline + stage) * count
-    return range(first, first + count)
+    counts = layers_per_chunk(architecture.layers, parallel.pipeline * parallel.virtual_pipeline)
+    place = chunk * parallel.pipeline + stage
+    first = sum(counts[:place])
+    return range(first, first + counts[place])
 
 
 def chunk_weights(architecture: Architecture, parallel: ParallelConfig, stage: int, chunk: int) -> list[Weight]:

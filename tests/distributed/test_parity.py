@@ -90,6 +90,9 @@ class Reference:
     whole: dict[tuple[str, str], Whole]
     """By model and batch."""
 
+    def of(self, case: Case) -> Whole:
+        return self.whole[case.model, case.batch]
+
     def run(self, cases: list[Case], parallel: dict[str, int]) -> list[Whole]:
         sizes = [parallel.get(name, 1) for name in ("tensor", "pipeline", "context", "data")]
         ranks = run_ranks(int(np.prod(sizes)), run_cases, cases, self.folder, parallel)
@@ -99,10 +102,7 @@ class Reference:
         """Run the cases and hold each against one process; their largest differences are printed (pytest -rP)."""
         found = self.run(cases, parallel)
         for case, whole in zip(cases, found):
-            worst = differences(whole, self.whole[case.model, case.batch])
-            print(case, {name: f"{value:.1e}" for name, value in worst.items()})
-            too_far = {name: value for name, value in worst.items() if not value < TOLERANCE}
-            assert not too_far, f"{case}: {too_far}"
+            assert_same(case, whole, self.of(case))
         return found
 
 
@@ -113,6 +113,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     cases = [Case(model, batch=batch, budget=None) for model in MODELS for batch in LENGTHS]
     empty = Reference(folder, {})
     return replace(empty, whole={(c.model, c.batch): w for c, w in zip(cases, empty.run(cases, {}))})
+
+
+def assert_same(case: Case, found: Whole, wanted: Whole) -> None:
+    worst = differences(found, wanted)
+    print(case, {name: f"{value:.1e}" for name, value in worst.items()})
+    too_far = {name: value for name, value in worst.items() if not value < TOLERANCE}
+    assert not too_far, f"{case}: {too_far}"
 
 
 def differences(found: Whole, wanted: Whole) -> dict[str, float]:
@@ -181,8 +188,17 @@ def test_memory_options_do_not_matter(reference: Reference):
     reference.compare(split, LAYOUTS["TP2"])
 
 
+def test_auxiliary_loss_over_stages(reference: Reference):
+    """Its value belongs to a micro-batch, so it is compared where the rows are the same."""
+    case = Case("moe", options={"router_aux_loss": 0.1})
+    (wanted,), (found,) = (reference.run([case], parallel) for parallel in ({}, LAYOUTS["PP2"]))
+    assert_same(case, found, wanted)
+    without = reference.of(case).gradients["fixed"]
+    assert tensor_difference(wanted.gradients["fixed"], without) > 0.01
+
+
 def test_the_gates_differ(reference: Reference):
     """The coupled gate is not a fixed one in disguise: otherwise the reduction over ranks would go untested."""
-    gradients = reference.whole["moe", "mixed"].gradients
+    gradients = reference.of(Case("moe")).gradients
     key = "output_layer.weight"
     assert np.abs(gradients["fixed"][key] - gradients["coupled"][key]).max() > 1e-3
