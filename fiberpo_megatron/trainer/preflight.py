@@ -25,14 +25,18 @@ def preflight(config: Config, command: str, resume: bool, world_size: int) -> No
             f'algorithm.routing_replay = "{config.algorithm.routing_replay}": a supervised step has no recorded '
             'routing to replay; set it to "none"'
         )
+    _check_colocated(config)
+    if command == "train":
+        make_objective(config)
+        _check_advantages(config)
+
+
+def _check_colocated(config: Config) -> None:
     if config.rollout.engine.colocated and config.weight_sync.method == "distributed" and torch.cuda.is_available():
         raise ConfigError(
             'weight_sync.method = "distributed" needs different GPUs for rank 0 and the engines (NCCL), but '
             'rollout.engine.colocated = true; set weight_sync.method = "disk", with weight_sync.folder in /dev/shm'
         )
-    if command == "train":
-        make_objective(config)
-        _check_advantages(config)
 
 
 def make_objective(config: Config) -> Objective:
