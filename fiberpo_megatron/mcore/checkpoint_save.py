@@ -30,7 +30,7 @@ from fiberpo_megatron.mcore import exchange
 from fiberpo_megatron.mcore.checkpoint_folders import Description, FileMark, mark, mark_all, partial_folder
 from fiberpo_megatron.mcore.checkpoint_state import random_state, sharded_state
 from fiberpo_megatron.mcore.layout import ParallelLayout
-from fiberpo_megatron.mcore.weights_files import sync_path, sync_tree
+from fiberpo_megatron.mcore.weights_save import sync_path, sync_tree
 
 Marks = dict[str, FileMark]
 Describe = Callable[[Mapping[str, FileMark]], Description]

@@ -14,8 +14,9 @@ from torch import nn
 
 from fiberpo_megatron.mcore.weight_tables import HF_EMBEDDING, HF_OUTPUT, Family, Match, family_of, match_name
 from fiberpo_megatron.mcore.weights_export import export_hf
-from fiberpo_megatron.mcore.weights_files import HfFiles, save_hf
+from fiberpo_megatron.mcore.weights_files import HfFiles
 from fiberpo_megatron.mcore.weights_local import LocalWeight, WeightLayout, local_weights
+from fiberpo_megatron.mcore.weights_save import save_hf
 from fiberpo_megatron.mcore.weights_transforms import Dimensions
 
 __all__ = ["export_hf", "load_hf", "save_hf"]

@@ -11,7 +11,7 @@ from fiberpo_megatron.mcore.weight_tables import Family, family_of, fill
 from fiberpo_megatron.mcore.weights_local import LocalWeight, WeightLayout, local_weights
 from fiberpo_megatron.mcore.weights_transforms import Dimensions, Shape
 
-DEFAULT_BUCKET_BYTES = 256 * 2**20
+DEFAULT_BUCKET_BYTES = 64 * 2**20
 _ALIGNMENT = 16
 """Bytes to which every shard in a message is aligned, so that it can be viewed in its type."""
 

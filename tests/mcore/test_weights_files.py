@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fiberpo_megatron.mcore.weight_tables import FAMILIES
-from fiberpo_megatron.mcore.weights_files import INDEX_NAME, HfFiles, save_hf
+from fiberpo_megatron.mcore.weights_files import INDEX_NAME, HfFiles
+from fiberpo_megatron.mcore.weights_save import save_hf
 from fiberpo_megatron.mcore.weights_transforms import Dimensions
 
 DIMS = Dimensions(vocab_size=6, layers=2, experts=3, heads=2, kv_heads=2, head_dim=2, tied_embeddings=False)
@@ -67,8 +68,7 @@ def source_folder(root: Path) -> Path:
     source.mkdir()
     (source / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "dtype": "float32"}))
     (source / "tokenizer.json").write_text("{}")
-    (source / "model.safetensors").write_bytes(b"old weights")
-    (source / INDEX_NAME).write_text("old index")
+    save_file({"old": torch.zeros(2)}, source / "model.safetensors")
     return source
 
 
@@ -83,6 +83,34 @@ def test_save_in_shards(tmp_path: Path) -> None:
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / "out" / file)[name], tensors[name])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_save_keeps_files_and_types_of_the_source(tmp_path: Path) -> None:
+    source = source_folder(tmp_path)
+    (source / "model.safetensors").unlink()
+    stored = {"a": torch.randn(3, 2).bfloat16(), "b": torch.randn(5), "c": torch.randn(2, 2).bfloat16()}
+    save_file({"c": stored["c"], "b": stored["b"]}, source / "first.safetensors")
+    save_file({"a": stored["a"]}, source / "second.safetensors")
+    places = {"a": "second.safetensors", "b": "first.safetensors", "c": "first.safetensors"}
+    (source / INDEX_NAME).write_text(json.dumps({"weight_map": places}))
+    exported = {name: tensor.float() for name, tensor in stored.items()} | {"new": torch.ones(1)}
+    save_hf(exported.items(), tmp_path / "out", source)
+    index = json.loads((tmp_path / "out" / INDEX_NAME).read_text())["weight_map"]
+    assert index == places | {"new": "more-model-00001-of-00001.safetensors"}
+    for name, file in index.items():
+        found = load_file(tmp_path / "out" / file)[name]
+        assert torch.equal(found, stored.get(name, exported[name])), name
+        assert found.dtype is stored.get(name, exported[name]).dtype
+
+
+def test_a_tensor_that_would_lie_unaligned_goes_to_another_file(tmp_path: Path) -> None:
+    """Readers view the mapped bytes in the tensor's type."""
+    tensors = {"odd": torch.ones(3).bfloat16(), "wide": torch.ones(2), "more": torch.ones(2)}
+    save_hf(tensors.items(), tmp_path / "out", source_folder(tmp_path))
+    index = json.loads((tmp_path / "out" / INDEX_NAME).read_text())["weight_map"]
+    assert index["odd"] != index["wide"] == index["more"]
+    for name, file in index.items():
+        assert torch.equal(load_file(tmp_path / "out" / file)[name], tensors[name])
 
 
 def test_save_replaces_a_folder_whole(tmp_path: Path) -> None:
