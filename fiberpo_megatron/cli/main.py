@@ -1,4 +1,4 @@
-"""`fiberpo train|sft|dump|eval|plan|report`: checks what can be checked at once, then starts the ranks."""
+"""`fiberpo train|sft|dump|eval|check-model|plan|report`: checks what can be checked at once, then starts the ranks."""
 
 import argparse
 import os
@@ -25,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _report(options.folder)
         if options.command == "plan":
             return plan.run(options, overrides)
+        if options.command == "check-model":
+            from fiberpo_megatron.cli.check_model import check_model
+
+            return check_model(options.folder, options.prompt, options.tolerance, overrides)
         return _run(options, overrides)
     except (ConfigError, FileNotFoundError, ValueError) as error:
         print(f"fiberpo: {error}", file=sys.stderr)
@@ -46,6 +50,14 @@ def _parser() -> argparse.ArgumentParser:
         if name != "eval":
             command.add_argument("--resume", action="store_true", help="continue where the run stopped")
     plan.add_parser(commands, _OVERRIDES)
+    check = commands.add_parser(
+        "check-model",
+        help="compare a model's log-probs with transformers'",
+        description=f"compare our log-probs of a prompt with transformers'; {_OVERRIDES}",
+    )
+    check.add_argument("folder", type=Path, metavar="MODEL_FOLDER")
+    check.add_argument("--prompt", help="text to compare on")
+    check.add_argument("--tolerance", type=float, default=1e-4, help="largest log-prob difference (default 1e-4)")
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     return parser

@@ -47,6 +47,11 @@ def _run(arguments: list[str], stop: StopRequest) -> None:
     command, path, *rest = arguments
     resume = rest[:1] == ["--resume"]
     config = load_config(path, rest[1:] if resume else rest)
+    if command == "check-model":
+        from fiberpo_megatron.trainer.model_check import compare
+
+        compare(config)
+        return
     from fiberpo_megatron.trainer import assemble  # imports torch and Megatron: after the cheap checks
 
     if command == "train":

@@ -37,6 +37,12 @@ class ModelConfig(Section):
     """Draw fresh weights from `run.seed` instead of reading safetensors (for pre-training a toy model)."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Parameter and compute type. The optimizer always keeps float32 master weights."""
+    fp8: Literal["none", "e4m3", "hybrid"] = "none"
+    """Format in which linear layers multiply: e4m3 throughout, or (hybrid) e5m2 for gradients. Parameters stay in
+    bfloat16. Needs a GPU with FP8 and Transformer Engine."""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 scales are found. delayed takes them from earlier passes: the old log-probs then see other scales than
+    the step does, which shifts importance ratios."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of stored: those inside `recompute_modules`, or
     (full) all but the inputs of each layer."""
@@ -53,6 +59,12 @@ class ModelConfig(Section):
     """Coefficient of the MoE load-balancing loss. It is not part of the policy gradient, hence 0 by default."""
     log_prob_chunk_tokens: int = Field(4096, ge=1)
     """Tokens whose float32 vocabulary row (one tensor-parallel shard) exists at the same time."""
+
+    @model_validator(mode="after")
+    def fp8_computes_from_bfloat16(self) -> "ModelConfig":
+        if self.fp8 != "none" and self.dtype != "bfloat16":
+            raise ValueError(f'model.fp8 = "{self.fp8}" with model.dtype = "{self.dtype}": set dtype = "bfloat16"')
+        return self
 
 
 class ParallelConfig(Section):

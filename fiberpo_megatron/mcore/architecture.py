@@ -139,6 +139,13 @@ def read_architecture(hf_config: Mapping[str, Any]) -> Architecture:
     )
 
 
+def used_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that shape the model, by name; those that config.json leaves out at their defaults."""
+    used = FAMILIES[str(hf_config["model_type"])].used
+    values = {key: hf_config.get(key, default) for key, default in used.items()}
+    return {key: value for key, value in values.items() if value is not None and value is not REQUIRED}
+
+
 def _latent(config: _Config) -> LatentAttention:
     return LatentAttention(
         query_rank=None if config.get("q_lora_rank") is None else config.number("q_lora_rank"),

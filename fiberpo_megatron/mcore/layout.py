@@ -21,6 +21,9 @@ from fiberpo_megatron.types import RolloutBatch
 
 __all__ = ["ParallelLayout", "check_layout", "launched_world_size", "start_layout", "stop_layout"]
 
+FP8_ROW_MULTIPLE = 32
+"""Tokens: Transformer Engine's FP8 products want rows in multiples of 16, MXFP8 of 32."""
+
 
 def launched_world_size() -> int:
     """Processes that the launcher (torchrun, srun) started; 1 without a launcher."""
@@ -93,6 +96,10 @@ class ParallelLayout:
     def background_group(self) -> Any:
         """Gloo group of all ranks for a thread beside the main one; every rank asks for it at the same place."""
         return dist.new_group(backend="gloo", timeout=self._timeout)
+
+    def align_rows(self, multiple: int) -> None:
+        """Have every rank's share of a sequence be a multiple of so many tokens."""
+        self.sequence_multiple = lcm(self.sequence_multiple, multiple * self.tensor_size * self.context_size)
 
     @property
     def chunks(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.mcore.architecture import read_architecture
-from fiberpo_megatron.mcore.layout import ParallelLayout
+from fiberpo_megatron.mcore.layout import FP8_ROW_MULTIPLE, ParallelLayout
 from fiberpo_megatron.mcore.model import PolicyModel, build_model, draw_weights
 from fiberpo_megatron.mcore.offload import TrainingMemory
 from fiberpo_megatron.mcore.optimizer import build_optimizer, non_finite_gradient, wrap_data_parallel
@@ -261,6 +261,8 @@ def build_policy(
     if total_steps is None:
         total_steps = config.trainer.steps * config.batch.mini_batches * config.batch.epochs
     architecture = read_architecture(hf_config)
+    if config.model.fp8 != "none":
+        layout.align_rows(FP8_ROW_MULTIPLE)
     models = build_model(architecture, config.model, layout)
     if config.model.random_init:
         draw_weights(models, architecture, config.run.seed)

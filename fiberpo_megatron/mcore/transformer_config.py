@@ -65,6 +65,7 @@ def transformer_config(
         calculate_per_token_loss=True,  # gradients are sums: nothing divides them by ranks or micro-batches
         **_recompute_options(architecture, model),
         **_expert_options(architecture, model, dtype),
+        **_fp8_options(architecture, model),
         **activate().transformer_options(),
     )
     if architecture.latent:
@@ -136,6 +137,17 @@ def _expert_options(architecture: Architecture, model: ModelConfig, dtype: torch
         "moe_router_bias_update_rate": 0.0,  # a bias that moves would route a token unlike the old policy did
         "moe_router_load_balancing_type": "aux_loss" if model.router_aux_loss else "none",
         "moe_aux_loss_coeff": model.router_aux_loss,
+    }
+
+
+def _fp8_options(architecture: Architecture, model: ModelConfig) -> dict[str, Any]:
+    if model.fp8 == "none":
+        return {}
+    return {
+        "fp8": model.fp8,
+        "fp8_recipe": model.fp8_recipe,
+        # the grouped products of the experts want aligned numbers of tokens
+        "moe_router_padding_for_quantization": architecture.experts is not None,
     }
 
 

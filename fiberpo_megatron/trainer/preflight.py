@@ -10,6 +10,7 @@ from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.fibration import Objective, build_objective
 from fiberpo_megatron.mcore.checks import check_aux_loss, check_layout
 from fiberpo_megatron.rollout.dump import RolloutDump
+from fiberpo_megatron.trainer.fp8 import missing_for_fp8
 from fiberpo_megatron.trainer.stored import DUMP, dump_of
 
 
@@ -18,6 +19,7 @@ def preflight(config: Config, command: str, resume: bool, world_size: int) -> No
     `world_size`: training ranks that run or are about to be started."""
     _check_model(config, command)
     _check_layout(config, world_size)
+    _check_fp8(config)
     _check_folder(config, command, resume)
     _check_rollouts(config, command, resume)
     if command == "sft" and config.algorithm.routing_replay != "none":
@@ -75,6 +77,13 @@ def _check_layout(config: Config, world_size: int) -> None:
         raise ConfigError(f"model.path: {path} is not JSON ({error})") from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_fp8(config: Config) -> None:
+    model = config.model
+    missing = missing_for_fp8(model.fp8_recipe) if model.fp8 != "none" else None
+    if missing:
+        raise ConfigError(f'model.fp8 = "{model.fp8}": {missing}; or set model.fp8 = "none"')
 
 
 def _check_folder(config: Config, command: str, resume: bool) -> None:

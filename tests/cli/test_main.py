@@ -18,7 +18,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]):
         main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("train", "sft", "eval", "report"))
+    assert all(command in shown for command in ("check-model", "train", "sft", "eval", "report"))
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,13 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]):
             ["sft", WARMUP, "--model.path", str(MODEL), "--parallel.expert", "3"],
             "parallel.expert = 3 does not divide the number of experts",
         ),
+        (
+            ["eval", DEMO, "--model.path", str(ROOT / "examples/demo/model"), "--model.random_init", "true"]
+            + ["--model.dtype", "bfloat16", "--model.fp8", "hybrid"],
+            'model.fp8 = "hybrid": no NVIDIA GPU is visible here',
+        ),
+        (["check-model", "nowhere"], "nowhere has no config.json"),
+        (["check-model", "examples", "--parallel.contxt", "2"], "parallel.contxt: unknown key"),
         (["report", "nowhere"], "run folder nowhere does not exist"),
     ],
 )

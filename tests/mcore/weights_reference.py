@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fiberpo_megatron.cli import transformers_reference as reference
+from fiberpo_megatron.trainer import transformers_reference as reference
 from fiberpo_megatron.types import RolloutBatch
 
 _SHAPE: dict[str, Any] = {

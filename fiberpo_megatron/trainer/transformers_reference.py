@@ -1,5 +1,7 @@
 """What transformers computes for a model folder: the reference of `fiberpo check-model`."""
 
+import json
+import pickle
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -7,6 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fiberpo_megatron.config import Config, ConfigError
+from fiberpo_megatron.data.tokenizer import load_tokenizer
+from fiberpo_megatron.mcore.checks import check_layout
 
 
 @dataclass
@@ -23,6 +29,46 @@ class Reference:
     """By layer: probabilities [L, experts], zero for experts that were not chosen."""
 
 
+@dataclass
+class Job:
+    """What the ranks compare with."""
+
+    expected: Reference
+    words: list[str]
+    """Readable tokens."""
+    tolerance: float
+
+
+DEFAULT_PROMPT = "Mix 3 eggs with 200 g of flour, then bake the cake for 45 minutes at 180 degrees."
+_JOB = "check.pickle"
+
+
+def prepare(config: Config, prompt: str | None, tolerance: float) -> None:
+    """Run transformers on the prompt and leave the job in `run.folder`. Raises ConfigError, ValueError."""
+    folder = config.model.path
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json; name a Hugging Face model folder")
+    if config.parallel.context > 1:
+        raise ConfigError(
+            f"parallel.context = {config.parallel.context}: check-model compares one short prompt, which is not cut; "
+            "leave it at 1"
+        )
+    hf_config = json.loads((folder / "config.json").read_text())
+    check_layout(hf_config, config.parallel, config.parallel.world_size())
+    tokens, words = prompt_tokens(folder, prompt or DEFAULT_PROMPT)
+    if len(tokens) < 2:
+        raise ConfigError(f"--prompt {prompt!r} is {len(tokens)} token(s) long; at least 2 are needed")
+    job = Job(run(load_model(folder), tokens), words, tolerance)
+    config.run.folder.mkdir(parents=True, exist_ok=True)
+    (config.run.folder / _JOB).write_bytes(pickle.dumps(job))
+
+
+def read_job(folder: Path) -> Job:
+    """What `prepare` left."""
+    job: Job = pickle.loads((folder / _JOB).read_bytes())
+    return job
+
+
 def load_model(folder: Path) -> Any:
     """The model in float32 and its plainest implementation."""
     from transformers import AutoModelForCausalLM
@@ -31,11 +77,11 @@ def load_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
-def prompt_tokens(folder: Path, text: str) -> Tensor:
-    """int64 [L] of a text under the folder's tokenizer."""
-    from transformers import AutoTokenizer
-
-    return torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"], dtype=torch.int64)
+def prompt_tokens(folder: Path, text: str) -> tuple[Tensor, list[str]]:
+    """int64 [L] of a text under the folder's tokenizer, and each token as text."""
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode(text)
+    return torch.tensor(ids, dtype=torch.int64), [tokenizer.decode([token]) for token in ids]
 
 
 @torch.no_grad()

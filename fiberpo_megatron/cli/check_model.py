@@ -1,0 +1,39 @@
+"""`fiberpo check-model DIR`: transformers in this process, then the ranks of the asked layout."""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import tomli_w
+
+from fiberpo_megatron.config import load_config
+
+
+def check_model(folder: Path, prompt: str | None, tolerance: float, overrides: Sequence[str]) -> int:
+    """Compare log-probs; 0 when they agree, 1 when not. `overrides`: as for `fiberpo train`."""
+    scratch = Path(tempfile.mkdtemp(prefix="fiberpo-check-model-"))
+    settings = {
+        "run": {"folder": str(scratch)},
+        "model": {"path": str(folder), "dtype": "float32"},
+        "data": {"tasks": [{"kind": "addition"}]},  # a config has one; nothing is drawn from it
+    }
+    (scratch / "config.toml").write_text(tomli_w.dumps(settings))
+    code = 1
+    try:
+        config = load_config(scratch / "config.toml", overrides)
+        from fiberpo_megatron.trainer.transformers_reference import prepare
+
+        prepare(config, prompt, tolerance)
+        from fiberpo_megatron.launch.local import launch_ranks
+
+        code = launch_ranks(
+            ["-m", "fiberpo_megatron.cli.rank", "check-model", str(scratch / "config.toml"), *overrides],
+            config.parallel.world_size(),
+            scratch / "logs",
+            {"OMP_NUM_THREADS": str(config.run.threads_per_rank)},
+        )
+    finally:
+        if code != 1 or not (scratch / "logs").exists():  # the message of a failed rank names its log
+            shutil.rmtree(scratch)
+    return code
