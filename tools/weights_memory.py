@@ -1,6 +1,6 @@
 """Peak memory of each rank while it loads and saves Hugging Face weights, beside the size of its shard.
 
-    torchrun --nproc-per-node 2 tools/weights_memory.py --tensor 2
+    torchrun --nproc-per-node 2 tools/weights_memory.py --tensor 2 --expert_tensor 2
     torchrun --nproc-per-node 2 tools/weights_memory.py --expert 2
 
 A random Qwen3-MoE in float32 of about 480 MB is made in a temporary folder. Memory is what Linux counts as
@@ -140,7 +140,7 @@ def peak() -> Iterator[list[int]]:
 def main() -> None:
     """Measure on the ranks that torchrun started and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("tensor", "pipeline", "expert", "expert-tensor"):
+    for name in ("tensor", "pipeline", "expert", "expert_tensor"):
         parser.add_argument(f"--{name}", type=int, default=1)
     parser.add_argument("--bucket-mib", type=int, default=64, help="weights sent to rank 0 in one message")
     options = parser.parse_args()
