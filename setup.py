@@ -16,7 +16,10 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["fiberpo_megatron", "fiberpo_megatron.*"]),
     include_package_data=True,
-    package_data={"fiberpo_megatron.rollout": ["sglang_*/**/*", "sglang_*/**/*.dist-info/*"]},
+    package_data={
+        "fiberpo_megatron.launch": ["templates/*"],
+        "fiberpo_megatron.rollout": ["sglang_*/**/*", "sglang_*/**/*.dist-info/*"],
+    },
     install_requires=[
         "torch>=2.6",
         # 0.17 and later need Python 3.12 and were not tested here
@@ -27,6 +30,7 @@ setup(
         "pydantic>=2.9",
         "tomli-w>=1.1",
         "httpx>=0.27",
+        "jinja2>=3.1",
         "rich>=13",
         "matplotlib>=3.8",
         "tensorboard>=2.16",

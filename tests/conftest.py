@@ -1,6 +1,7 @@
 """Fixtures that several folders use: a tiny random Qwen3-MoE and one SGLang server for the whole session."""
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,16 @@ from tests.tiny_model import write_checkpoint
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Hugging Face folder of a random Qwen3-MoE: 2 layers, hidden 64, 4 experts top-2, 64 tokens, float32."""
     return write_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with the demo's tokenizer (both have 64 tokens)."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(checkpoint, folder)
+    for path in (Path(__file__).parent.parent / "examples/demo/model").glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fiberpo_megatron
-from fiberpo_megatron.cli import plan
+from fiberpo_megatron.cli import plan, slurm
 from fiberpo_megatron.config import Config, ConfigError, load_config
 from fiberpo_megatron.trainer.preflight import preflight
 
@@ -29,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from fiberpo_megatron.cli.check_model import check_model
 
             return check_model(options.folder, options.prompt, options.tolerance, overrides)
+        if options.command == "slurm":
+            return slurm.run_job(options, overrides)
+        if options.command == "engine":
+            return slurm.run_engine(options, overrides)
         return _run(options, overrides)
     except (ConfigError, FileNotFoundError, ValueError) as error:
         print(f"fiberpo: {error}", file=sys.stderr)
@@ -58,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("folder", type=Path, metavar="MODEL_FOLDER")
     check.add_argument("--prompt", help="text to compare on")
     check.add_argument("--tolerance", type=float, default=1e-4, help="largest log-prob difference (default 1e-4)")
+    slurm.add_parsers(commands, _OVERRIDES)
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     return parser

@@ -1,22 +1,27 @@
 """One rank of a run: what torchrun, srun or the local launcher starts."""
 
+import argparse
 import ctypes
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fiberpo_megatron.config import load_config
 from fiberpo_megatron.launch.local import LAUNCHER
+from fiberpo_megatron.rollout.registry import Registry
 from fiberpo_megatron.trainer.stop import Stopped, StopRequest
 from fiberpo_megatron.types import EXIT_STOPPED
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`train|sft|dump|eval CONFIG.toml [--resume] [--section.key value ...]`; returns the exit code.
+    """`train|sft|dump|eval CONFIG.toml [--resume] [--registry FOLDER] [--section.key value ...]`; the exit code.
+
+    `--registry`: where the job's engines register (rollout/registry.py).
 
     An error is written where the launcher reads it, with its traceback on stderr; under torchrun or srun its message
     is also the last line on stderr. SIGUSR1, and SIGTERM from anybody but the local launcher, ask the run to save and
@@ -45,8 +50,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(arguments: list[str], stop: StopRequest) -> None:
     command, path, *rest = arguments
-    resume = rest[:1] == ["--resume"]
-    config = load_config(path, rest[1:] if resume else rest)
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--resume", action="store_true")
+    flags.add_argument("--registry", type=Path)
+    options, overrides = flags.parse_known_args(rest)
+    resume, registry = options.resume, options.registry and Registry(options.registry)
+    config = load_config(path, overrides)
     if command == "check-model":
         from fiberpo_megatron.trainer.model_check import compare
 
@@ -55,7 +64,7 @@ def _run(arguments: list[str], stop: StopRequest) -> None:
     from fiberpo_megatron.trainer import assemble  # imports torch and Megatron: after the cheap checks
 
     if command == "train":
-        assemble.run_train(config, resume, stop)
+        assemble.run_train(config, resume, stop, registry)
     elif command == "sft":
         assemble.run_sft(config, resume, stop)
     elif command == "dump":

@@ -3,10 +3,11 @@
 Nothing here imports torch: a config can be loaded and checked on a login node.
 """
 
+import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Budget = tuple[float, float]
 Membership = Literal["soft", "hard"]
@@ -436,6 +437,76 @@ class TrainerConfig(Section):
     """Training steps; each generates once and takes batch.mini_batches x batch.epochs optimiser steps."""
 
 
+class SlurmConfig(Section):
+    """The job of `fiberpo slurm`: docs/slurm.md. Ranks follow from [parallel], servers from [rollout.engine]."""
+
+    job_name: str = "fiberpo"
+    """Name in the queue."""
+    partition: str | None = None
+    """Partition. Unset: the cluster's default."""
+    account: str | None = None
+    """Account that is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    time: str = Field("24:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$")
+    """Time limit of one start of the job ([days-]hours:minutes:seconds, or minutes)."""
+    gpus_per_node: int = Field(8, ge=0)
+    """GPUs of a node; 0: a cluster without."""
+    ranks_per_node: int | None = Field(None, ge=1)
+    """Training ranks per node, one GPU each. Unset: gpus_per_node (without GPUs: 1), or all ranks if they are fewer."""
+    cpus_per_rank: int = Field(8, ge=1)
+    """CPU cores of a training rank; the engines of a node get as many as its ranks together."""
+    engine_nodes: int = Field(1, ge=0)
+    """Nodes that run `rollout.engine.count` servers each. 0: the servers are given by `rollout.engine.urls`."""
+    colocate: bool = False
+    """Put the engines on the first `engine_nodes` training nodes: on GPUs that the ranks leave free, else on theirs."""
+    signal_s: int = Field(300, ge=10)
+    """Seconds before the time limit at which the run is asked to save and stop: more than one step and one save."""
+    requeue: bool = True
+    """Queue the job again when it was stopped by its time limit; it goes on by itself."""
+    chain: int = Field(1, ge=1)
+    """Jobs to submit, each after the one before: for clusters that do not requeue."""
+    dependency: str | None = None
+    """What the (first) job waits for, e.g. "afterok:1234"."""
+    array: str | None = Field(None, pattern=r"^[0-9,:%-]+$")
+    """Indices of a job array, e.g. "0-3": independent runs with seed run.seed + index in <run folder>/array_<index>."""
+    container: Literal["none", "pyxis", "apptainer"] = "none"
+    """How the processes are put into `image`: pyxis is srun's plugin for Enroot."""
+    image: str | None = None
+    """Container image (file, or for pyxis a registry's name)."""
+    mounts: list[str] = []
+    """Folders visible inside, "host:container[:ro]". The current folder always is, under its own name."""
+    python: str | None = None
+    """Python on the nodes. Unset: the one that runs `fiberpo slurm`; in a container: python."""
+    options: list[str] = []
+    """Further options of sbatch, e.g. "--exclude=node7"."""
+
+    @field_validator("time", "array", mode="before")
+    @classmethod
+    def as_text(cls, value: object) -> object:
+        """30 and 12:00:00 are a number and a time of day in TOML."""
+        return str(value) if isinstance(value, (int, datetime.time)) else value
+
+    @model_validator(mode="after")
+    def one_line_each(self) -> "SlurmConfig":
+        for name, value in self:
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and not text.isprintable():
+                    raise ValueError(f"slurm.{name} has a line break or another control character: {text!r}")
+        for option in self.options:
+            if not option.startswith("-"):
+                raise ValueError(f"slurm.options: {option!r} is no option of sbatch; write it as --name=value")
+        return self
+
+    @model_validator(mode="after")
+    def container_has_an_image(self) -> "SlurmConfig":
+        if (self.container == "none") != (self.image is None):
+            raise ValueError(
+                f'slurm.container = "{self.container}" and slurm.image = {self.image!r}: set both, or neither'
+            )
+        return self
+
+
 class SftConfig(Section):
     steps: int = Field(200, ge=1)
     """Optimiser steps."""
@@ -461,6 +532,7 @@ class Config(Section):
     telemetry: TelemetryConfig = TelemetryConfig()
     trainer: TrainerConfig = TrainerConfig()
     sft: SftConfig = SftConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @property
     def needs_rollout_routing(self) -> bool:

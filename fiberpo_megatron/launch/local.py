@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -14,13 +13,12 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from fiberpo_megatron.launch.failures import TAIL_LINES, lost_a_peer
 from fiberpo_megatron.rendezvous import store_on
 from fiberpo_megatron.types import EXIT_STOPPED
 
 LAUNCHER = "FIBERPO_LAUNCHER_PID"
 """Environment variable by which a rank knows this launcher; its value is the process id."""
-
-_TAIL_LINES = 15
 
 
 def launch_ranks(arguments: Sequence[str], world_size: int, log_folder: Path, environment: Mapping[str, str]) -> int:
@@ -99,14 +97,13 @@ def _explain(failures: Mapping[int, ProcessFailure], logs: Mapping[int, str]) ->
 
     def order(failure: ProcessFailure) -> tuple[bool, bool, int, int]:
         stopped_by_us = failure.exitcode == -signal.SIGTERM
-        lost_a_peer = bool(re.search(r"gloo|NCCL|Connection (reset|closed)|rank \d+ failed", _message(failure)))
-        return stopped_by_us, lost_a_peer, failure.timestamp, failure.local_rank
+        return stopped_by_us, lost_a_peer(_message(failure)), failure.timestamp, failure.local_rank
 
     first = min(failures.values(), key=order)
     log = logs.get(first.local_rank, "")
     lines = [f"fiberpo: rank {first.local_rank}: {_message(first)}"]
     if not _told(first):
-        tail = Path(log).read_text(errors="replace").splitlines()[-_TAIL_LINES:] if log else []
+        tail = Path(log).read_text(errors="replace").splitlines()[-TAIL_LINES:] if log else []
         lines += [f"  | {line}" for line in tail]
     return "\n".join([*lines, f"fiberpo: log of that rank: {log}"])
 

@@ -25,8 +25,9 @@ from fiberpo_megatron.rewards import RetryEnvironment, build_reward
 from fiberpo_megatron.rollout.api_key import new_key, read_key
 from fiberpo_megatron.rollout.client import EngineAddress, Sampling
 from fiberpo_megatron.rollout.conversation import Dialogue
-from fiberpo_megatron.rollout.engine import engines
+from fiberpo_megatron.rollout.engine import check_reachable, engines
 from fiberpo_megatron.rollout.generate import EngineSampler
+from fiberpo_megatron.rollout.registry import SLACK_S, Registry
 from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.gpu import GpuMonitor
 from fiberpo_megatron.telemetry.metrics import Kind
@@ -57,6 +58,7 @@ class Base:
     prompts: PromptSets
     checkpoints: RunCheckpoints
     stop: StopRequest
+    registry: Registry | None
 
     def say(self, text: str) -> None:
         """One line for the person at the terminal."""
@@ -64,9 +66,12 @@ class Base:
             print(text, flush=True)
 
 
-def run_train(config: Config, resume: bool, stop: StopRequest) -> None:
-    """`fiberpo train`: reinforcement learning from `model.path`, or from the newest checkpoint."""
-    with _base(config, stop) as base, ExitStack() as stack:
+def run_train(config: Config, resume: bool, stop: StopRequest, registry: Registry | None = None) -> None:
+    """`fiberpo train`: reinforcement learning from `model.path`, or from the newest checkpoint.
+
+    `registry`: the engines were started by the job and register there.
+    """
+    with _base(config, stop, registry) as base, ExitStack() as stack:
         policy = build_policy(config, base.hf_config, base.layout)
         state = _restore(base, policy, resume)
         start = int(state.get("step", 0))
@@ -111,7 +116,7 @@ def run_sft(config: Config, resume: bool, stop: StopRequest) -> None:
 
 
 @contextmanager
-def _base(config: Config, stop: StopRequest) -> Iterator[Base]:
+def _base(config: Config, stop: StopRequest, registry: Registry | None = None) -> Iterator[Base]:
     hf_config = json.loads((config.model.path / "config.json").read_text())
     layout = start_layout(hf_config, config.parallel, config.run)
     try:
@@ -121,7 +126,7 @@ def _base(config: Config, stop: StopRequest) -> Iterator[Base]:
         if layout.rank == 0:
             config.run.folder.mkdir(parents=True, exist_ok=True)
             (config.run.folder / "config.toml").write_text(dump_config(config))
-        yield Base(config, hf_config, layout, tokenizer, prompts, checkpoints, stop)
+        yield Base(config, hf_config, layout, tokenizer, prompts, checkpoints, stop, registry)
     finally:
         stop_layout()
 
@@ -228,15 +233,20 @@ def _routing_shape(hf_config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _engines(base: Base, stack: ExitStack) -> list[EngineAddress]:
-    """Addresses on every rank; rank 0 starts the servers when there are none to be found."""
+    """Addresses on every rank; rank 0 waits for those of the job, or starts servers when none are given."""
     config, layout = base.config, base.layout
     folder = config.run.folder / "engines"
-    if not config.rollout.engine.urls:
+    if base.registry is not None:
+        base.say(f"Waiting for the engines of {', '.join(base.registry.hosts())} ...")
+    elif not config.rollout.engine.urls:
         base.say(f"Starting SGLang (log: {folder}/engine_0.log) ...")
     addresses: list[EngineAddress] = []
-    key: str | None = None
     with together(layout, "starting the rollout engines"):
-        if layout.rank == 0:
+        if layout.rank == 0 and base.registry is not None:
+            addresses = base.registry.wait(config.rollout.engine.start_timeout_s + SLACK_S)
+            for address in addresses:
+                check_reachable(address)
+        elif layout.rank == 0:
             key = _api_key(config.rollout.engine)
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
             first_gpu = _first_engine_gpu(config.rollout.engine, local_ranks)
@@ -253,9 +263,8 @@ def _engines(base: Base, stack: ExitStack) -> list[EngineAddress]:
                     api_key=key,
                 )
             )
-    shared = layout.share_text(json.dumps([key, *(a.url for a in addresses)]) if layout.rank == 0 else None)
-    key, *urls = json.loads(shared)
-    return addresses or [EngineAddress(url, api_key=key) for url in urls]
+    shared = layout.share_text(json.dumps([[a.url, a.api_key] for a in addresses]) if layout.rank == 0 else None)
+    return addresses or [EngineAddress(url, api_key=key) for url, key in json.loads(shared)]
 
 
 def _api_key(engine: EngineConfig) -> str | None:

@@ -1,0 +1,60 @@
+"""The engines of one machine of a job: started, registered when healthy, watched until the job ends."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from fiberpo_megatron.config import Config
+from fiberpo_megatron.rollout.addresses import local_address
+from fiberpo_megatron.rollout.engine import check_reachable, engines
+from fiberpo_megatron.rollout.errors import EngineError
+from fiberpo_megatron.rollout.registry import Registry
+
+WATCH_S = 5.0
+
+
+class _Ended(Exception):
+    """The job needs no engines any more."""
+
+
+def serve(config: Config, folder: Path, host: str, clients: list[str], first_gpu: int) -> int:
+    """Run `rollout.engine.count` servers until SIGUSR1 or SIGTERM; the exit code.
+
+    `folder`: the registry. `host`: this machine's name there. `clients`: names or addresses of the machines whose
+    ranks use the servers, which decide on which address they listen.
+    """
+    registry = Registry(folder)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, _end)
+    try:
+        with engines(
+            config.rollout.engine.model_copy(update={"urls": []}),
+            config.model.path,
+            folder.parent / f"engines_{host}",
+            dtype=config.model.dtype,
+            seed=config.run.seed,
+            host=local_address(clients),
+            first_gpu=first_gpu,
+            routed_experts=config.needs_rollout_routing,
+            api_key=registry.key(),
+        ) as addresses:
+            registry.register(host, addresses)
+            print(f"{host}: {', '.join(address.url for address in addresses)}", flush=True)
+            while True:
+                time.sleep(WATCH_S)
+                for address in addresses:
+                    check_reachable(address)
+    except _Ended:
+        return 0
+    except (EngineError, OSError, ValueError) as error:
+        registry.fail(host, str(error))
+        print(f"fiberpo: engines of {host}: {error}", file=sys.stderr)
+        return 1
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    for other in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)  # one is enough: the servers are being stopped
+    raise _Ended

@@ -1,0 +1,142 @@
+"""`fiberpo slurm`: a config as a batch script for SLURM, and its submission."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from fiberpo_megatron.config import Config, ConfigError, dump_config
+from fiberpo_megatron.types import EXIT_STOPPED
+
+SUBMIT_TIMEOUT_S = 60.0
+
+
+class SubmitError(ValueError):
+    """SLURM did not take the job."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What runs where."""
+
+    ranks: int
+    ranks_per_node: int
+    training_nodes: int
+    engine_nodes: int
+    colocate: bool
+    first_gpu: int
+    """Index of the engines' first GPU on their nodes."""
+
+    @property
+    def nodes(self) -> int:
+        return self.training_nodes + (0 if self.colocate else self.engine_nodes)
+
+
+def shape_of(config: Config) -> Shape:
+    """Nodes and processes that the layout needs. Raises ConfigError when they do not fit."""
+    slurm, engine, ranks = config.slurm, config.rollout.engine, config.parallel.world_size()
+    per_node = slurm.ranks_per_node or max(slurm.gpus_per_node, 1)
+    if ranks > per_node and ranks % per_node:
+        raise ConfigError(
+            f"[parallel] makes {ranks} ranks, which do not fill nodes of {per_node}; change parallel.data or "
+            "slurm.ranks_per_node"
+        )
+    per_node = min(per_node, ranks)
+    if slurm.gpus_per_node and per_node > slurm.gpus_per_node:
+        raise ConfigError(
+            f"slurm.ranks_per_node = {per_node} exceeds slurm.gpus_per_node = {slurm.gpus_per_node}; every rank needs "
+            "a GPU of its own"
+        )
+    if bool(engine.urls) == bool(slurm.engine_nodes):
+        raise ConfigError(
+            f"slurm.engine_nodes = {slurm.engine_nodes} and {len(engine.urls)} rollout.engine.urls: give one of them, "
+            "nodes on which the job starts servers or the addresses of running ones"
+        )
+    training = ranks // per_node
+    if slurm.colocate and slurm.engine_nodes > training:
+        raise ConfigError(
+            f"slurm.colocate puts engines on {slurm.engine_nodes} of the training nodes, but there are {training}; "
+            "lower slurm.engine_nodes"
+        )
+    needed = engine.count * engine.tensor
+    if slurm.gpus_per_node and needed > slurm.gpus_per_node:
+        raise ConfigError(
+            f"rollout.engine.count x tensor = {needed} GPUs, but a node has slurm.gpus_per_node = {slurm.gpus_per_node}"
+        )
+    beside = slurm.colocate and per_node + needed <= slurm.gpus_per_node
+    return Shape(ranks, per_node, training, slurm.engine_nodes, slurm.colocate, per_node if beside else 0)
+
+
+def render(config: Config, config_file: Path, working_folder: Path) -> str:
+    """The batch script. `config_file`: the resolved config that the job reads."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fiberpo_megatron.launch"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # a shell script: every value goes through the filter `sh`
+    )
+    environment.filters["sh"] = lambda value: shlex.quote(str(value))
+    slurm = config.slurm
+    return environment.get_template("job.sbatch.jinja").render(
+        slurm=slurm,
+        shape=shape_of(config),
+        python=slurm.python or (sys.executable if slurm.container == "none" else "python"),
+        run_folder=config.run.folder.resolve(),
+        seed=config.run.seed,
+        threads=config.run.threads_per_rank,
+        config_file=config_file.resolve(),
+        working_folder=working_folder.resolve(),
+        mounts=[f"{working_folder.resolve()}:{working_folder.resolve()}", *slurm.mounts],
+        exit_stopped=EXIT_STOPPED,
+    )
+
+
+def write_job(config: Config, resume: bool) -> Path:
+    """Keep the resolved config and the script in the run folder; the script's path.
+
+    Raises ConfigError when an index of the array already has a run and `resume` is not set.
+    """
+    runs = sorted(config.run.folder.glob("array_*/metrics.jsonl"))
+    if runs and not resume:
+        raise ConfigError(f"{runs[0].parent} already holds a run; go on with --resume, or choose another run.folder")
+    folder = config.run.folder / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    config_file, script = folder / "config.toml", folder / "job.sbatch"
+    text = render(config, config_file, Path.cwd())
+    config_file.write_text(dump_config(config))
+    script.write_text(text)
+    for mark in config.run.folder.glob("**/slurm/complete"):  # with --resume there may be more to do
+        mark.unlink()
+    return script
+
+
+Sbatch = Callable[[list[str]], str]
+
+
+def submit(script: Path, chain: int, sbatch: Sbatch | None = None) -> list[str]:
+    """Submit `chain` jobs, each to start when the one before has ended; their ids. Raises SubmitError."""
+    ids: list[str] = []
+    for _ in range(chain):
+        after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
+        ids.append((sbatch or _sbatch)(["--parsable", *after, str(script)]).strip().split(";")[0])
+    return ids
+
+
+def _sbatch(arguments: list[str]) -> str:
+    try:
+        done = subprocess.run(["sbatch", *arguments], capture_output=True, text=True, timeout=SUBMIT_TIMEOUT_S)
+    except FileNotFoundError:
+        raise SubmitError(
+            f"sbatch is not installed here; copy {arguments[-1]} to a login node and submit it there"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise SubmitError(f"sbatch did not answer within {SUBMIT_TIMEOUT_S:.0f} s; see `sinfo`") from None
+    if done.returncode:
+        raise SubmitError(f"sbatch refused the job: {done.stderr.strip()}")
+    return done.stdout
