@@ -28,13 +28,13 @@ def add_parsers(commands: "argparse._SubParsersAction[Any]", about_overrides: st
 
 def run_job(options: argparse.Namespace, overrides: list[str]) -> int:
     """`fiberpo slurm`; the exit code."""
-    from fiberpo_megatron.launch.slurm import render, submit, write_job
+    from fiberpo_megatron.launch.slurm import render, shape_of, submit, write_job
 
     config = load_config(options.config, overrides)
     if options.dry_run:
         print(render(config, config.run.folder / "slurm" / "config.toml", Path.cwd()), end="")
         return 0
-    preflight(config, "train", options.resume)
+    preflight(config, "train", options.resume, shape_of(config).ranks)
     script = write_job(config, options.resume)
     if not options.submit:
         print(f"Script: {script}\nSubmit it with: sbatch {script}")

@@ -458,8 +458,9 @@ class SlurmConfig(Section):
     """CPU cores of a training rank; the engines of a node get as many as its ranks together."""
     engine_nodes: int = Field(1, ge=0)
     """Nodes that run `rollout.engine.count` servers each. 0: the servers are given by `rollout.engine.urls`."""
-    colocate: bool = False
-    """Put the engines on the first `engine_nodes` training nodes: on GPUs that the ranks leave free, else on theirs."""
+    share_nodes: bool = False
+    """Put the engines on the first `engine_nodes` training nodes: on GPUs that the ranks leave free, else on theirs
+    (see rollout.engine.colocated)."""
     signal_s: int = Field(300, ge=10)
     """Seconds before the time limit at which the run is asked to save and stop: more than one step and one save."""
     requeue: bool = True

@@ -27,13 +27,13 @@ class Shape:
     ranks_per_node: int
     training_nodes: int
     engine_nodes: int
-    colocate: bool
+    share_nodes: bool
     first_gpu: int
     """Index of the engines' first GPU on their nodes."""
 
     @property
     def nodes(self) -> int:
-        return self.training_nodes + (0 if self.colocate else self.engine_nodes)
+        return self.training_nodes + (0 if self.share_nodes else self.engine_nodes)
 
 
 def shape_of(config: Config) -> Shape:
@@ -57,9 +57,9 @@ def shape_of(config: Config) -> Shape:
             "nodes on which the job starts servers or the addresses of running ones"
         )
     training = ranks // per_node
-    if slurm.colocate and slurm.engine_nodes > training:
+    if slurm.share_nodes and slurm.engine_nodes > training:
         raise ConfigError(
-            f"slurm.colocate puts engines on {slurm.engine_nodes} of the training nodes, but there are {training}; "
+            f"slurm.share_nodes puts engines on {slurm.engine_nodes} of the training nodes, but there are {training}; "
             "lower slurm.engine_nodes"
         )
     needed = engine.count * engine.tensor
@@ -67,8 +67,12 @@ def shape_of(config: Config) -> Shape:
         raise ConfigError(
             f"rollout.engine.count x tensor = {needed} GPUs, but a node has slurm.gpus_per_node = {slurm.gpus_per_node}"
         )
-    beside = slurm.colocate and per_node + needed <= slurm.gpus_per_node
-    return Shape(ranks, per_node, training, slurm.engine_nodes, slurm.colocate, per_node if beside else 0)
+    if engine.colocated and not slurm.share_nodes:
+        raise ConfigError(
+            "rollout.engine.colocated = true shares GPUs between ranks and engines; that needs slurm.share_nodes = true"
+        )
+    beside = slurm.share_nodes and not engine.colocated and per_node + needed <= slurm.gpus_per_node
+    return Shape(ranks, per_node, training, slurm.engine_nodes, slurm.share_nodes, per_node if beside else 0)
 
 
 def render(config: Config, config_file: Path, working_folder: Path) -> str:

@@ -87,7 +87,7 @@ def check_shell(text: str, folder: Path) -> None:
 
 
 def test_an_array_is_independent_runs_and_urls_need_no_engine_step(tmp_path: Path):
-    urls = ["--rollout.engine.urls", '["http://a:1"]', "--slurm.engine_nodes", "0", "--slurm.colocate", "false"]
+    urls = ["--rollout.engine.urls", '["http://a:1"]', "--slurm.engine_nodes", "0", "--slurm.share_nodes", "false"]
     text = script(job("--slurm.array", "0-3", "--slurm.dependency", "afterok:12", "--run.seed", "5", *urls))
     assert "#SBATCH --array=0-3" in text and "#SBATCH --dependency=afterok:12" in text
     assert "RUN=" in text and "/array_$SLURM_ARRAY_TASK_ID\n" in text
@@ -105,6 +105,10 @@ def test_an_array_is_independent_runs_and_urls_need_no_engine_step(tmp_path: Pat
         (["--rollout.engine.urls", '["http://a:1"]'], "engine_nodes = 1 and 1 rollout.engine.urls"),
         (["--slurm.engine_nodes", "2"], "2 of the training nodes, but there are 1"),
         (["--rollout.engine.count", "9"], "= 18 GPUs, but a node has slurm.gpus_per_node = 8"),
+        (
+            ["--slurm.share_nodes", "false", "--rollout.engine.colocated", "true"],
+            "colocated = true shares GPUs .* needs slurm.share_nodes",
+        ),
         (["--slurm.container", "pyxis"], "set both, or neither"),
         (["--slurm.options", '["--nice\\nrm -r /"]'], "control character"),
         (["--slurm.options", '["nice"]'], "no option of sbatch"),
