@@ -31,7 +31,7 @@ PARTS = {
         "weight_sync",
     },
     "launch": {"config", "types", "rendezvous", "rollout"},
-    "cli": {"config", "types", "telemetry", "launch", "trainer", "mcore", "planning"},
+    "cli": {"config", "types", "telemetry", "launch", "trainer", "mcore", "planning", "rollout"},
 }
 SOURCES = [
     p

@@ -459,8 +459,8 @@ class SlurmConfig(Section):
     engine_nodes: int = Field(1, ge=0)
     """Nodes that run `rollout.engine.count` servers each. 0: the servers are given by `rollout.engine.urls`."""
     share_nodes: bool = False
-    """Put the engines on the first `engine_nodes` training nodes: on GPUs that the ranks leave free, else on theirs
-    (see rollout.engine.colocated)."""
+    """Put the engines on the first `engine_nodes` training nodes: on GPUs that the ranks leave free, or with
+    rollout.engine.colocated on theirs."""
     signal_s: int = Field(300, ge=10)
     """Seconds before the time limit at which the run is asked to save and stop: more than one step and one save."""
     requeue: bool = True

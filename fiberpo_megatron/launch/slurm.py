@@ -71,7 +71,12 @@ def shape_of(config: Config) -> Shape:
         raise ConfigError(
             "rollout.engine.colocated = true shares GPUs between ranks and engines; that needs slurm.share_nodes = true"
         )
-    beside = slurm.share_nodes and not engine.colocated and per_node + needed <= slurm.gpus_per_node
+    beside = slurm.share_nodes and slurm.gpus_per_node > 0 and not engine.colocated
+    if beside and per_node + needed > slurm.gpus_per_node:
+        raise ConfigError(
+            f"slurm.share_nodes: {per_node} ranks and {needed} GPUs of engines on nodes of {slurm.gpus_per_node} GPUs; "
+            "lower slurm.ranks_per_node or rollout.engine.count, or let them share with rollout.engine.colocated = true"
+        )
     return Shape(ranks, per_node, training, slurm.engine_nodes, slurm.share_nodes, per_node if beside else 0)
 
 

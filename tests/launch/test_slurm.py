@@ -122,7 +122,12 @@ def test_what_does_not_fit_is_said(overrides: list[str], message: str):
 
 
 def test_engines_share_the_ranks_gpus_where_there_are_no_others():
-    config = job("--slurm.ranks_per_node", "8", "--parallel.data", "4")
+    words = ["--slurm.ranks_per_node", "8", "--parallel.data", "4"]
+    with pytest.raises(
+        ConfigError, match="8 ranks and 4 GPUs of engines on nodes of 8 GPUs; lower .* or let them share"
+    ):
+        shape_of(job(*words))
+    config = job(*words, "--rollout.engine.colocated", "true")
     assert shape_of(config).first_gpu == 0 and shape_of(config).nodes == 1
     assert shape_of(job()).first_gpu == 4
 
