@@ -229,6 +229,13 @@ def _routing_shape(hf_config: Mapping[str, Any]) -> tuple[int, int]:
     architecture = read_architecture(hf_config)
     if architecture.experts is None:
         raise ValueError(f"routing was asked for, but a {architecture.model_type} model has no experts")
+    dense = list(architecture.experts.dense_layers)
+    if dense:
+        raise ValueError(
+            f"routing was asked of the engine, but layers {dense} of the model have no experts, and what an "
+            "engine reports for them is not told apart; set rollout.return_routing = false and "
+            'algorithm.expert_routing and routing_replay to anything but "rollout"'
+        )
     return architecture.layers, architecture.experts.per_token
 
 

@@ -76,7 +76,18 @@ MOE: dict[str, tuple[str, dict[str, Any]]] = {
         {**_DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 3},
     ),
 }
-MODELS = {**DENSE, **MOE}
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+ROPE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-llama3": ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 2e4, **_LLAMA3}}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
+    "qwen3-yarn": ("qwen3", {"rope_parameters": {**_YARN, "mscale": None, "mscale_all_dim": None}}),
+    "deepseek_v3-yarn-plain": (
+        "deepseek_v3",
+        {**_DEEPSEEK, "rope_parameters": {**_YARN, "mscale": None, "mscale_all_dim": None}},
+    ),
+}
+"""Scaled rotary embeddings."""
+MODELS = {**DENSE, **MOE, **ROPE}
 """By name: model_type and config fields beyond the common shape."""
 
 
