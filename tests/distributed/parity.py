@@ -14,9 +14,11 @@ from torch import Tensor
 
 from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.data.packing import assign_rows, pack, padded_lengths
+from fiberpo_megatron.mcore import policy as policy_module
 from fiberpo_megatron.mcore.checks import check_layout
 from fiberpo_megatron.mcore.global_tensors import global_shards, gradient_shards
 from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout
+from fiberpo_megatron.mcore.model import PolicyModel
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
 from fiberpo_megatron.mcore.weights import save_hf
 from fiberpo_megatron.types import Coefficients, Gate, MicroBatch, RolloutBatch, concatenated_response_tokens
@@ -253,6 +255,20 @@ def run_case(case: Case, folder: Path, parallel: dict[str, int], layout: Paralle
         micro_batches=len(batches),
         norms=norms,
     )
+
+
+def run_without_expert_marks(cases: list[Case], folder: Path, parallel: dict[str, int]) -> list[Run]:
+    """As `run_cases`, but Megatron takes the experts' parameters for ordinary ones."""
+    build = policy_module.build_model
+
+    def unmarked(*args: Any, **options: Any) -> list[PolicyModel]:
+        models = build(*args, **options)
+        for parameter in (parameter for model in models for parameter in model.parameters()):
+            parameter.allreduce = True
+        return models
+
+    policy_module.build_model = unmarked  # in this process alone, which ends with the run
+    return run_cases(cases, folder, parallel)
 
 
 def run_cases(cases: list[Case], folder: Path, parallel: dict[str, int]) -> list[Run]:

@@ -4,6 +4,7 @@ All start from the same Hugging Face checkpoint. The reference takes everything 
 token budget that gives several. The trajectories are 2 to 64 tokens long.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.distributed.parity import LENGTHS, MODELS, Case, Run, assemble, run_cases, write_checkpoints
+from tests.distributed.parity import (
+    LENGTHS,
+    MODELS,
+    Case,
+    Run,
+    assemble,
+    run_cases,
+    run_without_expert_marks,
+    write_checkpoints,
+)
 from tests.distributed.spawn import run_ranks
+
+Runner = Callable[[list[Case], Path, dict[str, int]], list[Run]]
 
 TOLERANCE = 1e-5
 """float32 has 24 bits: a sum in another order moves a log-prob or a tensor's largest element by up to about 1e-6."""
@@ -93,9 +105,9 @@ class Reference:
     def of(self, case: Case) -> Whole:
         return self.whole[case.model, case.batch]
 
-    def run(self, cases: list[Case], parallel: dict[str, int]) -> list[Whole]:
+    def run(self, cases: list[Case], parallel: dict[str, int], how: Runner = run_cases) -> list[Whole]:
         sizes = [parallel.get(name, 1) for name in ("tensor", "pipeline", "context", "data")]
-        ranks = run_ranks(int(np.prod(sizes)), run_cases, cases, self.folder, parallel)
+        ranks = run_ranks(int(np.prod(sizes)), how, cases, self.folder, parallel)
         return [join(list(runs)) for runs in zip(*ranks)]
 
     def compare(self, cases: list[Case], parallel: dict[str, int]) -> list[Whole]:
@@ -195,6 +207,12 @@ def test_auxiliary_loss_over_stages(reference: Reference):
     assert_same(case, found, wanted)
     without = reference.of(case).gradients["fixed"]
     assert tensor_difference(wanted.gradients["fixed"], without) > 0.01
+
+
+def test_the_expert_marks_matter(reference: Reference):
+    """With expert = 1 and expert_tensor other than tensor Megatron 0.16 is wrong without them."""
+    (found,) = reference.run([Case("moe")], EXPERT_LAYOUTS["DP2 ETP2"], run_without_expert_marks)
+    assert tensor_difference(found.gradients["fixed"], reference.of(Case("moe")).gradients["fixed"]) > 0.01
 
 
 def test_the_gates_differ(reference: Reference):
