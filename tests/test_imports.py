@@ -31,7 +31,8 @@ PARTS = {
         "weight_sync",
     },
     "launch": {"config", "types", "rendezvous", "rollout"},
-    "cli": {"config", "types", "telemetry", "launch", "trainer", "mcore", "planning", "rollout"},
+    "doctor": {"config", "telemetry", "data", "mcore", "planning", "rollout", "launch"},
+    "cli": {"config", "types", "telemetry", "launch", "trainer", "mcore", "planning", "rollout", "doctor"},
 }
 SOURCES = [
     p
@@ -73,7 +74,7 @@ def test_imports_point_down(source: Path):
         if top == "sglang":
             pytest.fail(f"{source}: SGLang is started as a process, never imported")
         if name.startswith("torch.distributed") and not name.startswith("torch.distributed.elastic"):
-            allowed = {"mcore", "weight_sync"}
+            allowed = {"mcore", "weight_sync", "doctor"}
             assert part in allowed, f"{source}: only {allowed} import torch.distributed"
         if part == "config":
             assert top != "torch", f"{source}: config must load without torch"

@@ -1,4 +1,4 @@
-"""`fiberpo train|sft|dump|eval|check-model|plan|report`: checks what can be checked at once, then starts the ranks."""
+"""`fiberpo train|sft|dump|eval|..`: checks what can be checked at once, then starts the ranks."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fiberpo_megatron
-from fiberpo_megatron.cli import plan, slurm
+from fiberpo_megatron.cli import doctor, plan, slurm
 from fiberpo_megatron.config import Config, ConfigError, load_config
 from fiberpo_megatron.trainer.preflight import preflight
 
@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if overrides:
                 parser.error(f"unexpected arguments: {' '.join(overrides)}")
             return _report(options.folder)
+        if options.command == "doctor":
+            return doctor.run(options, overrides)
         if options.command == "plan":
             return plan.run(options, overrides)
         if options.command == "check-model":
@@ -53,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", type=Path, metavar="CONFIG.toml")
         if name != "eval":
             command.add_argument("--resume", action="store_true", help="continue where the run stopped")
+    doctor.add_parser(commands, _OVERRIDES)
     plan.add_parser(commands, _OVERRIDES)
     check = commands.add_parser(
         "check-model",
@@ -85,6 +88,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     world_size = int(os.environ["WORLD_SIZE"]) if launched else local_world_size(config)
     if not launched or os.environ["RANK"] == "0":
         preflight(config, options.command, resume, world_size)
+        doctor.warn(config)
     flags = ["--resume"] if resume else []
     words = [options.command, str(options.config), *flags, *overrides]
     if launched:

@@ -59,6 +59,11 @@ class GpuMonitor:
         """One reading per GPU."""
         return [self._reading(index, handle) for index, handle in enumerate(self._handles)]
 
+    def driver(self) -> str:
+        """Version of the driver; "unknown" without one."""
+        version = self._ask("nvmlSystemGetDriverVersion") if self._handles else None
+        return version.decode() if isinstance(version, bytes) else str(version or "unknown")
+
     def _reading(self, index: int, handle: Any) -> GpuReading:
         nvml = self._nvml
         assert nvml is not None

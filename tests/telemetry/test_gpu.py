@@ -25,6 +25,9 @@ class FakeNvml:
 
     def nvmlInit(self) -> None: ...
 
+    def nvmlSystemGetDriverVersion(self) -> str | bytes:
+        return b"570.86"
+
     def nvmlDeviceGetCount(self) -> int:
         return 2
 
@@ -59,6 +62,7 @@ class FakeNvml:
 
 
 def test_readings_have_units_and_missing_values_are_none():
+    assert GpuMonitor(FakeNvml()).driver() == "570.86"
     first, second = GpuMonitor(FakeNvml()).read()
     assert first.name == second.name == "NVIDIA H100"
     assert (first.utilisation, first.memory_used, first.power, first.temperature) == (97.0, 3.0, 650.5, 71)

@@ -1,0 +1,38 @@
+"""`fiberpo doctor`: whether a run can work here, and the fix for what cannot."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from fiberpo_megatron.config import Config, load_config
+
+
+def add_parser(commands: Any, overrides: str) -> None:
+    """The command's options."""
+    about = "check this machine, its software and a config"
+    parser = commands.add_parser("doctor", help=about, description=f"{about}; {overrides}. See docs/doctor.md")
+    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.toml")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace, overrides: list[str]) -> int:
+    """0 when nothing failed."""
+    from fiberpo_megatron.doctor import examination, report
+
+    found = examination.full(load_config(options.config, overrides) if options.config else None)
+    if os.environ.get("RANK", "0") == "0":
+        if options.json:
+            print(report.as_json(found))
+        else:
+            report.print_table(found)
+    return report.exit_code(found)
+
+
+def warn(config: Config) -> None:
+    """At the start of a run: what may go wrong, a line each on stderr."""
+    from fiberpo_megatron.doctor import examination
+
+    for finding in examination.before_a_run(config):
+        print(f"fiberpo: {finding.status}: {finding.check}: {finding.seen}. {finding.fix}", file=sys.stderr)

@@ -1,0 +1,74 @@
+"""Rollout engines: ports for those that a run starts, and what those that run already can do."""
+
+import httpx
+
+from fiberpo_megatron.config import Config
+from fiberpo_megatron.doctor.report import Finding
+from fiberpo_megatron.doctor.software import ENGINE, requirement_of
+from fiberpo_megatron.rollout.addresses import free_ports, is_free
+from fiberpo_megatron.rollout.api_key import read_key
+from fiberpo_megatron.rollout.client import EngineAddress
+
+HOST = "127.0.0.1"
+TIMEOUT_S = 10.0
+COMMON = ("/generate", "/model_info", "/server_info", "/pause_generation", "/continue_generation", "/flush_cache")
+OF_METHOD = {
+    "disk": ("/update_weights_from_disk",),
+    "distributed": (
+        "/init_weights_update_group",
+        "/begin_weight_update",
+        "/update_weights_from_distributed",
+        "/end_weight_update",
+        "/destroy_weights_update_group",
+    ),
+}
+"""Endpoints that `rollout/client.py` calls; a test compares them with its source."""
+
+
+def ports(config: Config) -> list[Finding]:
+    """Whether the engines' ports are free; without fixed ones, whether enough are."""
+    engine = config.rollout.engine
+    if engine.urls:
+        return []
+    if engine.port is None:
+        try:
+            free_ports(2 * engine.count, HOST)
+        except RuntimeError as error:
+            return [Finding("ports", "fail", str(error), "Stop servers on this machine")]
+        return [Finding("ports", "pass", f"{2 * engine.count} free ones found")]
+    busy = [port for port in range(engine.port, engine.port + engine.count) if not is_free(port, HOST)]
+    if busy:
+        seen = f"{', '.join(map(str, busy))} in use by another process"
+        return [Finding("ports", "fail", seen, "Stop it, or change rollout.engine.port")]
+    return [Finding("ports", "pass", f"{engine.port} to {engine.port + engine.count - 1} are free")]
+
+
+def servers(config: Config) -> list[Finding]:
+    """Every engine of `rollout.engine.urls`: reachable, of the supported version, with the endpoints needed."""
+    engine = config.rollout.engine
+    key = read_key(engine.api_key_file) if engine.api_key_file and engine.urls else None
+    needed = (*COMMON, *OF_METHOD[config.weight_sync.method])
+    return [_server(EngineAddress(url.rstrip("/"), api_key=key), needed) for url in engine.urls]
+
+
+def _server(address: EngineAddress, needed: tuple[str, ...]) -> Finding:
+    name = f"engine {address.url}"
+    try:
+        with httpx.Client(base_url=address.url, timeout=TIMEOUT_S, trust_env=False, headers=address.headers) as http:
+            version = http.get("/server_info").raise_for_status().json().get("version", "unknown")
+            offered = http.get("/openapi.json").raise_for_status().json()["paths"]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
+        seen = f"no SGLang server answers ({type(error).__name__}: {error})"
+        return Finding(name, "fail", seen, "Start it, or correct rollout.engine.urls or api_key_file")
+    missing = [path for path in needed if path not in offered]
+    if missing:
+        fix = f"Start it with the supported {ENGINE} version"
+        return Finding(name, "fail", f"version {version} lacks {', '.join(missing)}", fix)
+    return _compare(name, version)
+
+
+def _compare(name: str, version: str) -> Finding:
+    wanted = requirement_of(ENGINE)
+    if wanted.specifier.contains(version, prereleases=True):
+        return Finding(name, "pass", f"version {version}, all endpoints")
+    return Finding(name, "warn", f"version {version}, tested is {wanted.specifier}", "Start it with the tested version")

@@ -1,0 +1,67 @@
+"""What the config names: the model's files, its tokenizer, and whether the layout divides the model."""
+
+import json
+from pathlib import Path
+
+from fiberpo_megatron.config import Config
+from fiberpo_megatron.doctor.report import Finding
+
+
+def model_files(config: Config) -> list[Finding]:
+    """config.json, and every safetensors file that the index names, with a header that can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = config.model.path
+    fix = "Name a complete Hugging Face folder in model.path; copy what is missing again"
+    if not (folder / "config.json").is_file():
+        return [Finding("model files", "fail", f"{folder / 'config.json'} does not exist", fix)]
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
+    if index.is_file():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if not files and not config.model.random_init:
+        return [Finding("model files", "fail", f"{folder} has no *.safetensors", fix)]
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                tensors.keys()
+        except (OSError, SafetensorError) as error:
+            return [Finding("model files", "fail", f"{file} cannot be read: {error}", fix)]
+    return [Finding("model files", "pass", f"{folder}: {len(files)} weight files")]
+
+
+def tokenizer(config: Config) -> list[Finding]:
+    """Loads the tokenizer and its stop tokens as a run does."""
+    from fiberpo_megatron.data.tokenizer import load_tokenizer, stop_token_ids
+
+    try:
+        stops = stop_token_ids(config.model.path, load_tokenizer(config.model.path))
+    except ValueError as error:
+        return [Finding("tokenizer", "fail", str(error), "Copy the model's tokenizer files into model.path")]
+    return [Finding("tokenizer", "pass", f"stop tokens {', '.join(map(str, stops))}")]
+
+
+def layout(config: Config, world_size: int) -> list[Finding]:
+    """Whether [parallel] divides the model and the ranks."""
+    from fiberpo_megatron.mcore.checks import check_layout
+
+    path = config.model.path / "config.json"
+    if not path.is_file():
+        return []  # `model_files` says so
+    try:
+        check_layout(json.loads(path.read_text()), config.parallel, world_size)
+    except ValueError as error:
+        what, _, fix = str(error).rpartition("; ")
+        return [Finding("layout", "fail", what or str(error), fix)]
+    return [Finding("layout", "pass", f"{world_size} ranks")]
+
+
+def task_files(config: Config) -> list[Finding]:
+    """Prompt files that can be opened."""
+    paths: list[Path] = []
+    for task in config.data.tasks:
+        paths += [path for path in (getattr(task, "train", None), getattr(task, "held_out", None)) if path]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        return [Finding("prompts", "fail", f"{', '.join(missing)} does not exist", "Correct data.tasks")]
+    return [Finding("prompts", "pass", f"{len(paths)} files")] if paths else []

@@ -1,0 +1,186 @@
+"""Ranks that talk to each other: who is missing, who is slow, whose clock is off. `python -m` runs one rank.
+
+Every rank tells the store that it is there and what its machine looks like; rank 0 waits for each by number. Then all
+take part in a timed all-reduce (NCCL, gloo without a GPU), and rank 0 exchanges a message and a clock with each.
+"""
+
+import json
+import os
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fiberpo_megatron.doctor import machine
+from fiberpo_megatron.doctor.report import Finding
+
+DEADLINE_S = 60.0
+ALL_REDUCE_BYTES, MESSAGE_BYTES, ROUNDS = 32 * 2**20, 4 * 2**20, 3
+SLOW_FACTOR = 3.0
+"""A rank is slow when its exchange with rank 0 takes this many times the median rank's."""
+CLOCK_SKEW_S = 1.0
+
+
+def machine_findings() -> list[Finding]:
+    """What can differ from node to node."""
+    return [*machine.gpus(), *machine.shared_memory(), *machine.open_files(), *machine.cores()]
+
+
+def meet(deadline_s: float = DEADLINE_S) -> list[Finding]:
+    """Every rank of the launcher calls it; rank 0 gets the findings, the others none."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(seconds=deadline_s)
+    try:
+        store = _store(rank, timeout)
+    except (dist.DistError, OSError, RuntimeError, TimeoutError) as error:
+        raise TimeoutError(
+            f"rank {rank}: rank 0 does not answer at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"within {deadline_s:g} s ({type(error).__name__}); check that it was started, and the firewall between"
+        ) from error
+    own = [asdict(finding) for finding in machine_findings()] if os.environ.get("LOCAL_RANK", "0") == "0" else []
+    store.set(f"here/{rank}", json.dumps({"host": socket.gethostname(), "findings": own}))
+    found: list[Finding] = []
+    if rank == 0:
+        present, missing = _wait_for(store, size, deadline_s)
+        found = _of_machines(present)
+        store.set("go", "no" if missing else "yes")
+        if missing:
+            seen = f"{_ranks(missing)} of {size} did not come within {deadline_s:g} s"
+            fix = "See the logs of those ranks; check that their hosts reach MASTER_ADDR:MASTER_PORT"
+            return [*found, Finding("ranks", "fail", seen, fix)]
+    store.wait(["go"], timeout * 2)
+    if store.get("go") != b"yes":
+        return []
+    return found + _talk(store, rank, size, timeout)
+
+
+def _store(rank: int, timeout: timedelta) -> dist.Store:
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, None, rank == 0 and not agent, timeout, wait_for_workers=False)
+    return dist.PrefixStore("doctor", store)
+
+
+def _wait_for(store: dist.Store, size: int, deadline_s: float) -> tuple[dict[int, dict[str, object]], list[int]]:
+    """What every rank said, and the ranks that said nothing."""
+    until = time.monotonic() + deadline_s
+    present, missing = {}, []
+    for rank in range(size):
+        try:
+            store.wait([f"here/{rank}"], timedelta(seconds=max(0.01, until - time.monotonic())))
+            present[rank] = json.loads(store.get(f"here/{rank}"))
+        except (dist.DistError, RuntimeError):
+            missing.append(rank)
+    return present, missing
+
+
+def _of_machines(present: dict[int, dict[str, object]]) -> list[Finding]:
+    """Findings of every node, with its name where there are several."""
+    several = len({said["host"] for said in present.values()}) > 1
+    found = []
+    for said in present.values():
+        for finding in (Finding(**values) for values in said["findings"]):  # type: ignore[call-overload]
+            name = f"{said['host']}: {finding.check}" if several else finding.check
+            found.append(Finding(name, finding.status, finding.seen, finding.fix))
+    return found
+
+
+def _talk(store: dist.Store, rank: int, size: int, timeout: timedelta) -> list[Finding]:
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        seconds = _timed(lambda: dist.all_reduce(torch.ones(ALL_REDUCE_BYTES // 4, device=device)), gpu)
+        exchanged, skews = _exchange(rank, size)
+    finally:
+        dist.destroy_process_group()
+    if rank:
+        return []
+    carried = 2 * (size - 1) / size * ALL_REDUCE_BYTES / seconds / 1e9
+    name = "NCCL" if gpu else "gloo"
+    seen = f"{name}, {size} ranks: {ALL_REDUCE_BYTES / 2**20:.0f} MiB in {seconds * 1e3:.1f} ms ({carried:.2f} GB/s)"
+    return [Finding("all-reduce", "pass", seen), _slow(exchanged), _clocks(skews)]
+
+
+def _timed(work: Callable[[], object], gpu: bool) -> float:
+    """Seconds of one round, the first (which connects) not counted."""
+    work()
+    if gpu:
+        torch.cuda.synchronize()
+    dist.barrier()
+    began = time.perf_counter()
+    for _ in range(ROUNDS):
+        work()
+    if gpu:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / ROUNDS
+
+
+def _exchange(rank: int, size: int) -> tuple[dict[int, float], dict[int, float]]:
+    """On rank 0, for every other rank: seconds of a message there and back over gloo, and its clock minus ours (s)."""
+    message, clock = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8), torch.zeros(1, dtype=torch.float64)
+    seconds, skews = {}, {}
+    for peer in range(1, size):
+        for _ in range(2):  # the first connects
+            if rank == 0:
+                began = time.perf_counter()
+                dist.send(message, peer)
+                dist.recv(message, peer)
+                seconds[peer] = time.perf_counter() - began
+                asked = time.time()
+                dist.send(clock, peer)
+                dist.recv(clock, peer)
+                skews[peer] = clock.item() - (asked + time.time()) / 2
+            elif rank == peer:
+                dist.recv(message, 0)
+                dist.send(message, 0)
+                dist.recv(clock, 0)
+                dist.send(torch.tensor([time.time()], dtype=torch.float64), 0)
+    return seconds, skews
+
+
+def _slow(seconds: dict[int, float]) -> Finding:
+    if not seconds:
+        return Finding("links", "pass", "one rank alone")
+    usual = statistics.median(seconds.values())
+    slow = [rank for rank, taken in seconds.items() if taken > SLOW_FACTOR * usual]
+    seen = f"{MESSAGE_BYTES / 2**20:.0f} MiB to a rank and back in {usual * 1e3:.1f} ms (median)"
+    if not slow:
+        return Finding("links", "pass", seen)
+    worst = max(slow, key=lambda rank: seconds[rank])
+    told = f"{seen}; {_ranks(slow)} slow, rank {worst} takes {seconds[worst] * 1e3:.1f} ms"
+    return Finding("links", "warn", told, "Check the network and the load of those ranks' hosts")
+
+
+def _clocks(skews: dict[int, float]) -> Finding:
+    worst = max(skews, key=lambda rank: abs(skews[rank]), default=None)
+    if worst is None or abs(skews[worst]) < CLOCK_SKEW_S:
+        return Finding("clocks", "pass", f"within {CLOCK_SKEW_S:g} s of each other")
+    seen = f"rank {worst}'s clock is off by {skews[worst]:+.1f} s from rank 0's"
+    return Finding("clocks", "warn", seen, "Have the hosts' time kept by chrony or ntpd: logs cannot be compared")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def main(path: Path) -> int:
+    """One of the local ranks that `fiberpo doctor` starts; rank 0 writes the findings to `path`."""
+    found = meet()
+    if os.environ["RANK"] == "0":
+        path.write_text(json.dumps([asdict(finding) for finding in found]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,65 @@
+"""Findings, the deadline around every check, and how findings are shown."""
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+Status = Literal["pass", "warn", "fail"]
+_COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check saw."""
+
+    check: str
+    status: Status
+    seen: str
+    fix: str = ""
+    """Empty for a pass."""
+
+
+Check = Callable[[], Sequence[Finding]]
+
+
+def examine(name: str, check: Check, deadline_s: float) -> list[Finding]:
+    """The check's findings. One that raises, or has not returned after `deadline_s`, is a failure of that name."""
+    found: list[Finding] = []
+
+    def work() -> None:
+        try:
+            found.extend(check())
+        except Exception as error:  # a broken check must not hide the others
+            found.append(Finding(name, "fail", f"{type(error).__name__}: {error}", "See the message"))
+
+    thread = threading.Thread(target=work, name=f"doctor-{name}", daemon=True)
+    thread.start()
+    thread.join(deadline_s)
+    if thread.is_alive():
+        seen = f"no answer within {deadline_s:g} s"
+        return [Finding(name, "fail", seen, "The file system, driver or host that it asks hangs")]
+    return found
+
+
+def exit_code(findings: Sequence[Finding]) -> int:
+    """1 when something failed; warnings do not count."""
+    return int(any(finding.status == "fail" for finding in findings))
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """{"ok": .., "findings": [..]}"""
+    return json.dumps({"ok": not exit_code(findings), "findings": [asdict(finding) for finding in findings]}, indent=1)
+
+
+def print_table(findings: Sequence[Finding]) -> None:
+    """A table on stdout."""
+    table = Table("check", "", "seen", "fix")
+    for finding in findings:
+        colour = _COLOURS[finding.status]
+        table.add_row(finding.check, f"[{colour}]{finding.status}[/{colour}]", finding.seen, finding.fix)
+    Console().print(table)

@@ -1,0 +1,63 @@
+"""Python and packages against what this package declares (setup.py, read from its installed metadata)."""
+
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from fiberpo_megatron.doctor.report import Finding
+
+DISTRIBUTION = "fiberpo-megatron"
+ENGINE = "sglang"
+
+
+def python_version() -> list[Finding]:
+    """The interpreter against `python_requires`."""
+    wanted, version = metadata.metadata(DISTRIBUTION)["Requires-Python"], platform.python_version()
+    if SpecifierSet(wanted).contains(version):
+        return [Finding("Python", "pass", version)]
+    return [Finding("Python", "fail", f"{version}, supported is {wanted}", "Use a supported Python")]
+
+
+def packages(gpu: bool) -> list[Finding]:
+    """Installed versions against the requirements: of the package itself, of its engine, and with a GPU of `[cuda]`."""
+    wrong = []
+    for requirement, extra in _requirements():
+        if extra is None or requirement.name == ENGINE or (gpu and extra == "cuda"):
+            finding = _installed(requirement, extra)
+            wrong += [finding] if finding else []
+    if wrong:
+        return wrong
+    return [Finding("packages", "pass", "all as required")]
+
+
+def _requirements() -> Iterator[tuple[Requirement, str | None]]:
+    """Every requirement with the extra that asks for it."""
+    extras = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+    for text in metadata.requires(DISTRIBUTION) or []:
+        requirement = Requirement(text)
+        marker = requirement.marker
+        if marker is None or marker.evaluate({"extra": ""}):
+            yield requirement, None
+            continue
+        yield from ((requirement, extra) for extra in extras if marker.evaluate({"extra": extra}))
+
+
+def _installed(requirement: Requirement, extra: str | None) -> Finding | None:
+    """What is wrong with one requirement."""
+    name, wanted = requirement.name, str(requirement.specifier) or "any version"
+    install = f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install {DISTRIBUTION}"
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding(name, "fail", f"is not installed, {wanted} is needed", f"{install} (without a GPU: make env)")
+    if requirement.specifier.contains(version, prereleases=True):
+        return None
+    return Finding(name, "fail", f"{version}, needed is {wanted}", f"pip install '{name}{requirement.specifier}'")
+
+
+def requirement_of(name: str) -> Requirement:
+    """The declared requirement of one package."""
+    return next(requirement for requirement, _ in _requirements() if requirement.name == name)

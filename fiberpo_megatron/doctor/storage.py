@@ -1,0 +1,71 @@
+"""Where checkpoints go: room, permission, speed."""
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from fiberpo_megatron.config import Config
+from fiberpo_megatron.doctor.report import Finding
+
+MIB, GIB = 2**20, 2**30
+PROBE_BYTES = 64 * MIB
+SLOW_BYTES_PER_S = 100e6
+LOW_BYTES = 5 * GIB
+
+
+def existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above that exists: a run makes the rest."""
+    folder = folder.absolute()
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def free_disk(folder: Path, needed: int = LOW_BYTES) -> list[Finding]:
+    """Room at `folder` against what a run keeps there (bytes)."""
+    free = shutil.disk_usage(existing(folder)).free
+    seen = f"{free / GIB:.1f} GiB free for {folder}"
+    if free >= needed:
+        return [Finding("disk", "pass", seen)]
+    fix = f"{needed / GIB:.1f} GiB are needed: free some, set run.folder to a larger disk, or lower checkpoint.keep"
+    return [Finding("disk", "fail", seen, fix)]
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """What the kept checkpoints and the one being written take: parameters, float32 masters and two moments."""
+    import json
+
+    from fiberpo_megatron.mcore.architecture import read_architecture
+    from fiberpo_megatron.planning.states import DTYPE_BYTES, MOMENT_BYTES
+    from fiberpo_megatron.planning.weights import model_parameters
+
+    architecture = read_architecture(json.loads((config.model.path / "config.json").read_text()))
+    width = DTYPE_BYTES[config.model.dtype]
+    per_parameter = width + MOMENT_BYTES + (0 if width == 4 else 4)
+    return model_parameters(architecture) * per_parameter * (config.checkpoint.keep + 1)
+
+
+def write_speed(folder: Path, size: int = PROBE_BYTES) -> list[Finding]:
+    """Bytes a second of one process that writes a file and waits until it is on the disk."""
+    where = existing(folder)
+    block = os.urandom(MIB)  # a file system that compresses must not look fast
+    try:
+        with tempfile.TemporaryFile(dir=where, prefix=".fiberpo-doctor-") as file:
+            began = time.perf_counter()
+            for _ in range(max(1, size // MIB)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            speed = size / (time.perf_counter() - began)
+    except OSError as error:
+        seen = f"{where} cannot be written: {error.strerror}"
+        return [
+            Finding("write speed", "fail", seen, "Set run.folder to a folder that you may write to and that has room")
+        ]
+    seen = f"{speed / 1e6:.0f} MB/s at {where}"
+    if speed >= SLOW_BYTES_PER_S:
+        return [Finding("write speed", "pass", seen)]
+    fix = "Checkpoints will hold the run up: use a faster file system, or raise checkpoint.every_steps"
+    return [Finding("write speed", "warn", seen, fix)]
