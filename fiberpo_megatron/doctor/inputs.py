@@ -43,17 +43,18 @@ def tokenizer(config: Config) -> list[Finding]:
 
 def layout(config: Config, world_size: int) -> list[Finding]:
     """Whether [parallel] divides the model and the ranks."""
-    from fiberpo_megatron.mcore.checks import check_layout
+    from fiberpo_megatron.mcore.architecture import read_architecture
+    from fiberpo_megatron.mcore.checks import layout_problems
 
     path = config.model.path / "config.json"
     if not path.is_file():
         return []  # `model_files` says so
-    try:
-        check_layout(json.loads(path.read_text()), config.parallel, world_size)
-    except ValueError as error:
-        what, _, fix = str(error).rpartition("; ")
-        return [Finding("layout", "fail", what or str(error), fix)]
-    return [Finding("layout", "pass", f"{world_size} ranks")]
+    problems = layout_problems(read_architecture(json.loads(path.read_text())), config.parallel, world_size)
+    found = []
+    for problem in problems:
+        what, _, fix = problem.rpartition("; ")
+        found.append(Finding("layout", "fail", what or problem, fix))
+    return found or [Finding("layout", "pass", f"{world_size} ranks")]
 
 
 def task_files(config: Config) -> list[Finding]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,7 +69,7 @@ def _store(rank: int, timeout: timedelta) -> dist.Store:
     return dist.PrefixStore("doctor", store)
 
 
-def _wait_for(store: dist.Store, size: int, deadline_s: float) -> tuple[dict[int, dict[str, object]], list[int]]:
+def _wait_for(store: dist.Store, size: int, deadline_s: float) -> tuple[dict[int, dict[str, Any]], list[int]]:
     """What every rank said, and the ranks that said nothing."""
     until = time.monotonic() + deadline_s
     present, missing = {}, []
@@ -81,12 +82,12 @@ def _wait_for(store: dist.Store, size: int, deadline_s: float) -> tuple[dict[int
     return present, missing
 
 
-def _of_machines(present: dict[int, dict[str, object]]) -> list[Finding]:
+def _of_machines(present: dict[int, dict[str, Any]]) -> list[Finding]:
     """Findings of every node, with its name where there are several."""
     several = len({said["host"] for said in present.values()}) > 1
     found = []
     for said in present.values():
-        for finding in (Finding(**values) for values in said["findings"]):  # type: ignore[call-overload]
+        for finding in (Finding(**values) for values in said["findings"]):
             name = f"{said['host']}: {finding.check}" if several else finding.check
             found.append(Finding(name, finding.status, finding.seen, finding.fix))
     return found

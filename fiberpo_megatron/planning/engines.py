@@ -55,12 +55,12 @@ def cache_token_bytes(architecture: Architecture, tensor: int, width: int) -> in
     return 2 * architecture.layers * heads * architecture.head_dim * width
 
 
-def plan_engine(config: Config, architecture: Architecture, memory: float) -> EnginePlan:
-    """One GPU with `memory` bytes of an engine of the config."""
+def plan_engine(config: Config, architecture: Architecture, memory: float, taken: int = 0) -> EnginePlan:
+    """One GPU with `memory` bytes of an engine of the config, of whose share others take `taken` bytes."""
     engine, width = config.rollout.engine, engine_dtype_bytes(config)
     weights = -(-model_parameters(architecture) * width // engine.tensor)
     token = cache_token_bytes(architecture, engine.tensor, width)
-    room = max(0, int(engine.memory_fraction * memory) - weights)
+    room = max(0, int(engine.memory_fraction * memory) - weights - taken)
     if engine.max_total_tokens is not None:
         room = min(room, engine.max_total_tokens * token)
     return EnginePlan(weights, token, room, config.data.max_prompt_tokens + config.rollout.max_response_tokens)

@@ -26,9 +26,15 @@ class StagePlan:
     """Short-lived buffers of the log-probs; 0 but on the last stage."""
     reserved: int
 
+    offloaded: bool
+    """Optimizer state is in host memory but for the optimizer's own step (`optimizer.cpu_offload`)."""
+
     @property
     def total(self) -> int:
-        return self.states.total + self.activations + self.log_probs + self.reserved
+        """Peak of a step: with offloading, optimizer state and activations are never there together."""
+        passes = self.activations + self.log_probs
+        moving = max(passes, self.states.optimizer) if self.offloaded else passes + self.states.optimizer
+        return self.states.parameters + self.states.gradients + moving + self.reserved
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,6 @@ class Plan:
     """Bytes of one GPU."""
     training_gpus: int
     engine_gpus: int
-    colocated: bool
-    """Engines and training share GPUs."""
     work: Workload
     stages: tuple[StagePlan, ...]
     engine: EnginePlan
@@ -61,16 +65,10 @@ class Plan:
     def problems(self) -> list[str]:
         """Why it does not fit; empty when it does."""
         found = []
-        training, engine = self.largest.total, self.engine.weights + self.engine.cache
+        training = self.largest.total
         if training > self.memory:
             found.append(
                 f"training: stage {self.largest.stage} needs {training / GIGA:.1f} GB of {self.memory / GIGA:.0f} GB"
-            )
-        if self.colocated and training + engine > self.memory:
-            found.append(
-                f"training and an engine on one GPU need {(training + engine) / GIGA:.1f} GB of "
-                f"{self.memory / GIGA:.0f} GB; give the engines GPUs of their own or lower "
-                "rollout.engine.memory_fraction"
             )
         if not self.engine.fits:
             found.append(
@@ -80,34 +78,26 @@ class Plan:
         return found
 
 
-def split_gpus(config: Config, gpus: int) -> tuple[int, int, bool]:
-    """(training GPUs, engine GPUs, whether they are the same ones).
-
-    Engines get GPUs of their own where training leaves enough, as `fiberpo train` places them. ValueError where the
-    layout needs more GPUs than there are.
-    """
-    serving = engine_count(config) * config.rollout.engine.tensor
-    parallel = config.parallel
-    if serving > gpus:
-        raise ValueError(f"the engines take {serving} GPUs, there are {gpus}; lower rollout.engine.count or tensor")
-    if parallel.data is not None:
-        training = parallel.world_size()
-    else:
-        own = (gpus - serving) // parallel.model_ranks * parallel.model_ranks
-        training = own or gpus // parallel.model_ranks * parallel.model_ranks
-    if not training or training > gpus:
+def split_gpus(config: Config, gpus: int) -> tuple[int, int]:
+    """(training GPUs, engine GPUs): the same ones where engines are colocated. ValueError when there are too few."""
+    parallel, engine = config.parallel, config.rollout.engine
+    serving = engine_count(config) * engine.tensor
+    beside = 0 if engine.colocated else serving
+    replicas = parallel.data or (gpus - beside) // parallel.model_ranks
+    training = max(1, replicas) * parallel.model_ranks
+    if max(training + beside, serving) > gpus:
         raise ValueError(
-            f"the layout takes {training or parallel.model_ranks} GPUs for training, there are {gpus}; use smaller "
-            "[parallel] sizes"
+            f"training takes {training} GPUs and the engines {serving}{', shared' if engine.colocated else ''}; there "
+            f"are {gpus}: use smaller [parallel] sizes or fewer engines, or rollout.engine.colocated = true"
         )
-    return training, serving, training + serving > gpus
+    return training, serving
 
 
 def make_plan(
     config: Config, hf_config: Mapping[str, Any], gpus: int, memory: float, gpu: Gpu, assumptions: Assumptions
 ) -> Plan:
     """The plan of a config on `gpus` GPUs of `memory` bytes. ValueError where the layout does not divide."""
-    training, serving, colocated = split_gpus(config, gpus)
+    training, serving = split_gpus(config, gpus)
     check_layout(hf_config, config.parallel, training)
     architecture = read_architecture(hf_config)
     parallel = config.parallel.model_copy(update={"data": training // config.parallel.model_ranks})
@@ -117,7 +107,9 @@ def make_plan(
         _stage(config, architecture, training, stage, work, assumptions) for stage in range(parallel.pipeline)
     )
     fullest = max(stages, key=lambda stage: stage.states.total)
-    engine = plan_engine(config, architecture, memory)
+    # colocated: while an engine generates, the trainer's parameters stay, its gradients and optimizer state do not
+    taken = fullest.states.parameters if config.rollout.engine.colocated else 0
+    engine = plan_engine(config, architecture, memory, taken)
     return Plan(
         config=config,
         architecture=architecture,
@@ -125,7 +117,6 @@ def make_plan(
         memory=int(memory),
         training_gpus=training,
         engine_gpus=serving,
-        colocated=colocated,
         work=work,
         stages=stages,
         engine=engine,
@@ -164,4 +155,5 @@ def _stage(
         ),
         log_probs=log_prob_bytes(architecture, model, parallel, row) if last else 0,
         reserved=int(assumptions.reserved_gb * GIGA),
+        offloaded=config.optimizer.cpu_offload,
     )

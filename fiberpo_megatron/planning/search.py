@@ -6,7 +6,7 @@ from typing import Any
 
 from fiberpo_megatron.config.schema import Config, ParallelConfig
 from fiberpo_megatron.mcore.architecture import Architecture, read_architecture
-from fiberpo_megatron.mcore.checks import check_layout
+from fiberpo_megatron.mcore.checks import layout_problems
 from fiberpo_megatron.planning.engines import plan_engine
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu
 from fiberpo_megatron.planning.plan import Plan, make_plan
@@ -44,7 +44,9 @@ def _candidates(config: Config, hf_config: Mapping[str, Any], gpus: int, memory:
         engines = int(gpus * share) // tensor
         if not engines:
             continue
-        engine = config.rollout.engine.model_copy(update={"urls": [], "count": engines, "tensor": tensor})
+        engine = config.rollout.engine.model_copy(
+            update={"urls": [], "count": engines, "tensor": tensor, "colocated": False}
+        )
         rollout = config.rollout.model_copy(update={"engine": engine})
         if not plan_engine(config.model_copy(update={"rollout": rollout}), architecture, memory).fits:
             continue
@@ -70,9 +72,7 @@ def _layouts(config: Config, hf_config: Mapping[str, Any], gpus: int, memory: fl
                 "data": gpus // (tensor * pipeline * context),
             }
             parallel = config.parallel.model_copy(update=sizes)
-            try:
-                check_layout(hf_config, parallel, gpus)
-            except ValueError:  # does not divide the model or the GPUs
+            if layout_problems(architecture, parallel, gpus):
                 continue
             if _least_bytes(architecture, config.model.dtype, parallel) < memory:
                 yield parallel

@@ -31,7 +31,7 @@ def layout_text(plan: Plan) -> str:
 def engines_text(plan: Plan) -> str:
     """`4 x tensor 2 = 8 GPUs`."""
     tensor = plan.config.rollout.engine.tensor
-    beside = ", shared with training" if plan.colocated else ""
+    beside = ", shared with training" if plan.config.rollout.engine.colocated else ""
     return f"{plan.engine_gpus // tensor} x tensor {tensor} = {plan.engine_gpus} GPUs{beside}"
 
 
@@ -102,7 +102,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "recompute": plan.config.model.recompute,
         "training_gpus": plan.training_gpus,
         "engine_gpus": plan.engine_gpus,
-        "colocated": plan.colocated,
+        "colocated": plan.config.rollout.engine.colocated,
         "stages": [asdict(stage) | {"total": stage.total} for stage in plan.stages],
         "engine": asdict(plan.engine) | {"cache_tokens": plan.engine.cache_tokens},
         "publish_bytes": plan.publish,
