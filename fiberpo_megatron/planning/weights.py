@@ -35,15 +35,9 @@ def vocabulary_rows(architecture: Architecture, parallel: ParallelConfig) -> int
 def stage_layers(architecture: Architecture, parallel: ParallelConfig, stage: int, chunk: int) -> range:
     """Layers (from 0, over the whole model) of model chunk `chunk` on pipeline stage `stage`."""
     counts = layers_per_chunk(architecture.layers, parallel.pipeline * parallel.virtual_pipeline)
-<<<<<<< HEAD
     place = chunk * parallel.pipeline + stage
     first = sum(counts[:place])
     return range(first, first + counts[place])
-=======
-    index = chunk * parallel.pipeline + stage
-    first = sum(counts[:index])
-    return range(first, first + counts[index])
->>>>>>> a3abc7f (Plans follow uneven stages, offloading and colocated engines; the tables' script)
 
 
 def chunk_weights(architecture: Architecture, parallel: ParallelConfig, stage: int, chunk: int) -> list[Weight]:
