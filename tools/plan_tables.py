@@ -24,12 +24,36 @@ NAMES = {
     "joyai_llm_flash": "JoyAI-LLM Flash 48B-A3B",
     "qwen3_235b_a22b": "Qwen3-235B-A22B",
 }
-GPU_COUNTS = (32, 64, 256)
 COMMON = ["--rollout.engine.urls", "[]", "--rollout.engine.max_running_requests", "256"]
-LAYOUTS: dict[tuple[str, int], tuple[str, list[str]]] = {
-    # model, GPUs: which GPU, overrides
-}
-HEADINGS = ("model", "GPUs", *show.LAYOUT_HEADINGS, "publish GB", "gates bytes")
+
+
+def _layout(engines: int, size: int, recompute: str, **parallel: int) -> list[str]:
+    """Overrides: engines of `size` GPUs, recomputation, [parallel] sizes (1 where not given)."""
+    words = ["--rollout.engine.count", str(engines), "--rollout.engine.tensor", str(size)]
+    words += ["--model.recompute", recompute]
+    for name in ("tensor", "pipeline", "context", "data", "expert"):
+        words += [f"--parallel.{name}", str(parallel.get(name, 1))]
+    return words
+
+
+LAYOUTS = [
+    # model, GPUs, which GPU, overrides
+    ("qwen3_30b_a3b", 32, "H100", _layout(4, 4, "none", tensor=2, pipeline=2, context=4, expert=4)),
+    ("qwen3_30b_a3b", 64, "H100", _layout(8, 4, "none", tensor=2, pipeline=2, context=4, data=2, expert=8)),
+    ("qwen3_30b_a3b", 256, "H100", _layout(48, 4, "none", tensor=2, pipeline=2, context=4, data=4, expert=8)),
+    ("joyai_llm_flash", 32, "H100", _layout(4, 4, "full", tensor=2, pipeline=2, data=4, expert=8)),
+    ("joyai_llm_flash", 64, "H100", _layout(8, 4, "full", tensor=2, pipeline=2, data=8, expert=8)),
+    ("joyai_llm_flash", 256, "H100", _layout(48, 4, "full", tensor=2, pipeline=2, data=16, expert=8)),
+    ("qwen3_235b_a22b", 32, "B200", _layout(4, 4, "full", tensor=4, pipeline=2, data=2, expert=8)),
+    ("qwen3_235b_a22b", 64, "B200", _layout(8, 4, "full", tensor=4, pipeline=2, data=4, expert=16)),
+    (
+        "qwen3_235b_a22b",
+        256,
+        "H100",
+        _layout(16, 8, "none", tensor=4, pipeline=2, context=8, data=2, expert=64),
+    ),
+]
+HEADINGS = ("model", "GPUs", "fits", *show.LAYOUT_HEADINGS, "publish GB", "gates bytes")
 
 
 def config_of(model: str, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
@@ -44,13 +68,15 @@ def config_of(model: str, overrides: list[str]) -> tuple[Config, dict[str, Any]]
 def tables() -> str:
     """The table between the page's marks."""
     rows = []
-    for (model, count), (name, overrides) in LAYOUTS.items():
+    for model, count, name, overrides in LAYOUTS:
         gpu = GPUS[name]
         config, hf_config = config_of(model, overrides)
         plan = make_plan(config, hf_config, count, gpu.memory_gb * GIGA, gpu, Assumptions())
-        assert not plan.problems, (model, count, plan.problems)
+        fits = "no" if plan.problems else "yes"
         gates = " + ".join(f"{size:,}" for size in plan.gates)
-        rows.append([NAMES[model], f"{count} x {name}", *show.layout_row(plan), show.gigabytes(plan.publish), gates])
+        rows.append(
+            [NAMES[model], f"{count} x {name}", fits, *show.layout_row(plan), show.gigabytes(plan.publish), gates]
+        )
     return show.table(HEADINGS, rows)
 
 

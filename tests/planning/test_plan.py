@@ -1,6 +1,8 @@
 """Plans as a whole: what is counted against what runs, sums, refusals, and the command."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str]):
     assert json.loads(capsys.readouterr().out)["fits"] is False
     assert main(["plan", str(TRAIN), "--gpus", "32"]) == 2  # its model.path is not on this machine
     assert "a plan needs config.json alone" in capsys.readouterr().err
+
+
+def test_committed_plans_are_what_the_tool_writes():
+    tool = [sys.executable, str(ROOT / "tools/plan_tables.py"), "--check"]
+    done = subprocess.run(tool, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
