@@ -12,8 +12,9 @@ from tools.weights_memory import MIB, measure, write_model
 SIZES = {"hidden_size": 256, "moe_intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 8192}
 """114 MiB; the largest tensors have 8 MiB."""
 BUCKET = 8 * MIB
-SLACK = 12 * MIB
-"""Allocator, Python objects, gloo's buffers."""
+SLACK = 32 * MIB
+"""Buffers that the allocator keeps after their use, gloo's, Python objects. The whole model on top of a shard would be
+114 MiB."""
 
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2, "expert_tensor": 2}, {"expert": 2}], ids=["TP2", "EP2"])
