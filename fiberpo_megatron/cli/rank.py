@@ -5,7 +5,6 @@ import ctypes
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from fiberpo_megatron.config import load_config
 from fiberpo_megatron.launch.local import LAUNCHER
 from fiberpo_megatron.rollout.registry import Registry
-from fiberpo_megatron.trainer.stop import Stopped, StopRequest
+from fiberpo_megatron.trainer.stop import Stopped, StopRequest, leave
 from fiberpo_megatron.types import EXIT_STOPPED
 
 
@@ -30,8 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     die_with_launcher()
     stop = StopRequest()
     stop.listen(signal.SIGUSR1, *(() if LAUNCHER in os.environ else (signal.SIGTERM,)))
-    errors = get_error_handler()
-    errors.initialize()
+    get_error_handler().initialize()
     try:
         _run(list(arguments), stop)
     except Stopped as stopped:
@@ -39,12 +37,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"fiberpo: {stopped}", file=sys.stderr, flush=True)
         return EXIT_STOPPED
     except Exception as error:
-        errors.record_exception(error)
-        traceback.print_exc()
-        print(f"fiberpo: rank {os.environ.get('RANK', '?')}: {error}", file=sys.stderr, flush=True)
-        # Other ranks may sit in a collective: leave at once, without waiting for background threads or atexit hooks
-        sys.stdout.flush()
-        os._exit(1)
+        leave(error)
     return 0
 
 
@@ -78,7 +71,7 @@ def die_with_launcher() -> None:
     launcher = os.environ.get(LAUNCHER)
     if launcher is None:
         return
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG; a stopped rank takes no SIGTERM
     if os.getppid() != int(launcher):  # it died before the request was in place
         sys.exit(1)
 

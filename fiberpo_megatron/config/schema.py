@@ -29,6 +29,8 @@ class RunConfig(Section):
     """CPU threads of each training rank (torch intra-op)."""
     distributed_timeout_s: float = Field(600.0, gt=0)
     """Seconds that a collective waits for the other ranks before the run stops and names the operation."""
+    heartbeat_timeout_s: float = Field(120.0, ge=0)
+    """Seconds without a sign of life from a rank after which the run stops and names it; 0: nobody watches."""
 
 
 class ModelConfig(Section):

@@ -71,6 +71,9 @@ class _Beats:
         self._count = 0
 
     def start(self) -> None:
+        """The first beat is this thread's, so that nobody who is past this point can hang unseen."""
+        self._store = self._connect()
+        self._beat(self._store)
         self._thread.start()
 
     def stop(self) -> None:
@@ -100,15 +103,16 @@ class _Beats:
 
     def _run(self) -> None:
         try:
-            store = self._connect()
-            self._watch(store)
-            store.set(_key(self._rank), "")
+            self._watch(self._store)
+            self._store.set(_key(self._rank), "")
         except RankSilent as silence:
             self._leave(silence)
         except RuntimeError as error:  # torch's network errors
             if not self._stopping.wait(_GRACE_S):
                 host, port = self._address
-                self._leave(RankSilent(f"the rendezvous store at {host}:{port} is gone, its machine or process: {error}"))
+                self._leave(
+                    RankSilent(f"the rendezvous store at {host}:{port} is gone, its machine or process: {error}")
+                )
 
     def _watch(self, store: Any) -> None:
         """Beat until the end. Silence is counted in our own beats: a whole job that was suspended is not silent."""
@@ -123,7 +127,7 @@ class _Beats:
                 raise RankSilent(
                     f"rank {neighbour} ({seen['host']}, pid {seen['pid']}) has given no sign of life for "
                     f"{unchanged * self._interval:.0f} s (run.heartbeat_timeout_s = {self._timeout_s:g}): stopped, "
-                    f"frozen, or its machine is gone; it was then in phase {seen['phase']!r} for {seen['seconds']:.0f} s"
+                    f"frozen, or its machine is gone; its phase was {seen['phase']!r}, for {seen['seconds']:.0f} s"
                 )
 
     def _beat(self, store: Any) -> None:

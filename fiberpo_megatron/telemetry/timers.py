@@ -15,14 +15,25 @@ class PhaseTimers:
         self._clock = clock
         self._seconds: dict[str, float] = {}
         self._began = clock()
+        self._running: tuple[tuple[str, float], ...] = ()
+        self._idle = "start", self._began
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        began = self._clock()
+        began, outer = self._clock(), self._running
+        self._running = (*outer, (phase, began))
         try:
             yield
         finally:
-            self.add(phase, self._clock() - began)
+            ended = self._clock()
+            self._running, self._idle = outer, (f"after {phase}", ended)
+            self.add(phase, ended - began)
+
+    def phase(self) -> tuple[str, float]:
+        """The innermost running phase, or "after" the last one, and its seconds so far. Any thread may ask."""
+        running = self._running
+        name, began = running[-1] if running else self._idle
+        return name, self._clock() - began
 
     def add(self, phase: str, seconds: float) -> None:
         """Add time that was measured elsewhere."""

@@ -18,6 +18,7 @@ from fiberpo_megatron.data.prompts import PromptSets
 from fiberpo_megatron.data.tokenizer import Tokenizer, load_tokenizer, response_text, stop_token_ids, tokens_with
 from fiberpo_megatron.mcore.architecture import read_architecture
 from fiberpo_megatron.mcore.checkpoint import CheckpointError, DamagedCheckpoint, complete_steps
+from fiberpo_megatron.mcore.heartbeat import heartbeat
 from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout, stop_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
 from fiberpo_megatron.mcore.weights import save_hf
@@ -39,7 +40,7 @@ from fiberpo_megatron.trainer.memory import OwnDevices, SharedDevices
 from fiberpo_megatron.trainer.preflight import make_objective
 from fiberpo_megatron.trainer.recorder import RunCheckpoints, RunRecorder
 from fiberpo_megatron.trainer.sft import fine_tune
-from fiberpo_megatron.trainer.stop import Stopped, StopRequest
+from fiberpo_megatron.trainer.stop import Stopped, StopRequest, leave
 from fiberpo_megatron.trainer.stored import DUMP, StoredRollouts
 from fiberpo_megatron.trainer.together import together
 from fiberpo_megatron.weight_sync.base import Publisher
@@ -59,6 +60,7 @@ class Base:
     checkpoints: RunCheckpoints
     stop: StopRequest
     registry: Registry | None
+    timers: PhaseTimers
 
     def say(self, text: str) -> None:
         """One line for the person at the terminal."""
@@ -111,24 +113,25 @@ def run_sft(config: Config, resume: bool, stop: StopRequest) -> None:
         policy = build_policy(config, base.hf_config, base.layout, total_steps=config.sft.steps)
         start = int(_restore(base, policy, resume).get("step", 0))
         recorder = stack.enter_context(_recorder(base, start, config.sft.steps, ("sft",), "warm-up"))
-        fine_tune(config, policy, base.prompts, recorder, base.checkpoints, PhaseTimers(), start, stop)
+        fine_tune(config, policy, base.prompts, recorder, base.checkpoints, base.timers, start, stop)
         _finish(base, policy)
 
 
 @contextmanager
 def _base(config: Config, stop: StopRequest, registry: Registry | None = None) -> Iterator[Base]:
     hf_config = json.loads((config.model.path / "config.json").read_text())
-    layout = start_layout(hf_config, config.parallel, config.run)
-    try:
+    layout, timers = start_layout(hf_config, config.parallel, config.run), PhaseTimers()
+    with ExitStack() as stack:
+        stack.callback(stop_layout)
+        patience = config.run.heartbeat_timeout_s
+        stack.enter_context(heartbeat(layout.rank, layout.world_size, patience, timers.phase, leave))
         tokenizer = load_tokenizer(config.model.path)
         prompts = build_prompts(config.data, tokenizer)
         checkpoints = RunCheckpoints(config.run.folder / "checkpoints", config.checkpoint)
         if layout.rank == 0:
             config.run.folder.mkdir(parents=True, exist_ok=True)
             (config.run.folder / "config.toml").write_text(dump_config(config))
-        yield Base(config, hf_config, layout, tokenizer, prompts, checkpoints, stop, registry)
-    finally:
-        stop_layout()
+        yield Base(config, hf_config, layout, tokenizer, prompts, checkpoints, stop, registry, timers)
 
 
 def _restore(base: Base, policy: MegatronPolicy, resume: bool) -> dict[str, Any]:
@@ -180,7 +183,7 @@ def _training(
             publisher=publisher,
             recorder=recorder,
             checkpoints=base.checkpoints,
-            timers=PhaseTimers(),
+            timers=base.timers,
             rollouts=rollouts,
             stop=base.stop,
             turns=shared or OwnDevices(),

@@ -1,7 +1,13 @@
-"""Stopping on request: SIGUSR1 or SIGTERM lets a run finish what it is at, save and end with its own exit code."""
+"""Stopping: on request after saving (SIGUSR1 or SIGTERM, with its own exit code), or at once after an error."""
 
+import os
 import signal
+import sys
+import traceback
 from types import FrameType
+from typing import NoReturn
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 
 class Stopped(Exception):
@@ -43,3 +49,16 @@ class StopRequest:
 def never() -> bool:
     """For runs that nobody stops."""
     return False
+
+
+def leave(error: Exception) -> NoReturn:
+    """End this rank at once with an error: other ranks may sit in a collective, so nothing is waited for, neither
+    background threads nor exit hooks. Any thread may call it.
+
+    The error is written where the launcher reads it, its traceback to stderr, with the message as the last line.
+    """
+    get_error_handler().record_exception(error)
+    traceback.print_exception(error)
+    print(f"fiberpo: rank {os.environ.get('RANK', '?')}: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)

@@ -37,3 +37,18 @@ def test_a_failing_phase_is_timed_and_fails():
         clock.now += 2.0
         raise KeyError
     assert timers.read() == {"seconds/train": 2.0, "seconds/total": 2.0}
+
+
+def test_the_running_phase_is_the_innermost():
+    clock = Clock()
+    timers = PhaseTimers(clock)
+    clock.now += 2.0
+    assert timers.phase() == ("start", 2.0)
+    with timers("publish"):
+        clock.now += 1.0
+        with timers("verify"):
+            clock.now += 0.5
+            assert timers.phase() == ("verify", 0.5)
+        assert timers.phase() == ("publish", 1.5)
+    clock.now += 4.0
+    assert timers.phase() == ("after publish", 4.0)
