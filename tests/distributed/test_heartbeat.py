@@ -45,7 +45,7 @@ def watched(stopped: list[int], seconds: float) -> list[str]:
 
 
 def test_a_stopped_rank_is_named_by_its_neighbour_alone() -> None:
-    first, second, third = run_ranks(3, watched, [1], 3 * PATIENCE_S)
+    first, second, third = run_ranks(3, watched, [1], 2 * PATIENCE_S)
     assert second == []
     assert all("rank 0 (" in message for message in third)  # whose thread ended when it had named rank 1
     [message] = first
@@ -54,7 +54,7 @@ def test_a_stopped_rank_is_named_by_its_neighbour_alone() -> None:
 
 
 def test_a_job_that_was_suspended_as_a_whole_goes_on() -> None:
-    assert run_ranks(2, watched, [0, 1], 3 * PATIENCE_S) == [[], []]
+    assert run_ranks(2, watched, [0, 1], 2 * PATIENCE_S) == [[], []]
 
 
 def wait_for_a_hanging_rank() -> str:
