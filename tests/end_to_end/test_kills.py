@@ -3,6 +3,7 @@
 The run goes on with --resume each time, and ends with bitwise the weights and metrics of a run that nobody disturbed.
 """
 
+import asyncio
 import random
 import re
 import subprocess
@@ -15,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from fiberpo_megatron.rollout.client import EngineAddress, EngineClient
 from tests.end_to_end.test_replay import assert_same_weights, metrics
 from tests.end_to_end.test_training import ROOT, command, processes_of, run
 
@@ -25,10 +27,10 @@ SEED = 20260401
 
 @dataclass
 class Watch:
-    """What a run is doing, seen from outside: its folder and the engine's load."""
+    """What a run is doing, seen from outside: its folder and the engine's weights."""
 
     folder: Path
-    engine: str
+    engine: EngineAddress
 
     def done(self) -> int:
         """Steps that a checkpoint holds."""
@@ -41,14 +43,25 @@ class Watch:
             return (self.folder / "published" / f"{step + 1}.partial").exists()
         if phase == "save":
             return (self.folder / "checkpoints" / f".step-{step + 1:08d}.partial").exists()
-        generated = (self.folder / "dump" / f"step_{step:06d}.npz").exists()
         if phase == "forward":
-            return generated
-        return not generated and (self.folder / "published" / str(step)).exists() and self.busy()
+            return self.generated(step)
+        return self.done() >= step and self.version() == str(step) and not self.generated(step)
 
-    def busy(self) -> bool:
-        loads = httpx.get(f"{self.engine}/v1/loads", timeout=30).json()["loads"]
-        return any(load["num_running_reqs"] for load in loads)
+    def generated(self, step: int) -> bool:
+        return (self.folder / "dump" / f"step_{step:06d}.npz").exists()
+
+    def version(self) -> str:
+        """Of the engine's weights."""
+        return str(httpx.get(f"{self.engine.url}/model_info", timeout=60).json()["weight_version"])
+
+    def forget(self, model: Path) -> None:
+        """Give the engine other weights: the version of a step is then one that this start of the run published."""
+
+        async def update() -> None:
+            async with EngineClient(self.engine, timeout_s=60) as client:
+                await client.update_weights_from_disk(model, "other", timeout_s=60)
+
+        asyncio.run(update())
 
 
 def kill(launcher: subprocess.Popen, victim: str, draw: random.Random) -> str | None:
@@ -67,7 +80,7 @@ def kill(launcher: subprocess.Popen, victim: str, draw: random.Random) -> str | 
 
 
 def disturb(words: list[str], watch: Watch, phase: str, victim: str, draw: random.Random) -> str:
-    """Start or resume the run, kill it once, and wait until nothing of it is left. Returns the step it was at."""
+    """Start or resume the run, kill it once, and wait until nothing of it is left. Returns what it was doing."""
     log = watch.folder.parent / "stderr"
     before = watch.done()
     step = before + (draw.randrange(2) if before < STEPS - 2 else 0)
@@ -89,7 +102,9 @@ def disturb(words: list[str], watch: Watch, phase: str, victim: str, draw: rando
     if rank is not None:
         assert re.search(rf"fiberpo: rank {rank}: was killed by signal SIGKILL", log.read_text()), log.read_text()
     assert watch.done() >= before
-    return f"{phase} of step {step}, {victim}"
+    if phase == "generate" and watch.generated(step):
+        phase = "forward"  # it was over when the signal came
+    return phase
 
 
 @pytest.mark.sglang
@@ -97,7 +112,7 @@ def disturb(words: list[str], watch: Watch, phase: str, victim: str, draw: rando
 def test_a_run_survives_ten_kills_and_ends_as_if_nothing_had_happened(model: Path, engine: Any, tmp_path: Path):
     options = [
         "--trainer.steps", str(STEPS), "--evaluation.prompts", "0", "--weight_sync.method", "disk",
-        "--rollout.engine.urls", f'["{engine.url}"]', "--rollout.max_response_tokens", "24",
+        "--rollout.engine.urls", f'["{engine.url}"]', "--rollout.max_response_tokens", "40",
     ]  # fmt: skip
     done = run(model, tmp_path / "straight", *options)
     assert done.returncode == 0, done.stderr
@@ -107,10 +122,13 @@ def test_a_run_survives_ten_kills_and_ends_as_if_nothing_had_happened(model: Pat
     draw.shuffle(phases)
     folder = tmp_path / "killed" / "run"
     folder.parent.mkdir()
-    watch = Watch(folder, engine.url)
+    watch = Watch(folder, engine)
     words = [*command(model, folder, *options), "--resume"]
+    hit = set()
     for phase in phases:
-        print(disturb(words, watch, phase, draw.choice(["everything", "launcher", "rank"]), draw))
+        watch.forget(model)
+        hit.add(disturb(words, watch, phase, draw.choice(["everything", "launcher", "rank"]), draw))
+    assert hit == {*PHASES, "any"}
     done = run(model, folder, *options, "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "straight", folder)
