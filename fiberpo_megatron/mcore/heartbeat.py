@@ -68,6 +68,7 @@ class _Beats:
         self._address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._store: Any = None
         self._count = 0
 
     def start(self) -> None:
