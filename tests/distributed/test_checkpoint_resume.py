@@ -1,6 +1,7 @@
 """A resumed run goes on as if it had not stopped, in the same layout and in others."""
 
 import random
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint import FileSystemWriter
 
 from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.mcore import checkpoint
@@ -116,13 +118,21 @@ def uninterrupted(config: Config, layout: ParallelLayout, folder: Path, backgrou
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(100 + policy.layout.rank)
     step(), step(), draws()
-    if background:
-        pending = policy.begin_save(str(folder), STATE)
-    else:
+    if not background:
         policy.save(str(folder), STATE)
+        rates = [step()]
+        return Outcome(pieces(global_shards(policy.models)), rates, draws())
+    stepped, write_data = threading.Event(), FileSystemWriter.write_data
+
+    def write_afterwards(*args: Any) -> Any:
+        assert stepped.wait(timeout=100)
+        return write_data(*args)
+
+    FileSystemWriter.write_data = write_afterwards  # type: ignore[method-assign]
+    pending = policy.begin_save(str(folder), STATE)
     rates = [step()]
-    if background:  # what was saved is the state before that step
-        pending.finish()
+    stepped.set()
+    pending.finish()  # what was saved is the state before that step
     return Outcome(pieces(global_shards(policy.models)), rates, draws())
 
 
