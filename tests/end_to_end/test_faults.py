@@ -80,7 +80,9 @@ def test_a_rank_that_hangs(model: Path, rollouts: RolloutDump, tmp_path: Path):
     began = time.monotonic()
     _, error = launcher.communicate(timeout=150)
     assert launcher.returncode == 1 and time.monotonic() - began < 120
-    assert re.search(rf"fiberpo: rank 0: RankSilent: rank 1 \(.*pid {stopped.pid}\) has given no sign of life for", error), error
+    assert re.search(
+        rf"fiberpo: rank 0: RankSilent: rank 1 \(.*pid {stopped.pid}\) has given no sign of life for", error
+    ), error
     assert "its phase was '" in error
     newest = latest(folder / "checkpoints")
     assert newest is not None
