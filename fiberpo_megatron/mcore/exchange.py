@@ -1,5 +1,6 @@
 """Rollouts and short texts between ranks, as byte tensors: no pickling, unequal sizes welcome."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -86,6 +87,11 @@ def all_gather_bytes(message: Tensor, group: Any) -> list[Tensor]:
     received = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(received, padded, group=group)
     return [part[: int(s.item())] for part, s in zip(received, sizes)]
+
+
+def all_gather_json(value: Any, group: Any) -> list[Any]:
+    """Every rank's value (lists, numbers, strings), in the group's rank order. No pickle: data stays data."""
+    return [json.loads(bytes_to_text(m)) for m in all_gather_bytes(text_to_bytes(json.dumps(value)), group)]
 
 
 def broadcast_bytes(message: Tensor | None, source: int, group: Any) -> Tensor:

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch.distributed as dist
+import safetensors.torch as safetensors
+import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from fiberpo_megatron.mcore import exchange
 from fiberpo_megatron.mcore.layout import ParallelLayout
 from fiberpo_megatron.mcore.model import PolicyModel
 from fiberpo_megatron.types import MicroBatch
@@ -51,18 +53,24 @@ def _keep(target: dict[int, Tensor], key: int, module: Any, inputs: Any, output:
     target.setdefault(key, first.detach().to("cpu", copy=True).flatten(0, -2))
 
 
+_TABLES = ("layers", "routers", "final")
+
+
 def whole(seen: Observation, batch: MicroBatch, layout: ParallelLayout, tokens: int) -> Observation:
     """The observations of all ranks by flat token index, [tokens, ...]; tokens in no row stay 0. Every rank calls it.
 
     `batch`: the micro-batch that this rank observed.
     """
     rows = batch.source_tokens.chunk(layout.tensor_size)[layout.tensor_rank]  # sequence parallelism
-    everyone: list[Any] = [None] * layout.world_size
-    dist.all_gather_object(everyone, (rows, seen), group=layout.host_group)
+    tensors = {f"{name}.{key}": value for name in _TABLES for key, value in getattr(seen, name).items()}
+    message = torch.frombuffer(bytearray(safetensors.save({"rows": rows.contiguous()} | tensors)), dtype=torch.uint8)
     out = Observation()
-    for rows, part in everyone:
-        for name in ("layers", "routers", "final"):
-            _scatter(getattr(out, name), getattr(part, name), rows, tokens)
+    for answer in exchange.all_gather_bytes(message, layout.host_group):
+        part = safetensors.load(answer.numpy().tobytes())
+        rows = part.pop("rows")
+        for place, value in part.items():
+            name, _, key = place.partition(".")
+            _scatter(getattr(out, name), {int(key): value}, rows, tokens)
     return out
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fiberpo_megatron.mcore import exchange
 from fiberpo_megatron.mcore.weight_tables import Family, family_of, fill
 from fiberpo_megatron.mcore.weights_local import LocalWeight, WeightLayout, local_weights
 from fiberpo_megatron.mcore.weights_transforms import Dimensions, Shape
@@ -82,10 +83,14 @@ def _plan(
         if first_replica or w.match.expert is not None  # experts are spread over the data-parallel ranks
     ]
     if layout.world_size > 1:
-        gathered: list[list[_Piece]] = [[] for _ in range(layout.world_size)]
-        dist.all_gather_object(gathered, pieces, group=layout.host_group)
+        told = [[p.name, p.shard, p.rank, p.shape, str(p.dtype).removeprefix("torch.")] for p in pieces]
+        gathered = exchange.all_gather_json(told, layout.host_group)
         dist.barrier()  # NCCL: every rank joins the group's first operation; later ones are between few
-        pieces = [piece for part in gathered for piece in part]
+        pieces = [
+            _Piece(name, shard, rank, tuple(shape), getattr(torch, kind))
+            for part in gathered
+            for name, shard, rank, shape, kind in part
+        ]
     owners: dict[str, dict[int, _Piece]] = {}
     for piece in pieces:
         owners.setdefault(piece.name, {}).setdefault(piece.shard, piece)
