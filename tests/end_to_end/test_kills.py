@@ -31,14 +31,20 @@ class Watch:
     engine: EngineAddress
     _step: int = 0
     _log_read: int = 0
+    _started: float = 0.0
 
     def done(self) -> int:
         """Steps that a checkpoint holds."""
         found = [int(path.name.removeprefix("step-")) for path in (self.folder / "checkpoints").glob("step-*")]
         return max(found, default=0)
 
+    def start(self, step: int) -> None:
+        """The run starts; look for a phase of `step`, or of a later one where it was missed."""
+        self._started = time.time()
+        self.begin(step)
+
     def begin(self, step: int) -> None:
-        """Look for a phase of `step`, or of a later one where it was missed."""
+        """Look for a phase of `step`."""
         assert self.engine.log is not None
         self._step, self._log_read = step, self.engine.log.stat().st_size
 
@@ -54,11 +60,18 @@ class Watch:
         if phase == "save":
             return (self.folder / "checkpoints" / f".step-{done + 1:08d}.partial").exists()
         if phase == "forward":
-            return self.generated(done)
+            return self.generated(done) and self.published(done)
         return self.prefilled() and not self.generated(done)
 
     def generated(self, step: int) -> bool:
         return (self.folder / "dump" / f"step_{step:06d}.npz").exists()
+
+    def published(self, step: int) -> bool:
+        """Whether this start of the run has published the weights of `step`; rollouts may be an earlier one's."""
+        try:
+            return (self.folder / "published" / str(step)).stat().st_mtime >= self._started
+        except FileNotFoundError:
+            return False
 
     def prefilled(self) -> bool:
         """Whether the engine has begun with prompts since `begin`."""
@@ -87,7 +100,7 @@ def disturb(words: list[str], watch: Watch, phase: str, victim: str, draw: rando
     """Start or resume the run, kill it once, and wait until nothing of it is left. Returns what it was doing."""
     log = watch.folder.parent / "stderr"
     before = watch.done()
-    watch.begin(before + (draw.randrange(2) if before < STEPS // 2 else 0))
+    watch.start(before + (draw.randrange(2) if before < STEPS // 2 else 0))
     with log.open("w") as stderr:
         launcher = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr)
     deadline = time.monotonic() + 200
