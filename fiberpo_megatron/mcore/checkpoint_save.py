@@ -117,15 +117,15 @@ class Saving:
 
 
 def cause(error: BaseException, folder: Path) -> str:
-    """The first failure inside torch's collective exceptions, with the space left when the disk is full."""
+    """The first failure inside torch's collective exceptions; said so when the disk is full."""
     inner = error
     if isinstance(error, CheckpointException) and error.failures:
         inner = next(iter(error.failures.values()))[0]
     text = f"{type(inner).__name__}: {textwrap.shorten(str(inner), 300)}"
     full = isinstance(inner, OSError) and inner.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left" in text:
-        free = shutil.disk_usage(folder.parent).free / 2**20
-        text += f" ({free:.0f} MiB are free there; make room or lower checkpoint.keep)"
+    free = shutil.disk_usage(folder.parent).free / 2**20
+    if full or free < 1:  # torch's file writer hides the error number behind one of its own
+        text += f" (the disk is full: {free:.0f} MiB are free there; make room or lower checkpoint.keep)"
     return text
 
 
