@@ -123,6 +123,12 @@ def disturb(words: list[str], watch: Watch, phase: str, victim: str, draw: rando
     return phase
 
 
+def without_engine_rounding(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last bits of the engine's own log-probs depend on which requests it decodes together; nothing is trained on
+    them."""
+    return [{k: v for k, v in record.items() if not k.startswith("rollout_diff/")} for record in records]
+
+
 @pytest.mark.sglang
 @pytest.mark.timeout(600)
 def test_a_run_survives_ten_kills_and_ends_as_if_nothing_had_happened(model: Path, engine: Any, tmp_path: Path):
@@ -147,5 +153,5 @@ def test_a_run_survives_ten_kills_and_ends_as_if_nothing_had_happened(model: Pat
     done = run(model, folder, *options, "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "straight", folder)
-    assert metrics(tmp_path / "straight") == metrics(folder)
+    assert without_engine_rounding(metrics(tmp_path / "straight")) == without_engine_rounding(metrics(folder))
     assert not list((folder / "dump").glob("step_*")) and not processes_of(folder)
