@@ -11,8 +11,9 @@ from fiberpo_megatron.config.schema import ModelConfig, ParallelConfig
 from fiberpo_megatron.mcore.architecture import read_architecture
 from fiberpo_megatron.mcore.transformer_config import transformer_config
 from fiberpo_megatron.trainer.fp8 import missing_for_fp8
-from tests.distributed.parity import DEEPSEEK_V3
-from tests.distributed.test_parity import DENSE
+from tests.distributed.parity import DEEPSEEK_V3, MODELS
+
+DENSE = MODELS["dense"]
 
 
 def build(hf_config: dict[str, Any], **model: Any) -> Any:
