@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,12 +147,22 @@ def _dimensions(layout: ParallelLayout) -> dict[str, int]:
 def _model_fields(policy: CheckpointedPolicy) -> dict[str, object]:
     """What decides the tensors of a checkpoint: architecture, precision, kind of optimizer."""
     # Through JSON, as a description that is read back: it has lists for tuples.
-    fields: dict[str, object] = json.loads(json.dumps(asdict(read_architecture(policy.hf_config))))
+    described: dict[str, object] = json.loads(json.dumps(asdict(read_architecture(policy.hf_config))))
+    fields = dict(_flat(described))
     for free in ("initializer_range", "max_positions"):
         fields.pop(free)
     fields["dtype"] = str(next(policy.models[0].parameters()).dtype).removeprefix("torch.")
     fields["distributed_optimizer"] = policy.layout.parallel.distributed_optimizer
     return fields
+
+
+def _flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Nested fields by dotted name, so that a difference is told as what it is."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _other_model(description: Description, policy: CheckpointedPolicy, folder: Path) -> str | None:

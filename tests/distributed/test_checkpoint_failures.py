@@ -189,7 +189,7 @@ def test_messages(tmp_path: Path) -> None:
     assert "take an earlier checkpoint" in said["cut"]
     assert "step-00000001 is damaged: __0_0.distcp has another checksum than when it was written" in said["garbled"]
     assert "no checkpoint at" in said["missing"]
-    assert "step-00000002 was written for another model: experts 8 (this run: 4)" in said["other model"]
+    assert "step-00000002 was written for another model: experts.count 8 (this run: 4)" in said["other model"]
 
 
 def resume_with_another_rate(root: Path) -> tuple[float, float]:
