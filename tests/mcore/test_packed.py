@@ -52,7 +52,7 @@ def test_attention(size: int, monkeypatch: pytest.MonkeyPatch):
 
     def everywhere(x: torch.Tensor, group: Group) -> torch.Tensor:
         whole = key if x.data_ptr() == at["key"] else value
-        return torch.cat([local(whole[:, None], rank, size) for rank in range(size)])
+        return torch.cat([local(whole, rank, size) for rank in range(size)])
 
     at: dict[str, int] = {}
     monkeypatch.setattr(attention, "gather_from_sequence_parallel_region", everywhere)
