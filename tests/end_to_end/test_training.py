@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -74,33 +72,6 @@ def test_three_steps_with_an_engine_of_its_own(model: Path, tmp_path: Path):
     assert "<svg" in (tmp_path / "run/report.html").read_text()
     assert str(tmp_path / "run/report.html") in done.stdout
     assert not processes_of(tmp_path / "run")
-
-
-@pytest.mark.sglang
-def test_killed_run_resumes_and_loses_only_the_unfinished_step(model: Path, engine: Any, tmp_path: Path):
-    folder = tmp_path / "run"
-    words = ["--rollout.engine.urls", f'["{engine.url}"]', "--evaluation.prompts", "0", "--trainer.steps"]
-    process = subprocess.Popen(command(model, folder, *words, "1000"), cwd=ROOT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 180
-    while not (folder / "metrics.jsonl").exists() or len(records(folder, "train")) < 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    while processes_of(folder):
-        assert time.monotonic() < deadline, "ranks outlived their launcher"
-        time.sleep(0.1)
-    before = {record["step"]: record["reward/mean"] for record in records(folder, "train")}
-    saved = sorted((folder / "checkpoints").glob("step-*"))[-1]
-    last = int(saved.name.removeprefix("step-"))
-    assert last >= len(before) - 1
-
-    done = run(model, folder, *words, str(last + 2), "--resume")
-    assert done.returncode == 0, done.stderr
-    assert f"Resumed from {saved}" in done.stdout
-    after = {record["step"]: record["reward/mean"] for record in records(folder, "train")}
-    assert sorted(after) == list(range(last + 2))
-    assert all(after[step] == before[step] for step in range(last))  # what was done is not done again
 
 
 @pytest.mark.sglang
