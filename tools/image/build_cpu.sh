@@ -7,7 +7,7 @@
 #
 # DEBIAN_MIRROR: Debian's archive (default: deb.debian.org).
 # IMAGE_STORE: where images are kept (default: a temporary folder that is removed at the end).
-# TRY: command that is run in the image at the end (default: a step of supervised training of the demo's model).
+# TRY: command that is run in the image at the end (default: a few steps of the demo).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ "$(id -u)" = 0 ] || { echo "build_cpu.sh: run it as root (debootstrap and chroot need it)" >&2; exit 1; }
@@ -36,6 +36,7 @@ container=$(buildah from fiberpo-megatron:cpu)
 run() { buildah run --isolation chroot "$container" -- "$@"; }
 [ "$(run id --user --name)" = fiberpo ] || { echo "build_cpu.sh: the image runs as $(run id --user --name)" >&2; exit 1; }
 run fiberpo --version
-run bash -c "${TRY:-fiberpo sft examples/demo/warmup.toml --sft.steps 3}"
+demo='fiberpo sft examples/demo/warmup.toml --sft.steps 3 && fiberpo train examples/demo/train.toml --trainer.steps 2'
+run bash -c "${TRY:-$demo}"
 buildah rm "$container" >/dev/null
 echo "The cpu target was built and works"
