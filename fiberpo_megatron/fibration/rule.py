@@ -86,8 +86,8 @@ class Gating(ABC):
         return None
 
     def finish(self, chunk: Chunk, values: list[Tensor]) -> Tensor:
-        """The gradient that reaches tokens through aggregates, [n]."""
-        raise NotImplementedError
+        """The gradient that reaches tokens through aggregates, [n]: none in a rule without adjoints."""
+        return torch.zeros_like(chunk.log_ratio)
 
 
 class Rule(ABC):
