@@ -1,13 +1,13 @@
 """What a Hugging Face config.json says about the computation. Pure: no torch, no Megatron.
 
-A field that changes the computation and is not understood here is refused by name, never ignored.
+A field that changes the computation and is not understood is refused by name (`config_fields.py`), never ignored.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fiberpo_megatron.mcore.config_fields import FAMILIES, HARMLESS, REQUIRED, Fields
+from fiberpo_megatron.mcore.config_fields import FAMILIES, REQUIRED, Fields, refuse_unknown
 from fiberpo_megatron.mcore.rope import Rope, read_rope
 
 
@@ -96,6 +96,12 @@ class _Config:
             raise ValueError(f"config.json: {key} = {value!r}; a whole number of at least {at_least} is needed")
         return value
 
+    def positive(self, key: str) -> float:
+        value = self.get(key)
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"config.json: {key} = {value!r}; a number above 0 is needed")
+        return float(value)
+
 
 def read_architecture(hf_config: Mapping[str, Any]) -> Architecture:
     """The architecture of a config.json; ValueError names what is missing or not supported."""
@@ -103,7 +109,7 @@ def read_architecture(hf_config: Mapping[str, Any]) -> Architecture:
     if family not in FAMILIES:
         raise ValueError(f"config.json: model_type = {family!r} is not supported; use one of {', '.join(FAMILIES)}")
     fields = FAMILIES[family]
-    _refuse_unknown(hf_config, fields)
+    refuse_unknown(hf_config, fields)
     config = _Config(hf_config, fields)
     heads = config.number("num_attention_heads")
     latent = _latent(config) if family == "deepseek_v3" else None
@@ -126,10 +132,10 @@ def read_architecture(hf_config: Mapping[str, Any]) -> Architecture:
         key_value_heads=key_value_heads,
         head_dim=head_dim,
         vocab_size=config.number("vocab_size"),
-        norm_eps=float(config.get("rms_norm_eps")),
-        rope=read_rope(hf_config, latent=latent is not None),
+        norm_eps=config.positive("rms_norm_eps"),
+        rope=read_rope(hf_config, config.get("rope_theta"), latent=latent is not None),
         tied_embeddings=bool(config.get("tie_word_embeddings")),
-        initializer_range=float(config.get("initializer_range")),
+        initializer_range=config.positive("initializer_range"),
         max_positions=config.number("max_position_embeddings"),
         qk_norm=family in ("qwen3_moe", "qwen3"),
         qkv_bias=family == "qwen2",
@@ -143,6 +149,8 @@ def used_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that shape the model, by name; those that config.json leaves out at their defaults."""
     used = FAMILIES[str(hf_config["model_type"])].used
     values = {key: hf_config.get(key, default) for key, default in used.items()}
+    if any("rope_theta" in (values[key] or {}) for key in ("rope_parameters", "rope_scaling")):
+        values["rope_theta"] = None
     return {key: value for key, value in values.items() if value is not None and value is not REQUIRED}
 
 
@@ -163,19 +171,31 @@ def _qwen3_moe(config: _Config) -> Experts | None:
     dense_layers = tuple(layer for layer in layers if layer in dense or (layer + 1) % step)
     if len(dense_layers) == len(layers):
         return None
+    normalised = bool(config.get("norm_topk_prob"))
     return Experts(
         count=count,
-        per_token=config.number("num_experts_per_tok"),
+        per_token=_per_token(config, count, at_least=2 if normalised else 1),
         ffn_size=config.number("moe_intermediate_size"),
         dense_layers=dense_layers,
-        normalised=bool(config.get("norm_topk_prob")),
+        normalised=normalised,
     )
 
 
+def _per_token(config: _Config, available: int, at_least: int = 1) -> int:
+    """`num_experts_per_tok`. One expert's normalised probability is always 1, which Megatron does not build."""
+    value = config.number("num_experts_per_tok")
+    if not at_least <= value <= available:
+        raise ValueError(
+            f"config.json: num_experts_per_tok = {value} is not built; supported here: {at_least} to {available}"
+        )
+    return value
+
+
 def _mixtral(config: _Config) -> Experts:
+    count = config.number("num_local_experts")
     return Experts(
-        count=config.number("num_local_experts"),
-        per_token=config.number("num_experts_per_tok"),
+        count=count,
+        per_token=_per_token(config, count, at_least=2),
         ffn_size=config.number("intermediate_size"),
         dense_layers=(),
         normalised=True,
@@ -186,13 +206,18 @@ def _deepseek_v3(config: _Config) -> Experts | None:
     layers, first = config.number("num_hidden_layers"), config.number("first_k_dense_replace", 0)
     if first >= layers:
         return None
-    per_token, normalised = config.number("num_experts_per_tok"), bool(config.get("norm_topk_prob"))
+    count, groups, chosen = config.number("n_routed_experts"), config.get("n_group") or 1, config.get("topk_group") or 1
+    if chosen > groups or count % groups:
+        raise ValueError(
+            f"config.json: n_group = {groups} with topk_group = {chosen} and n_routed_experts = {count} cannot be; "
+            "equal groups are needed, of which a token uses all or some"
+        )
+    per_token, normalised = _per_token(config, count // groups * chosen), bool(config.get("norm_topk_prob"))
     if normalised != (per_token > 1):
         raise ValueError(
             f"config.json: norm_topk_prob = {normalised} with num_experts_per_tok = {per_token} is not built: "
             "Megatron normalises sigmoid scores exactly when a token uses several experts"
         )
-    groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
     limited = chosen < groups
     if limited and per_token // chosen != 2:
         raise ValueError(
@@ -201,7 +226,7 @@ def _deepseek_v3(config: _Config) -> Experts | None:
             f"{per_token // chosen}"
         )
     return Experts(
-        count=config.number("n_routed_experts"),
+        count=count,
         per_token=per_token,
         ffn_size=config.number("moe_intermediate_size"),
         dense_layers=tuple(range(first)),
@@ -209,32 +234,10 @@ def _deepseek_v3(config: _Config) -> Experts | None:
         score="sigmoid",
         shared_ffn_size=config.number("n_shared_experts") * config.number("moe_intermediate_size"),
         correction_bias=True,
-        scaling=float(config.get("routed_scaling_factor")),
+        scaling=config.positive("routed_scaling_factor"),
         groups=groups if limited else None,
         groups_per_token=chosen if limited else None,
     )
 
 
 _EXPERTS = {"qwen3_moe": _qwen3_moe, "mixtral": _mixtral, "deepseek_v3": _deepseek_v3}
-
-
-def _refuse_unknown(hf_config: Mapping[str, Any], fields: Fields) -> None:
-    for key, value in hf_config.items():
-        if key in fields.fixed:
-            if value not in fields.fixed[key]:
-                raise ValueError(
-                    f"config.json: {key} = {value!r} changes the computation in a way that is not built; supported: "
-                    f"{', '.join(repr(v) for v in fields.fixed[key])}"
-                )
-        elif key == "sliding_window":
-            if value is not None and hf_config.get("use_sliding_window") is not False:
-                raise ValueError(f"config.json: sliding_window = {value!r} is not built; supported: null")
-        elif key == "layer_types":
-            other = sorted({kind for kind in value or [] if kind != "full_attention"})
-            if other:
-                raise ValueError(f"config.json: layer_types contains {other[0]!r}; supported: 'full_attention'")
-        elif key not in fields.used.keys() | fields.harmless | HARMLESS and value not in (None, False, 0, [], {}):
-            raise ValueError(
-                f"config.json: the field {key} = {value!r} is not known and might change the computation; if it does "
-                "not, take it out of config.json"
-            )

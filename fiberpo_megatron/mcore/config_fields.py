@@ -41,7 +41,7 @@ _SIZES = {
     "num_attention_heads": REQUIRED,
     "vocab_size": REQUIRED,
     "rms_norm_eps": 1e-6,
-    "rope_theta": None,
+    "rope_theta": 10000.0,
     "rope_parameters": None,
     "rope_scaling": None,
     "tie_word_embeddings": False,
@@ -54,10 +54,11 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0, None),
     "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
+    "is_causal": (True,),  # transformers' masks ask for it, whatever the family
 }
 _MLP_BIAS: dict[str, tuple[Any, ...]] = {"mlp_bias": (False, None)}
 _WINDOW: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False, None)}
-"""`sliding_window` and `layer_types` are judged together with it, see `architecture.py`."""
+"""The families that have it ignore `sliding_window` without it; others use a window that is given."""
 
 FAMILIES: Mapping[str, Fields] = {
     "llama": Fields(
@@ -85,6 +86,7 @@ FAMILIES: Mapping[str, Fields] = {
         {
             **_SIZES,
             "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
             "max_position_embeddings": 131072,
             "num_key_value_heads": 8,
             "head_dim": None,
@@ -125,3 +127,26 @@ FAMILIES: Mapping[str, Fields] = {
     ),
 }
 """By config.json's `model_type`."""
+
+
+def refuse_unknown(hf_config: Mapping[str, Any], fields: Fields) -> None:
+    """ValueError names the first field of a config.json that changes the computation, or might, and is not built."""
+    for key, value in hf_config.items():
+        if key in fields.fixed:
+            if value not in fields.fixed[key]:
+                raise ValueError(
+                    f"config.json: {key} = {value!r} changes the computation in a way that is not built; supported: "
+                    f"{', '.join(repr(v) for v in fields.fixed[key])}"
+                )
+        elif key == "sliding_window":
+            if value is not None and "use_sliding_window" not in fields.fixed:
+                raise ValueError(f"config.json: sliding_window = {value!r} is not built; supported: null")
+        elif key == "layer_types":
+            other = sorted({kind for kind in value or [] if kind != "full_attention"})
+            if other:
+                raise ValueError(f"config.json: layer_types contains {other[0]!r}; supported: 'full_attention'")
+        elif key not in fields.used.keys() | fields.harmless | HARMLESS and value not in (None, False, 0, [], {}):
+            raise ValueError(
+                f"config.json: the field {key} = {value!r} is not known and might change the computation; if it does "
+                "not, take it out of config.json"
+            )

@@ -38,10 +38,11 @@ _KEYS: Mapping[str, set[str]] = {
 }  # fmt: skip
 
 
-def read_rope(hf_config: Mapping[str, Any], *, latent: bool) -> Rope:
+def read_rope(hf_config: Mapping[str, Any], theta: float, *, latent: bool) -> Rope:
     """The rotary embedding of a config.json; ValueError names what is not built.
 
-    `latent`: multi-head latent attention, for which Megatron has the default and yarn only.
+    `theta`: where the embedding's own settings name none. `latent`: multi-head latent attention, for which Megatron has
+    the default and yarn only.
     """
     given = {key: hf_config[key] for key in ("rope_parameters", "rope_scaling") if hf_config.get(key)}
     if len(given) == 2 and _plain(given["rope_parameters"]) != _plain(given["rope_scaling"]):
@@ -52,9 +53,7 @@ def read_rope(hf_config: Mapping[str, Any], *, latent: bool) -> Rope:
     field, raw = next(iter(given.items()), ("rope_parameters", {}))
     values = _plain(raw)
     kind = values.pop("rope_type")
-    theta = values.pop("rope_theta", hf_config.get("rope_theta"))
-    if not theta:
-        raise ValueError("config.json: rope_theta is missing (also inside rope_parameters)")
+    theta = values.pop("rope_theta", theta)
 
     def refuse(why: str) -> ValueError:
         return ValueError(f"config.json: {field} = {raw!r}: {why}")
@@ -65,6 +64,8 @@ def read_rope(hf_config: Mapping[str, Any], *, latent: bool) -> Rope:
     unknown = sorted(values.keys() - _KEYS[kind])
     if unknown:
         raise refuse(f"{unknown[0]} = {values[unknown[0]]!r} is not built for rope_type {kind!r}")
+    if not isinstance(theta, (int, float)) or not theta > 0:
+        raise refuse(f"rope_theta = {theta!r}; a number above 0 is needed")
     if kind == "default":
         return Rope(float(theta))
     if not isinstance(values.get("factor"), (int, float)) or values["factor"] < 1:

@@ -56,11 +56,14 @@ def _check_names(files: HfFiles, weights: Sequence[LocalWeight], family: Family,
     problems = [f"missing: {_listed(missing)}"] if missing else []
     own = {weight.match for weight in weights}
     unused = (name for name in files.names if name not in used)
-    strangers = [name for name in unused if _is_stranger(name, own, family, dims)]
+    strangers = [f"{name} ({files.place(name)})" for name in unused if _is_stranger(name, own, family, dims)]
     if strangers:
         problems.append(f"unknown to the model: {_listed(sorted(strangers))}")
     if problems:
-        raise ValueError(f"the files do not hold the weights of config.json; {'; '.join(problems)}")
+        raise ValueError(
+            f"the files do not hold the weights of config.json; {'; '.join(problems)}: correct config.json, or take "
+            "the files that belong to it"
+        )
 
 
 def _is_stranger(name: str, own: set[Match], family: Family, dims: Dimensions) -> bool:
@@ -93,8 +96,7 @@ def _fill(weight: LocalWeight, files: HfFiles, dims: Dimensions) -> None:
     except ValueError as error:
         raise ValueError(f"{weight.name}: {error}") from error
     for name, shape in zip(weight.hf_names, wanted, strict=True):
-        if files.shape(name) != shape:
-            raise ValueError(f"{name} has shape {files.shape(name)}, the model needs {shape}")
+        files.check(name, shape)
     value = weight.rule.transform.load(files, weight.hf_names, local, weight.shard, dims)
     assert value.shape == weight.tensor.shape, (weight.name, value.shape, weight.tensor.shape)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Safetensors folders in Hugging Face's form: which tensors they hold, and reading parts of them."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ class _Place:
     file: str
     tensor: str
     shape: Shape
+    kind: str
+    """Type as safetensors calls it: BF16, ..."""
     expert: int | None = None
     first_row: int = 0
 
@@ -37,18 +39,34 @@ class HfFiles:
 
     def __init__(self, folder: Path, family: Family, dims: Dimensions) -> None:
         self.folder = folder
-        self._open: dict[str, Any] = {}
+        self._open = _opened(folder)
         self._places: dict[str, _Place] = {}
-        for file, tensor in _listed(folder):
-            self._add(file, tensor, family, dims)
+        for file, opened in self._open.items():
+            for tensor in _names(opened):
+                self._add(file, tensor, family, dims)
 
     @property
     def names(self) -> Iterable[str]:
         """Per-expert names, whatever the files hold."""
         return self._places.keys()
 
-    def shape(self, name: str) -> Shape:
-        return self._places[name].shape
+    def place(self, name: str) -> str:
+        """Name of the file that holds a tensor."""
+        return self._places[name].file
+
+    def check(self, name: str, shape: Shape) -> None:
+        """ValueError when a tensor has another shape, or not the type of a weight."""
+        place = self._places[name]
+        if place.shape != shape:
+            raise ValueError(
+                f"{self.folder / place.file}: {name} has shape {place.shape}, the model of config.json needs {shape}; "
+                "correct config.json, or take the files that belong to it"
+            )
+        if place.kind not in _WEIGHT_KINDS:
+            raise ValueError(
+                f"{self.folder / place.file}: {name} is stored as {place.kind}, a quantised weight without its scale; "
+                f"convert the model to bfloat16 first (supported: {', '.join(_WEIGHT_KINDS)})"
+            )
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements [start, stop) of `name` along `dim`; the whole tensor when `stop` is None."""
@@ -59,7 +77,7 @@ class HfFiles:
         rows = window[0]
         window[0] = slice(rows.start + place.first_row, rows.stop + place.first_row)
         with _reading(self.folder / place.file):
-            stored = self._file(place.file).get_slice(place.tensor)
+            stored = self._open[place.file].get_slice(place.tensor)
             if start == stop:  # a vocabulary shard that is all padding
                 kept = place.shape[:dim] + (0,) + place.shape[dim + 1 :]
                 return stored[0:1].new_empty(kept)
@@ -67,7 +85,8 @@ class HfFiles:
 
     def _add(self, file: str, tensor: str, family: Family, dims: Dimensions) -> None:
         with _reading(self.folder / file):
-            shape = tuple(self._file(file).get_slice(tensor).get_shape())
+            stored = self._open[file].get_slice(tensor)
+            shape, kind = tuple(stored.get_shape()), stored.get_dtype()
         for fused in family.fused_experts:
             match = match_name(fused.hf, tensor)
             if match is None:
@@ -80,14 +99,9 @@ class HfFiles:
             for expert in range(dims.experts):
                 for part, template in enumerate(fused.parts):
                     name = template.format(layer=match.layer, expert=expert)
-                    self._places[name] = _Place(file, tensor, (rows, shape[2]), expert, part * rows)
+                    self._places[name] = _Place(file, tensor, (rows, shape[2]), kind, expert, part * rows)
             return
-        self._places[tensor] = _Place(file, tensor, shape)
-
-    def _file(self, file: str) -> Any:
-        if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, framework="pt", device="cpu")
-        return self._open[file]
+        self._places[tensor] = _Place(file, tensor, shape, kind)
 
 
 @dataclass(frozen=True)
@@ -110,40 +124,62 @@ TYPES = {
 }
 
 
+_WEIGHT_KINDS = ("F64", "F32", "BF16", "F16")
+
+
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """File and type of every tensor of a folder by name; empty for a folder without weights."""
     if not any(folder.glob("*.safetensors")):
         return {}
-    by_file: dict[str, list[str]] = {}
-    for file, name in _listed(folder):
-        by_file.setdefault(file, []).append(name)
     found = {}
-    for file, names in by_file.items():
-        with _reading(folder / file), safe_open(folder / file, framework="pt", device="cpu") as opened:
-            for name in names:
-                found[name] = Stored(file, TYPES[opened.get_slice(name).get_dtype()])
+    for file, opened in _opened(folder).items():
+        for name in _names(opened):
+            kind = opened.get_slice(name).get_dtype()
+            if kind in TYPES:  # others are never loaded, and so not written
+                found[name] = Stored(file, TYPES[kind])
     return found
 
 
-def _listed(folder: Path) -> Iterator[tuple[str, str]]:
-    """(file, tensor) pairs from the index, else from the single file."""
-    index = folder / INDEX_NAME
-    if index.is_file():
-        try:
-            weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is not a safetensors index ({error!r}); download the model again") from error
-        yield from ((file, name) for name, file in weight_map.items())
-        return
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if len(files) != 1:
-        raise FileNotFoundError(
-            f"{folder} holds {len(files)} .safetensors files and no {INDEX_NAME}; expected "
-            f"{SINGLE_NAME}, or several files with their index"
-        )
-    with _reading(folder / files[0]), safe_open(folder / files[0], framework="pt", device="cpu") as opened:
-        names = list(opened.keys())
-    yield from ((files[0], name) for name in names)
+def _opened(folder: Path) -> dict[str, Any]:
+    """The folder's files by name, as its index says; without one, the single file. Only their headers are read.
+
+    FileNotFoundError or ValueError where it is not clear which tensors are the model's: transformers, SGLang and this
+    loader would each take others.
+    """
+    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
+    if not index.is_file():
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        if len(names) != 1:
+            listed = ", ".join(names[:4]) or "no other kind is read"
+            raise FileNotFoundError(
+                f"{folder} holds {len(names)} .safetensors files ({listed}) and no {INDEX_NAME}; expected "
+                f"{SINGLE_NAME} alone, or several files with their index: download what is missing, or move away "
+                "what is not the model's"
+            )
+        return {names[0]: _open(folder / names[0])}
+    try:
+        placed = {(str(file), str(name)) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a safetensors index ({error!r}); download the model again") from error
+    files = {file: _open(folder / file) for file in sorted({file for file, _ in placed})}
+    if single.is_file() and SINGLE_NAME not in files:
+        raise ValueError(f"{folder} holds {SINGLE_NAME} and {INDEX_NAME}, which are two models; remove one of them")
+    held = {(file, name) for file, opened in files.items() for name in _names(opened)}
+    for file, name in sorted(placed ^ held):
+        what = "does not hold" if (file, name) in placed else "holds"
+        where = "places it there" if (file, name) in placed else "does not place it there"
+        raise ValueError(f"{folder / file} {what} {name}, but {INDEX_NAME} {where}; download the model again")
+    return files
+
+
+def _names(opened: Any) -> list[str]:
+    names: list[str] = opened.keys()
+    return names
+
+
+def _open(file: Path) -> Any:
+    with _reading(file):
+        return safe_open(file, framework="pt", device="cpu")
 
 
 @contextmanager
@@ -151,4 +187,6 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read {file} ({error}); it is missing or damaged, copy it again") from error
+        raise ValueError(
+            f"cannot read {file} ({error}); it is missing, damaged or a Git LFS pointer: download it again"
+        ) from error

@@ -57,7 +57,7 @@ CASES: dict[str, tuple[str, Callable[[Tensors], object], str]] = {
     "shape": (
         "qwen3_moe",
         lambda t: t.update({LAYER + "self_attn.k_proj.weight": torch.zeros(8, 32)}),
-        f"{LAYER}self_attn.k_proj.weight has shape (8, 32), the model needs (24, 32)",
+        f"{LAYER}self_attn.k_proj.weight has shape (8, 32), the model of config.json needs (24, 32)",
     ),
     "layer too many": (
         "qwen3_moe",

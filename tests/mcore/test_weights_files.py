@@ -23,7 +23,9 @@ def test_parts_of_tensors(tmp_path: Path) -> None:
     save_file(stored, tmp_path / "model.safetensors")
     files = HfFiles(tmp_path, FAMILY, DIMS)
     assert set(files.names) == set(stored)
-    assert files.shape("lm_head.weight") == (6, 4)
+    files.check("lm_head.weight", (6, 4))
+    with pytest.raises(ValueError, match=r"model\.safetensors: lm_head\.weight has shape \(6, 4\), .* needs \(4, 6\)"):
+        files.check("lm_head.weight", (4, 6))
     assert torch.equal(files.read("lm_head.weight"), stored["lm_head.weight"])
     assert torch.equal(files.read("lm_head.weight", 0, 2, 4), stored["lm_head.weight"][2:4])
     assert torch.equal(files.read("lm_head.weight", 1, 1, 3), stored["lm_head.weight"][:, 1:3])
@@ -52,15 +54,50 @@ def test_damaged_folders(tmp_path: Path) -> None:
     save_file({"lm_head.weight": torch.zeros(6, 4)}, tmp_path / "model.safetensors")
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-20])
-    with pytest.raises(ValueError, match=r"cannot read .*model\.safetensors .*copy it again"):
+    with pytest.raises(ValueError, match=r"cannot read .*model\.safetensors .*download it again"):
         HfFiles(tmp_path, FAMILY, DIMS)
-    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
-    (tmp_path / INDEX_NAME).write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"cannot read .*model-00001-of-00002\.safetensors"):
+    (tmp_path / "model.safetensors").unlink()
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    save_file({"lm_head.weight": torch.zeros(6, 4)}, tmp_path / first)
+    places = {"lm_head.weight": first, "model.norm.weight": second}
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ValueError, match=rf"cannot read .*{second}"):
         HfFiles(tmp_path, FAMILY, DIMS)
-    (tmp_path / INDEX_NAME).write_text("{}")
-    with pytest.raises(ValueError, match="is not a safetensors index"):
-        HfFiles(tmp_path, FAMILY, DIMS)
+    for broken in ("{}", "[]", '{"weight_map": null}', "{"):
+        (tmp_path / INDEX_NAME).write_text(broken)
+        with pytest.raises(ValueError, match="is not a safetensors index"):
+            HfFiles(tmp_path, FAMILY, DIMS)
+
+
+def test_an_index_that_does_not_say_what_the_files_hold(tmp_path: Path) -> None:
+    """Which tensors are the model's would then depend on who reads the folder."""
+    for file, name in (("a.safetensors", "lm_head.weight"), ("b.safetensors", "model.norm.weight")):
+        save_file({name: torch.zeros(6)}, tmp_path / file)
+
+    def refused(places: dict[str, str]) -> str:
+        (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": places}))
+        with pytest.raises(ValueError) as caught:
+            HfFiles(tmp_path, FAMILY, DIMS)
+        return str(caught.value)
+
+    right = {"lm_head.weight": "a.safetensors", "model.norm.weight": "b.safetensors"}
+    assert f"a.safetensors does not hold model.bias, but {INDEX_NAME}" in refused(
+        {**right, "model.bias": "a.safetensors"}
+    )
+    assert "b.safetensors holds model.norm.weight, but" in refused(
+        {"lm_head.weight": "a.safetensors", "x": "b.safetensors"}
+    )
+    save_file({"model.norm.weight": torch.zeros(6)}, tmp_path / "model.safetensors")
+    assert f"holds model.safetensors and {INDEX_NAME}" in refused(right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_quantised_tensor_is_no_weight(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_file({"model.norm.weight": torch.zeros(4).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"model\.norm\.weight is stored as (F8_E4M3|I8).*convert the model to bfloat16"
+    ):
+        HfFiles(tmp_path, FAMILY, DIMS).check("model.norm.weight", (4,))
 
 
 def source_folder(root: Path) -> Path:
