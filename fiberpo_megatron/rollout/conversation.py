@@ -4,7 +4,7 @@ The token ids of a turn are those that the engine sampled; nothing of a conversa
 the environment's message, with the template around it, is turned into tokens, once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Protocol
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from fiberpo_megatron.types import Completion, Prompt, WeightSpan
 
-Sample = Callable[[Sequence[Sequence[int]], int, Sequence[int]], list[list[Completion]]]
-"""(prompts as token ids, completions of each, one seed per prompt) -> completions."""
+Sample = Callable[[Sequence[Sequence[int]], int, Sequence[int]], Iterator[tuple[int, list[Completion]]]]
+"""(prompts as token ids, completions of each, one seed per prompt) -> (index of a prompt, its completions), each prompt
+once, as they are finished."""
 Continuation = Callable[[Prompt, Sequence[int], str], tuple[int, ...] | None]
 """(prompt, response token ids so far, user message) -> token ids from there to the policy's next turn; None when the
 response did not end its turn, so that no other can follow."""
@@ -85,21 +86,38 @@ def converse(
     *,
     decode: Callable[[Sequence[int]], str],
     dialogue: Dialogue | None = None,
-) -> list[list[Conversation]]:
-    """`count` conversations on each prompt, in order; without dialogue they have one turn.
+) -> Iterator[tuple[int, list[Conversation]]]:
+    """(index of a prompt, its `count` conversations), as groups are finished; without dialogue they have one turn.
 
     All conversations that go on are sampled together, turn by turn: a turn begins when the slowest response of the
     one before has ended. A turn that was cut by the length limit is the last. `seeds`: one per prompt.
+
+    Raises ValueError when the engine left a request without its answers.
     """
-    first = sample([p.token_ids for p in prompts], count, seeds)
-    conversations = [[Conversation(p, i, seed) for i in range(count)] for p, seed in zip(prompts, seeds, strict=True)]
-    going = [c for group in conversations for c in group]
-    _add_turn(going, [completion for completions in first for completion in completions], decode)
-    while dialogue is not None and (going := [c for c in going if _goes_on(c, dialogue)]):
-        prefixes = [[*c.prompt.token_ids, *c.response_ids] for c in going]
-        sampled = sample(prefixes, 1, [_turn_seed(c) for c in going])
-        _add_turn(going, [completion for (completion,) in sampled], decode)
-    return conversations
+    groups = [[Conversation(p, i, seed) for i in range(count)] for p, seed in zip(prompts, seeds, strict=True)]
+    going = [count] * len(prompts)  # conversations of each prompt that have not ended
+    asked = [(index, group) for index, group in enumerate(groups)]
+    answers = sample([p.token_ids for p in prompts], count, seeds)
+    while asked:
+        again: list[tuple[int, Conversation]] = []
+        for request, completions in answers:
+            index, conversations = asked[request]
+            for conversation, completion in zip(conversations, completions, strict=True):
+                conversation.turns.append(completion)
+                conversation.texts.append(decode(completion.token_ids))
+                if dialogue is not None and _goes_on(conversation, dialogue):
+                    again.append((index, conversation))
+                else:
+                    going[index] -= 1
+            if going[index] == 0:
+                yield index, groups[index]
+        again.sort(key=lambda place: (place[0], place[1].sample))  # they came in the order in which they ended
+        asked = [(index, [conversation]) for index, conversation in again]
+        if asked:
+            prefixes = [[*c.prompt.token_ids, *c.response_ids] for _, c in again]
+            answers = sample(prefixes, 1, [_turn_seed(c) for _, c in again])
+    if any(going):
+        raise ValueError(f"the engine left prompts {[i for i, left in enumerate(going) if left]} without an answer")
 
 
 def join_turns(turns: Sequence[Completion], between: Sequence[Sequence[int]]) -> Completion:
@@ -140,14 +158,6 @@ def _join_experts(answers: Sequence[NDArray[np.int32] | None]) -> NDArray[np.int
             return None
         joined[: len(experts)] = experts
     return joined
-
-
-def _add_turn(
-    conversations: Sequence[Conversation], completions: Sequence[Completion], decode: Callable[[Sequence[int]], str]
-) -> None:
-    for conversation, completion in zip(conversations, completions, strict=True):
-        conversation.turns.append(completion)
-        conversation.texts.append(decode(completion.token_ids))
 
 
 def _goes_on(conversation: Conversation, dialogue: Dialogue) -> bool:

@@ -1,12 +1,14 @@
 """Rollouts on disk: the whole RolloutBatch of each step, to train on it again without an engine.
 
-<folder>/step_000012.npz   every array of the batch, and what says where it comes from
-<folder>/index.jsonl       one readable line a step
+<folder>/step_000012.npz          every array of the batch, and what says where it comes from
+<folder>/step_000013.unfinished/  the groups of a step that is being generated, see rollout/finished.py
+<folder>/index.jsonl              one readable line a step
 """
 
 import json
 import os
 import re
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +25,7 @@ from fiberpo_megatron.types import Prompt, RolloutBatch
 FORMAT = 1
 INDEX = "index.jsonl"
 _STEP = re.compile(r"step_(\d+)\.npz")
+_UNFINISHED = re.compile(r"step_(\d+)\.unfinished")
 _ORIGIN = "origin"
 _DAMAGE = (OSError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile, zlib.error)
 
@@ -44,7 +47,9 @@ class Origin:
     """Settings that a run must share to train on them, by name; JSON values."""
     run: str
     """Digest of everything that decides the weights of a step: only with the same one are the weights of a version
-    the same weights."""
+    that was trained again the same weights."""
+    sampling: str = ""
+    """Digest of everything but the weights that decides the samples."""
     format: int = FORMAT
 
 
@@ -64,20 +69,32 @@ class RolloutDump:
         """File of one step."""
         return self.folder / f"step_{step:06d}.npz"
 
+    def unfinished(self, step: int) -> Path:
+        """Folder of a step's finished groups while it is being generated."""
+        return self.folder / f"step_{step:06d}.unfinished"
+
     def steps(self) -> list[int]:
         """Stored steps, ascending."""
+        return self._steps(_STEP)
+
+    def unfinished_steps(self) -> list[int]:
+        """Steps that have a folder of finished groups, ascending."""
+        return self._steps(_UNFINISHED)
+
+    def _steps(self, name: re.Pattern[str]) -> list[int]:
         if not self.folder.is_dir():
             return []
-        return sorted(int(found[1]) for path in self.folder.iterdir() if (found := _STEP.fullmatch(path.name)))
+        return sorted(int(found[1]) for path in self.folder.iterdir() if (found := name.fullmatch(path.name)))
 
     def write(self, batch: RolloutBatch, origin: Origin) -> None:
-        """Write one step in one move; a file of the same step is replaced."""
+        """Write one step in one move; a file of the same step is replaced, its unfinished groups are deleted."""
         self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {field.name: getattr(batch, field.name) for field in fields(RolloutBatch)}
         told = np.frombuffer(json.dumps(asdict(origin)).encode(), np.uint8)
         with _replaced(self.path(origin.step)) as file:
             np.savez(file, allow_pickle=False, **{_ORIGIN: told}, **arrays)
         self._index({origin.step: _summary(batch, origin)})
+        shutil.rmtree(self.unfinished(origin.step), ignore_errors=True)
 
     def origin(self, step: int) -> Origin:
         """Where a stored step comes from; raises DumpError."""
@@ -99,12 +116,16 @@ class RolloutDump:
             return RolloutBatch(**{name: file[name] for name in stored})
 
     def drop(self, before: int) -> None:
-        """Delete the steps that come before step `before`."""
-        gone = [step for step in self.steps() if step < before]
-        for step in gone:
+        """Delete the steps that come before step `before`, finished or not."""
+        self.forget([step for step in (*self.steps(), *self.unfinished_steps()) if step < before])
+
+    def forget(self, steps: Sequence[int]) -> None:
+        """Delete these steps, finished or not."""
+        for step in steps:
             self.path(step).unlink(missing_ok=True)
-        if gone:
-            self._index(dict.fromkeys(gone))
+            shutil.rmtree(self.unfinished(step), ignore_errors=True)
+        if steps:
+            self._index(dict.fromkeys(steps))
 
     @contextmanager
     def _open(self, step: int) -> Iterator[Any]:

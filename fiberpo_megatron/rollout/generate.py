@@ -2,7 +2,8 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -17,8 +18,8 @@ from fiberpo_megatron.types import Completion
 
 Result = TypeVar("Result")
 
-Progress = Callable[[int, int], None]
-"""(prompts done, prompts in all), called from the sampler's thread."""
+Finished = Callable[[int, list[Completion]], None]
+"""(index of a prompt, its completions), called from the sampler's thread."""
 
 
 def response_seeds(seed: int, count: int) -> list[int]:
@@ -32,54 +33,37 @@ async def generate(
     prompts: Sequence[Sequence[int]],
     count: int,
     sampling: Sampling,
+    finished: Finished,
     *,
     max_concurrent: int,
     seeds: Sequence[int] | None = None,
     routed_experts: tuple[int, int] | None = None,
-    partial: bool = False,
-    progress: Progress | None = None,
-) -> list[list[Completion]]:
-    """`count` responses to each prompt, in order. The first failure cancels the rest and is raised.
+) -> None:
+    """`count` responses to each prompt, handed to `finished` as they come. The first failure cancels the rest and is
+    raised.
 
-    `max_concurrent`: responses in flight, all engines together (one prompt's at least). When all fit in, each
-    engine gets one request with its share; else each prompt is a request of its own, for the engine with the
-    fewest in flight. `seeds`: one per prompt; the same seed, weights and sampling then give the
-    same responses, whatever else the engines do.
+    Each prompt is a request of its own, for the engine with the fewest responses in flight: an answer comes when the
+    slowest response of its request has ended, and what has come survives this process. `max_concurrent`: responses in
+    flight, all engines together (one prompt's at least). `seeds`: one per prompt; the same seed, weights and sampling
+    then give the same responses, whatever else the engines do.
     """
-    parts = _requests(len(prompts), count, len(clients), max_concurrent)
     slots = asyncio.Semaphore(max(len(clients), max_concurrent // count))
     in_flight = [0] * len(clients)
-    done = 0
 
-    async def send(part: range) -> list[list[Completion]]:
-        nonlocal done
-        flat = [prompts[i] for i in part for _ in range(count)]
-        drawn = None if seeds is None else [s for i in part for s in response_seeds(seeds[i], count)]
+    async def send(index: int) -> None:
+        drawn = None if seeds is None else response_seeds(seeds[index], count)
         async with slots:
             engine = in_flight.index(min(in_flight))
-            in_flight[engine] += len(flat)
+            in_flight[engine] += count
             try:
                 completions = await clients[engine].generate(
-                    flat, sampling, seeds=drawn, routed_experts=routed_experts, partial=partial
+                    [prompts[index]] * count, sampling, seeds=drawn, routed_experts=routed_experts
                 )
             finally:
-                in_flight[engine] -= len(flat)
-        done += len(part)
-        if progress is not None:
-            progress(done, len(prompts))
-        return [completions[i : i + count] for i in range(0, len(flat), count)]
+                in_flight[engine] -= count
+        finished(index, completions)
 
-    groups = await _all_or_first_error([send(part) for part in parts])
-    return [group for part in groups for group in part]
-
-
-def _requests(prompts: int, count: int, engines: int, max_concurrent: int) -> list[range]:
-    """Prompt indices of each request: one request saves the engine many small batches, but it ends only when
-    its slowest response does."""
-    if prompts * count > max_concurrent:
-        return [range(i, i + 1) for i in range(prompts)]
-    cuts = [prompts * i // engines for i in range(engines + 1)]
-    return [range(begin, end) for begin, end in zip(cuts, cuts[1:]) if end > begin]
+    await _all_or_first_error([send(index) for index in range(len(prompts))])
 
 
 async def _all_or_first_error(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
@@ -109,35 +93,49 @@ class EngineSampler:
         timeout_s: float,
         vocabulary: int,
         routed_experts: tuple[int, int] | None = None,
-        progress: Progress | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         if not engines:
             raise ValueError("no engines; give rollout.engine.urls or let the run start some")
         self.sampling, self.max_concurrent, self.vocabulary = sampling, max_concurrent, vocabulary
-        self.routed_experts, self.progress = routed_experts, progress
+        self.routed_experts = routed_experts
         self._loop = BackgroundLoop("rollout")
         self._clients = [EngineClient(e, timeout_s, max_concurrent, transport) for e in engines]
 
     def sample(
         self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int] | None = None
-    ) -> list[list[Completion]]:
-        """`count` completions of each prompt (token ids), in order. `seeds`: one per prompt."""
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """(index of a prompt, its `count` completions), each prompt (token ids) once, as they are finished. `seeds`:
+        one per prompt."""
         if seeds is not None and len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; pass one seed per prompt")
         for index, prompt in enumerate(prompts):
             self._check_tokens(prompt, f"prompt {index}")
-        work = generate(
-            self._clients,
-            prompts,
-            count,
-            self.sampling,
-            max_concurrent=self.max_concurrent,
-            seeds=seeds,
-            routed_experts=self.routed_experts,
-            progress=self.progress,
+        return self._sampled(prompts, count, seeds)
+
+    def _sampled(
+        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int] | None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        came: SimpleQueue[tuple[int, list[Completion]] | None] = SimpleQueue()  # None: there is no more
+        work = self._loop.submit(
+            generate(
+                self._clients,
+                prompts,
+                count,
+                self.sampling,
+                lambda index, completions: came.put((index, completions)),
+                max_concurrent=self.max_concurrent,
+                seeds=seeds,
+                routed_experts=self.routed_experts,
+            )
         )
-        return self._loop.run(work)
+        work.add_done_callback(lambda _: came.put(None))
+        try:
+            while (item := came.get()) is not None:  # every request in `work` has its deadline
+                yield item
+            work.result()
+        finally:
+            work.cancel()
 
     def score(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
         """Per engine: [len - 1] log-probs of token_ids[1:] at temperature 1."""

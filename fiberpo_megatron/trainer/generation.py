@@ -1,9 +1,9 @@
 """This leader's share of a step's prompts, sampled by the engines and scored."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from numpy.typing import ArrayLike
 
@@ -11,12 +11,17 @@ from fiberpo_megatron.rewards import Reward
 from fiberpo_megatron.rollout.conversation import Conversation, Dialogue, converse
 from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory
 
+Item = TypeVar("Item")
+
 
 class Sampler(Protocol):
     """What the trainer needs of the rollout engines."""
 
-    def sample(self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]) -> list[list[Completion]]:
-        """`count` completions of each prompt, in order; one sampling seed per prompt."""
+    def sample(
+        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """(index of a prompt, its `count` completions), each prompt once, as they are finished; one sampling seed per
+        prompt."""
         ...
 
     def score(self, token_ids: Sequence[int]) -> Sequence[ArrayLike]:
@@ -37,14 +42,13 @@ class Generator:
     dialogue: Dialogue | None = None
     """Answers the policy's turns; None: every response is one turn."""
 
-    def groups(self, prompts: Sequence[Prompt], count: int, version: str) -> list[RolloutGroup]:
-        """`count` scored trajectories of each prompt, all sampled with weights `version`.
+    def groups(self, prompts: Sequence[Prompt], count: int, version: str) -> Iterator[tuple[int, RolloutGroup]]:
+        """(index of a prompt, its `count` scored trajectories), each prompt once, as they are finished; all sampled
+        with weights `version`.
 
         Raises RuntimeError when an engine answered with other weights: the loop is synchronous, so that would
         mean that a publication was lost.
         """
-        if not prompts:
-            return []
         conversations = converse(
             self.sampler.sample,
             prompts,
@@ -53,10 +57,8 @@ class Generator:
             decode=self.decode,
             dialogue=self.dialogue,
         )
-        return [
-            RolloutGroup(prompt, tuple(self._trajectory(conversation, version) for conversation in group))
-            for prompt, group in zip(prompts, conversations, strict=True)
-        ]
+        for index, group in conversations:
+            yield index, RolloutGroup(prompts[index], tuple(self._trajectory(c, version) for c in group))
 
     def _seed(self, prompt: Prompt, version: str) -> int:
         name = f"{self.seed} {version} {prompt.domain} {prompt.index}".encode()
@@ -80,7 +82,7 @@ class Generator:
         return Trajectory(prompt, conversation.completion, conversation.text, score.reward, score.correct)
 
 
-def share(prompts: Sequence[Prompt], data_rank: int, data_size: int) -> Sequence[Prompt]:
+def share(items: Sequence[Item], data_rank: int, data_size: int) -> Sequence[Item]:
     """The contiguous share of a data-parallel rank: joined in rank order the shares are the step's prompts again,
     so the batch does not depend on the layout."""
-    return prompts[len(prompts) * data_rank // data_size : len(prompts) * (data_rank + 1) // data_size]
+    return items[len(items) * data_rank // data_size : len(items) * (data_rank + 1) // data_size]

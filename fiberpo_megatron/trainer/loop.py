@@ -4,7 +4,8 @@ Every rank runs it; every collaborator is passed in, so the same function trains
 the tests and a Megatron model with SGLang on a cluster.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,7 +76,7 @@ class Checkpoints(Protocol):
 
 
 class Store(Protocol):
-    """Rollouts on disk; every rank calls it."""
+    """Rollouts on disk; every rank calls it, but for `unfinished`."""
 
     def load(self, step: int, prompts: Sequence[Prompt], weights: str) -> RolloutBatch | None:
         """The step's trajectories, equal on every rank, where they need not be generated. Raises when they are to be
@@ -84,6 +85,13 @@ class Store(Protocol):
 
     def save(self, step: int, prompts: Sequence[Prompt], weights: str, batch: RolloutBatch) -> None:
         """Keep trajectories that were just generated."""
+        ...
+
+    def unfinished(
+        self, step: int, prompts: Sequence[Prompt], weights: str, mine: Sequence[int]
+    ) -> AbstractContextManager[MutableMapping[int, RolloutGroup]]:
+        """The finished groups of a step whose generation was cut short, by index of their prompt, as far as they are
+        among `mine`; what is put there is kept for a resume. For leaders."""
         ...
 
     def saved(self, done: int) -> None:
@@ -231,15 +239,27 @@ def _complete_save(run: Training, wait: bool) -> None:
 def _rollouts(run: Training, prompts: list[Prompt], count: int, version: int, *, log_step: int | None) -> RolloutBatch:
     assert run.generator is not None, "rollouts that are replayed are never generated"
     layout = run.policy.layout
-    mine = share(prompts, layout.data_rank, layout.data_size)
+    mine = share(range(len(prompts)), layout.data_rank, layout.data_size)
     groups: list[RolloutGroup] = []
     with run.timers("evaluate_generate" if log_step is None else "generate"), together(layout, "generating rollouts"):
         if layout.is_leader:
-            groups = run.generator.groups(mine, count, str(version))
+            with _kept(run, log_step, prompts, version, mine) as finished:
+                missing = [index for index in mine if index not in finished]
+                for i, group in run.generator.groups([prompts[index] for index in missing], count, str(version)):
+                    finished[missing[i]] = group
+            groups = [finished[index] for index in mine]
     if log_step is not None:
         run.recorder.rollouts(log_step, groups)
     with run.timers("exchange"):
         return layout.gather_rollouts(flatten(groups) if layout.is_leader else None)
+
+
+def _kept(
+    run: Training, step: int | None, prompts: list[Prompt], version: int, mine: Sequence[int]
+) -> AbstractContextManager[MutableMapping[int, RolloutGroup]]:
+    """Where this leader's finished groups go; those of an evaluation are in memory alone."""
+    nowhere: MutableMapping[int, RolloutGroup] = {}
+    return nullcontext(nowhere) if step is None else run.rollouts.unfinished(step, prompts, str(version), mine)
 
 
 def _rollout_summary(rollouts: RolloutBatch, names: Sequence[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -16,15 +16,17 @@ def turn(*ids: int, reason: str = "stop", version: str = "3", experts: np.ndarra
 
 
 class Scripted:
-    """An engine that says what it is told, in the order of its requests."""
+    """An engine that says what it is told, the last answer of a request first."""
 
     def __init__(self, *answers: list[list[Completion]]) -> None:
         self.answers = list(answers)
         self.requests: list[tuple[list[list[int]], int, list[int]]] = []
 
-    def __call__(self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]) -> list[list[Completion]]:
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, list[Completion]]]:
         self.requests.append(([list(p) for p in prompts], count, list(seeds)))
-        return self.answers.pop(0)
+        return reversed(list(enumerate(self.answers.pop(0))))
 
 
 class UntilEight:
@@ -49,7 +51,9 @@ def test_conversations_go_on_until_the_environment_ends_them():
         [[turn(4, END)]],
     )
     dialogue = Dialogue(UntilEight(), continuation)
-    (right, second), (cut, third) = converse(engine, PROMPTS, 2, [11, 12], decode=decode, dialogue=dialogue)
+    ended = list(converse(engine, PROMPTS, 2, [11, 12], decode=decode, dialogue=dialogue))
+    (first_ended, (right, second)), (last_ended, (cut, third)) = ended
+    assert (first_ended, last_ended) == (0, 1)  # though the second prompt was answered first
     assert right.texts == ["8"] and right.completion is right.turns[0]
     assert cut.texts == ["6"] and cut.completion.finish_reason == "length"
     assert second.response_ids == [5, END, 50, 5, 51, 8, END] and second.text == "5\n[user] not 5\n[assistant] 8"
@@ -65,14 +69,15 @@ def test_conversations_go_on_until_the_environment_ends_them():
 def test_a_turn_that_ended_the_whole_text_is_the_last():
     engine = Scripted([[turn(5, OTHER_END)], [turn(8, END)]])
     dialogue = Dialogue(UntilEight(), continuation)
-    (ended,), (right,) = converse(engine, PROMPTS, 1, [11, 12], decode=decode, dialogue=dialogue)
+    groups = dict(converse(engine, PROMPTS, 1, [11, 12], decode=decode, dialogue=dialogue))
+    (ended,), (right,) = groups[0], groups[1]
     assert ended.response_ids == [5, OTHER_END] and ended.messages == [] and right.response_ids == [8, END]
 
 
 def test_without_dialogue_a_response_is_what_the_engine_returned():
     answers = [[turn(5, END)], [turn(6, END)]]
-    groups = converse(Scripted(answers), PROMPTS, 1, [11, 12], decode=decode)
-    assert [[c.completion for c in group] for group in groups] == answers
+    groups = list(converse(Scripted(answers), PROMPTS, 1, [11, 12], decode=decode))
+    assert [(index, [c.completion for c in group]) for index, group in groups] == [(1, answers[1]), (0, answers[0])]
 
 
 def test_joined_turns_mask_what_the_environment_wrote():
@@ -94,5 +99,7 @@ def test_joined_turns_take_experts_from_the_pass_that_sampled():
 
 
 def test_every_request_needs_its_answers():
-    with pytest.raises(ValueError):
-        converse(Scripted([[turn(5, END)]]), PROMPTS, 1, [11, 12], decode=decode)
+    with pytest.raises(ValueError, match=r"left prompts \[1\] without an answer"):
+        list(converse(Scripted([[turn(5, END)]]), PROMPTS, 1, [11, 12], decode=decode))
+    with pytest.raises(ValueError, match="shorter"):
+        list(converse(Scripted([[turn(5, END)]] * 2), PROMPTS, 2, [11, 12], decode=decode))

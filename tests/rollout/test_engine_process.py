@@ -102,7 +102,7 @@ def check_key(address: EngineAddress) -> None:
             EngineSampler([without], Sampling(1), max_concurrent=1, timeout_s=60, vocabulary=64) as sampler,
             pytest.raises(EngineRefused, match=f"{seen}.*api_key_file"),
         ):
-            sampler.sample([[2, 3]], 1)
+            list(sampler.sample([[2, 3]], 1))
     check_reachable(address)
     assert address.log is not None and KEY not in repr(address)
     log = address.log.read_text()
@@ -152,7 +152,7 @@ def test_kill_9_of_the_run_takes_the_server_along_and_a_waiting_sampler_says_so(
         EngineSampler([address], Sampling(500), max_concurrent=64, timeout_s=60, vocabulary=64) as sampler,
         pytest.raises(EngineUnreachable, match=rf"{url}: the connection was lost[\s\S]*engine_0.log ---"),
     ):
-        sampler.sample([[2, 3, 4]] * 8, 4)
+        list(sampler.sample([[2, 3, 4]] * 8, 4))
     run.wait()
     wait_for(lambda: not members(server))
     remove_leftovers()

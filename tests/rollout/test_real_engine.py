@@ -11,6 +11,7 @@ from fiberpo_megatron.rollout.client import EngineAddress, EngineClient, Samplin
 from fiberpo_megatron.rollout.errors import EngineAborted, EngineRefused
 from fiberpo_megatron.rollout.generate import EngineSampler
 from fiberpo_megatron.types import WeightSpan
+from tests.rollout.in_order import in_order
 from tests.tiny_model import EOS, LAYERS, TOP_K, VOCABULARY, chosen_experts, load, log_probs
 
 pytestmark = pytest.mark.sglang
@@ -28,7 +29,7 @@ def test_log_probs_and_experts_are_those_of_transformers(engine, checkpoint, tem
     model = load(checkpoint)
     sampling = Sampling(8, temperature=temperature)
     with sampler(engine, sampling, routed_experts=(LAYERS, TOP_K)) as engines:
-        groups = engines.sample(PROMPTS, 2)
+        groups = in_order(engines, PROMPTS, 2)
     assert [len(group) for group in groups] == [2] * len(PROMPTS)
     for prompt, group in zip(PROMPTS, groups):
         for completion in group:
@@ -44,7 +45,7 @@ def test_log_probs_and_experts_are_those_of_transformers(engine, checkpoint, tem
 def test_a_response_ends_at_a_stop_token_or_the_limit(engine):
     stops = tuple(range(0, VOCABULARY, 8))
     with sampler(engine, Sampling(6, stop_token_ids=stops)) as engines:
-        completions = [c for group in engines.sample(PROMPTS, 4) for c in group]
+        completions = [c for group in in_order(engines, PROMPTS, 4) for c in group]
     reasons = Counter(c.finish_reason for c in completions)
     assert set(reasons) == {"stop", "length"}
     for completion in completions:
@@ -57,10 +58,10 @@ def test_a_response_ends_at_a_stop_token_or_the_limit(engine):
 def test_seeds_decide_the_responses_whatever_else_is_in_the_batch(engine):
     seeds = [100 + i for i in range(len(PROMPTS))]
     with sampler(engine, Sampling(6)) as engines:
-        first = engines.sample(PROMPTS, 3, seeds)
-        backwards = engines.sample(PROMPTS[::-1], 3, seeds[::-1])[::-1]
-        alone = engines.sample(PROMPTS[:1], 3, seeds[:1])
-        other = engines.sample(PROMPTS, 3, [seed + 1000 for seed in seeds])
+        first = in_order(engines, PROMPTS, 3, seeds)
+        backwards = in_order(engines, PROMPTS[::-1], 3, seeds[::-1])[::-1]
+        alone = in_order(engines, PROMPTS[:1], 3, seeds[:1])
+        other = in_order(engines, PROMPTS, 3, [seed + 1000 for seed in seeds])
     tokens = [[c.token_ids for c in group] for group in first]
     assert [[c.token_ids for c in group] for group in backwards] == tokens
     assert [c.token_ids for c in alone[0]] == tokens[0]
@@ -72,7 +73,7 @@ def test_seeded_sampling_follows_the_policy(engine, checkpoint):
     """The hash behind it is our own stand-in: 4096 draws must have the policy's frequencies."""
     draws = 4096
     with sampler(engine, Sampling(1)) as engines:
-        counts = Counter(c.token_ids[0] for group in engines.sample([[5, 9, 4]] * 16, 256, range(16)) for c in group)
+        counts = Counter(c.token_ids[0] for group in in_order(engines, [[5, 9, 4]] * 16, 256, range(16)) for c in group)
     model = load(checkpoint)
     for token in range(VOCABULARY):
         p = math.exp(log_probs(model, [5, 9, 4, token])[-1])
@@ -89,7 +90,7 @@ def test_score_is_the_log_prob_of_the_given_tokens(engine, checkpoint):
 
 def test_what_the_server_refuses_is_said(engine):
     with sampler(engine, Sampling(1)) as engines, pytest.raises(EngineRefused, match=r"600 tokens.*longer than"):
-        engines.sample([[2] * 600], 1)
+        in_order(engines, [[2] * 600], 1)
 
 
 def test_abort_pause_and_checksum(engine, checkpoint):
@@ -123,11 +124,11 @@ def test_abort_pause_and_checksum(engine, checkpoint):
 def test_memory_calls_leave_a_server_that_generates_the_same(engine):
     """Without a GPU nothing is freed (SGLang's memory saver needs CUDA), but the calls are the same."""
     with sampler(engine, Sampling(6)) as engines:
-        before = engines.sample(PROMPTS, 2, list(range(len(PROMPTS))))
+        before = in_order(engines, PROMPTS, 2, list(range(len(PROMPTS))))
         for tags in (["kv_cache"], ["kv_cache", "weights"]):
             engines.release_memory(tags)  # right after the last answer: it waits until the server is idle
             engines.resume_memory(tags)
-            after = engines.sample(PROMPTS, 2, list(range(len(PROMPTS))))
+            after = in_order(engines, PROMPTS, 2, list(range(len(PROMPTS))))
             assert [[c.token_ids for c in g] for g in after] == [[c.token_ids for c in g] for g in before]
         with pytest.raises(EngineRefused, match="cannot release their memory"):
             engines.require_memory_saver()

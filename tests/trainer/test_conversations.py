@@ -1,6 +1,6 @@
 """Trajectories of several turns through the trainer: what the environment wrote has no part in anything."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -99,12 +99,15 @@ def test_retry_ends_with_the_right_answer_or_the_last_turn(tmp_path):
 
 def test_every_turn_must_come_from_the_published_weights():
     class Stale:
-        def sample(self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]) -> list[list[Completion]]:
+        def sample(
+            self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]
+        ) -> Iterator[tuple[int, list[Completion]]]:
             version = "1" if len(prompts[0]) == 1 else "0"
             spans = (WeightSpan(version, 0, 1),)
-            return [[Completion((9,), np.array([-1.0], np.float32), "stop", spans)] * count for _ in prompts]
+            for index in range(len(prompts)):
+                yield index, [Completion((9,), np.array([-1.0], np.float32), "stop", spans)] * count
 
     dialogue = Dialogue(TryAgain(), lambda prompt, response, message: (7,))
     generator = Generator(Stale(), lambda ids: "5", FirstToken(), 0, dialogue)
     with pytest.raises(RuntimeError, match=r"sampled with weights \['0'\], but '1' was published last"):
-        generator.groups([Prompt(0, 0, (3,), "p", "8")], 2, "1")
+        list(generator.groups([Prompt(0, 0, (3,), "p", "8")], 2, "1"))

@@ -1,6 +1,7 @@
 """The loop on stored rollouts: replay without an engine, and steps that an interrupted run had generated."""
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,20 +9,28 @@ import pytest
 import torch
 
 from fiberpo_megatron.rollout.dump import DumpError
+from fiberpo_megatron.rollout.finished import finished_indices
 from fiberpo_megatron.trainer.loop import Training, train
 from fiberpo_megatron.trainer.stored import StoredRollouts, dump_of
+from fiberpo_megatron.types import Completion
 from tests.trainer.test_loop import Memory, training
-from tests.trainer.toy import VOCABULARY, FakeEngine, SingleLayout
+from tests.trainer.toy import VOCABULARY, FakeEngine, SingleLayout, TablePolicy
 
 
 def run_in(
-    folder: Path, *, resume: bool = False, start: int = 0, engine: FakeEngine | None = None, **sections: object
+    folder: Path,
+    *,
+    resume: bool = False,
+    start: int = 0,
+    engine: FakeEngine | None = None,
+    layout: SingleLayout | None = None,
+    **sections: object,
 ) -> tuple[Training, Memory]:
     """A run whose rollouts are stored in `folder`; without an engine where it replays."""
     small = {"prompts": 4, "samples_per_prompt": 4, "mini_batches": 2}
     merged = {"run": {"folder": folder}, "evaluation": {"prompts": 0}, "batch": small, **sections}
     run, memory = training(engine=engine, **merged)
-    store = StoredRollouts(run.config, VOCABULARY, SingleLayout(), start, resume)
+    store = StoredRollouts(run.config, VOCABULARY, layout or SingleLayout(), start, resume)
     if run.config.rollouts.replay is not None:
         return replace(run, rollouts=store, generator=None, publisher=None), memory
     return replace(run, rollouts=store), memory
@@ -91,6 +100,40 @@ class CountingEngine(FakeEngine):
         return super().sample(*args)
 
 
+class SeededEngine(FakeEngine):
+    """What it samples depends on the weights and the prompt's seed alone; the last prompt ends first. It dies after
+    `survives` prompts."""
+
+    survives = 10**6
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.asked: list[int] = []
+        """Prompts of each request."""
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        self.asked.append(len(prompts))
+        for index in reversed(range(len(prompts))):
+            if self.survives == 0:
+                raise Killed
+            self.survives -= 1
+            self.random.manual_seed(seeds[index])
+            yield index, [self._one(prompts[index][-1]) for _ in range(count)]
+
+
+def cut_while_generating(folder: Path) -> TablePolicy:
+    """Of step 1's four prompts three are generated; the policy that would have sampled the fourth."""
+    engine = SeededEngine(seed=0)
+    engine.survives = 4 + 3
+    run, _ = run_in(folder, engine=engine)
+    with pytest.raises(Killed):
+        train(run)
+    assert dump_of(folder).steps() == [] and finished_indices(dump_of(folder).unfinished(1)) == {1, 2, 3}
+    return run.policy
+
+
 def interrupted(folder: Path) -> None:
     """Step 1's rollouts are generated; its training does not end."""
     run, _ = run_in(folder)
@@ -119,10 +162,17 @@ def test_an_interrupted_step_is_not_generated_again(tmp_path: Path) -> None:
     assert dump_of(tmp_path).steps() == []
 
 
-@pytest.mark.parametrize(
-    "change", [{"optimizer": {"learning_rate": 1.0}}, {"rollouts": {"unfinished": False}}], ids=str
-)
-def test_an_interrupted_step_of_another_configuration_is(
+def test_loaded_weights_are_the_same_whatever_happens_to_them_now(tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    engine, layout = CountingEngine(seed=5), SingleLayout()
+    layout.world_size = 2
+    change = {"optimizer": {"learning_rate": 1.0}, "parallel": {"data": 2}}
+    train(run_in(tmp_path, resume=True, start=1, engine=engine, layout=layout, **change)[0], start=1)
+    assert engine.calls == 1
+
+
+@pytest.mark.parametrize("change", [{"rollout": {"top_p": 0.9}}, {"rollouts": {"unfinished": False}}], ids=str)
+def test_an_interrupted_step_of_other_sampling_is_generated_again(
     tmp_path: Path, change: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
     interrupted(tmp_path)
@@ -130,8 +180,50 @@ def test_an_interrupted_step_of_another_configuration_is(
     with caplog.at_level(logging.WARNING):
         train(run_in(tmp_path, resume=True, start=1, engine=engine, **change)[0], start=1)
     assert engine.calls == 2
-    if "optimizer" in change:
+    if "rollout" in change:
         assert "step 1 is generated again" in caplog.text and "by another configuration" in caplog.text
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 1.0}, {}], ids=["other", "same"])
+def test_weights_that_are_trained_again_are_the_same_with_the_same_configuration(
+    tmp_path: Path, change: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checkpoint of step 1 is lost: what was sampled with the weights that it held is used by a run that trains
+    them again in the same way, and is gone before another one has weights of that version."""
+    cut_while_generating(tmp_path)
+    engine = SeededEngine(seed=0)
+    with caplog.at_level(logging.WARNING):
+        run, _ = run_in(tmp_path, resume=True, start=0, engine=engine, optimizer=change)
+    assert ("rollouts of step 1 are of another configuration: deleted" in caplog.text) == bool(change)
+    train(run, start=0)
+    assert engine.asked == [4, 4 if change else 1, 4]
+
+
+def test_a_step_that_was_cut_while_generating_asks_for_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The resumed run trains on bitwise what an undisturbed one does, and shows its samples."""
+    straight, recorded = run_in(tmp_path / "straight", engine=SeededEngine(seed=0))
+    train(straight)
+    policy = cut_while_generating(tmp_path / "cut")
+    engine = SeededEngine(seed=9)
+    run, memory = run_in(tmp_path / "cut", resume=True, start=1, engine=engine)
+    run.policy.table = policy.table
+    train(run, start=1)
+    assert engine.asked == [1, 4]
+    assert "Step 1: 3 of 4 prompts had been generated before" in capsys.readouterr().out
+    assert torch.equal(run.policy.table, straight.policy.table)
+    assert memory.values("train", "ratio/max") == recorded.values("train", "ratio/max")[1:]
+    assert memory.samples == recorded.samples[1:] == [(1, 4), (2, 4)]
+    assert not list((tmp_path / "cut" / "dump").glob("step_*"))
+
+
+def test_groups_of_other_sampling_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cut_while_generating(tmp_path)
+    engine = SeededEngine(seed=0)
+    with caplog.at_level(logging.WARNING):
+        train(run_in(tmp_path, resume=True, start=1, engine=engine, rollout={"top_k": 3})[0], start=1)
+    assert engine.asked == [4, 4] and "is of another configuration or other weights" in caplog.text
 
 
 def test_damaged_leftovers_are_generated_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

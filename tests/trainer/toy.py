@@ -1,7 +1,8 @@
 """A policy of one table and an engine that samples from what was published: the loop's collaborators without
 Megatron and SGLang. The real ones are in tests/distributed and tests/end_to_end."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from fiberpo_megatron.types import (
     OptimizerStep,
     Prompt,
     RolloutBatch,
+    RolloutGroup,
     RoutingMode,
     TokenScores,
     WeightSpan,
@@ -154,9 +156,12 @@ class FakeEngine:
             self.table = tensor + self.corrupt * torch.eye(VOCABULARY)
         self.version = version
 
-    def sample(self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]) -> list[list[Completion]]:
+    def sample(
+        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, list[Completion]]]:
         assert not self.missing
-        return [[self._one(prompt[-1]) for _ in range(count)] for prompt in prompts]
+        for index, prompt in enumerate(prompts):
+            yield index, [self._one(prompt[-1]) for _ in range(count)]
 
     def _one(self, token: int) -> Completion:
         tokens, log_probs = [], []
@@ -182,6 +187,11 @@ class NothingStored:
 
     def save(self, step: int, prompts: Sequence[Prompt], weights: str, batch: RolloutBatch) -> None:
         pass
+
+    def unfinished(
+        self, step: int, prompts: Sequence[Prompt], weights: str, mine: Sequence[int]
+    ) -> AbstractContextManager[MutableMapping[int, RolloutGroup]]:
+        return nullcontext({})
 
     def saved(self, done: int) -> None:
         pass

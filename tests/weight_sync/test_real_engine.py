@@ -16,6 +16,7 @@ from fiberpo_megatron.weight_sync.base import Publisher
 from fiberpo_megatron.weight_sync.disk import DiskPublisher
 from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
 from fiberpo_megatron.weight_sync.verify import WeightMismatch, compare_log_probs
+from tests.rollout.in_order import in_order
 from tests.tiny_model import VOCABULARY, hugging_face_weights, load, log_probs, moved
 from tests.weight_sync.trainer_rank import publish_as_rank
 
@@ -73,7 +74,7 @@ def test_a_response_across_a_publication_names_both_versions(method, engine, che
         ThreadPoolExecutor() as threads,
     ):
         publishing.publish(hugging_face_weights(load(checkpoint)), "first")
-        running = threads.submit(sampler.sample, [[3, 4, 5]], 4)
+        running = threads.submit(in_order, sampler, [[3, 4, 5]], 4)
         time.sleep(0.5)
         publishing.publish(hugging_face_weights(model), "second")
         (completions,) = running.result()

@@ -1,0 +1,216 @@
+"""Finished groups of a step that is still being generated: append-only files, one for each rank and start of the run.
+
+<folder>/rank_00003.0     where they come from (an Origin), then one record a group
+<folder>/rank_00003.1     of the next start
+
+A record is a head and its bytes. It reaches the kernel as a whole before the next group is taken, so that a killed
+process loses none; a record that was cut short by a kill, or lost with a machine, has another length or checksum than
+its head says, and the file ends before it.
+"""
+
+import io
+import json
+import logging
+import struct
+import zlib
+from collections import UserDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple, Self
+
+import numpy as np
+
+from fiberpo_megatron.rollout.dump import Origin
+from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory, WeightSpan
+
+_HEAD = struct.Struct("<4sqQI")
+"""Magic, index of the prompt (_ORIGIN for the first record), bytes that follow, their CRC-32."""
+_MAGIC = b"grp1"
+_ORIGIN = -1
+_ARRAYS = ("token_ids", "log_probs", "routed_experts", "loss_mask")
+_log = logging.getLogger(__name__)
+
+
+class _Record(NamedTuple):
+    prompt: int
+    begin: int
+    size: int
+    crc32: int
+
+
+class FinishedGroups(UserDict[int, RolloutGroup]):
+    """The finished groups of one step by index of their prompt; those that are set are appended to this rank's file.
+
+    `mine`: indices to read. `usable`: whether groups of that origin may stand beside those that `origin` describes.
+    A damaged file is used up to the damage. Close it when the step's groups are complete (`with`).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        origin: Origin,
+        rank: int,
+        prompts: Sequence[Prompt],
+        mine: Sequence[int],
+        usable: Callable[[Origin], bool],
+    ) -> None:
+        super().__init__()
+        self._folder, self._origin, self._rank = folder, origin, rank
+        self._file: IO[bytes] | None = None
+        self.left: set[int] = set()
+        """Indices of all usable groups that earlier starts left, whichever rank they are for."""
+        for path in sorted(folder.glob("rank_*")):
+            with path.open("rb") as file:
+                records = _records(file)
+                found = _origin(file, next(records, None))
+                if found is None or not usable(found):
+                    _log.warning("%s is not used: it is of another configuration or other weights", path)
+                    continue
+                for record in records:
+                    self.left.add(record.prompt)
+                    payload = _payload(file, record) if record.prompt in mine else None
+                    if payload is not None:
+                        self.data[record.prompt] = _decode(payload, prompts[record.prompt])
+
+    def __setitem__(self, index: int, group: RolloutGroup) -> None:
+        """Raises OSError naming the file and the fix when it cannot be written."""
+        try:
+            if self._file is None:
+                self._file = self._new_file()
+                self._append(_ORIGIN, json.dumps(asdict(self._origin)).encode())
+            self._append(index, _encode(group))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"keeping a finished rollout for a resume failed ({error.strerror}); make room, or set "
+                "rollouts.unfinished = false",
+                str(self._folder),
+            ) from error
+        super().__setitem__(index, group)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _new_file(self) -> IO[bytes]:
+        """Never one that an earlier start wrote: its end may be torn."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for start in count():
+            path = self._folder / f"rank_{self._rank:05d}.{start}"
+            if not path.exists():
+                return path.open("xb")
+        raise AssertionError("unreachable")
+
+    def _append(self, index: int, payload: bytes) -> None:
+        assert self._file is not None
+        self._file.write(_HEAD.pack(_MAGIC, index, len(payload), zlib.crc32(payload)) + payload)
+        self._file.flush()
+
+
+def finished_indices(folder: Path) -> set[int]:
+    """Indices of the groups that a folder holds, of whatever origin; their checksums are not looked at."""
+    found = set()
+    for path in folder.glob("rank_*"):
+        with path.open("rb") as file:
+            found |= {record.prompt for record in _records(file)} - {_ORIGIN}
+    return found
+
+
+def origins(folder: Path) -> Iterator[Origin]:
+    """Where the files of a folder come from, as far as they say it."""
+    for path in sorted(folder.glob("rank_*")):
+        with path.open("rb") as file:
+            found = _origin(file, next(_records(file), None))
+        if found is not None:
+            yield found
+
+
+def _records(file: IO[bytes]) -> Iterator[_Record]:
+    """The records of a file, up to one that is not whole."""
+    size, begin = file.seek(0, io.SEEK_END), 0
+    while begin < size:
+        file.seek(begin)
+        head = file.read(_HEAD.size)
+        magic, prompt, length, crc32 = _HEAD.unpack(head) if len(head) == _HEAD.size else (b"", 0, 0, 0)
+        begin += _HEAD.size
+        if magic != _MAGIC or begin + length > size:
+            _log.warning("%s: its last record is torn and not used", file.name)
+            return
+        yield _Record(prompt, begin, length, crc32)
+        begin += length
+
+
+def _payload(file: IO[bytes], record: _Record) -> bytes | None:
+    file.seek(record.begin)
+    payload = file.read(record.size)
+    if zlib.crc32(payload) == record.crc32:
+        return payload
+    _log.warning("%s: the record at byte %d is damaged and not used", file.name, record.begin)
+    return None
+
+
+def _origin(file: IO[bytes], first: _Record | None) -> Origin | None:
+    """What the first record says; None where it is damaged or of another version of the format."""
+    payload = None if first is None or first.prompt != _ORIGIN else _payload(file, first)
+    told = {} if payload is None else json.loads(payload)
+    return Origin(**told) if told.keys() == {field.name for field in fields(Origin)} else None
+
+
+def _encode(group: RolloutGroup) -> bytes:
+    """A group without its prompt."""
+    told: list[dict[str, Any]] = []
+    arrays: dict[str, Any] = {}
+    for i, trajectory in enumerate(group.trajectories):
+        completion = trajectory.completion
+        told.append(
+            {
+                "text": trajectory.text,
+                "reward": trajectory.reward,
+                "correct": trajectory.correct,
+                "finish_reason": completion.finish_reason,
+                "weight_spans": [[span.version, span.start, span.end] for span in completion.weight_spans],
+            }
+        )
+        values = {name: getattr(completion, name) for name in _ARRAYS}
+        arrays |= {f"{i}.{name}": np.asarray(value) for name, value in values.items() if value is not None}
+    buffer = io.BytesIO()
+    described = np.frombuffer(json.dumps(told).encode(), np.uint8)
+    np.savez(buffer, allow_pickle=False, trajectories=described, **arrays)
+    return buffer.getvalue()
+
+
+def _decode(payload: bytes, prompt: Prompt) -> RolloutGroup:
+    """The inverse of `_encode`."""
+    with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
+        return RolloutGroup(
+            prompt,
+            tuple(
+                _trajectory(prompt, told, {name: arrays.get(f"{i}.{name}") for name in _ARRAYS})
+                for i, told in enumerate(json.loads(arrays["trajectories"].tobytes()))
+            ),
+        )
+
+
+def _trajectory(prompt: Prompt, told: dict[str, Any], arrays: dict[str, Any]) -> Trajectory:
+    completion = Completion(
+        token_ids=tuple(arrays["token_ids"].tolist()),
+        log_probs=arrays["log_probs"],
+        finish_reason=told["finish_reason"],
+        weight_spans=tuple(WeightSpan(*span) for span in told["weight_spans"]),
+        routed_experts=arrays["routed_experts"],
+        loss_mask=arrays["loss_mask"],
+    )
+    return Trajectory(prompt, completion, told["text"], told["reward"], told["correct"])
