@@ -65,6 +65,15 @@ class DiskPublisher(Publisher):
         return final
 
 
+def save_readable(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file with the mode that the umask gives: safetensors itself makes one that only its owner reads,
+    and an engine may run as another user."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def write_shards(weights: Weights, folder: Path, shard_bytes: int) -> None:
     """Safetensors files of about `shard_bytes` and the index that Hugging Face loaders read."""
     places: dict[str, str] = {}
@@ -73,7 +82,7 @@ def write_shards(weights: Weights, folder: Path, shard_bytes: int) -> None:
 
     def finish() -> None:
         name = f"model-{len(set(places.values())) + 1:05}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        save_readable(shard, folder / name)
         places.update(dict.fromkeys(shard, name))
 
     for name, tensor in weights:

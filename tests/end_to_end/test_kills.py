@@ -7,14 +7,14 @@ import random
 import re
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from fiberpo_megatron.rollout.client import EngineAddress
+from fiberpo_megatron.rollout.finished import finished_indices
 from tests.end_to_end.test_replay import assert_same_weights, metrics
 from tests.end_to_end.test_training import ROOT, command, processes_of, run
 
@@ -25,12 +25,11 @@ SEED = 20260401
 
 @dataclass
 class Watch:
-    """What a run is doing, seen from outside: its folder and the engine's log."""
+    """What a run is doing, seen from outside: its folder."""
 
     folder: Path
-    engine: EngineAddress
     _step: int = 0
-    _log_read: int = 0
+    _left: set[int] = field(default_factory=set)
     _started: float = 0.0
 
     def done(self) -> int:
@@ -45,8 +44,7 @@ class Watch:
 
     def begin(self, step: int) -> None:
         """Look for a phase of `step`."""
-        assert self.engine.log is not None
-        self._step, self._log_read = step, self.engine.log.stat().st_size
+        self._step, self._left = step, self.finished(step)
 
     def reached(self, phase: str) -> bool:
         """Whether the step that comes next is in `phase`."""
@@ -61,7 +59,7 @@ class Watch:
             return (self.folder / "checkpoints" / f".step-{done + 1:08d}.partial").exists()
         if phase == "forward":
             return self.generated(done) and self.published(done)
-        return self.prefilled() and not self.generated(done)
+        return not self._left and bool(self.finished(done)) and not self.generated(done)
 
     def generated(self, step: int) -> bool:
         return (self.folder / "dump" / f"step_{step:06d}.npz").exists()
@@ -73,12 +71,9 @@ class Watch:
         except FileNotFoundError:
             return False
 
-    def prefilled(self) -> bool:
-        """Whether the engine has begun with prompts since `begin`."""
-        assert self.engine.log is not None
-        with self.engine.log.open("rb") as log:
-            log.seek(self._log_read)
-            return b"Prefill batch" in log.read()
+    def finished(self, step: int) -> set[int]:
+        """Prompts of an unfinished step that have been generated."""
+        return finished_indices(self.folder / "dump" / f"step_{step:06d}.unfinished")
 
 
 def kill(launcher: subprocess.Popen, victim: str, draw: random.Random) -> str | None:
@@ -101,8 +96,8 @@ def disturb(words: list[str], watch: Watch, phase: str, victim: str, draw: rando
     log = watch.folder.parent / "stderr"
     before = watch.done()
     watch.start(before + draw.randrange(2))
-    with log.open("w") as stderr:
-        launcher = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr)
+    with log.open("w") as stderr, log.with_name("stdout").open("a") as stdout:
+        launcher = subprocess.Popen(words, cwd=ROOT, stdout=stdout, stderr=stderr)
     deadline = time.monotonic() + 200
     end = time.monotonic() + draw.uniform(3, 10)  # of a kill at any moment
     while time.monotonic() < end if phase == "any" else not watch.reached(phase):
@@ -129,12 +124,19 @@ def without_engine_rounding(records: list[dict[str, Any]]) -> list[dict[str, Any
     return [{k: v for k, v in record.items() if not k.startswith("rollout_diff/")} for record in records]
 
 
+def file_mode(folder: Path) -> int:
+    """What the umask gives."""
+    (folder / "plain").touch()
+    return (folder / "plain").stat().st_mode & 0o777
+
+
 @pytest.mark.sglang
 @pytest.mark.timeout(600)
 def test_a_run_survives_ten_kills_and_ends_as_if_nothing_had_happened(model: Path, engine: Any, tmp_path: Path):
     options = [
         "--evaluation.prompts", "0", "--weight_sync.method", "disk", "--rollout.max_response_tokens", "40",
         "--rollout.engine.urls", f'["{engine.url}"]',
+        "--rollout.max_concurrent_requests", "8",  # half of a rank's prompts: a step has more than one end
         "--optimizer.schedule", "constant", "--optimizer.warmup_steps", "2",  # do not depend on the number of steps
     ]  # fmt: skip
     draw = random.Random(SEED)
@@ -142,7 +144,7 @@ def test_a_run_survives_ten_kills_and_ends_as_if_nothing_had_happened(model: Pat
     draw.shuffle(phases)
     folder = tmp_path / "killed" / "run"
     folder.parent.mkdir()
-    watch = Watch(folder, engine)
+    watch = Watch(folder)
     words = [*command(model, folder, *options, "--trainer.steps", str(ENDLESS)), "--resume"]
     hit = set()
     for phase in phases:
@@ -152,8 +154,13 @@ def test_a_run_survives_ten_kills_and_ends_as_if_nothing_had_happened(model: Pat
     options += ["--trainer.steps", str(watch.done() + 1)]
     done = run(model, folder, *options, "--resume")
     assert done.returncode == 0, done.stderr
+    told = (folder.parent / "stdout").read_text() + done.stdout
+    assert re.search(r"Step \d+: [1-7] of 8 prompts had been generated before", told), told
     done = run(model, tmp_path / "straight", *options)
     assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "straight", folder)
     assert without_engine_rounding(metrics(tmp_path / "straight")) == without_engine_rounding(metrics(folder))
     assert not list((folder / "dump").glob("step_*")) and not processes_of(folder)
+    written = [path for name in ("checkpoints", "published", "hf") for path in (folder / name).rglob("*.*")]
+    unreadable = [path for path in written if path.is_file() and path.stat().st_mode & 0o777 != file_mode(tmp_path)]
+    assert written and not unreadable  # an engine, or somebody who goes on with it, may be another user

@@ -1,6 +1,7 @@
 """Publishing against fake servers: the order of calls, several engines, refusals, and that nothing hangs."""
 
 import json
+import os
 import threading
 import time
 from datetime import timedelta
@@ -91,6 +92,18 @@ def test_disk_writes_a_complete_folder_and_removes_older_ones(model, tmp_path):
     assert (written / "tokenizer.json").exists() and not (written / "model.safetensors").exists()
     bodies = [body for _, path, body in servers.calls if path == "/update_weights_from_disk"]
     assert bodies[-1] == {"model_path": str(written), "weight_version": "2", "load_format": "auto"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_an_engine_of_another_user_can_read_what_the_umask_lets_it(model, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with disk(model, FakeServers(), tmp_path / "published") as publishing:
+            publishing.publish(iter(WEIGHTS.items()), "1")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "published/1").iterdir()}
+    assert "model-00001.safetensors" in modes and set(modes.values()) == {0o666 & ~umask}, modes
 
 
 def test_disk_refuses_to_replace_a_folder_that_is_not_its_own(model, tmp_path):
