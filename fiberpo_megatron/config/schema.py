@@ -286,8 +286,8 @@ class RolloutsConfig(Section):
     """Train on the trajectories of this folder (a dump, or a run folder that has one) in place of an engine's: no
     engine is started, nothing is published, held-out evaluation is left out."""
     unfinished: bool = True
-    """Keep a step's trajectories on disk until a checkpoint holds the step: a resumed run need not generate them
-    again."""
+    """Keep a step's trajectories on disk, each prompt's as soon as they have ended, until a checkpoint holds the step:
+    a resumed run need not generate them again."""
 
 
 class WeightSyncConfig(Section):
