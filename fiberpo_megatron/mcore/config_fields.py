@@ -29,9 +29,11 @@ HARMLESS = frozenset({
     "torch_dtype", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type",
     "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "_name_or_path", "pretraining_tp",
     "output_router_logits", "router_aux_loss_coef", "max_window_layers", "auto_map", "_attn_implementation",
-    "_experts_implementation", "use_return_dict", "tokenizer_class",
+    "_experts_implementation", "use_return_dict", "tokenizer_class", "_attn_implementation_autoset", "is_llama_config",
+    "transformers.js_config", "unsloth_fixed", "unsloth_version",
 })  # fmt: skip
-"""Labels, outputs, and `router_aux_loss_coef`: the run's own `model.router_aux_loss` decides."""
+"""Labels, outputs, marks of the tools that wrote the file (`is_llama_config` is SmolLM2's), and `router_aux_loss_coef`:
+the run's own `model.router_aux_loss` decides."""
 
 _SIZES = {
     "model_type": REQUIRED,

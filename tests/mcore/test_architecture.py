@@ -170,6 +170,14 @@ def test_dense_layers_between_experts():
         ({"use_qk_norm": True}, "use_qk_norm = True"),
         ({"norm_after_attention": True}, "norm_after_attention = True is not known and might change"),
         ({"num_experts": None}, "num_experts = None"),
+        ({"is_causal": False}, "is_causal = False"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok = 1 is not built; supported here: 2 to 8"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok = 9 is not built"),
+        ({"rms_norm_eps": None}, "rms_norm_eps = None; a number above 0"),
+        (
+            {"model_type": "mixtral", "sliding_window": 8, "use_sliding_window": False},
+            "sliding_window = 8 is not built",
+        ),
         ({"rope_theta": None}, "rope_theta = None; a number above 0"),
     ],
     ids=lambda value: str(value)[:40],
@@ -191,6 +199,9 @@ def test_refused_by_name(change: dict[str, Any], named: str):
         ({"num_key_value_heads": 2}, "num_key_value_heads = 2 differs"),
         ({"n_shared_experts": None}, "n_shared_experts = None"),
         ({"kv_lora_rank": 0}, "kv_lora_rank = 0"),
+        ({"routed_scaling_factor": 0.0}, "routed_scaling_factor = 0.0; a number above 0"),
+        ({"n_group": 3}, "n_group = 3 with topk_group = 2 and n_routed_experts = 8"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok = 5 is not built; supported here: 1 to 4"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type 'linear' is not built; supported here: default"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 2, "truncate": False}, "max_position_embeddings": 64},
@@ -210,5 +221,25 @@ def test_mlp_bias_of_llama():
         read_architecture(llama)
 
 
+@pytest.mark.parametrize("config_class", CLASSES, ids=lambda c: c.model_type)
+def test_theta_has_the_familys_own_default(config_class: Any):
+    """Llama 2's config.json has none."""
+    assert FAMILIES[config_class.model_type].used["rope_theta"] == config_class.default_theta
+    given = {**config_class().to_dict(), "rope_parameters": None}
+    assert read_architecture(given).rope.theta == config_class.default_theta
+
+
+def test_the_theta_that_is_used_is_the_one_that_is_shown():
+    nested = {**QWEN3_MOE, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
+    assert "rope_theta" not in used_fields(nested) and used_fields(QWEN3_MOE)["rope_theta"] == 10000.0
+
+
+def test_a_window_counts_in_families_without_use_sliding_window():
+    mixtral = {**transformers.MixtralConfig().to_dict(), "sliding_window": 8, "use_sliding_window": False}
+    with pytest.raises(ValueError, match="sliding_window = 8 is not built"):
+        read_architecture(mixtral)
+
+
 def test_an_unused_window_is_fine():
     read_architecture({**QWEN3_MOE, "sliding_window": 4096, "use_sliding_window": False})
+    read_architecture({**QWEN3_MOE, "sliding_window": 4096})

@@ -13,6 +13,8 @@ from torch import Tensor
 from fiberpo_megatron.trainer import transformers_reference as reference
 from fiberpo_megatron.types import RolloutBatch
 
+_LEFT_OUT: Any = object()
+"""Value of a field of the common shape that a family does not have."""
 _SHAPE: dict[str, Any] = {
     "vocab_size": 51,  # odd: two tensor-parallel ranks pad it
     "hidden_size": 32,
@@ -39,7 +41,7 @@ _YARN = {
 }
 _DEEPSEEK: dict[str, Any] = {
     "initializer_range": 0.1,  # 0.2 makes these so sharp that float32 rounding reaches 1e-5
-    "head_dim": None,
+    "head_dim": _LEFT_OUT,
     "num_key_value_heads": 8,
     "q_lora_rank": 20,
     "kv_lora_rank": 12,
@@ -58,7 +60,7 @@ _DEEPSEEK: dict[str, Any] = {
 }
 DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
-    "qwen2": ("qwen2", {"head_dim": None}),
+    "qwen2": ("qwen2", {"head_dim": _LEFT_OUT}),
     "llama": ("llama", {}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
 }
@@ -92,12 +94,17 @@ MODELS = {**DENSE, **MOE, **ROPE}
 
 
 def write_model(folder: Path, name: str, max_shard_size: str = "5GB") -> Any:
+    """Save one of MODELS as transformers does; returns it."""
+    family, fields = MODELS[name]
+    given = {key: value for key, value in {**_SHAPE, **fields}.items() if value is not _LEFT_OUT}
+    return write_random(folder, family, given, max_shard_size)
+
+
+def write_random(folder: Path, family: str, fields: dict[str, Any], max_shard_size: str = "5GB") -> Any:
     """Save a randomly drawn model as transformers does; returns it. Norms and biases are drawn too."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    family, fields = MODELS[name]
-    given = {key: value for key, value in {**_SHAPE, **fields}.items() if value is not None}
-    config = AutoConfig.for_model(family, **given)
+    config = AutoConfig.for_model(family, **fields)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
     with torch.no_grad():
