@@ -174,10 +174,6 @@ def test_dense_layers_between_experts():
         ({"num_experts_per_tok": 1}, "num_experts_per_tok = 1 is not built; supported here: 2 to 8"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok = 9 is not built"),
         ({"rms_norm_eps": None}, "rms_norm_eps = None; a number above 0"),
-        (
-            {"model_type": "mixtral", "sliding_window": 8, "use_sliding_window": False},
-            "sliding_window = 8 is not built",
-        ),
         ({"rope_theta": None}, "rope_theta = None; a number above 0"),
     ],
     ids=lambda value: str(value)[:40],
