@@ -15,7 +15,7 @@ PARTS = {
     "telemetry": {"config", "types"},
     "data": {"config", "types"},
     "rewards": {"config", "types"},
-    "mcore": {"config", "types"},
+    "mcore": {"config", "types", "rendezvous"},
     "planning": {"config", "fibration", "mcore"},
     "rollout": {"config", "types"},
     "weight_sync": {"config", "types", "rendezvous", "rollout"},
@@ -31,8 +31,19 @@ PARTS = {
         "weight_sync",
     },
     "launch": {"config", "types", "rendezvous", "rollout"},
-    "doctor": {"config", "telemetry", "data", "mcore", "planning", "rollout", "launch"},
-    "cli": {"config", "types", "telemetry", "launch", "trainer", "mcore", "planning", "rollout", "doctor"},
+    "doctor": {"config", "rendezvous", "telemetry", "data", "mcore", "planning", "rollout", "launch"},
+    "cli": {
+        "config",
+        "types",
+        "rendezvous",
+        "telemetry",
+        "launch",
+        "trainer",
+        "mcore",
+        "planning",
+        "rollout",
+        "doctor",
+    },
 }
 SOURCES = [
     p

@@ -31,8 +31,13 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def warn(config: Config) -> None:
-    """At the start of a run: what may go wrong, a line each on stderr."""
+    """At the start of a run: what may go wrong, a line each on stderr. Raises RuntimeError where ranks are missing."""
     from fiberpo_megatron.doctor import examination
 
-    for finding in examination.before_a_run(config):
-        print(f"fiberpo: {finding.status}: {finding.check}: {finding.seen}. {finding.fix}", file=sys.stderr)
+    found = examination.before_a_run(config)
+    for finding in found:
+        fix = f". {finding.fix}" if finding.fix else ""
+        print(f"fiberpo: {finding.status}: {finding.check}: {finding.seen}{fix}", file=sys.stderr, flush=True)
+    for finding in found:
+        if (finding.check, finding.status) == ("ranks", "fail"):
+            raise RuntimeError(f"{finding.seen}. {finding.fix}")

@@ -84,17 +84,15 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     overrides = [*overrides, *(["--rollouts.dump", "true"] if options.command == "dump" else [])]
     config = load_config(options.config, overrides)
     resume = getattr(options, "resume", False)
-    launched = "RANK" in os.environ  # by torchrun or srun: this process is a rank
-    world_size = int(os.environ["WORLD_SIZE"]) if launched else local_world_size(config)
-    if not launched or os.environ["RANK"] == "0":
-        preflight(config, options.command, resume, world_size)
-        doctor.warn(config)
     flags = ["--resume"] if resume else []
     words = [options.command, str(options.config), *flags, *overrides]
-    if launched:
+    if "RANK" in os.environ:  # by torchrun or srun: this process is a rank
         from fiberpo_megatron.cli.rank import main as run_rank
 
         return run_rank(words)
+    world_size = local_world_size(config)
+    preflight(config, options.command, resume, world_size)
+    doctor.warn(config)
     from fiberpo_megatron.launch.local import launch_ranks
 
     return launch_ranks(

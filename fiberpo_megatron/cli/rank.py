@@ -6,13 +6,18 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from fiberpo_megatron.config import load_config
+from fiberpo_megatron.cli import doctor
+from fiberpo_megatron.config import Config, load_config
 from fiberpo_megatron.launch.local import LAUNCHER
+from fiberpo_megatron.rendezvous import master_address, ranks_store
+from fiberpo_megatron.rollout.addresses import interface_of, local_address
 from fiberpo_megatron.rollout.registry import Registry
+from fiberpo_megatron.trainer.preflight import preflight
 from fiberpo_megatron.trainer.stop import Stopped, StopRequest, leave
 from fiberpo_megatron.types import EXIT_STOPPED
 
@@ -49,6 +54,8 @@ def _run(arguments: list[str], stop: StopRequest) -> None:
     options, overrides = flags.parse_known_args(rest)
     resume, registry = options.resume, options.registry and Registry(options.registry)
     config = load_config(path, overrides)
+    if LAUNCHER not in os.environ and "RANK" in os.environ:
+        _begin(config, command, resume)
     if command == "check-model":
         from fiberpo_megatron.trainer.model_check import compare
 
@@ -64,6 +71,22 @@ def _run(arguments: list[str], stop: StopRequest) -> None:
         assemble.run_dump(config, resume, stop)
     else:
         assemble.run_eval(config, stop)
+
+
+def _begin(config: Config, command: str, resume: bool) -> None:
+    """Under torchrun or srun: what `fiberpo` checks before it starts ranks itself, and whether all ranks are there."""
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_to_master()):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface  # gloo would take the address of the host's name
+    ranks_store(timedelta(seconds=config.run.distributed_timeout_s))  # first: if rank 0 fails below, the others see it
+    if os.environ["RANK"] == "0":
+        preflight(config, command, resume, int(os.environ["WORLD_SIZE"]))
+    doctor.warn(config)
+
+
+def interface_to_master() -> str | None:
+    """The network interface on which this machine reaches rank 0's; None where that cannot be known."""
+    address = master_address()
+    return address and (interface_of(address) or interface_of(local_address([address])))
 
 
 def die_with_launcher() -> None:

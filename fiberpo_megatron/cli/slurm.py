@@ -34,13 +34,14 @@ def run_job(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.dry_run:
         print(render(config, config.run.folder / "slurm" / "config.toml", Path.cwd()), end="")
         return 0
-    preflight(config, "train", options.resume, shape_of(config).ranks)
+    preflight(config, "train", options.resume, shape_of(config).ranks, here=False)
     script = write_job(config, options.resume)
     if not options.submit:
         print(f"Script: {script}\nSubmit it with: sbatch {script}")
         return 0
     for job in submit(script, config.slurm.chain):
-        print(f"Submitted job {job}; log: {config.run.folder / 'slurm'}/{job}.log")
+        log = f"{job}_<index>.log" if config.slurm.array else f"{job}.log"
+        print(f"Submitted job {job}; log: {config.run.folder / 'slurm'}/{log}")
     return 0
 
 

@@ -502,6 +502,22 @@ class SlurmConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def signal_comes_after_the_start(self) -> "SlurmConfig":
+        days, _, clock = self.time.rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
+        if days:  # days-hours:minutes:seconds
+            hours, minutes, seconds = (*parts, 0, 0)[:3]
+        else:  # minutes, minutes:seconds or hours:minutes:seconds
+            hours, minutes, seconds = (0, *parts, 0)[:3] if len(parts) < 3 else parts
+        limit = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+        if limit <= self.signal_s:
+            raise ValueError(
+                f"slurm.signal_s = {self.signal_s} and slurm.time = {self.time!r} ({limit} s): the job would be asked "
+                "to stop when it starts; lower signal_s or raise time"
+            )
+        return self
+
+    @model_validator(mode="after")
     def container_has_an_image(self) -> "SlurmConfig":
         if (self.container == "none") != (self.image is None):
             raise ValueError(

@@ -13,19 +13,31 @@ from fiberpo_megatron.telemetry.gpu import GpuMonitor
 
 QUICK_S, CHECK_S = 2.0, 30.0
 LOCAL_RANKS = 2
+MEASURED = ("all-reduce", "links", "clocks")
+"""Checks that a job tells even when they pass: a later start can be compared."""
 
 
 def before_a_run(config: Config) -> list[Finding]:
-    """What costs a moment and nothing at the start finds by itself: findings that are not a pass."""
+    """What costs a moment and nothing at the start finds by itself: findings that are not a pass.
+
+    Ranks of torchrun or srun all call it: they also find out who is missing, slow or late (`ranks.meet`), and rank 0
+    gets the findings of every machine, the measured ones even if they pass.
+    """
     checks: list[tuple[str, Check]] = [
         *_software(),
+        ("disk", lambda: storage.free_disk(config.run.folder)),
         ("GPU", machine.gpus),
         ("shared memory", machine.shared_memory),
         ("open files", machine.open_files),
-        ("disk", lambda: storage.free_disk(config.run.folder)),
     ]
+    met: list[Finding] = []
+    if "RANK" in os.environ:
+        from fiberpo_megatron.doctor import ranks
+
+        met = ranks.meet(config.run.distributed_timeout_s)
+        checks = checks[:-3] if os.environ["RANK"] == "0" else []  # the machines told theirs
     found = [finding for name, check in checks for finding in examine(name, check, QUICK_S)]
-    return [finding for finding in found if finding.status != "pass"]
+    return [finding for finding in found + met if finding.status != "pass" or finding.check in MEASURED]
 
 
 def full(config: Config | None) -> list[Finding]:

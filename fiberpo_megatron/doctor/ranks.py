@@ -1,7 +1,8 @@
 """Ranks that talk to each other: who is missing, who is slow, whose clock is off. `python -m` runs one rank.
 
 Every rank tells the store that it is there and what its machine looks like; rank 0 waits for each by number. Then all
-take part in a timed all-reduce (NCCL, gloo without a GPU), and rank 0 exchanges a message and a clock with each.
+take part in a timed all-reduce (NCCL, gloo without a GPU), and rank 0 exchanges a message and a clock with one rank of
+every machine (on one machine, with every rank).
 """
 
 import json
@@ -10,7 +11,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -21,11 +22,12 @@ import torch.distributed as dist
 
 from fiberpo_megatron.doctor import machine
 from fiberpo_megatron.doctor.report import Finding
+from fiberpo_megatron.rendezvous import ranks_store
 
 DEADLINE_S = 60.0
 ALL_REDUCE_BYTES, MESSAGE_BYTES, ROUNDS = 32 * 2**20, 4 * 2**20, 3
 SLOW_FACTOR = 3.0
-"""A rank is slow when its exchange with rank 0 takes this many times the median rank's."""
+"""A rank is slow when its exchange with rank 0 takes this many times the median's."""
 CLOCK_SKEW_S = 1.0
 
 
@@ -35,22 +37,21 @@ def machine_findings() -> list[Finding]:
 
 
 def meet(deadline_s: float = DEADLINE_S) -> list[Finding]:
-    """Every rank of the launcher calls it; rank 0 gets the findings, the others none."""
+    """Every rank of the launcher calls it; rank 0 gets the findings, the others none.
+
+    Raises TimeoutError on a rank that does not find rank 0.
+    """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=deadline_s)
-    try:
-        store = _store(rank, timeout)
-    except (dist.DistError, OSError, RuntimeError, TimeoutError) as error:
-        raise TimeoutError(
-            f"rank {rank}: rank 0 does not answer at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-            f"within {deadline_s:g} s ({type(error).__name__}); check that it was started, and the firewall between"
-        ) from error
+    store = dist.PrefixStore("doctor", ranks_store(timeout))
     own = [asdict(finding) for finding in machine_findings()] if os.environ.get("LOCAL_RANK", "0") == "0" else []
     store.set(f"here/{rank}", json.dumps({"host": socket.gethostname(), "findings": own}))
     found: list[Finding] = []
+    hosts: dict[int, str] = {}
     if rank == 0:
         present, missing = _wait_for(store, size, deadline_s)
         found = _of_machines(present)
+        hosts = {number: said["host"] for number, said in present.items()}
         store.set("go", "no" if missing else "yes")
         if missing:
             seen = f"{_ranks(missing)} of {size} did not come within {deadline_s:g} s"
@@ -59,14 +60,7 @@ def meet(deadline_s: float = DEADLINE_S) -> list[Finding]:
     store.wait(["go"], timeout * 2)
     if store.get("go") != b"yes":
         return []
-    return found + _talk(store, rank, size, timeout)
-
-
-def _store(rank: int, timeout: timedelta) -> dist.Store:
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, None, rank == 0 and not agent, timeout, wait_for_workers=False)
-    return dist.PrefixStore("doctor", store)
+    return found + _talk(store, rank, size, timeout, hosts)
 
 
 def _wait_for(store: dist.Store, size: int, deadline_s: float) -> tuple[dict[int, dict[str, Any]], list[int]]:
@@ -93,7 +87,7 @@ def _of_machines(present: dict[int, dict[str, Any]]) -> list[Finding]:
     return found
 
 
-def _talk(store: dist.Store, rank: int, size: int, timeout: timedelta) -> list[Finding]:
+def _talk(store: dist.Store, rank: int, size: int, timeout: timedelta, hosts: Mapping[int, str]) -> list[Finding]:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
     if gpu:
@@ -102,7 +96,7 @@ def _talk(store: dist.Store, rank: int, size: int, timeout: timedelta) -> list[F
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         seconds = _timed(lambda: dist.all_reduce(torch.ones(ALL_REDUCE_BYTES // 4, device=device)), gpu)
-        exchanged, skews = _exchange(rank, size)
+        exchanged, skews = _exchange(rank, _partners(size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     finally:
         dist.destroy_process_group()
     if rank:
@@ -110,7 +104,7 @@ def _talk(store: dist.Store, rank: int, size: int, timeout: timedelta) -> list[F
     carried = 2 * (size - 1) / size * ALL_REDUCE_BYTES / seconds / 1e9
     name = "NCCL" if gpu else "gloo"
     seen = f"{name}, {size} ranks: {ALL_REDUCE_BYTES / 2**20:.0f} MiB in {seconds * 1e3:.1f} ms ({carried:.2f} GB/s)"
-    return [Finding("all-reduce", "pass", seen), _slow(exchanged), _clocks(skews)]
+    return [Finding("all-reduce", "pass", seen), _slow(exchanged, hosts), _clocks(skews, hosts)]
 
 
 def _timed(work: Callable[[], object], gpu: bool) -> float:
@@ -127,11 +121,16 @@ def _timed(work: Callable[[], object], gpu: bool) -> float:
     return (time.perf_counter() - began) / ROUNDS
 
 
-def _exchange(rank: int, size: int) -> tuple[dict[int, float], dict[int, float]]:
-    """On rank 0, for every other rank: seconds of a message there and back over gloo, and its clock minus ours (s)."""
+def _partners(size: int, on_a_machine: int) -> list[int]:
+    """Ranks with which rank 0 compares: the first of every other machine; on one machine all others."""
+    return list(range(1, size)) if on_a_machine >= size else list(range(on_a_machine, size, on_a_machine))
+
+
+def _exchange(rank: int, partners: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
+    """On rank 0, for every partner: seconds of a message there and back over gloo, and its clock minus ours (s)."""
     message, clock = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8), torch.zeros(1, dtype=torch.float64)
     seconds, skews = {}, {}
-    for peer in range(1, size):
+    for peer in partners:
         for _ in range(2):  # the first connects
             if rank == 0:
                 began = time.perf_counter()
@@ -150,7 +149,7 @@ def _exchange(rank: int, size: int) -> tuple[dict[int, float], dict[int, float]]
     return seconds, skews
 
 
-def _slow(seconds: dict[int, float]) -> Finding:
+def _slow(seconds: Mapping[int, float], hosts: Mapping[int, str]) -> Finding:
     if not seconds:
         return Finding("links", "pass", "one rank alone")
     usual = statistics.median(seconds.values())
@@ -159,15 +158,17 @@ def _slow(seconds: dict[int, float]) -> Finding:
     if not slow:
         return Finding("links", "pass", seen)
     worst = max(slow, key=lambda rank: seconds[rank])
-    told = f"{seen}; {_ranks(slow)} slow, rank {worst} takes {seconds[worst] * 1e3:.1f} ms"
+    told = f"{seen}; {_ranks(slow)} slow, rank {worst} on {hosts[worst]} takes {seconds[worst] * 1e3:.1f} ms"
     return Finding("links", "warn", told, "Check the network and the load of those ranks' hosts")
 
 
-def _clocks(skews: dict[int, float]) -> Finding:
+def _clocks(skews: Mapping[int, float], hosts: Mapping[int, str]) -> Finding:
     worst = max(skews, key=lambda rank: abs(skews[rank]), default=None)
     if worst is None or abs(skews[worst]) < CLOCK_SKEW_S:
         return Finding("clocks", "pass", f"within {CLOCK_SKEW_S:g} s of each other")
-    seen = f"rank {worst}'s clock is off by {skews[worst]:+.1f} s from rank 0's"
+    seen = (
+        f"the clock of {hosts[worst]} (rank {worst}) is off by {skews[worst]:+.1f} s from that of {hosts[0]} (rank 0)"
+    )
     return Finding("clocks", "warn", seen, "Have the hosts' time kept by chrony or ntpd: logs cannot be compared")
 
 

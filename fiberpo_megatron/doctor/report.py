@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 Status = Literal["pass", "warn", "fail"]
 _COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
@@ -58,7 +58,7 @@ def as_json(findings: Sequence[Finding]) -> str:
 
 def print_table(findings: Sequence[Finding]) -> None:
     """A table on stdout."""
-    table = Table("check", "", "seen", "fix")
+    table = Table(*(Column(name, overflow="fold") for name in ("check", "", "seen", "fix")))  # paths are not cut
     for finding in findings:
         colour = _COLOURS[finding.status]
         table.add_row(finding.check, f"[{colour}]{finding.status}[/{colour}]", finding.seen, finding.fix)

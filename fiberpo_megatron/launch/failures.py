@@ -9,8 +9,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from fiberpo_megatron.types import EXIT_STOPPED
+
 TAIL_LINES = 15
-KILLED = re.compile(r"tasks? ([\d,-]+): (Killed|Terminated|Aborted|Segmentation fault|Bus error|Out Of Memory)", re.I)
+ENDED = re.compile(
+    r"tasks? ([\d,-]+): "
+    r"(Killed|Terminated|Aborted|Segmentation fault|Bus error|Out Of Memory"
+    rf"|Exited with exit code (?!{EXIT_STOPPED}\b)\d+)",
+    re.I,
+)
+"""What srun says of a task that ended badly."""
 
 
 def lost_a_peer(message: str) -> bool:
@@ -23,9 +31,9 @@ class Failure:
     """One rank's end; the least is the cause."""
 
     kind: int
-    """0 an error of its own, 1 killed without a word, 2 the loss of a peer."""
+    """0 an error of its own, 1 ended without a word (killed, or before it could write), 2 the loss of a peer."""
     seconds: float
-    """When (seconds of the epoch), where known."""
+    """When: seconds of the epoch; without a word, its place among those that srun names."""
     rank: int
     message: str
 
@@ -39,9 +47,9 @@ def failures(folder: Path) -> list[Failure]:
         rank = int(path.stem.removeprefix("rank_"))
         found[rank] = Failure(2 if lost_a_peer(text) else 0, float(extra.get("timestamp", 0)), rank, text)
     srun = folder / "srun.log"
-    for ranks, how in KILLED.findall(srun.read_text(errors="replace") if srun.exists() else ""):
+    for place, (ranks, how) in enumerate(ENDED.findall(srun.read_text(errors="replace") if srun.exists() else "")):
         for rank in _expand(ranks):
-            found.setdefault(rank, Failure(1, 0.0, rank, f"ended without a word of its own ({how})"))
+            found.setdefault(rank, Failure(1, float(place), rank, f"ended without a word of its own ({how})"))
     return sorted(found.values())
 
 

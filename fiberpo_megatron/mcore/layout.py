@@ -17,6 +17,7 @@ from fiberpo_megatron.config.schema import ParallelConfig, RunConfig
 from fiberpo_megatron.mcore import exchange
 from fiberpo_megatron.mcore.checks import check_layout
 from fiberpo_megatron.mcore.platform import activate
+from fiberpo_megatron.rendezvous import ranks_store
 from fiberpo_megatron.types import RolloutBatch
 
 __all__ = ["ParallelLayout", "check_layout", "launched_world_size", "start_layout", "stop_layout"]
@@ -180,11 +181,9 @@ def start_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, run: Ru
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     if platform.name == "cpu":
         torch.set_num_threads(run.threads_per_rank)
-    if "RANK" in os.environ:
-        dist.init_process_group(platform.backend, timeout=timeout)
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
+    store = dist.PrefixStore("training", ranks_store(timeout)) if "RANK" in os.environ else dist.HashStore()
+    rank, size = int(os.environ.get("RANK", "0")), launched_world_size()
+    dist.init_process_group(platform.backend, store=store, rank=rank, world_size=size, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

@@ -33,8 +33,8 @@ class EnginePlan:
 
 
 def engine_count(config: Config) -> int:
-    """Engines of the config."""
-    return len(config.rollout.engine.urls) or config.rollout.engine.count
+    """Engines of the config; `rollout.engine.count` are on every one of `slurm.engine_nodes`."""
+    return len(config.rollout.engine.urls) or config.rollout.engine.count * max(1, config.slurm.engine_nodes)
 
 
 def engine_dtype_bytes(config: Config) -> int:

@@ -48,12 +48,15 @@ def _candidates(config: Config, hf_config: Mapping[str, Any], gpus: int, memory:
             update={"urls": [], "count": engines, "tensor": tensor, "colocated": False}
         )
         rollout = config.rollout.model_copy(update={"engine": engine})
+        slurm = config.slurm.model_copy(update={"engine_nodes": 1})  # `count` are all engines
         if not plan_engine(config.model_copy(update={"rollout": rollout}), architecture, memory).fits:
             continue
         for parallel in _layouts(config, hf_config, gpus - engines * tensor, memory):
             for recompute in ("none", "full"):
                 model = config.model.model_copy(update={"recompute": recompute})
-                yield config.model_copy(update={"model": model, "parallel": parallel, "rollout": rollout})
+                yield config.model_copy(
+                    update={"model": model, "parallel": parallel, "rollout": rollout, "slurm": slurm}
+                )
 
 
 def _layouts(config: Config, hf_config: Mapping[str, Any], gpus: int, memory: float) -> Iterator[ParallelConfig]:

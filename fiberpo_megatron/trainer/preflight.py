@@ -14,12 +14,13 @@ from fiberpo_megatron.trainer.fp8 import missing_for_fp8
 from fiberpo_megatron.trainer.stored import DUMP, dump_of
 
 
-def preflight(config: Config, command: str, resume: bool, world_size: int) -> None:
+def preflight(config: Config, command: str, resume: bool, world_size: int, here: bool = True) -> None:
     """Raises ConfigError naming the setting, the value seen and the fix. `command`: train, sft, dump or eval;
-    `world_size`: training ranks that run or are about to be started."""
+    `world_size`: training ranks that run or are about to be started; `here`: on this machine, not from a login node."""
     _check_model(config, command)
     _check_layout(config, world_size)
-    _check_fp8(config)
+    if here:
+        _check_fp8(config)
     _check_folder(config, command, resume)
     _check_rollouts(config, command, resume)
     if command == "sft" and config.algorithm.routing_replay != "none":

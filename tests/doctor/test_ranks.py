@@ -36,12 +36,18 @@ def test_a_rank_that_does_not_come_is_named():
 
 
 def test_slow_ranks_and_wrong_clocks_are_named():
-    assert ranks._slow({1: 0.010, 2: 0.011, 3: 0.012}).status == "pass"
-    slow = ranks._slow({1: 0.010, 2: 0.080, 3: 0.012})
-    assert slow.status == "warn" and "rank 2 slow" in slow.seen and "80.0 ms" in slow.seen
-    assert ranks._clocks({1: 0.2, 2: -0.3}).status == "pass"
-    off = ranks._clocks({1: 0.2, 2: -40.0})
-    assert off.status == "warn" and "rank 2's clock is off by -40.0 s" in off.seen
+    hosts = {0: "a", 1: "b", 2: "c", 3: "d"}
+    assert ranks._slow({1: 0.010, 2: 0.011, 3: 0.012}, hosts).status == "pass"
+    slow = ranks._slow({1: 0.010, 2: 0.080, 3: 0.012}, hosts)
+    assert slow.status == "warn" and "rank 2 slow" in slow.seen and "rank 2 on c takes 80.0 ms" in slow.seen
+    assert ranks._clocks({1: 0.2, 2: -0.3}, hosts).status == "pass"
+    off = ranks._clocks({1: 0.2, 2: -40.0}, hosts)
+    assert off.status == "warn" and "clock of c (rank 2) is off by -40.0 s" in off.seen
+
+
+def test_one_rank_of_every_machine_is_compared():
+    assert ranks._partners(2, 8) == [1] and ranks._partners(1, 1) == []
+    assert ranks._partners(4, 4) == [1, 2, 3] and ranks._partners(16, 4) == [4, 8, 12]
 
 
 def test_the_command_fails_with_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path):

@@ -42,5 +42,16 @@ def test_several_ranks_of_a_node(tmp_path: Path):
     assert [f.rank for f in failures(tmp_path)] == [8, 9, 10, 15]
 
 
+def test_a_rank_that_never_got_as_far_as_a_message_comes_before_those_that_srun_then_killed(tmp_path: Path):
+    (tmp_path / "srun.log").write_text(
+        "srun: error: n2: task 1: Exited with exit code 1\nsrun: error: n1: task 2: Exited with exit code 85\n"
+        "srun: error: n1: task 0: Killed\n"
+    )
+    (tmp_path / "rank_1.log").write_text("ModuleNotFoundError: No module named 'megatron'\n")
+    assert [f.rank for f in failures(tmp_path)] == [1, 0]
+    said = explain(tmp_path)
+    assert said.startswith("fiberpo: rank 1: ended without") and "  | ModuleNotFoundError" in said
+
+
 def test_nothing_to_be_found(tmp_path: Path):
     assert explain(tmp_path) == f"fiberpo: no rank left a message; see the logs in {tmp_path}"

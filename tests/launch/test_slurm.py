@@ -114,6 +114,13 @@ def test_an_array_is_independent_runs_and_urls_need_no_engine_step(tmp_path: Pat
         (["--slurm.options", '["nice"]'], "no option of sbatch"),
         (["--slurm.time", "tomorrow"], "slurm.time"),
         (["--slurm.array", "$(id)"], "slurm.array"),
+        (
+            ["--slurm.time", "15"],
+            r"signal_s = 900 and slurm.time = '15' \(900 s\): the job would be asked to stop when",
+        ),
+        (["--slurm.time", "15:00"], r"'15:00' \(900 s\)"),
+        (["--slurm.time", "00:14:59"], r"'00:14:59' \(899 s\)"),
+        (["--slurm.time", "1-0:30", "--slurm.signal_s", "90000"], r"'1-0:30' \(88200 s\)"),
     ],
 )
 def test_what_does_not_fit_is_said(overrides: list[str], message: str):

@@ -1,9 +1,13 @@
-"""A real SLURM on this machine: munged, slurmctld and two slurmd as virtual nodes, all on loopback, none of it left."""
+"""A real SLURM on this machine: munged, slurmctld and slurmd as virtual nodes, all on loopback, none of it left.
+
+`python -m tests.slurm.cluster FOLDER [NODES]` keeps one of two (or more) nodes until Ctrl-C, to try jobs by hand.
+"""
 
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -42,10 +46,9 @@ SlurmdParameters=config_overrides
 KillWait=5
 SlurmctldTimeout=300
 SlurmdTimeout=300
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=2
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=2
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2\n"
 
 
 def why_not() -> str | None:
@@ -58,7 +61,7 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Two idle nodes n1 and n2 with two CPUs each."""
+    """Idle nodes n1, n2, .. with two CPUs each."""
 
     folder: Path
     environment: dict[str, str]
@@ -81,9 +84,11 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[Cluster]:
+def cluster(folder: Path, size: int = 2) -> Iterator[Cluster]:
     """Start it below `folder`; at the end jobs are cancelled and the daemons are gone."""
-    for name, mode in (("munge", 0o700), ("socket", 0o711), ("state", 0o700), ("spool-n1", 0o755), ("spool-n2", 0o755)):
+    nodes = [f"n{number + 1}" for number in range(size)]
+    spool = ((f"spool-{name}", 0o755) for name in nodes)
+    for name, mode in (("munge", 0o700), ("socket", 0o711), ("state", 0o700), *spool):
         (folder / name).mkdir(mode=mode, parents=True)
     for parent in [folder, *folder.parents]:  # munge wants its socket reachable for everybody
         if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
@@ -91,10 +96,10 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     key = folder / "munge/key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o600)
-    controller, n1, n2 = free_ports(3, "127.0.0.1")
-    (folder / "slurm.conf").write_text(
-        CONFIGURATION.format(folder=folder, host=socket.gethostname(), controller=controller, n1=n1, n2=n2)
-    )
+    controller, *ports = free_ports(1 + size, "127.0.0.1")
+    host = socket.gethostname()
+    listed = "".join(NODE.format(name=name, host=host, port=port) for name, port in zip(nodes, ports))
+    (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, controller=controller) + listed)
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SYSTEM_PATH}
     found = Cluster(folder, environment)
     munge = [f"--{name}-file={folder}/munge/{name}" for name in ("key", "pid", "log", "seed")]
@@ -110,9 +115,9 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         daemon("munged", "--foreground", f"--socket={folder}/socket/munge", *munge)
         wait_for(lambda: (folder / "socket/munge").exists(), 30, found.logs)
         daemon("slurmctld", "-D")
-        daemon("slurmd", "-D", "-N", "n1")
-        daemon("slurmd", "-D", "-N", "n2")
-        wait_for(lambda: found.run("sinfo", "-h", "-o", "%D %T", check=False).strip() == "2 idle", 60, found.logs)
+        for name in nodes:
+            daemon("slurmd", "-D", "-N", name)
+        wait_for(lambda: found.run("sinfo", "-h", "-o", "%D %T", check=False).strip() == f"{size} idle", 60, found.logs)
         stack.callback(_cancel_all, found)
         yield found
 
@@ -136,3 +141,14 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1]).resolve()
+    with cluster(place, *map(int, sys.argv[2:3])):
+        print(f"export SLURM_CONF={place}/slurm.conf PATH=$PATH:/usr/sbin", flush=True)
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            print("cancelling all jobs")
