@@ -1,10 +1,11 @@
 """A real SLURM on this machine: munged, slurmctld and slurmd as virtual nodes, all on loopback, none of it left.
 
-`python -m tests.slurm.cluster FOLDER [NODES]` keeps one of two (or more) nodes until Ctrl-C, to try jobs by hand.
+`python -m tests.slurm.cluster FOLDER [NODES]` keeps one of two (or more) nodes until Ctrl-C or SIGTERM, to try jobs by hand.
 """
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -147,8 +148,7 @@ if __name__ == "__main__":
     place = Path(sys.argv[1]).resolve()
     with cluster(place, *map(int, sys.argv[2:3])):
         print(f"export SLURM_CONF={place}/slurm.conf PATH=$PATH:/usr/sbin", flush=True)
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            print("cancelling all jobs")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: sys.exit("cancelling all jobs"))
+        while True:
+            time.sleep(3600)
