@@ -11,13 +11,11 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from fiberpo_megatron.cli import doctor
 from fiberpo_megatron.config import Config, load_config
 from fiberpo_megatron.launch.local import LAUNCHER
 from fiberpo_megatron.rendezvous import master_address, ranks_store
 from fiberpo_megatron.rollout.addresses import interface_of, local_address
 from fiberpo_megatron.rollout.registry import Registry
-from fiberpo_megatron.trainer.preflight import preflight
 from fiberpo_megatron.trainer.stop import Stopped, StopRequest, leave
 from fiberpo_megatron.types import EXIT_STOPPED
 
@@ -75,6 +73,9 @@ def _run(arguments: list[str], stop: StopRequest) -> None:
 
 def _begin(config: Config, command: str, resume: bool) -> None:
     """Under torchrun or srun: what `fiberpo` checks before it starts ranks itself, and whether all ranks are there."""
+    from fiberpo_megatron.cli import doctor
+    from fiberpo_megatron.trainer.preflight import preflight  # not what ranks of the local launcher should wait for
+
     if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_to_master()):
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # gloo would take the address of the host's name
     ranks_store(timedelta(seconds=config.run.distributed_timeout_s))  # first: if rank 0 fails below, the others see it

@@ -78,7 +78,7 @@ def test_message_of_a_crash_without_a_record_is_the_end_of_its_log(tmp_path: Pat
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_rank_outlives_its_launcher(tmp_path: Path, how: signal.Signals):
-    body = f'open({str(tmp_path)!r} + f"/pid{{rank}}", "w").write(str(os.getpid()))\ntime.sleep(120)'
+    body = f'open({str(tmp_path)!r} + f"/pid{{rank}}", "w").write(str(os.getpid()))\ntime.sleep(600)'
     program = (
         f"import sys; sys.path.insert(0, {ROOT!r}); from pathlib import Path\n"
         "from fiberpo_megatron.launch.local import launch_ranks\n"
@@ -86,13 +86,14 @@ def test_no_rank_outlives_its_launcher(tmp_path: Path, how: signal.Signals):
     )
     launcher = subprocess.Popen([sys.executable, "-c", program])
     files = [tmp_path / "pid0", tmp_path / "pid1"]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not all(f.exists() and f.read_text() for f in files):
         assert time.monotonic() < deadline and launcher.poll() is None
         time.sleep(0.05)
     pids = [int(f.read_text()) for f in files]
     os.kill(launcher.pid, how)
     launcher.wait(timeout=60)
+    deadline = time.monotonic() + 60
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)

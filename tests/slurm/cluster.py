@@ -1,6 +1,6 @@
 """A real SLURM on this machine: munged, slurmctld and slurmd as virtual nodes, all on loopback, none of it left.
 
-`python -m tests.slurm.cluster FOLDER [NODES]` keeps one of two (or more) nodes until Ctrl-C or SIGTERM, to try jobs by hand.
+`python -m tests.slurm.cluster FOLDER [NODES]` keeps one until SIGINT or SIGTERM, for jobs by hand.
 """
 
 import os
