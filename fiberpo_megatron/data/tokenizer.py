@@ -60,18 +60,29 @@ def stop_token_ids(folder: Path | str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids at which a response ends: `eos_token_id` of the tokenizer, of config.json and of generation_config.json,
     ascending (SGLang stops at those of the two files, told or not).
 
-    ValueError if there is none: every response would run into the length limit.
+    ValueError if there is none (every response would run into the length limit), or for a file that is damaged.
     """
     ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     for path in (Path(folder) / "config.json", Path(folder) / "generation_config.json"):
         if path.is_file():
-            listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            ids.update(listed if isinstance(listed, list) else [] if listed is None else [listed])
+            ids.update(_listed_ends(path))
     if not ids:
         raise ValueError(
             f"the tokenizer of {folder} has no end-of-sequence token; set eos_token in tokenizer_config.json"
         )
     return tuple(sorted(ids))
+
+
+def _listed_ends(path: Path) -> list[int]:
+    """`eos_token_id` of a file: a number, a list or nothing."""
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not a JSON object ({error}); download it again") from error
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(isinstance(token, int) and token >= 0 for token in ids):
+        raise ValueError(f"{path}: eos_token_id = {listed!r}; token ids (whole numbers) are needed")
+    return ids
 
 
 def tokens_with(tokenizer: Tokenizer, characters: Collection[str], vocabulary: int) -> tuple[int, ...]:

@@ -16,6 +16,14 @@ THINKING = (  # Qwen3's way: an empty thought in the generation prompt where thi
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking is defined and"
     " enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
+FORGETTING = (  # as Qwen3 and DeepSeek-R1: a thought is written for the last answer only, and dropped from past turns
+    "{% for message in messages %}{% set content = message['content'] %}{% if message['role'] == 'assistant' %}"
+    "{% set answer = content.split('</think>')[-1] | trim %}{% set thought = content.split('</think>')[0].split("
+    "'<think>')[-1] | trim if '</think>' in content else '' %}{% set content = '<think>\n' + thought + '\n</think>\n\n'"
+    " + answer if loop.last else answer %}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 LLAMA_3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' +"
     " message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"

@@ -70,6 +70,20 @@ def test_options_reach_the_template_and_the_sampled_thought_stays():
     assert between == "\n<|im_start|>user\nAgain<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
+def test_thoughts_that_the_template_drops_from_past_turns_stay_sampled():
+    """The policy was conditioned on its thought, so the next turn is too; a prompt's own history is the template's."""
+    tokenizer = templated(templates.FORGETTING, eos="<|im_end|>")
+    chat = ChatTemplate(tokenizer)
+    chat.check_turns()
+    assert tokenizer.convert_ids_to_tokens(chat.end_of_turn) == "<|im_end|>"
+    thought = "<think>\n17 + 25\n</think>\n\n41"
+    history = messages(["What is 17 + 25?", thought, "Try again."])
+    assert "think" not in chat.prompt(history) and "<|im_start|>assistant\n41<|im_end|>" in chat.prompt(history)
+    sampled = [*tokenizer.encode(thought, add_special_tokens=False), chat.end_of_turn]
+    text = chat.prompt(history[:1]) + tokenizer.decode([*sampled, *chat.continuation(sampled, "Try again.")])
+    assert text == chat.prompt(history).replace("assistant\n41", f"assistant\n{thought}")
+
+
 def test_a_response_that_did_not_end_its_turn_is_not_continued():
     tokenizer, _, _ = tokenizer_of("smollm2")
     chat = ChatTemplate(tokenizer)

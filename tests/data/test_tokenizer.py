@@ -22,6 +22,15 @@ def test_stop_tokens_of_the_generation_config_count_too(tmp_path, listed, expect
     assert stop_token_ids(tmp_path, CharacterTokenizer()) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "named"), [("{", "not a JSON object"), ('{"eos_token_id": "</s>"}', "eos_token_id = '</s>'")]
+)
+def test_a_damaged_generation_config_is_named(tmp_path, text, named):
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"generation_config\.json.*{named}"):
+        stop_token_ids(tmp_path, CharacterTokenizer())
+
+
 def test_a_model_without_stop_token_is_refused(tmp_path):
     tokenizer = CharacterTokenizer()
     tokenizer.eos_token_id = None
