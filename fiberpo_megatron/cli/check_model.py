@@ -11,7 +11,10 @@ from fiberpo_megatron.config import load_config
 
 
 def check_model(folder: Path, prompt: str | None, tolerance: float, overrides: Sequence[str]) -> int:
-    """Compare log-probs; 0 when they agree, 1 when not. `overrides`: as for `fiberpo train`."""
+    """Compare log-probs; 0 when they agree, 1 when not, 2 when a rank could not compare them.
+
+    `overrides`: as for `fiberpo train`.
+    """
     scratch = Path(tempfile.mkdtemp(prefix="fiberpo-check-model-"))
     settings = {
         "run": {"folder": str(scratch)},
@@ -19,10 +22,10 @@ def check_model(folder: Path, prompt: str | None, tolerance: float, overrides: S
         "data": {"tasks": [{"kind": "addition"}]},  # a config has one; nothing is drawn from it
     }
     (scratch / "config.toml").write_text(tomli_w.dumps(settings))
-    code = 1
+    code = 2
     try:
         config = load_config(scratch / "config.toml", overrides)
-        from fiberpo_megatron.trainer.transformers_reference import prepare
+        from fiberpo_megatron.trainer.transformers_reference import disagrees, prepare
 
         prepare(config, prompt, tolerance)
         from fiberpo_megatron.launch.local import launch_ranks
@@ -33,7 +36,9 @@ def check_model(folder: Path, prompt: str | None, tolerance: float, overrides: S
             scratch / "logs",
             {"OMP_NUM_THREADS": str(config.run.threads_per_rank)},
         )
+        if code == 1 and not disagrees(config.run.folder):
+            code = 2
     finally:
-        if code != 1 or not (scratch / "logs").exists():  # the message of a failed rank names its log
+        if code == 0 or not (scratch / "logs").exists():  # the message of a failed rank names its log
             shutil.rmtree(scratch)
     return code

@@ -43,6 +43,8 @@ def compare(config: Config) -> None:
         if layout.is_logger:
             text, error = _verdict(job, hf_config, scores[0].log_probs.cpu(), inside)
             print(text, flush=True)
+            if error:
+                reference.leave_disagreement(config.run.folder)
         layout.agree(error, "check-model", raises=ValueError)
     finally:
         stop_layout()
@@ -71,11 +73,12 @@ def _verdict(
     wanted = expected.logits.log_softmax(-1)[:-1].gather(-1, expected.tokens[1:, None])[:, 0]
     difference = (log_probs - wanted).abs()
     worst = int(difference.argmax())
-    fields = ", ".join(f"{key} = {value!r}" for key, value in used_fields(hf_config).items())
+    columns = f"{'layer':>10}  {'hidden states off by (share of the largest)':>44}"
     lines = [
-        f"config.json, fields used: {fields}",
+        "config.json, fields used:",
+        *(f"  {key} = {value!r}" for key, value in used_fields(hf_config).items()),
         "",
-        f"{'layer':>10}  {'hidden states off by (share of the largest)':>44}  tokens sent to other experts",
+        f"{columns}  tokens sent to other experts" if seen.routers else columns,
     ]
     first = None
     for layer in sorted(seen.layers):
@@ -83,8 +86,8 @@ def _verdict(
         mark = ""
         if first is None and (off > DIVERGED or rerouted):
             first, mark = layer, "  <- first to differ"
-        routed = f"{rerouted:>28}" if layer in seen.routers else " " * 28
-        lines.append(f"{layer:>10}  {off:>44.1e}  {routed}{mark}")
+        routed = f"  {rerouted if layer in seen.routers else '-':>28}" if seen.routers else ""
+        lines.append(f"{layer:>10}  {off:>44.1e}{routed}{mark}")
     lines += [
         "",
         f"log-probs of {len(wanted)} tokens: largest difference {difference.max():.1e} at position {worst + 1} "

@@ -41,6 +41,7 @@ class Job:
 
 DEFAULT_PROMPT = "Mix 3 eggs with 200 g of flour, then bake the cake for 45 minutes at 180 degrees."
 _JOB = "check.pickle"
+_DISAGREES = "disagrees"
 
 
 def prepare(config: Config, prompt: str | None, tolerance: float) -> None:
@@ -69,10 +70,22 @@ def read_job(folder: Path) -> Job:
     return job
 
 
+def leave_disagreement(folder: Path) -> None:
+    """Say that the comparison was made, and failed: ranks that fail otherwise leave nothing."""
+    (folder / _DISAGREES).touch()
+
+
+def disagrees(folder: Path) -> bool:
+    """Whether the ranks left a disagreement."""
+    return (folder / _DISAGREES).exists()
+
+
 def load_model(folder: Path) -> Any:
     """The model in float32 and its plainest implementation."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     options = {"attn_implementation": "eager", "experts_implementation": "eager"}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 

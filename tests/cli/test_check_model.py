@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_agreement(model: Path, capfd: pytest.CaptureFixture[str]):
     assert main(["check-model", str(model), "--prompt", "12+34=046", "--parallel.tensor", "2"]) == 0
     shown = capfd.readouterr().out
-    assert "routed_scaling_factor = 1.7" in shown and "computes what transformers computes" in shown
+    assert "\n  routed_scaling_factor = 1.7\n" in shown and "computes what transformers computes" in shown
     assert "first to differ" not in shown
 
 
@@ -53,3 +53,9 @@ def test_a_field_that_is_not_known_stops_it(model: Path, tmp_path: Path, capfd: 
     (folder / "config.json").write_text(json.dumps({**config, "moe_gate_noise": 0.5}))
     assert main(["check-model", str(folder), "--prompt", "1+1=2"]) == 2
     assert "the field moe_gate_noise = 0.5 is not known" in capfd.readouterr().err
+
+
+def test_ranks_that_fail_before_comparing_are_no_disagreement(model: Path, monkeypatch: pytest.MonkeyPatch):
+    """As with a tensor that is missing."""
+    monkeypatch.setattr("fiberpo_megatron.launch.local.launch_ranks", lambda *_: 1)
+    assert main(["check-model", str(model), "--prompt", "1+1=2"]) == 2
