@@ -60,6 +60,10 @@ class ModelConfig(Section):
     the old policy used, which makes importance ratios noisy."""
     router_aux_loss: float = Field(0.0, ge=0)
     """Coefficient of the MoE load-balancing loss. It is not part of the policy gradient, hence 0 by default."""
+    router_bias_update_rate: float = Field(0.0, ge=0)
+    """How far each optimiser step moves the routers' correction bias of an expert that got fewer (up) or more (down)
+    of the mini-batch's tokens than the mean; DeepSeek-V3 was trained with 0.001. 0 by default in RL: a bias that moves
+    sends a token to other experts than the old policy did."""
     log_prob_chunk_tokens: int = Field(4096, ge=1)
     """Tokens whose float32 vocabulary row (one tensor-parallel shard) exists at the same time."""
 

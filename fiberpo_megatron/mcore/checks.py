@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from math import gcd
 from typing import Any
 
-from fiberpo_megatron.config.schema import ParallelConfig
+from fiberpo_megatron.config.schema import ModelConfig, ParallelConfig
 from fiberpo_megatron.mcore.architecture import Architecture, read_architecture
 
 
@@ -29,12 +29,18 @@ def layout_problems(architecture: Architecture, parallel: ParallelConfig, world_
     ]
 
 
-def check_aux_loss(coefficient: float, parallel: ParallelConfig) -> None:
-    """Refuse the routers' load-balancing loss where its gradient would be wrong; ValueError with what to set."""
-    if coefficient and parallel.tensor * parallel.context > 1:
+def check_routers(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse ways of balancing the routers' load that would be wrong, or do nothing; ValueError with what to set."""
+    experts = architecture.experts
+    if model.router_bias_update_rate and (experts is None or not experts.correction_bias):
         raise ValueError(
-            f"model.router_aux_loss = {coefficient} gives wrong gradients under tensor or context parallelism "
-            f"(tensor {parallel.tensor}, context {parallel.context}) in Megatron-Core 0.16; set it to 0, or "
+            f"model.router_bias_update_rate = {model.router_bias_update_rate}, but this {architecture.model_type} "
+            "model has no correction bias; set it to 0"
+        )
+    if model.router_aux_loss and parallel.tensor * parallel.context > 1:
+        raise ValueError(
+            f"model.router_aux_loss = {model.router_aux_loss} gives wrong gradients under tensor or context "
+            f"parallelism (tensor {parallel.tensor}, context {parallel.context}) in Megatron-Core 0.16; set it to 0, or "
             "parallel.tensor and parallel.context to 1"
         )
 

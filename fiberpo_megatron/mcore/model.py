@@ -15,11 +15,12 @@ from torch import Tensor
 
 from fiberpo_megatron.config.schema import ModelConfig
 from fiberpo_megatron.mcore.architecture import Architecture
-from fiberpo_megatron.mcore.checks import check_aux_loss
+from fiberpo_megatron.mcore.checks import check_routers
 from fiberpo_megatron.mcore.global_tensors import global_shards
 from fiberpo_megatron.mcore.layout import ParallelLayout
 from fiberpo_megatron.mcore.platform import activate
 from fiberpo_megatron.mcore.rope import Rope
+from fiberpo_megatron.mcore.router import Router
 from fiberpo_megatron.mcore.transformer_config import transformer_config
 
 _LATENT_NORM_EPS = 1e-6
@@ -67,7 +68,7 @@ def build_model(
     its gradient is summed over the expert-data-parallel group in every layout (Megatron marks it only when
     expert > 1, and is then wrong where expert_tensor differs from tensor).
     """
-    check_aux_loss(model.router_aux_loss, layout.parallel)
+    check_routers(architecture, model, layout.parallel)
     config = transformer_config(architecture, model, layout, dtype)
     chunks = []
     for index in range(layout.chunks):
@@ -121,11 +122,15 @@ def _set_latent_norms(chunk: PolicyModel) -> None:
 
 def _layer_spec(architecture: Architecture, layer: int) -> Any:
     experts = architecture.experts
-    return activate().layer_spec(
-        num_experts=None if experts is None or layer in experts.dense_layers else experts.count,
+    routed = experts is not None and layer not in experts.dense_layers
+    spec = activate().layer_spec(
+        num_experts=experts.count if experts is not None and routed else None,
         qk_layernorm=architecture.qk_norm,
         latent=architecture.latent is not None,
     )
+    if routed:
+        spec.submodules.mlp.submodules.router = Router
+    return spec
 
 
 def _rotary_options(rope: Rope, *, latent: bool) -> dict[str, Any]:

@@ -149,7 +149,8 @@ class MegatronPolicy:
 
     def _scale_aux_loss(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Megatron weighs the auxiliary loss of a micro-batch by its tokens; make the sum a mean over tokens."""
-        local = torch.tensor(float(sum(len(batch.tokens) for batch in micro_batches)), dtype=torch.float64)
+        counts = [(batch.source_tokens >= 0).sum() for batch in micro_batches]
+        local = torch.stack(counts).sum().double()
         tokens = float(self.layout.sum_over_tokens(local))
         for model in self.models:
             model.config.moe_aux_loss_coeff = self._aux_loss / tokens

@@ -28,6 +28,7 @@ class Routing:
         self._layout = layout
         self._mode: RoutingMode = "off"
         self._rows: dict[int, Tensor] = {}
+        self._tokens: dict[int, int] = {}
         self._experts: dict[int, Tensor] = {}
         self.layers: list[int] = []
         """Global numbers, from 0, of this stage's MoE layers."""
@@ -81,7 +82,17 @@ class Routing:
         rows = batch.source_tokens
         if self._layout.tensor_size > 1:  # sequence parallelism: a rank routes its share of the row
             rows = rows.chunk(self._layout.tensor_size)[self._layout.tensor_rank]
+        self._tokens[index] = int((rows >= 0).sum())
         self._rows[index] = rows.to(self._layout.device)
+
+    def padding(self, index: int) -> Tensor | None:
+        """bool [rows]: True where a row of the micro-batch on this rank is padding; None where it is not announced."""
+        rows = self._rows.get(index)
+        return None if rows is None else rows < 0
+
+    def any_token(self, index: int) -> bool:
+        """Whether this rank's share of the micro-batch has any tokens."""
+        return self._tokens.get(index) != 0
 
     def choose(self, layer: int, index: int, scores: Tensor, top_k: Callable[[], tuple[Tensor, Tensor]]) -> Any:
         """(scores of the chosen experts, the chosen experts), both [rows, top_k]."""
@@ -206,6 +217,14 @@ class _LayerReplay:
 
     def _again(self, index: int, gradient: Tensor) -> None:
         self._index = index
+
+    def padding(self) -> Tensor | None:
+        """See `Routing.padding`; of the micro-batch that the layer works on."""
+        return self._routing.padding(self._index)
+
+    def any_token(self) -> bool:
+        """See `Routing.any_token`."""
+        return self._routing.any_token(self._index)
 
     def get_replay_topk(
         self,

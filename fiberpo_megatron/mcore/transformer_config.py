@@ -134,7 +134,7 @@ def _expert_options(architecture: Architecture, model: ModelConfig, dtype: torch
         "moe_router_num_groups": experts.groups,
         "moe_router_group_topk": experts.groups_per_token,
         "moe_router_enable_expert_bias": experts.correction_bias,
-        "moe_router_bias_update_rate": 0.0,  # a bias that moves would route a token unlike the old policy did
+        "moe_router_bias_update_rate": model.router_bias_update_rate,
         "moe_router_load_balancing_type": "aux_loss" if model.router_aux_loss else "none",
         "moe_aux_loss_coeff": model.router_aux_loss,
     }

@@ -8,7 +8,8 @@ import torch
 
 from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.fibration import Objective, build_objective
-from fiberpo_megatron.mcore.checks import check_aux_loss, check_layout
+from fiberpo_megatron.mcore.architecture import read_architecture
+from fiberpo_megatron.mcore.checks import check_layout, check_routers
 from fiberpo_megatron.rollout.dump import RolloutDump
 from fiberpo_megatron.trainer.fp8 import missing_for_fp8
 from fiberpo_megatron.trainer.stored import DUMP, dump_of
@@ -72,8 +73,9 @@ def _check_model(config: Config, command: str) -> None:
 def _check_layout(config: Config, world_size: int) -> None:
     path = config.model.path / "config.json"
     try:
-        check_layout(json.loads(path.read_text()), config.parallel, world_size)
-        check_aux_loss(config.model.router_aux_loss, config.parallel)
+        hf_config = json.loads(path.read_text())
+        check_layout(hf_config, config.parallel, world_size)
+        check_routers(read_architecture(hf_config), config.model, config.parallel)
     except json.JSONDecodeError as error:
         raise ConfigError(f"model.path: {path} is not JSON ({error})") from error
     except ValueError as error:

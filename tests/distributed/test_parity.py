@@ -200,13 +200,29 @@ def test_memory_options_do_not_matter(reference: Reference):
     reference.compare(split, LAYOUTS["TP2"])
 
 
-def test_auxiliary_loss_over_stages(reference: Reference):
-    """Its value belongs to a micro-batch, so it is compared where the rows are the same."""
-    case = Case("moe", options={"router_aux_loss": 0.1})
-    (wanted,), (found,) = (reference.run([case], parallel) for parallel in ({}, LAYOUTS["PP2"]))
-    assert_same(case, found, wanted)
-    without = reference.of(case).gradients["fixed"]
-    assert tensor_difference(wanted.gradients["fixed"], without) > 0.01
+def test_balanced_routers(reference: Reference):
+    """The auxiliary loss belongs to a micro-batch, so it is compared where the rows are the same: on other stages, and
+    beside a rank that has only padding. The moving correction bias is a sum over the mini-batch: anywhere."""
+    loss, bias = {"router_aux_loss": 0.1}, {"router_bias_update_rate": 0.01}
+    several, single = Case("moe", options=loss), Case("moe", options=loss, batch="single", budget=None)
+    moving = Case("deepseek", distributed_optimizer=True, options=bias)
+    wanted = reference.run([several, single, replace(moving, budget=None)], {})
+    pipelined = reference.run([several, replace(moving, options=bias | {"recompute": "full"})], LAYOUTS["PP2"])
+    spread = reference.run([single, moving], EXPERT_LAYOUTS["DP2 EP2"])
+    (cut,) = reference.run([moving], LAYOUTS["TP2 CP2"])
+    for case, found, whole in [
+        (several, pipelined[0], wanted[0]),
+        (single, spread[0], wanted[1]),
+        (moving, pipelined[1], wanted[2]),
+        (moving, spread[1], wanted[2]),
+        (moving, cut, wanted[2]),
+    ]:
+        assert_same(case, found, whole)
+    for case, whole in ((several, wanted[0]), (single, wanted[1])):
+        assert tensor_difference(whole.gradients["fixed"], reference.of(case).gradients["fixed"]) > 0.01
+    key = next(name for name in wanted[2].parameters if name.endswith("expert_bias"))
+    moved = np.abs(wanted[2].parameters[key] - reference.of(moving).parameters[key])
+    np.testing.assert_allclose(moved.max(), 0.05, rtol=0.01)  # three steps and two gradients before them
 
 
 def test_the_expert_marks_matter(reference: Reference):

@@ -1,12 +1,13 @@
 """Layouts that do not divide are refused with what does not, the value seen, and values that would."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fiberpo_megatron.config.schema import ParallelConfig
+from fiberpo_megatron.config.schema import ModelConfig, ParallelConfig
 from fiberpo_megatron.mcore.architecture import read_architecture
-from fiberpo_megatron.mcore.checks import check_aux_loss, check_layout, layers_per_chunk, layout_problems
+from fiberpo_megatron.mcore.checks import check_layout, check_routers, layers_per_chunk, layout_problems
 from tests.distributed.parity import DEEPSEEK_V3, QWEN3_MOE
 
 DENSE = {k: v for k, v in QWEN3_MOE.items() if "expert" not in k and "topk" not in k and "moe_" not in k}
@@ -95,7 +96,15 @@ def test_left_over_layers_go_to_the_middle(layers: int, chunks: int, wanted: lis
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"context": 2}])
 def test_auxiliary_loss_refused(parallel: dict[str, int]):
-    check_aux_loss(0.0, ParallelConfig(**parallel))
-    check_aux_loss(0.01, ParallelConfig(pipeline=2, expert=2))
+    architecture, loss = read_architecture(QWEN3_MOE), ModelConfig(path=Path("m"), router_aux_loss=0.01)
+    check_routers(architecture, ModelConfig(path=Path("m")), ParallelConfig(**parallel))
+    check_routers(architecture, loss, ParallelConfig(pipeline=2, expert=2))
     with pytest.raises(ValueError, match="model.router_aux_loss = 0.01 gives wrong gradients"):
-        check_aux_loss(0.01, ParallelConfig(**parallel))
+        check_routers(architecture, loss, ParallelConfig(**parallel))
+
+
+def test_a_bias_that_is_not_there_cannot_move():
+    moving = ModelConfig(path=Path("m"), router_bias_update_rate=0.001)
+    check_routers(read_architecture(DEEPSEEK_V3), moving, ParallelConfig())
+    with pytest.raises(ValueError, match="this qwen3_moe model has no correction bias; set it to 0"):
+        check_routers(read_architecture(QWEN3_MOE), moving, ParallelConfig())

@@ -1,0 +1,32 @@
+"""Megatron's router, whose statistics are those of real tokens."""
+
+from typing import Any
+
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+
+class Router(TopKRouter):
+    """A TopKRouter that leaves the padding of packed rows out of the load of experts: out of what moves the correction
+    bias, and out of the auxiliary loss.
+
+    Megatron takes a padding mask for that, but hands none to the layers of a packed row through a pipeline, and in
+    0.16.1 applies it to the load in the wrong shape. Here `router_replay`, which knows the micro-batch (`routing.py`),
+    has it.
+    """
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(probabilities, map of the chosen experts), both [rows, experts], of hidden states [rows, 1, h]."""
+        if self.router_replay is not None:
+            padding_mask = self.router_replay.padding()
+        routed: tuple[Tensor, Tensor] = super().forward(input, padding_mask)
+        return routed
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        super()._apply_expert_bias(routing_map, None if padding_mask is None else padding_mask[:, None])
+
+    def _apply_aux_loss(self, probs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.router_replay is not None and not self.router_replay.any_token():
+            return probs  # a mean over no tokens
+        applied: Tensor = super()._apply_aux_loss(probs, *args, **kwargs)
+        return applied
