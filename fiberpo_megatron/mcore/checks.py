@@ -40,8 +40,8 @@ def check_routers(architecture: Architecture, model: ModelConfig, parallel: Para
     if model.router_aux_loss and parallel.tensor * parallel.context > 1:
         raise ValueError(
             f"model.router_aux_loss = {model.router_aux_loss} gives wrong gradients under tensor or context "
-            f"parallelism (tensor {parallel.tensor}, context {parallel.context}) in Megatron-Core 0.16; set it to 0, or "
-            "parallel.tensor and parallel.context to 1"
+            f"parallelism (tensor {parallel.tensor}, context {parallel.context}) in Megatron-Core 0.16; set it to 0, "
+            "or parallel.tensor and parallel.context to 1"
         )
 
 

@@ -10,9 +10,9 @@ class Router(TopKRouter):
     """A TopKRouter that leaves the padding of packed rows out of the load of experts: out of what moves the correction
     bias, and out of the auxiliary loss.
 
-    Megatron takes a padding mask for that, but hands none to the layers of a packed row through a pipeline, and in
-    0.16.1 applies it to the load in the wrong shape. Here `router_replay`, which knows the micro-batch (`routing.py`),
-    has it.
+    Megatron has a padding mask for that, but 0.16.1 cuts it for sequence parallelism on the first pipeline stage only,
+    and applies it to the load in the wrong shape. Here it comes from `router_replay`, which knows the micro-batch
+    (`routing.py`).
     """
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
