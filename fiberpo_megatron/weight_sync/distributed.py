@@ -14,7 +14,7 @@ import torch
 
 from fiberpo_megatron.rollout.addresses import local_address
 from fiberpo_megatron.rollout.client import EngineAddress
-from fiberpo_megatron.rollout.errors import EngineError, EngineTimeout
+from fiberpo_megatron.rollout.errors import EngineError, EngineRefused, EngineTimeout
 from fiberpo_megatron.weight_sync.base import Deadline, Publisher, Weights
 from fiberpo_megatron.weight_sync.buckets import Bucket, buckets
 from fiberpo_megatron.weight_sync.group import UpdateGroup
@@ -71,14 +71,18 @@ class DistributedPublisher(Publisher):
     def _begin(self, deadline: Deadline) -> None:
         """Open the update on every engine before anything is broadcast: a refusal must not leave one waiting.
 
-        After a refusal all are closed again, also one that a trainer left open when it died: the next publication
-        can then work.
+        An engine refuses while an update is open: a trainer that was killed in the middle of one leaves it so. Then all
+        are closed and opened once more.
         """
         try:
             self._on_all(lambda client: client.begin_weight_update(deadline.left()))
-        except EngineError:
+        except EngineRefused:
             self._end_quietly()
-            raise
+            try:
+                self._on_all(lambda client: client.begin_weight_update(deadline.left()))
+            except EngineError:
+                self._end_quietly()
+                raise
 
     def _broadcast(self, group: UpdateGroup, bucket: Bucket, version: str | None, deadline: Deadline) -> None:
         """Send one bucket. The first failure counts: an engine that refuses leaves the broadcast waiting."""

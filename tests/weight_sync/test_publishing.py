@@ -142,7 +142,8 @@ def test_a_refused_begin_sends_nothing(model):
     with distributed(model, servers) as publishing, pytest.raises(EngineRefused, match="127.0.0.1:2.*not now"):
         publishing.publish(iter(weights), "1")
     assert "/update_weights_from_distributed" not in servers.paths()
-    assert servers.paths().count("/end_weight_update") == 2 and weights.drained
+    assert servers.paths().count("/begin_weight_update") == 4, "once more, after closing what may have been left open"
+    assert servers.paths().count("/end_weight_update") == 4 and weights.drained
     assert servers.paths().count("/continue_generation") == 2
 
 
@@ -227,6 +228,26 @@ def test_distributed_sends_buckets_to_all_engines_and_the_version_with_the_last(
     joins = [body for _, path, body in servers.calls if path == "/init_weights_update_group"]
     assert [(j["rank_offset"], j["world_size"]) for j in joins] == [(1, 3), (2, 3)], "one group for both publications"
     assert servers.paths().count("/destroy_weights_update_group") == 2
+
+
+def test_an_update_that_a_killed_trainer_left_open_is_closed(model):
+    """SGLang keeps one session, and refuses to begin another."""
+    open_at = {"127.0.0.1:2"}
+
+    def begin(host, body):
+        if host in open_at:
+            return httpx.Response(400, json={"success": False, "message": "a session is already open"})
+        open_at.add(host)
+        return {"success": True, "message": "Success"}
+
+    def end(host, body):
+        open_at.discard(host)
+        return {"success": True, "message": "Success"}
+
+    servers = JoiningServers({"/begin_weight_update": begin, "/end_weight_update": end})
+    with distributed(model, servers) as publishing:
+        publishing.publish(iter(WEIGHTS.items()), "1")
+    assert not open_at and set(servers.received) == {"127.0.0.1:1", "127.0.0.1:2"}
 
 
 def test_engines_with_several_ranks_get_ranks_of_their_own(model):

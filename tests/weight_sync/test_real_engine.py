@@ -65,6 +65,19 @@ def test_many_small_buckets_carry_the_same_weights(engine, checkpoint):
     np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
 
 
+def test_what_a_killed_trainer_left_behind_does_not_stop_the_next(engine, checkpoint):
+    async def leave_behind() -> None:
+        async with EngineClient(engine, timeout_s=60) as client:
+            await client.pause()
+            await client.begin_weight_update(30)
+
+    asyncio.run(leave_behind())
+    model = moved(checkpoint)
+    with publisher("distributed", engine, checkpoint, Path()) as publishing:
+        publishing.publish(hugging_face_weights(model), "1")
+    np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
+
+
 @pytest.mark.parametrize("method", ["disk", "distributed"])
 def test_a_response_across_a_publication_names_both_versions(method, engine, checkpoint, tmp_path):
     model = moved(checkpoint)
