@@ -14,6 +14,7 @@ from fiberpo_megatron.mcore.layout import FP8_ROW_MULTIPLE, ParallelLayout
 from fiberpo_megatron.mcore.model import PolicyModel, build_model, draw_weights
 from fiberpo_megatron.mcore.offload import TrainingMemory
 from fiberpo_megatron.mcore.optimizer import build_optimizer, non_finite_gradient, wrap_data_parallel
+from fiberpo_megatron.mcore.router import correction_biases, kept_on_error
 from fiberpo_megatron.mcore.routing import Routing
 from fiberpo_megatron.mcore.schedule import Schedule
 from fiberpo_megatron.types import (
@@ -99,8 +100,9 @@ class MegatronPolicy:
         single_pass: bool = False,
     ) -> OptimizerStep:
         """One optimiser step that maximises the gate's objective (see `types.Policy.step`)."""
-        gradient = self.accumulate(micro_batches, gate, temperature, log_probs=log_probs, single_pass=single_pass)
-        self._require_finite(gradient.error)
+        with kept_on_error(correction_biases(self.models)):
+            gradient = self.accumulate(micro_batches, gate, temperature, log_probs=log_probs, single_pass=single_pass)
+            self._require_finite(gradient.error)
         self.scheduler.step(1)
         with self.memory.state("an optimiser step"):
             _, norm, _ = self.optimizer.step()
@@ -122,6 +124,7 @@ class MegatronPolicy:
     ) -> "AccumulatedGradient":
         """Leave minus the objective's gradient, summed over micro-batches and ranks, in the gradient buffers.
 
+        With `model.router_bias_update_rate` Megatron moves the correction biases here, by the load of this pass.
         With the distributed optimizer each data-parallel rank's buffer is whole only in that rank's shard.
         """
         self.memory.require("an optimiser step")

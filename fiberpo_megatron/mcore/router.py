@@ -1,7 +1,10 @@
 """Megatron's router, whose statistics are those of real tokens."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -30,3 +33,21 @@ class Router(TopKRouter):
             return probs  # a mean over no tokens
         applied: Tensor = super()._apply_aux_loss(probs, *args, **kwargs)
         return applied
+
+
+def correction_biases(models: Sequence[torch.nn.Module]) -> list[Tensor]:
+    """Of every router of these models that has one."""
+    routers = [module for model in models for module in model.modules() if isinstance(module, Router)]
+    return [router.expert_bias for router in routers if router.expert_bias is not None]
+
+
+@contextmanager
+def kept_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """The tensors get their values back when the body raises."""
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for tensor, value in zip(tensors, before):
+            tensor.copy_(value)
+        raise

@@ -6,8 +6,10 @@ import torch
 
 from fiberpo_megatron.mcore.layout import start_layout
 from fiberpo_megatron.mcore.policy import build_policy
+from fiberpo_megatron.mcore.router import correction_biases
 from fiberpo_megatron.types import Coefficients
 from tests.distributed.parity import (
+    DEEPSEEK_V3,
     QWEN3_MOE,
     TEMPERATURE,
     fixed_gate,
@@ -20,12 +22,13 @@ from tests.distributed.spawn import run_ranks
 
 def step_with(fault: str, parallel: dict[str, int], single_pass: bool) -> tuple[str, bool, float]:
     """(what the faulty step raised, whether the weights are untouched, gradient norm of the next, healthy step)"""
-    config = make_config(parallel=parallel)
-    layout = start_layout(QWEN3_MOE, config.parallel, config.run)
+    config = make_config(parallel=parallel, model={"router_bias_update_rate": 0.01})
+    layout = start_layout(DEEPSEEK_V3, config.parallel, config.run)
     batches = micro_batches_for(make_batch(), layout, 72)
-    policy = build_policy(config, QWEN3_MOE, layout)
+    policy = build_policy(config, DEEPSEEK_V3, layout)
     gate = fixed_gate(batches, 200)
-    before = [parameter.detach().clone() for parameter in policy.models[0].parameters()]
+    weights = [*policy.models[0].parameters(), *correction_biases(policy.models)]
+    before = [tensor.detach().clone() for tensor in weights]
     lone = layout.rank == layout.world_size - 1
 
     def faulty(log_probs: torch.Tensor, where: slice) -> Coefficients:
@@ -41,7 +44,7 @@ def step_with(fault: str, parallel: dict[str, int], single_pass: bool) -> tuple[
         raised = "nothing"
     except (FloatingPointError, RuntimeError) as error:
         raised = f"{type(error).__name__}: {error}"
-    same = all(torch.equal(a, b) for a, b in zip(before, policy.models[0].parameters()))
+    same = all(torch.equal(a, b) for a, b in zip(before, weights))
     return raised, same, policy.step(batches, gate, TEMPERATURE).gradient_norm
 
 
