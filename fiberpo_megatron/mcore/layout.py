@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from math import lcm
 from typing import Any
 
@@ -24,6 +25,8 @@ __all__ = ["ParallelLayout", "check_layout", "launched_world_size", "start_layou
 
 FP8_ROW_MULTIPLE = 32
 """Tokens: Transformer Engine's FP8 products want rows in multiples of 16, MXFP8 of 32."""
+_starts = count()
+"""Of layouts in this process; the same on every rank."""
 
 
 def launched_world_size() -> int:
@@ -181,7 +184,9 @@ def start_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, run: Ru
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     if platform.name == "cpu":
         torch.set_num_threads(run.threads_per_rank)
-    store = dist.PrefixStore("training", ranks_store(timeout)) if "RANK" in os.environ else dist.HashStore()
+    # a prefix for each start: gloo would take the addresses that an earlier one left in the store for living ranks
+    prefix = f"training {next(_starts)}"
+    store = dist.PrefixStore(prefix, ranks_store(timeout)) if "RANK" in os.environ else dist.HashStore()
     rank, size = int(os.environ.get("RANK", "0")), launched_world_size()
     dist.init_process_group(platform.backend, store=store, rank=rank, world_size=size, timeout=timeout)
     parallel_state.initialize_model_parallel(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fiberpo_megatron.mcore.layout import start_layout
+from fiberpo_megatron.mcore.layout import start_layout, stop_layout
 from fiberpo_megatron.types import RolloutBatch
 from tests.distributed.parity import QWEN3_MOE, make_config
 from tests.distributed.spawn import collect_ranks, run_ranks
@@ -33,7 +33,11 @@ def share_of(data_rank: int) -> RolloutBatch:
 
 def use_layout(parallel: dict[str, int]) -> dict[str, Any]:
     config = make_config(parallel=parallel)
-    layout = start_layout(QWEN3_MOE, config.parallel, config.run)
+    start_layout(QWEN3_MOE, config.parallel, config.run).barrier()
+    stop_layout()
+    layout = start_layout(
+        QWEN3_MOE, config.parallel, config.run
+    )  # in the launcher's store, which keeps the first's keys
     layout.barrier()
     x = torch.tensor([float(layout.data_rank * 10 + layout.context_rank)], dtype=torch.float64)
     joined = layout.gather_rollouts(share_of(layout.data_rank) if layout.is_leader else None)
