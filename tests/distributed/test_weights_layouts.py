@@ -41,7 +41,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], list[str]]] = {
     "one process": (1, {}, list(MODELS)),
     "TP2": (2, {"tensor": 2}, [*DENSE, *MOE, "qwen3-yarn"]),
     "PP2": (2, {"pipeline": 2}, [*DENSE, *MOE]),
-    "VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}, [*DENSE, *MOE]),
+    "VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}, ["qwen3-tied", "qwen2", "qwen3_moe-mixed", "deepseek_v3"]),
     "EP2": (2, {"expert": 2}, list(MOE)),
     "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}, ["qwen3_moe", "qwen2", "qwen3-tied", "deepseek_v3"]),
     "PP2xEP2": (4, {"pipeline": 2, "expert": 2}, ["qwen3_moe", "mixtral", "deepseek_v3"]),

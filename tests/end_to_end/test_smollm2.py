@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from tests.data import templates
 from tests.end_to_end.test_training import ROOT, records
-from tools.convert_smollm2 import Heads, attention, convert, find_gguf
+from tools.convert_smollm2 import Heads, attention, convert, find_gguf, main
 
 pytestmark = pytest.mark.timeout(900)  # pip may have to fetch the wheel; two ranks and an engine share two cores
 
@@ -68,17 +68,20 @@ def test_added_heads_are_zeros_behind_the_stored_ones():
     assert Heads(4, 6, 3, 3).query == 6
 
 
-def test_a_folder_that_exists_is_not_overwritten(tmp_path: Path):
-    command = [sys.executable, "tools/convert_smollm2.py", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and f"{tmp_path} exists; remove it" in done.stderr
+def test_a_folder_that_exists_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["convert_smollm2.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"{tmp_path} exists; remove it"):
+        main()
 
 
 @pytest.mark.slow
 def test_the_conversion_is_what_transformers_reads(gguf: Path, smollm2: Path):
     """Token ids, template and config equal; weights bit for bit, beside the added zeros."""
-    theirs = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     ours = AutoConfig.from_pretrained(smollm2)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(ours)  # for its names
+    stored = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=empty)
+    theirs = LlamaConfig.from_dict(stored["config"])
     assert (ours.num_attention_heads, ours.num_key_value_heads) == (12, 4)
     same = "hidden_size intermediate_size num_hidden_layers vocab_size head_dim rope_parameters tie_word_embeddings"
     for name in f"{same} max_position_embeddings bos_token_id eos_token_id pad_token_id".split():
@@ -95,10 +98,7 @@ def test_the_conversion_is_what_transformers_reads(gguf: Path, smollm2: Path):
     assert tokenizers[0].chat_template == tokenizers[1].chat_template == templates.CHATML
     assert tokenizers[0].special_tokens_map == tokenizers[1].special_tokens_map
 
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(theirs)
-    expected = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=empty)["tensors"]
-    found = read_folder(smollm2)
+    expected, found = stored["tensors"], read_folder(smollm2)
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         own, added = own_and_added(name, found[name])
@@ -113,7 +113,7 @@ def test_a_real_model_is_trained_with_tensor_parallelism(smollm2: Path, tmp_path
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "fiberpo_megatron.cli.main", "train", "examples/smollm2/train.toml"]
     command += ["--model.path", str(smollm2), "--run.folder", str(folder), "--trainer.steps", "2"]
-    command += ["--evaluation.samples_per_prompt", "1"]
+    command += ["--evaluation.samples_per_prompt", "1", "--batch.prompts", "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     steps = records(folder, "train")
@@ -121,7 +121,7 @@ def test_a_real_model_is_trained_with_tensor_parallelism(smollm2: Path, tmp_path
     for record in steps:
         assert all(math.isfinite(value) for value in record.values() if isinstance(value, float))
         assert record["rollout_diff/max"] < 1e-3 and record["seconds/verify"] > 0
-        assert 0.05 < record["accuracy"] < 0.6 and 2 < record["response_length/mean"] <= 4
+        assert 0 < record["accuracy"] < 0.7 and 2 < record["response_length/mean"] <= 4
         assert record["gradient_norm"] > 0
     assert 0.05 < records(folder, "eval")[0]["accuracy"] < 0.4  # 0.23 where it was measured on more problems
     before, after = read_folder(smollm2), read_folder(folder / "hf")
