@@ -61,6 +61,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 _MLP_BIAS: dict[str, tuple[Any, ...]] = {"mlp_bias": (False, None)}
 _WINDOW: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False, None)}
 """The families that have it ignore `sliding_window` without it; others use a window that is given."""
+_QWEN3: dict[str, tuple[Any, ...]] = {"use_qk_norm": (True, None), "qkv_bias": (False, None)}
+"""Written by some of its models, read by no code: Qwen3 always has the norms and never the bias."""
 
 FAMILIES: Mapping[str, Fields] = {
     "llama": Fields(
@@ -68,7 +70,7 @@ FAMILIES: Mapping[str, Fields] = {
         {**_FIXED, **_MLP_BIAS},
     ),
     "qwen2": Fields({**_SIZES, "num_key_value_heads": 32, "head_dim": None}, {**_FIXED, **_WINDOW}),
-    "qwen3": Fields({**_SIZES, "num_key_value_heads": 32, "head_dim": 128}, {**_FIXED, **_WINDOW}),
+    "qwen3": Fields({**_SIZES, "num_key_value_heads": 32, "head_dim": 128}, {**_FIXED, **_WINDOW, **_QWEN3}),
     "qwen3_moe": Fields(
         {
             **_SIZES,
@@ -82,7 +84,7 @@ FAMILIES: Mapping[str, Fields] = {
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         },
-        {**_FIXED, **_WINDOW},
+        {**_FIXED, **_WINDOW, **_QWEN3},
     ),
     "mixtral": Fields(
         {

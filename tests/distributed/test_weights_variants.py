@@ -1,4 +1,4 @@
-"""config.json as model makers publish it, and settings away from the defaults: what transformers computes, or an error.
+"""config.json as model makers publish it, and settings away from the defaults: we compute what transformers computes.
 
 Dimensions are scaled down; every other field is as published (from memory of the public files). Fields that are
 refused without a look at the weights are in tests/mcore/test_architecture.py.
@@ -18,7 +18,7 @@ from fiberpo_megatron.mcore.architecture import read_architecture
 from fiberpo_megatron.mcore.layout import start_layout
 from fiberpo_megatron.mcore.model import build_model
 from fiberpo_megatron.mcore.schedule import Schedule
-from fiberpo_megatron.mcore.weights import load_hf
+from fiberpo_megatron.mcore.weights import export_hf, load_hf, save_hf
 from fiberpo_megatron.trainer import transformers_reference as reference
 from tests.distributed.parity import make_batch, make_config, micro_batches_for
 from tests.distributed.spawn import run_ranks
@@ -259,7 +259,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scores(root: Path) -> dict[str, Tensor]:
-    """Our log-probs of the batch's response tokens by model."""
+    """Our log-probs of the batch's response tokens by model, which is also saved."""
     config = make_config()
     layout = start_layout(read_config(root / "Llama-2-7b"), config.parallel, config.run)
     (micro_batch,) = micro_batches_for(make_batch(vocab=37, name="single"), layout, None)
@@ -270,14 +270,20 @@ def scores(root: Path) -> dict[str, Tensor]:
         load_hf(chunks, hf_config, root / name, layout)
         (answer,) = Schedule(chunks, chunks, layout, 512).forward([micro_batch], 1.0)
         found[name] = answer.log_probs
+        save_hf(export_hf(chunks, hf_config, layout), root / "saved" / name, root / name)
     return found
 
 
 def test_as_transformers(folder: Path) -> None:
+    """transformers runs what we saved, so that both ways are compared."""
     batch = make_batch(vocab=37, name="single")
     [found] = run_ranks(1, scores, folder)
     tokens = torch.from_numpy(batch.tokens)
     for name in MODELS:
-        logits = reference.run(reference.load_model(folder / name), tokens).logits
+        stored, saved = (load_file(path / name / "model.safetensors") for path in (folder, folder / "saved"))
+        own = {key: value for key, value in stored.items() if not key.startswith("model.layers.3.")}  # predicts further
+        assert saved.keys() == own.keys(), name
+        assert all(saved[key].dtype is own[key].dtype and torch.equal(saved[key], own[key]) for key in own), name
+        logits = reference.run(reference.load_model(folder / "saved" / name), tokens).logits
         wanted = logits.log_softmax(-1)[:-1].gather(-1, tokens[1:, None])[:, 0][batch.response_mask[1:]]
         torch.testing.assert_close(found[name], wanted, atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")

@@ -167,7 +167,7 @@ def test_dense_layers_between_experts():
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
-        ({"use_qk_norm": True}, "use_qk_norm = True"),
+        ({"use_qk_norm": False}, "use_qk_norm = False"),
         ({"norm_after_attention": True}, "norm_after_attention = True is not known and might change"),
         ({"num_experts": None}, "num_experts = None"),
         ({"is_causal": False}, "is_causal = False"),
@@ -228,6 +228,11 @@ def test_theta_has_the_familys_own_default(config_class: Any):
 def test_the_theta_that_is_used_is_the_one_that_is_shown():
     nested = {**QWEN3_MOE, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
     assert "rope_theta" not in used_fields(nested) and used_fields(QWEN3_MOE)["rope_theta"] == 10000.0
+
+
+def test_fields_that_say_what_qwen3_is_anyway():
+    said = {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}
+    assert read_architecture({**QWEN3_MOE, **said}) == read_architecture(QWEN3_MOE)
 
 
 def test_a_window_counts_in_families_without_use_sliding_window():
