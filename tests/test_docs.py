@@ -1,0 +1,47 @@
+"""The pages name tests and settings that exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from fiberpo_megatron.config import Config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def functions(source: Path) -> set[str]:
+    return {node.name for node in ast.parse(source.read_text()).body if hasattr(node, "name")}
+
+
+@pytest.fixture(scope="module")
+def tests() -> set[str]:
+    """Names of all test files, without .py, and of what is in them."""
+    sources = list((ROOT / "tests").rglob("test_*.py"))
+    return {source.stem for source in sources}.union(*map(functions, sources))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_tests_exist(page: Path, tests: set[str]):
+    text = page.read_text()
+    missing = set(re.findall(r"\btest_\w+", text)) - tests
+    assert not missing
+    for path, name in re.findall(r"(tests/\S+\.py)::(\w+)", text):
+        assert name in functions(ROOT / path), f"{path} has no {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_settings_exist(page: Path):
+    sections = "|".join(Config.model_fields)
+    for name in re.findall(rf"`(?:--)?((?:{sections})(?:\.[a-z_0-9]+)+)\b[^`/(]*`", page.read_text()):
+        module = (ROOT / "fiberpo_megatron").joinpath(*name.split(".")[:2]).with_suffix(".py")
+        if module.is_file() or name.endswith((".py", ".json", ".safetensors")):
+            continue
+        at: type[BaseModel] | None = Config
+        for part in name.split("."):
+            assert at is not None and part in at.model_fields, f"{page.name}: no setting {name}"
+            kind = at.model_fields[part].annotation
+            at = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
