@@ -214,7 +214,7 @@ def row_chain(name: str, batch: Packed) -> list[Tensor]:
     return [by_partition(group), by_partition(domain_of_group), p.repeat(int(domain_of_group.max()) + 1)]
 
 
-def ours(name: str, batch: Packed, *, metrics: bool) -> Callable[[], Any]:
+def ours(name: str, batch: Packed, *, metrics: bool, kernels: bool | None = None) -> Callable[[], Any]:
     options: dict[str, Any] = {}
     if name in PRESET_LEVELS:
         names = ["+".join(level) for level in PRESET_LEVELS[name]]
@@ -231,6 +231,7 @@ def ours(name: str, batch: Packed, *, metrics: bool) -> Callable[[], Any]:
             expert_share=batch.share,
             counts=counts,
             metrics=metrics,
+            kernels=kernels,
         )
 
     return call

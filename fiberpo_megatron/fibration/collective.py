@@ -15,11 +15,12 @@ Reduce = Callable[[Tensor], "Tensor | None"]
 def fused_sum(tables: Mapping[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:
     """All tables summed over ranks in exactly one call of `reduce`; shapes are kept.
 
-    Every rank must hold the same tables in the same shapes and order.
+    Every rank must hold the same tables in the same shapes and order, at least one of them in float64; counts may be
+    integers.
     """
     if reduce is None:
-        return {name: table.double() for name, table in tables.items()}
-    flat = torch.cat([table.reshape(-1).double() for table in tables.values()])
+        return dict(tables)
+    flat = torch.cat([table.reshape(-1) for table in tables.values()])
     result = reduce(flat)
     flat = flat if result is None else result
     summed: dict[str, Tensor] = {}

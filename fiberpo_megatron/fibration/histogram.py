@@ -15,8 +15,8 @@ LOWEST = (127 - 14) << _MANTISSA_BITS
 PER_SIGN = 19 << _MANTISSA_BITS
 BINS = 2 * PER_SIGN + 1
 """A bin is min(max((pattern of |x| >> SHIFT) - LOWEST + 1, 0), PER_SIGN), mirrored around PER_SIGN."""
-_FINE_BITS = 10
-FINE_BINS = 1 << _FINE_BITS
+FINE_BITS = 10
+FINE_BINS = 1 << FINE_BITS
 """Sub-bins of one bin, with which the second reduction resolves the maximum to 2**-15 of |x|."""
 
 
@@ -47,7 +47,7 @@ def fine_position(maximum: float, top: int) -> Tensor:
         return row
     value = torch.tensor([maximum], dtype=torch.float32)
     if int(_bin(value)) == top:
-        row[(int(value.view(torch.int32)) >> (SHIFT - _FINE_BITS)) & (FINE_BINS - 1)] = 1.0
+        row[(int(value.view(torch.int32)) >> (SHIFT - FINE_BITS)) & (FINE_BINS - 1)] = 1.0
     return row
 
 
@@ -60,7 +60,7 @@ def refined_maximum(top: int, fine: Tensor) -> float:
     if signed == 0:
         return 0.0
     best = int(held.max() if signed > 0 else held.min())  # a negative maximum is the smallest magnitude
-    return _edge_middle(signed, best, _FINE_BITS)
+    return _edge_middle(signed, best, FINE_BITS)
 
 
 def _bin(log_ratio: Tensor) -> Tensor:

@@ -42,6 +42,14 @@ class NodeMap:
             count *= self.sizes[key]
         return count
 
+    def check_size(self) -> None:
+        if self.base_nodes * self.partitions > MAX_TABLE_NODES:
+            raise ValueError(
+                f"level {level_name(self.keys)!r} needs a table of {self.base_nodes} x {self.partitions} nodes "
+                f"(limit {MAX_TABLE_NODES}); give its nodes one dense key of their own, or pass the exact "
+                f"counts of {list(self.keys)} (they are {[self.sizes[key] for key in self.keys]} now)"
+            )
+
     def kernel(self, tokens: slice) -> Tensor | None:
         """K(i, p) of a chunk, [n, P]: omega when soft, one-hot at its first maximum when hard."""
         if self.share is None:
@@ -95,15 +103,10 @@ def make_node_map(
     shared: bool,
 ) -> NodeMap:
     """Checked ids and the base node of every run; `all_keys` also names the coarser levels' keys."""
-    sizes = {name: _checked_size(name, batch, runs, shared=shared) for name in all_keys}
+    sizes = {name: checked_size(name, id_range(runs.ids[name]), batch, shared=shared) for name in all_keys}
     base = combine_ids(runs.ids, keys, sizes, like=runs.lengths)
     nodes = NodeMap(keys, sizes, base, batch.expert_share, soft, batch.partitions)
-    if nodes.base_nodes * nodes.partitions > MAX_TABLE_NODES:
-        raise ValueError(
-            f"level {level_name(keys)!r} needs a table of {nodes.base_nodes} x {nodes.partitions} nodes "
-            f"(limit {MAX_TABLE_NODES}); give its nodes one dense key of their own, or pass the exact "
-            f"counts of {list(keys)} (they are {[sizes[key] for key in keys]} now)"
-        )
+    nodes.check_size()
     return nodes
 
 
@@ -115,9 +118,9 @@ def combine_ids(ids: Mapping[str, Tensor], keys: Sequence[str], sizes: Mapping[s
     return index
 
 
-def _checked_size(name: str, batch: TokenBatch, runs: Runs, *, shared: bool) -> int:
-    ids = runs.ids[name]
-    low, high = (int(end) for end in torch.aminmax(ids)) if ids.numel() else (0, -1)
+def checked_size(name: str, ends: tuple[int, int], batch: TokenBatch, *, shared: bool) -> int:
+    """Number of ids of a key whose smallest and largest id here are `ends` ((0, -1) without tokens)."""
+    low, high = ends
     size = table_size(name, high, batch.counts, shared=shared)
     if low < 0 or high >= size:
         bad = low if low < 0 else high
@@ -127,3 +130,11 @@ def _checked_size(name: str, batch: TokenBatch, runs: Runs, *, shared: bool) -> 
             f"below counts[{name!r}]"
         )
     return size
+
+
+def id_range(ids: Tensor) -> tuple[int, int]:
+    """Smallest and largest id; (0, -1) without any."""
+    if ids.numel() == 0:
+        return 0, -1
+    low, high = torch.aminmax(ids)
+    return int(low), int(high)

@@ -1,13 +1,7 @@
-"""The three passes over this rank's tokens; what lies between them is the engine's.
-
-`TorchPasses` runs on any device and is the reference. `kernels.fused.FusedPasses` does the same in one Triton
-kernel per pass; `choose_passes` chooses.
-"""
+"""The three passes over this rank's tokens in torch, on any device; what lies between them is the engine's."""
 
 from __future__ import annotations
 
-import importlib.util
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,9 +10,9 @@ from torch import Tensor
 
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.rule import Chunk, Gating, Rule
-from fiberpo_megatron.fibration.runs import CPU_CHUNK, Runs, iterate
+from fiberpo_megatron.fibration.runs import Runs, iterate
 from fiberpo_megatron.fibration.statistics import TokenStatistics
-from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO, TokenBatch
+from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO, TokenBatch, ValueRanges
 
 
 @dataclass(frozen=True)
@@ -35,61 +29,20 @@ class GatedTokens:
     """What the second reduction sums, [adjoint_terms, base_nodes, P]; None without nodes."""
 
 
-class Passes(ABC):
-    """The passes over one call's tokens; `statistics` is None when the call wants no metrics."""
+class Passes:
+    """The passes over one call's tokens, elementwise torch operations on chunks of them; `statistics` is None when the
+    call wants no metrics."""
 
-    def __init__(self, rule: Rule, batch: TokenBatch, runs: Runs, nodes: NodeMap | None) -> None:
-        self.rule, self.batch, self.runs, self.nodes = rule, batch, runs, nodes
-
-    @staticmethod
-    @abstractmethod
-    def chunk(batch: TokenBatch) -> int:
-        """Where `runs` must be cut: every so many tokens."""
-
-    @abstractmethod
-    def first(self, statistics: TokenStatistics | None) -> Tensor | None:
-        """Node sums [node_terms, base_nodes, P], float64; None without nodes."""
-
-    @abstractmethod
-    def second(self, gating: Gating, statistics: TokenStatistics | None) -> GatedTokens:
-        """Gated ratio, direct gradient and adjoint sums."""
-
-    @abstractmethod
-    def third(self, gating: Gating, table: Tensor, gradient: Tensor) -> None:
-        """Add to `gradient` what reaches tokens through aggregates; `table` is `gating.adjoint`'s."""
-
-
-def choose_passes(rule: Rule, batch: TokenBatch, kernels: bool | None) -> type[Passes]:
-    """The implementation for a call.
-
-    `kernels` None takes the fused kernels where there are some: for CUDA tensors, with Triton 3.4 or newer, and for
-    every objective but "apc". True insists on them and raises ValueError where there are none.
-    """
-    wanted = batch.log_ratio.is_cuda and importlib.util.find_spec("triton") is not None
-    if not (wanted if kernels is None else kernels):
-        return TorchPasses
-    from fiberpo_megatron.fibration.kernels.fused import FusedPasses, why_not
-
-    reason = why_not(rule, batch.log_ratio)
-    if reason is not None and kernels:
-        raise ValueError(f"kernels=True: {reason}; pass kernels=None")
-    return TorchPasses if reason is not None else FusedPasses
-
-
-class TorchPasses(Passes):
-    """Elementwise torch operations on chunks of tokens."""
-
-    @staticmethod
-    def chunk(batch: TokenBatch) -> int:
-        return CPU_CHUNK if batch.log_ratio.device.type == "cpu" else max(batch.size, 1)
+    def __init__(self, rule: Rule, batch: TokenBatch, ranges: ValueRanges, runs: Runs, nodes: NodeMap | None) -> None:
+        self.rule, self.batch, self.ranges, self.runs, self.nodes = rule, batch, ranges, runs, nodes
 
     def _chunks(self) -> Iterator[Chunk]:
         batch = self.batch
         for tokens, runs in iterate(self.runs):
             x = batch.log_ratio[tokens]
-            if batch.any_beyond_clamp:
+            if self.ranges.any_beyond_clamp:
                 x = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-            yield Chunk(tokens, runs, x, batch.advantages[tokens], batch.weights[tokens], batch.any_weightless)
+            yield Chunk(tokens, runs, x, batch.advantages[tokens], batch.weights[tokens], self.ranges.any_weightless)
 
     def _table(self, rows: int) -> Tensor | None:
         if self.nodes is None:
@@ -102,6 +55,7 @@ class TorchPasses(Passes):
         return self.nodes.gather(table, chunk.tokens, chunk.runs)
 
     def first(self, statistics: TokenStatistics | None) -> Tensor | None:
+        """Node sums [node_terms, base_nodes, P], float64; None without nodes."""
         sums = self._table(self.rule.node_terms)
         for chunk in self._chunks():
             if self.nodes is not None and sums is not None:
@@ -111,6 +65,7 @@ class TorchPasses(Passes):
         return sums
 
     def second(self, gating: Gating, statistics: TokenStatistics | None) -> GatedTokens:
+        """Gated ratio, direct gradient and adjoint sums."""
         ratio, gradient = torch.empty_like(self.batch.log_ratio), torch.empty_like(self.batch.log_ratio)
         value = torch.zeros((), dtype=torch.float64, device=ratio.device)
         sums = self._table(self.rule.adjoint_terms)
@@ -126,5 +81,6 @@ class TorchPasses(Passes):
         return GatedTokens(ratio, gradient, value, sums)
 
     def third(self, gating: Gating, table: Tensor, gradient: Tensor) -> None:
+        """Add to `gradient` what reaches tokens through aggregates; `table` is `gating.adjoint`'s."""
         for chunk in self._chunks():
             gradient[chunk.tokens] += gating.finish(chunk, self._gather(table, chunk))

@@ -46,9 +46,10 @@ class Runs:
         return list(zip(firsts, ends, run_at, run_ends, strict=True)) if firsts else []
 
 
-def find_runs(batch: TokenBatch, keys: tuple[str, ...], *, chunk: int) -> Runs:
+def find_runs(batch: TokenBatch, keys: tuple[str, ...]) -> Runs:
     """Runs of the batch over `keys`; ids are taken from the first token of each run."""
     size, device = batch.size, batch.log_ratio.device
+    chunk = CPU_CHUNK if device.type == "cpu" else max(size, 1)
     if size == 0:
         none = torch.zeros(0, dtype=torch.int64, device=device)
         return Runs(size, chunk, none, none, dict.fromkeys(keys, none))

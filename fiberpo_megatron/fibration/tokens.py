@@ -1,4 +1,4 @@
-"""The flat token tensors an objective is called with, checked before anything crosses ranks."""
+"""The flat token tensors an objective is called with, and what is checked about them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,6 @@ class TokenBatch:
     counts: Mapping[str, int] | None
     expert_share: Tensor | None
     """[N, P], rows sum to 1."""
-    any_weightless: bool
-    any_beyond_clamp: bool
-    max_log_ratio: float
-    """Largest clamped log ratio on this rank; -inf when it holds no token."""
 
     @property
     def size(self) -> int:
@@ -41,6 +37,16 @@ class TokenBatch:
     @property
     def partitions(self) -> int:
         return 1 if self.expert_share is None else self.expert_share.shape[1]
+
+
+@dataclass(frozen=True)
+class ValueRanges:
+    """What a look at all values has shown."""
+
+    any_weightless: bool
+    any_beyond_clamp: bool
+    max_log_ratio: float
+    """Largest clamped log ratio on this rank; -inf when it holds no token."""
 
 
 def make_batch(
@@ -52,30 +58,36 @@ def make_batch(
     counts: Mapping[str, int] | None,
     expert_share: Tensor | None,
 ) -> TokenBatch:
-    """Checked batch; `keys` and `expert_share` hold only what the objective reads."""
+    """Batch with checked shapes and types; `keys` and `expert_share` hold only what the objective reads."""
     if log_ratio.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_ratio is {log_ratio.dtype}; cast it to float32 or float64")
     if log_ratio.dim() != 1:
         raise ValueError(f"log_ratio has shape {tuple(log_ratio.shape)}; flatten it to [N] response tokens")
     log_ratio = log_ratio.detach()
-    advantages = _like("advantages", advantages, log_ratio)
-    weights = _like("weights", weights, log_ratio)
-    low, high = _finite_range("log_ratio", log_ratio)
-    _finite_range("advantages", advantages)
-    smallest, _ = _finite_range("weights", weights)
-    if smallest < 0.0:
-        at = int(weights.argmin())
-        raise ValueError(f"weights[{at}] is {smallest}; an objective's token weights must not be negative")
     return TokenBatch(
         log_ratio=log_ratio,
-        advantages=advantages,
-        weights=weights,
+        advantages=_like("advantages", advantages, log_ratio),
+        weights=_like("weights", weights, log_ratio),
         ids={name: _check_ids(name, ids, log_ratio) for name, ids in keys.items()},
         counts=counts,
-        expert_share=None if expert_share is None else _check_share(expert_share, log_ratio),
+        expert_share=None if expert_share is None else _shaped_share(expert_share, log_ratio),
+    )
+
+
+def check_values(batch: TokenBatch) -> ValueRanges:
+    """Refuses non-finite values, negative weights and shares that do not sum to 1; waits for the device."""
+    low, high = _finite_range("log_ratio", batch.log_ratio)
+    _finite_range("advantages", batch.advantages)
+    smallest, _ = _finite_range("weights", batch.weights)
+    if smallest < 0.0:
+        at = int(batch.weights.argmin())
+        raise ValueError(f"weights[{at}] is {smallest}; an objective's token weights must not be negative")
+    if batch.expert_share is not None and batch.expert_share.numel():
+        _check_share(batch.expert_share)
+    return ValueRanges(
         any_weightless=smallest == 0.0,
         any_beyond_clamp=low < -MAX_LOG_RATIO or high > MAX_LOG_RATIO,
-        max_log_ratio=min(max(high, -MAX_LOG_RATIO), MAX_LOG_RATIO) if log_ratio.numel() else float("-inf"),
+        max_log_ratio=min(max(high, -MAX_LOG_RATIO), MAX_LOG_RATIO) if batch.size else float("-inf"),
     )
 
 
@@ -136,15 +148,16 @@ def _check_ids(name: str, ids: Tensor, log_ratio: Tensor) -> Tensor:
     return ids
 
 
-def _check_share(share: Tensor, log_ratio: Tensor) -> Tensor:
+def _shaped_share(share: Tensor, log_ratio: Tensor) -> Tensor:
     if share.dim() != 2 or share.shape[0] != log_ratio.shape[0] or share.shape[1] < 1:
         raise ValueError(
             f"expert_share has shape {tuple(share.shape)}; it must be [N, P] with N = {log_ratio.shape[0]} "
             "tokens and P >= 1 partitions (also [0, P] on a rank without tokens)"
         )
-    share = share.detach().to(dtype=log_ratio.dtype, device=log_ratio.device)
-    if share.numel() == 0:
-        return share
+    return share.detach().to(dtype=log_ratio.dtype, device=log_ratio.device)
+
+
+def _check_share(share: Tensor) -> None:
     low, _ = _finite_range("expert_share.flatten()", share.reshape(-1))
     if low < 0.0:
         at = int(share.argmin()) // share.shape[1]
@@ -156,4 +169,3 @@ def _check_share(share: Tensor, log_ratio: Tensor) -> Tensor:
             f"level key 'expert': expert_share[{worst}] sums to {float(share[worst].sum())}, not 1; divide "
             "each token's counts by their sum in float32"
         )
-    return share

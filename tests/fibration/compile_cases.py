@@ -15,57 +15,53 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fiberpo_megatron.fibration import build_objective
-from fiberpo_megatron.fibration.engine import _Call
-from fiberpo_megatron.fibration.kernels import blocks
-from fiberpo_megatron.fibration.kernels.fused import FusedPasses
-from fiberpo_megatron.fibration.tokens import make_batch
+from fiberpo_megatron.fibration.kernels import fused, plan, run_kernels, tree
 from tests.fibration.oracle import random_case
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32"}
 
 
-class Compiled:
-    """Stands for a kernel: compiles it for `target` with the types of the arguments it is called with."""
-
-    def __init__(self, kernel: triton.JITFunction, target: GPUTarget, done: dict[str, Any]) -> None:
-        self.kernel, self.target, self.done = kernel, target, done
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Compiled:
-        return self
-
-    def __call__(self, *arguments: Any, **constants: Any) -> None:
-        given = dict(zip(self.kernel.arg_names, arguments)) | constants
-        assert set(given) == set(self.kernel.arg_names)
-        types = dict.fromkeys(self.kernel.arg_names, "constexpr")
-        for name, value in given.items():
-            if isinstance(value, torch.Tensor):
-                types[name] = TYPES[value.dtype]
-            elif name not in constants and value is not None:
-                types[name] = "i32"
-        fixed = {name: given[name] for name, kind in types.items() if kind == "constexpr"}
-        source = ASTSource(self.kernel, types, fixed)
-        self.done[self.kernel.__name__] = triton.compile(source, target=self.target)
+def type_of(value: Any) -> Any:
+    """An argument's type in a kernel's signature."""
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    if isinstance(value, tuple):
+        return tuple(type_of(part) for part in value)
+    return "constexpr" if value is None else "i32"
 
 
 def compiled(
     name: str, capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, **options
 ) -> dict[str, Any]:
-    """The kernels of one call, by name."""
+    """The kernels of one call, by name, compiled for the types of the arguments they are called with."""
     done: dict[str, Any] = {}
-    for kernel in ("first_pass", "second_pass", "third_pass", "sum_runs"):
-        monkeypatch.setattr(blocks, kernel, Compiled(getattr(blocks, kernel), GPUTarget("cuda", capability, 32), done))
-    monkeypatch.setattr("fiberpo_megatron.fibration.engine.choose_passes", lambda *_: FusedPasses)
-    objective = build_objective(name, **options)
+
+    def compile_one(kernel: triton.JITFunction, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        given = dict(zip(kernel.arg_names, arguments)) | constants
+        assert set(given) == set(kernel.arg_names)
+        types = {key: "constexpr" if key in constants else type_of(value) for key, value in given.items()}
+        fixed = {key: given[key] for key, kind in types.items() if kind == "constexpr"}
+        source = ASTSource(kernel, {key: types[key] for key in kernel.arg_names}, fixed)
+        done[kernel.__name__] = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        if kernel is run_kernels.find_cuts:
+            given["found_ptr"][:2] = 1  # one run, as if out of order; no kernel runs here
+
+    for module in (fused, plan, tree):
+        monkeypatch.setattr(module, "launch", compile_one)
+    monkeypatch.setattr(fused, "why_not", lambda *_: None)
+    monkeypatch.setattr(fused._FusedCall, "finish", lambda *_: None)
     case = random_case(0, partitions=8)
-    keys = {key: case.ids[key] for key in {*objective.keys, "trajectory"}}
-    share = case.share if objective.uses_experts else None
-    batch = make_batch(case.x.to(dtype), case.advantages, case.weights, keys=keys, counts=None, expert_share=share)
-    call = _Call(objective._rule, batch, None, with_metrics=True, kernels=None)
-    gating, _ = call.first_pass()  # the sums stay zero: no kernel runs
-    gated, _ = call.second_pass(gating)
-    if gating.node_values is not None:
-        call.passes.third(gating, gating.node_values[:2], gated.gradient)
+    case.x = case.x.to(dtype)
+    counts = {key: int(ids.max()) + 1 for key, ids in case.ids.items()}
+    case.call(build_objective(name, **options), kernels=True, counts=counts, reduce=lambda flat: flat)
     return done
+
+
+RUNS = {"find_cuts", "write_runs"}
+TOKENS = {"first_pass", "second_pass", "place_maximum"}
+ADJOINTS = {"sum_runs", "third_pass"}
+NODES = {"gate_nodes", "adjoin_nodes"}
+COARSE = {"place_nodes", "sum_up", "report_parents"}
 
 
 @pytest.mark.parametrize(
@@ -75,14 +71,21 @@ def compiled(
         ("fiberpo-expert", 90, torch.float32, {}),
         ("fiberpo-expert", 80, torch.float32, {"expert_membership": "hard", "unclip_positive": True}),
         ("gspo", 90, torch.float32, {}),
+        ("apc", 80, torch.float32, {}),
         ("dapo", 90, torch.float32, {}),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_kernels_compile(name: str, capability: int, dtype: torch.dtype, options: dict, monkeypatch) -> None:
     done = compiled(name, capability, dtype, monkeypatch, **options)
-    expected = {"first_pass", "second_pass", "third_pass", "sum_runs"}
-    assert set(done) == (expected if name != "dapo" else {"first_pass", "second_pass"})
+    expected = RUNS | TOKENS
+    if name != "dapo":
+        expected |= ADJOINTS
+    if name.startswith("fiberpo"):
+        expected |= NODES
+    if name.startswith("fiberpo-"):
+        expected |= COARSE
+    assert set(done) == expected
     for kernel in done.values():
         assert kernel.asm["cubin"]
         added = re.findall(r"(?:atom|red)\.[\w.:]*add\.(?:\w+\.)*([a-z]+)\d+", kernel.asm["ptx"])

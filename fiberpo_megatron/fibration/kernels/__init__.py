@@ -1,5 +1,6 @@
-"""Fused Triton kernels for the passes over tokens; `passes.py` beside this folder is their reference.
+"""An objective call in fused Triton kernels; the torch operations of the folder above are their reference.
 
-`formulas` holds each objective's arithmetic on a block of tokens, `blocks` the kernels around it, `fused`
-launches them. Triton is optional: only `fused` and what it imports need it.
+`fused` is the call; `plan` and `tree` are its steps on ids and on nodes. `run_kernels`, `token_kernels` and
+`node_kernels` hold the kernels, `formulas` each objective's arithmetic on a block of tokens. Triton is optional: only
+`fused` and what it imports need it.
 """

@@ -3,9 +3,10 @@
 They say in Triton what the rules' `terms`, `gate` and `finish` say in torch, in the same order of operations:
   terms(x, mu, counted)                -> what the first reduction sums per finest node
   gate(x, a, mu, values, OPTIONS)      -> G, direct gradient, whether the own clip is free, what the second one sums
-  finish(x, mu, counted, values)       -> the gradient that reaches tokens through aggregates
-x, a, mu are [BLOCK], x clamped; `values` are the node values a token receives. Constants come in as OPTIONS and
-are given the tokens' dtype by `tl.full`: Triton would round a bare float to float32.
+  finish(x, a, mu, values, more, OPTIONS) -> the gradient that reaches tokens through aggregates
+x, a, mu are [BLOCK], x clamped. `values` are the node values a token receives: of gates in the fibred objectives, the
+first reduction's float64 sums in the others; in `finish` those of the adjoints, with the sums in `more`. Constants come
+in as OPTIONS and are given the tokens' dtype by `tl.full`: Triton would round a bare float to float32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import triton.language as tl
 
 from fiberpo_megatron.fibration.fiber import UNBOUNDED, FiberRule
 from fiberpo_megatron.fibration.rule import Rule
-from fiberpo_megatron.fibration.sequence import GSPORule
+from fiberpo_megatron.fibration.sequence import APCRule, GSPORule
 from fiberpo_megatron.fibration.token_clip import CISPORule, PPORule, ReinforceRule
 
 _UNBOUNDED = tl.constexpr(UNBOUNDED)
@@ -76,7 +77,7 @@ def _fiber_gate(x, a, mu, values, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def _fiber_finish(x, mu, counted, values):
+def _fiber_finish(x, a, mu, values, more, OPTIONS: tl.constexpr):
     return tl.where(x >= 0, values[0], values[1]) * mu
 
 
@@ -86,7 +87,7 @@ def _no_terms(x, mu, counted):
 
 
 @triton.jit
-def _nothing(x, mu, counted, values):
+def _nothing(x, a, mu, values, more, OPTIONS: tl.constexpr):
     return tl.zeros_like(x)
 
 
@@ -126,14 +127,60 @@ def _gspo_terms(x, mu, counted):
 
 @triton.jit
 def _gspo_gate(x, a, mu, values, OPTIONS: tl.constexpr):
-    ratio = _pessimistic_clip(values[0], a, OPTIONS)
-    free = ratio == values[0]
+    tokens, total = values
+    raw = tl.exp(total / tl.maximum(tokens, 1.0)).to(x.dtype)
+    ratio = _pessimistic_clip(raw, a, OPTIONS)
+    free = ratio == raw
     return ratio, tl.zeros_like(x), free, (tl.where(free, mu * a * ratio, 0.0),)
 
 
 @triton.jit
-def _gspo_finish(x, mu, counted, values):
-    return tl.where(counted, values[0], 0.0)
+def _gspo_finish(x, a, mu, values, more, OPTIONS: tl.constexpr):
+    return tl.where(mu > 0, (values[0] / tl.maximum(more[0], 1.0)).to(x.dtype), 0.0)
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 without cancellation (Kahan): the errors of exp and of its log cancel."""
+    u = tl.exp(x)
+    log = tl.log(u)
+    return tl.where(log == 0, x, (u - 1.0) * (x / tl.where(log == 0, 1.0, log)))
+
+
+@triton.jit
+def _sign(x):
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@triton.jit
+def _apc_terms(x, mu, counted):
+    return counted.to(x.dtype), tl.where(counted, tl.abs(_expm1(x)), 0.0)
+
+
+@triton.jit
+def _apc_slack(sums, like, OPTIONS: tl.constexpr):
+    return (sums[0] * tl.full((), OPTIONS[0], tl.float64) - sums[1]).to(like.dtype)
+
+
+@triton.jit
+def _apc_pushed(change, a, mu, slack):
+    return tl.where((tl.abs(change) + slack > 0) & (slack < 0), mu * a * _sign(change), 0.0)
+
+
+@triton.jit
+def _apc_gate(x, a, mu, values, OPTIONS: tl.constexpr):
+    change, slack = _expm1(x), _apc_slack(values, x, OPTIONS)
+    free = slack >= 0
+    raw = tl.exp(x)
+    ratio = tl.where(free, raw, tl.maximum(tl.abs(change) + slack, 0.0) * _sign(change) + 1.0)
+    return ratio, tl.where(free, raw * mu * a, 0.0), free, (_apc_pushed(change, a, mu, slack),)
+
+
+@triton.jit
+def _apc_finish(x, a, mu, values, more, OPTIONS: tl.constexpr):
+    change, slack = _expm1(x), _apc_slack(more, x, OPTIONS)
+    others = values[0].to(x.dtype) - _apc_pushed(change, a, mu, slack)
+    return tl.where(mu > 0, -others * tl.exp(x) * _sign(change), 0.0)
 
 
 @dataclass(frozen=True)
@@ -144,10 +191,9 @@ class Formulas:
     gate: Any
     finish: Any
     options: Callable[[Any], tuple[float | bool | None, ...]]
-    """Reads the rule's constants: (epsilon for A > 0, for A <= 0, dual clip, unclip positive)."""
+    """Reads the rule's constants: (epsilon for A > 0, for A <= 0, dual clip, unclip positive); APC's delta is first."""
 
 
-# APC needs expm1, which Triton's language does not have: it stays in torch.
 FORMULAS: dict[type[Rule], Formulas] = {
     FiberRule: Formulas(
         _fiber_terms,
@@ -158,5 +204,6 @@ FORMULAS: dict[type[Rule], Formulas] = {
     PPORule: Formulas(_no_terms, _ppo_gate, _nothing, lambda rule: (*rule.epsilon, rule.dual_clip, False)),
     CISPORule: Formulas(_no_terms, _cispo_gate, _nothing, lambda rule: (*rule.epsilon, None, False)),
     ReinforceRule: Formulas(_no_terms, _reinforce_gate, _nothing, lambda rule: (0.0, 0.0, None, False)),
+    APCRule: Formulas(_apc_terms, _apc_gate, _apc_finish, lambda rule: (rule.delta, 0.0, None, False)),
     GSPORule: Formulas(_gspo_terms, _gspo_gate, _gspo_finish, lambda rule: (*rule.epsilon, None, False)),
 }

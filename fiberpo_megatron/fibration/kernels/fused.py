@@ -1,41 +1,51 @@
-"""The passes as one Triton kernel each, with the launches around them."""
+"""One objective call in fused kernels: what `engine.evaluate` does in torch, with two waits for the host.
+
+It waits for the number of runs (where ids matter) and, when all is launched, for the metrics together with flags for
+malformed tokens and levels that do not nest. A set flag sends the call through the torch path's checks, which know the
+words. Unlike there, a malformed token is found after the reductions: then every rank raises.
+"""
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Any
+import contextlib
+import math
 
 import torch
 import triton
 from torch import Tensor
 
-from fiberpo_megatron.fibration.kernels import blocks
+from fiberpo_megatron.fibration import histogram
+from fiberpo_megatron.fibration.collective import Reduce, fused_sum
+from fiberpo_megatron.fibration.fiber import FiberRule
+from fiberpo_megatron.fibration.gates import GatedTree, gate_tree
+from fiberpo_megatron.fibration.kernels import token_kernels
 from fiberpo_megatron.fibration.kernels.formulas import FORMULAS
-from fiberpo_megatron.fibration.membership import NodeMap
-from fiberpo_megatron.fibration.passes import GatedTokens, Passes
-from fiberpo_megatron.fibration.rule import Gating, Rule
-from fiberpo_megatron.fibration.runs import Runs
-from fiberpo_megatron.fibration.statistics import TokenStatistics
-from fiberpo_megatron.fibration.tokens import TokenBatch
+from fiberpo_megatron.fibration.kernels.launch import launch
+from fiberpo_megatron.fibration.kernels.plan import Plan, make_plan
+from fiberpo_megatron.fibration.kernels.tree import DeviceTree
+from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
+from fiberpo_megatron.fibration.metrics import ObjectiveMetrics
+from fiberpo_megatron.fibration.rule import Rule
+from fiberpo_megatron.fibration.statistics import summarise
+from fiberpo_megatron.fibration.tokens import TokenBatch, check_values
+from fiberpo_megatron.fibration.tree import build_tree
 
 OLDEST_TRITON = (3, 4)
-"""The oldest version that the kernels were compiled with; torch 2.8 brings it."""
+"""The oldest version that the kernels were written for; torch 2.8 brings it."""
 TILE_BYTES = 8192
 """Expert shares per program, [BLOCK, padded P]: 16 registers for each of 128 threads. At twice as much the second
 pass fills all 255 registers for P = 8 (compiled for sm_90), and float64 spills."""
 MAX_BLOCK, MIN_BLOCK = 1024, 16
-RUNS_AT_ONCE = 64
-"""Runs of a node that `sum_runs` adds side by side."""
 
 
-def why_not(rule: Rule, like: Tensor) -> str | None:
+def why_not(rule: Rule, batch: TokenBatch) -> str | None:
     """Why these tokens cannot go through the kernels; None when they can."""
     if type(rule) not in FORMULAS:
         return f"{type(rule).__name__} has no kernels"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
         return f"Triton is {triton.__version__}, the kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer"
-    if not like.is_cuda and isinstance(blocks.first_pass, triton.JITFunction):
-        return f"the tensors are on {like.device}, the kernels need CUDA tensors (or Triton's interpreter)"
+    if not batch.log_ratio.is_cuda and isinstance(token_kernels.first_pass, triton.JITFunction):
+        return f"the tensors are on {batch.log_ratio.device}, the kernels need CUDA tensors (or Triton's interpreter)"
     return None
 
 
@@ -45,125 +55,213 @@ def block_size(partitions: int, dtype: torch.dtype) -> int:
     return min(MAX_BLOCK, max(MIN_BLOCK, TILE_BYTES // row))
 
 
-class FusedPasses(Passes):
-    """Node sums are float64 and deterministic: per run of at most BLOCK tokens first, then per node in order."""
+def evaluate_fused(
+    rule: Rule, batch: TokenBatch, keys: tuple[str, ...], reduce: Reduce | None, *, with_metrics: bool
+) -> tuple[Tensor, Tensor, Tensor, ObjectiveMetrics | None]:
+    """Gated ratio [N], gradient [N], this rank's value, and the metrics; `keys` are those whose ids matter."""
+    x = batch.log_ratio
+    with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
+        call = _FusedCall(rule, batch, keys, reduce, with_metrics=with_metrics)
+        first = call.first_pass()
+        ratio, gradient, value, second = call.second_pass(first)
+        call.third_pass(first, second, gradient)
+        return ratio, gradient, value, call.finish(first, second)
 
-    def __init__(self, rule: Rule, batch: TokenBatch, runs: Runs, nodes: NodeMap | None) -> None:
-        super().__init__(rule, batch, runs, nodes)
+
+class _FusedCall:
+    def __init__(
+        self, rule: Rule, batch: TokenBatch, keys: tuple[str, ...], reduce: Reduce | None, *, with_metrics: bool
+    ) -> None:
+        self.rule, self.batch, self.reduce, self.with_metrics = rule, batch, reduce, with_metrics
         self.formulas = FORMULAS[type(rule)]
         self.x, self.advantages = batch.log_ratio.contiguous(), batch.advantages.contiguous()
         self.weights = batch.weights.contiguous()
         self.share = None if batch.expert_share is None else batch.expert_share.contiguous()
-        self.programs = runs.starts.shape[0]
-        self.layout = {"P": batch.partitions, "PADDED": triton.next_power_of_2(batch.partitions)}
-        self.tile = {**self.layout, "EXPERTS": self.share is not None, "SOFT": rule.soft, "BLOCK": runs.chunk}
+        block = block_size(batch.partitions, self.x.dtype)
+        self.plan: Plan | None = None
+        if keys:
+            self.plan = make_plan(rule, batch, keys, block=block, shared=reduce is not None)
+        self.programs = max(1, triton.cdiv(batch.size, block) if self.plan is None else self.plan.runs)
+        self.tile = {
+            "EXPERTS": self.share is not None,
+            "SOFT": rule.soft,
+            "P": batch.partitions,
+            "PADDED": triton.next_power_of_2(batch.partitions),
+            "BLOCK": block,
+        }
+        self.trajectories = 0
+        if self.plan is not None and with_metrics and TRAJECTORY_KEY in keys:
+            self.trajectories = self.plan.nodes.sizes[TRAJECTORY_KEY]
+        # integers that programs add to or raise: flag, histogram, tokens and clipped tokens per trajectory
+        ints = [1, histogram.BINS if with_metrics else 0, self.trajectories, self.trajectories]
+        self.flag, self.bins, self.tokens_of, self.clipped_of = self._zeros(sum(ints)).split(ints)
+        self.tree: DeviceTree | None = None
+        if isinstance(rule, FiberRule):
+            assert self.plan is not None
+            self.tree = DeviceTree(rule.chain, self.plan.nodes, self.flag, self.x.dtype)
 
-    @staticmethod
-    def chunk(batch: TokenBatch) -> int:
-        return block_size(batch.partitions, batch.log_ratio.dtype)
-
-    def first(self, statistics: TokenStatistics | None) -> Tensor | None:
+    def first_pass(self) -> dict[str, Tensor]:
+        """The first reduction's tables."""
         rows = self.rule.node_terms
-        if self.nodes is None and statistics is None:
-            return None
+        if not rows and not self.with_metrics:
+            return {}
         sums = self._run_sums(rows)
-        totals, bins = self._zeros(self.programs, 6), self._zeros(blocks.BINS.value, dtype=torch.int32)
-        self._launch(
-            blocks.first_pass,
+        statistics, top = self._floats(self.programs, 6), self._floats(self.programs)
+        launch(
+            token_kernels.first_pass,
+            (self.programs,),
             self.x,
             self.weights,
             self.share,
-            self.runs.starts,
-            self.runs.lengths,
+            self._starts,
+            self._trajectory,
             sums,
-            totals,
-            bins,
+            statistics,
+            top,
+            self.bins,
+            self.tokens_of,
+            self.batch.size,
             TERMS=self.formulas.terms,
             ROWS=rows,
-            STATISTICS=statistics is not None,
+            STATISTICS=self.with_metrics,
+            TRAJECTORIES=self.trajectories > 0,
+            RUNS=self.plan is not None,
+            **self.tile,
         )
-        if statistics is not None:
-            statistics.add_first(totals.sum(0), bins, totals[:, 0], slice(None))
-        return self._node_sums(sums)
+        tables: dict[str, Tensor] = {}
+        if self.plan is not None and sums is not None:
+            tables["nodes"] = self.plan.sum_runs(sums)
+            if self.rule.parent_keys:
+                tables["parents"] = self.plan.parent_tables(len(self.rule.base_keys), len(self.rule.parent_keys))
+        if self.with_metrics:
+            tables |= {"sums": statistics.sum(0), "log_ratio_histogram": self.bins}
+            self.top = top.amax()
+            if self.trajectories:
+                tables["trajectory_tokens"] = self.tokens_of
+        return fused_sum(tables, self.reduce)
 
-    def second(self, gating: Gating, statistics: TokenStatistics | None) -> GatedTokens:
+    def second_pass(self, first: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Gated ratio, direct gradient, this rank's value, and the second reduction's tables."""
+        values = first.get("nodes") if self.tree is None else self.tree.gate(first["nodes"], first.get("parents"))
         ratio, gradient = torch.empty_like(self.x), torch.empty_like(self.x)
         rows = self.rule.adjoint_terms
-        sums = self._run_sums(rows)
-        totals = self._zeros(self.programs, 2)
-        values = gating.node_values
-        self._launch(
-            blocks.second_pass,
+        sums, statistics = self._run_sums(rows), self._floats(self.programs, 3)
+        launch(
+            token_kernels.second_pass,
+            (self.programs,),
             self.x,
             self.advantages,
             self.weights,
             self.share,
-            self.runs.starts,
-            self.runs.lengths,
-            None if self.nodes is None else self.nodes.base_of_run,
-            None if values is None else values.contiguous(),
+            self._starts,
+            self._base,
+            self._trajectory,
+            values,
             ratio,
             gradient,
             sums,
-            totals,
-            0 if self.nodes is None else self.nodes.base_nodes,
+            statistics,
+            self.clipped_of,
+            self.batch.size,
+            0 if self.plan is None else self.plan.nodes.base_nodes,
             GATE=self.formulas.gate,
             OPTIONS=self.formulas.options(self.rule),
             VALUES=0 if values is None else values.shape[0],
             ROWS=rows,
+            TRAJECTORIES=self.trajectories > 0,
+            RUNS=self.plan is not None,
+            **self.tile,
         )
-        if statistics is not None:
-            statistics.add_second(totals[:, 1].sum(), totals[:, 1], slice(None))
-        return GatedTokens(ratio, gradient, totals[:, 0].sum(), self._node_sums(sums))
+        totals = statistics.sum(0)  # value, clipped and malformed tokens
+        tables = {"totals": totals}
+        if self.plan is not None and sums is not None:
+            tables["nodes"] = self.plan.sum_runs(sums)
+        if self.trajectories:
+            tables["trajectory_clipped"] = self.clipped_of
+        if self.reduce is None or not first:
+            return ratio, gradient, totals[0], tables
+        if self.with_metrics:
+            tables["max"] = self._floats(histogram.FINE_BINS)
+            launch(token_kernels.place_maximum, (1,), first["log_ratio_histogram"], self.top, tables["max"])
+        return ratio, gradient, totals[0], fused_sum(tables, self.reduce)
 
-    def third(self, gating: Gating, table: Tensor, gradient: Tensor) -> None:
-        assert self.nodes is not None
-        self._launch(
-            blocks.third_pass,
+    def third_pass(self, first: dict[str, Tensor], second: dict[str, Tensor], gradient: Tensor) -> None:
+        """Add the gradient through aggregates."""
+        if "nodes" not in second:
+            return
+        assert self.plan is not None
+        table = second["nodes"] if self.tree is None else self.tree.adjoin(second["nodes"])
+        more = first["nodes"] if self.tree is None else None
+        launch(
+            token_kernels.third_pass,
+            (self.programs,),
             self.x,
+            self.advantages,
             self.weights,
             self.share,
-            self.runs.starts,
-            self.runs.lengths,
-            self.nodes.base_of_run,
-            table.contiguous(),
+            self._starts,
+            self._base,
+            table,
+            more,
             gradient,
-            self.nodes.base_nodes,
+            self.plan.nodes.base_nodes,
             FINISH=self.formulas.finish,
+            OPTIONS=self.formulas.options(self.rule),
             VALUES=table.shape[0],
+            MORE=0 if more is None else more.shape[0],
+            **self.tile,
         )
 
-    def _launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
-        if self.programs:
-            with torch.cuda.device_of(self.x):
-                kernel[(self.programs,)](*arguments, **constants, **self.tile)
+    def finish(self, first: dict[str, Tensor], second: dict[str, Tensor]) -> ObjectiveMetrics | None:
+        """Metrics, read together with the flags; ValueError when one is set."""
+        wanted = {"flag": self.flag, "totals": second["totals"]}
+        if self.with_metrics:
+            wanted |= {"top": self.top, **first, **{name: second[name] for name in second if name != "nodes"}}
+        read = _to_host(wanted)
+        value, clipped, malformed = read["totals"].tolist()
+        if malformed:
+            check_values(self.batch)
+            raise ValueError(f"{malformed:.0f} tokens of other ranks are malformed; their ranks' errors name them")
+        if read["flag"].any() and not self.with_metrics:
+            self._gated_tree(_to_host(first))
+        if not self.with_metrics:
+            return None
+        read |= {"value": read["totals"][0], "clipped": read["totals"][1]}
+        only_max = float(read["top"]) if self.reduce is None else None
+        tree = self._gated_tree(read)
+        return summarise(read, read, tree, experts=self.rule.uses_experts, only_max=only_max)
 
-    def _zeros(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=self.x.device)
+    def _gated_tree(self, tables: dict[str, Tensor]) -> GatedTree | None:
+        """The tree in torch on the host; ValueError where levels do not nest."""
+        if self.tree is None or self.plan is None:
+            return None
+        return gate_tree(build_tree(self.tree.chain, self.plan.nodes, tables["nodes"], tables.get("parents")))
+
+    @property
+    def _starts(self) -> Tensor | None:
+        return None if self.plan is None else self.plan.starts
+
+    @property
+    def _base(self) -> Tensor | None:
+        return None if self.plan is None else self.plan.base
+
+    @property
+    def _trajectory(self) -> Tensor | None:
+        return self.plan.row(TRAJECTORY_KEY) if self.plan is not None and self.trajectories else None
 
     def _run_sums(self, rows: int) -> Tensor | None:
         """Room for `rows` sums per run and partition; every program fills its own."""
-        shape = (self.programs, rows, self.layout["P"])
-        return torch.empty(shape, dtype=torch.float64, device=self.x.device) if self.nodes is not None else None
+        return self._floats(self.programs, rows, self.batch.partitions) if rows else None
 
-    @cached_property
-    def _runs_by_node(self) -> tuple[Tensor, Tensor]:
-        """Runs sorted by base node, in token order within each, and where each node's begin: [R], [base_nodes + 1]."""
-        assert self.nodes is not None
-        base, order = torch.sort(self.nodes.base_of_run, stable=True)
-        edges = torch.arange(self.nodes.base_nodes + 1, device=base.device)
-        return order, torch.searchsorted(base, edges)
+    def _floats(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float64, device=self.x.device)
 
-    def _node_sums(self, sums: Tensor | None) -> Tensor | None:
-        """Per-run sums [R, C, P] added per node, in order: [C, base_nodes, P]."""
-        if sums is None or self.nodes is None:
-            return None
-        rows, nodes = sums.shape[1], self.nodes.base_nodes
-        table = self._zeros(rows, nodes, self.layout["P"])
-        if self.programs:
-            order, offsets = self._runs_by_node
-            with torch.cuda.device_of(self.x):
-                blocks.sum_runs[(nodes, rows)](
-                    sums, order, offsets, table, nodes, ROWS=rows, BLOCK=RUNS_AT_ONCE, **self.layout
-                )
-        return table
+    def _zeros(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.int32, device=self.x.device)
+
+
+def _to_host(tables: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tables in float64, read in one copy."""
+    flat = torch.cat([table.reshape(-1) for table in tables.values()]).cpu()
+    parts = flat.split([math.prod(table.shape) for table in tables.values()])
+    return {name: part.view(table.shape) for part, (name, table) in zip(parts, tables.items(), strict=True)}

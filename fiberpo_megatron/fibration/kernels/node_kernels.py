@@ -1,0 +1,271 @@
+"""Kernels on the nodes of a tree: what `tree.py` and `gates.py` say in torch, on dense tables and without a wait.
+
+Levels are numbered from fine (0) to coarse (LEVELS - 1). A finest node is (base node b, partition p), at b * P + p of
+tables [..., nodes, P]. The coarser levels share one table [..., total]: place[level - 1, b], plus p where the level has
+the key "expert", is the entry of a finest node's ancestor, and place is -1 where b holds no token. Sums over a node's
+members run over `reach`, the span of base nodes between its first and its last, in order: they are deterministic.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MASS = tl.constexpr(0)
+COUNT = tl.constexpr(1)
+
+
+@triton.jit
+def _lanes(first, nodes, P: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """Base nodes [BLOCK] from `first` on and which exist, and entries [BLOCK, PADDED] of a table and which exist."""
+    b = (first + tl.arange(0, BLOCK)).to(tl.int64)
+    p = tl.arange(0, PADDED)
+    inside = b < nodes
+    return b, inside, b[:, None] * P + p[None, :], inside[:, None] & (p < P)[None, :]
+
+
+@triton.jit(do_not_specialize=["nodes", "total"])
+def place_nodes(
+    sums_ptr,
+    parent_ptr,
+    place_ptr,
+    reach_ptr,
+    flag_ptr,
+    sizes,
+    strides,
+    offsets,
+    nodes,
+    total,
+    LEVELS: tl.constexpr,
+    BASE: tl.constexpr,
+    P: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """place [LEVELS - 1, nodes] and reach [2, total]: nodes less a node's first base node, and its last one plus 1.
+
+    sizes: per base key, then per coarser key. strides: per coarser level and key, what one id moves its place by.
+    flag becomes 1 where a base node reports several ids of a coarser key.
+    """
+    b, inside, at, held = _lanes(tl.program_id(0) * BLOCK, nodes, P, PADDED, BLOCK)
+    mass = tl.load(sums_ptr + at, mask=held, other=0.0)
+    present = tl.max((mass > 0).to(tl.int32), axis=1) > 0
+    ids = ()
+    rest = b
+    for i in tl.static_range(BASE):
+        size = sizes[BASE - 1 - i]
+        ids = (rest % size,) + ids
+        rest = rest // size
+    odd = b < 0
+    for k in tl.static_range(len(sizes) - BASE):
+        reports = tl.load(parent_ptr + b, mask=inside, other=0.0)
+        seen = tl.load(parent_ptr + (1 + 2 * k) * nodes + b, mask=inside, other=0.0)
+        squares = tl.load(parent_ptr + (2 + 2 * k) * nodes + b, mask=inside, other=0.0)
+        odd = odd | (reports * squares - seen * seen > 0.5 + 1e-15 * seen * seen)
+        ids = ids + (tl.floor(seen / tl.maximum(reports, 1.0) + 0.5).to(tl.int64),)
+    tl.atomic_max(flag_ptr, tl.max((odd & present).to(tl.int32), axis=0))
+    for level in tl.static_range(LEVELS - 1):
+        place = b * 0 + offsets[level]
+        for k in tl.static_range(len(sizes)):
+            place += ids[k] * strides[level * len(sizes) + k]
+        tl.store(place_ptr + level * nodes + b, tl.where(present, place, -1), mask=inside)
+        tl.atomic_max(reach_ptr + place, (nodes - b).to(tl.int32), mask=present)
+        tl.atomic_max(reach_ptr + total + place, (b + 1).to(tl.int32), mask=present)
+
+
+@triton.jit
+def _coarse(counts, offsets, experts, level, P: tl.constexpr, LEVELS: tl.constexpr):
+    """Of coarser level `level`: its number of nodes (partitions not counted), first entry, and 1 with "expert"."""
+    count = level * 0
+    offset = level * 0
+    expert = level * 0
+    for other in tl.static_range(LEVELS - 1):
+        count = tl.where(level == other, counts[other], count)
+        offset = tl.where(level == other, offsets[other], offset)
+        expert = tl.where(level == other, experts[other], expert)
+    return count, offset, expert
+
+
+@triton.jit
+def _store_total(out_ptr, at, column, expert, p, P: tl.constexpr):
+    """Sums per partition [PADDED]: one entry each with "expert", else their total."""
+    value = tl.where(expert > 0, column, tl.sum(column, axis=0))
+    tl.store(out_ptr + at + p, value, mask=(p < P) & ((expert > 0) | (p == 0)))
+
+
+@triton.jit(do_not_specialize=["nodes", "total"])
+def sum_up(
+    sums_ptr,
+    stopped_ptr,
+    place_ptr,
+    reach_ptr,
+    out_ptr,
+    flag_ptr,
+    counts,
+    offsets,
+    experts,
+    nodes,
+    total,
+    ADJOINT: tl.constexpr,
+    ROWS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    P: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out [ROWS, total]: sums over each coarser node's finest nodes of sums [..., nodes, P].
+
+    Of its ROWS rows; ADJOINT: of row 0, W, and of both channels' (1 - g') W of the level below, which `gate_nodes`
+    left in stopped [LEVELS, 2, nodes, P]. flag becomes 1 where base nodes of one node lie in several of the next level.
+    """
+    level = tl.program_id(1)
+    count, offset, expert = _coarse(counts, offsets, experts, level, P, LEVELS)
+    node = tl.program_id(0)
+    if node < count:
+        p = tl.arange(0, PADDED)
+        target = (offset + node * tl.where(expert > 0, P, 1)).to(tl.int64)
+        end = tl.load(reach_ptr + total + target)
+        begin = tl.where(end > 0, nodes - tl.load(reach_ptr + target), 0)
+        low = tl.full((BLOCK,), 1 << 30, tl.int64)
+        high = tl.full((BLOCK,), -1, tl.int64)
+        for row in tl.static_range(ROWS):
+            column = tl.zeros((PADDED,), tl.float64)
+            for first in range(begin, end, BLOCK):
+                b, inside, at, held = _lanes(first, nodes, P, PADDED, BLOCK)
+                member = inside & (tl.load(place_ptr + level * nodes + b, mask=inside, other=-1) == target)
+                held = held & member[:, None]
+                if ADJOINT:
+                    value = tl.load(sums_ptr + at, mask=held, other=0.0)
+                    if row > 0:
+                        slope = stopped_ptr + (level * 2 + row - 1) * nodes * P
+                        value = value * tl.load(slope + at, mask=held, other=0.0)
+                else:
+                    value = tl.load(sums_ptr + row * nodes * P + at, mask=held, other=0.0)
+                    if row == 0:
+                        above = member & (level + 2 < LEVELS)
+                        next_place = tl.load(place_ptr + (level + 1) * nodes + b, mask=above, other=-1)
+                        low = tl.minimum(low, tl.where(above, next_place, 1 << 30))
+                        high = tl.maximum(high, next_place)
+                column += tl.sum(value, axis=0)
+            _store_total(out_ptr, row * total + target, column, expert, p, P)
+        if not ADJOINT:
+            lowest, highest = tl.min(low, axis=0), tl.max(high, axis=0)
+            tl.atomic_max(flag_ptr, ((highest >= 0) & (lowest != highest)).to(tl.int32))
+
+
+@triton.jit
+def _gate(residual, budget, tokens):
+    """Equation 4 of arXiv:2604.03044: value and slope, as `gates.gate`."""
+    size = tl.abs(residual)
+    passed = size <= budget
+    rolled = (size < (1.0 + 1.0 / tokens) * budget) & ~passed
+    sign = tl.where(residual < 0, -1.0, 1.0)
+    rollback = sign * ((tokens + 1.0) * budget) - tokens * residual
+    return tl.where(passed, residual, tl.where(rolled, rollback, 0.0)), tl.where(
+        passed, 1.0, tl.where(rolled, -tokens, 0.0)
+    )
+
+
+@triton.jit
+def _row(table_ptr, row: tl.constexpr, size, at, held, other):
+    return tl.load(table_ptr + row * size + at, mask=held, other=other)
+
+
+@triton.jit(do_not_specialize=["nodes", "total"])
+def gate_nodes(
+    sums_ptr,
+    coarse_ptr,
+    place_ptr,
+    values_ptr,
+    stopped_ptr,
+    experts,
+    nodes,
+    total,
+    BUDGETS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    P: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """values [3, nodes, P]: S+, S- and the log base weights' sum over levels; stopped [LEVELS, 2, nodes, P]: 1 - g'.
+
+    As `gates.gate_tree`, once per finest node; BUDGETS are (C+, C-) per level.
+    """
+    b, inside, at, held = _lanes(tl.program_id(0) * BLOCK, nodes, P, PADDED, BLOCK)
+    size = nodes * P
+    mass = _row(sums_ptr, 0, size, at, held, 0.0)
+    held = held & (mass > 0)
+    mass = tl.where(held, mass, 1.0)
+    tokens = tl.maximum(_row(sums_ptr, 1, size, at, held, 1.0), 1.0)
+    plus = _row(sums_ptr, 2, size, at, held, 0.0) / mass
+    minus = _row(sums_ptr, 3, size, at, held, 0.0) / mass
+    inner = (tl.arange(0, PADDED) < P)[None, :] & inside[:, None]
+    tl.store(values_ptr + at, plus.to(values_ptr.dtype.element_ty), mask=inner)
+    tl.store(values_ptr + size + at, minus.to(values_ptr.dtype.element_ty), mask=inner)
+    log_weight = mass * 0.0
+    for level in tl.static_range(LEVELS):
+        own_plus, own_minus, k = plus, minus, tokens
+        if level + 1 < LEVELS:
+            up = tl.load(place_ptr + level * nodes + b, mask=inside, other=0)[:, None]
+            up += tl.arange(0, PADDED)[None, :] * experts[level]
+            mass = _row(coarse_ptr, 0, total, up, held, 1.0)
+            tokens = tl.maximum(_row(coarse_ptr, 1, total, up, held, 1.0), 1.0)
+            plus = _row(coarse_ptr, 2, total, up, held, 0.0) / mass
+            minus = _row(coarse_ptr, 3, total, up, held, 0.0) / mass
+            own_plus -= plus
+            own_minus -= minus
+        value, slope = _gate(own_plus, tl.full((), BUDGETS[2 * level], tl.float64), k)
+        log_weight += value
+        tl.store(stopped_ptr + 2 * level * size + at, 1.0 - slope, mask=inner)
+        value, slope = _gate(own_minus, tl.full((), BUDGETS[2 * level + 1], tl.float64), k)
+        log_weight -= value
+        tl.store(stopped_ptr + (2 * level + 1) * size + at, 1.0 - slope, mask=inner)
+    tl.store(values_ptr + 2 * size + at, log_weight.to(values_ptr.dtype.element_ty), mask=inner)
+
+
+@triton.jit(do_not_specialize=["nodes", "total"])
+def adjoin_nodes(
+    sums_ptr,
+    coarse_ptr,
+    first_ptr,
+    first_coarse_ptr,
+    place_ptr,
+    stopped_ptr,
+    values_ptr,
+    experts,
+    nodes,
+    total,
+    LEVELS: tl.constexpr,
+    P: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """values [2, nodes, P]: what tokens of each channel receive, as `gates.adjoint`.
+
+    sums [3, nodes, P] are W and what the fiber clips stop, coarse [3, total] `sum_up`'s; first is `gate_nodes`' sums.
+    """
+    b, inside, at, held = _lanes(tl.program_id(0) * BLOCK, nodes, P, PADDED, BLOCK)
+    size = nodes * P
+    inner = held
+    mass = _row(first_ptr, 0, size, at, held, 0.0)
+    held = held & (mass > 0)
+    mass = tl.where(held, mass, 1.0)
+    weight = _row(sums_ptr, 0, size, at, held, 0.0)
+    handed_plus = _row(sums_ptr, 1, size, at, held, 0.0)
+    handed_minus = _row(sums_ptr, 2, size, at, held, 0.0)
+    plus = mass * 0.0
+    minus = mass * 0.0
+    for level in tl.static_range(LEVELS):
+        if level > 0:
+            up = tl.load(place_ptr + (level - 1) * nodes + b, mask=inside, other=0)[:, None]
+            up += tl.arange(0, PADDED)[None, :] * experts[level - 1]
+            mass = _row(first_coarse_ptr, 0, total, up, held, 1.0)
+            weight = _row(coarse_ptr, 0, total, up, held, 0.0)
+            handed_plus = _row(coarse_ptr, 1, total, up, held, 0.0)
+            handed_minus = _row(coarse_ptr, 2, total, up, held, 0.0)
+        stopped_plus = tl.load(stopped_ptr + 2 * level * size + at, mask=held, other=0.0)
+        stopped_minus = tl.load(stopped_ptr + (2 * level + 1) * size + at, mask=held, other=0.0)
+        plus += (handed_plus - stopped_plus * weight) / mass
+        minus += (handed_minus - stopped_minus * weight) / mass
+    tl.store(values_ptr + at, plus.to(values_ptr.dtype.element_ty), mask=inner)
+    tl.store(values_ptr + size + at, minus.to(values_ptr.dtype.element_ty), mask=inner)

@@ -1,0 +1,115 @@
+"""Runs and nodes of a call, found on the device with one wait for the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from fiberpo_megatron.fibration.kernels import run_kernels
+from fiberpo_megatron.fibration.kernels.launch import launch
+from fiberpo_megatron.fibration.membership import NodeMap, checked_size
+from fiberpo_megatron.fibration.rule import Rule
+from fiberpo_megatron.fibration.tokens import TokenBatch
+
+SEARCH_BLOCK = 4096
+"""Tokens per program that looks for runs."""
+RUNS_AT_ONCE = 64
+"""Runs of a node that are added side by side."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Runs over some keys, base keys first, cut at every BLOCK tokens, and the nodes they belong to."""
+
+    keys: tuple[str, ...]
+    runs: int
+    starts: Tensor
+    """First token of each run, and the number of tokens; int64 [max(runs, 1) + 1]."""
+    ids: Tensor
+    """Per key, and for the base node, the id of each run; int64 [keys + 1, max(runs, 1)]."""
+    sorted_base: Tensor
+    order: Tensor | None
+    """Runs in the order of their base nodes [R]; None when that is their own order."""
+    nodes: NodeMap
+    """Sizes of all keys and of the finest level's tables."""
+
+    def row(self, key: str) -> Tensor:
+        """The id of each run."""
+        return self.ids[self.keys.index(key)]
+
+    @property
+    def base(self) -> Tensor:
+        """The base node of each run."""
+        return self.ids[-1]
+
+    def sum_runs(self, sums: Tensor) -> Tensor:
+        """Sums per run [R, C, P] added per node: [C, base_nodes, P]."""
+        rows, partitions, nodes = sums.shape[1], sums.shape[2], self.nodes.base_nodes
+        table = torch.empty((rows, nodes, partitions), dtype=torch.float64, device=sums.device)
+        launch(
+            run_kernels.sum_runs,
+            (nodes, rows),
+            sums,
+            self.sorted_base,
+            self.order,
+            table,
+            self.runs,
+            nodes,
+            ROWS=rows,
+            ORDERED=self.order is None,
+            P=partitions,
+            PADDED=triton.next_power_of_2(partitions),
+            RUNS=RUNS_AT_ONCE,
+        )
+        return table
+
+    def parent_tables(self, first: int, keys: int) -> Tensor:
+        """`tree.parent_tables` of `keys` keys from number `first` on: [1 + 2 * keys, base_nodes]."""
+        nodes = self.nodes.base_nodes
+        table = torch.empty((1 + 2 * keys, nodes), dtype=torch.float64, device=self.ids.device)
+        launch(
+            run_kernels.report_parents,
+            (nodes,),
+            self.ids,
+            self.sorted_base,
+            self.order,
+            table,
+            self.runs,
+            nodes,
+            FIRST=first,
+            KEYS=keys,
+            PADDED_KEYS=triton.next_power_of_2(keys),
+            ORDERED=self.order is None,
+            RUNS=RUNS_AT_ONCE,
+        )
+        return table
+
+
+def make_plan(rule: Rule, batch: TokenBatch, keys: tuple[str, ...], *, block: int, shared: bool) -> Plan:
+    """Checks the ids of `keys`, of which there is at least one; waits for the number of runs and the ids' ranges."""
+    device, size = batch.log_ratio.device, batch.size
+    ids = tuple(batch.ids[key].contiguous() for key in keys)
+    blocks = max(1, triton.cdiv(size, SEARCH_BLOCK))
+    base = len(rule.base_keys)
+    found = torch.zeros(2 + 2 * len(keys), dtype=torch.int64, device=device)
+    counts = torch.empty(blocks, dtype=torch.int64, device=device)
+    constants = {"BASE": base, "CUT": block, "BLOCK": SEARCH_BLOCK}
+    launch(run_kernels.find_cuts, (blocks,), ids, counts, found, size, **constants)
+    ends = counts.cumsum(0)
+    runs, unsorted, *ranges = found.tolist()
+    sizes = {}
+    for key, high, below in zip(keys, ranges[::2], ranges[1::2], strict=True):
+        sizes[key] = checked_size(key, (-below, high) if size else (0, -1), batch, shared=shared)
+    empty = torch.zeros if not size else torch.empty
+    starts = empty(max(runs, 1) + 1, dtype=torch.int64, device=device)
+    table = empty((len(keys) + 1, max(runs, 1)), dtype=torch.int64, device=device)
+    if size:
+        args = (ids, tuple(sizes.values()), ends, counts, starts, table, size, runs)
+        launch(run_kernels.write_runs, (blocks,), *args, **constants)
+    sorted_base, order = (table[-1], None) if not unsorted else torch.sort(table[-1], stable=True)
+    nodes = NodeMap(rule.base_keys, sizes, table[-1], batch.expert_share, rule.soft, batch.partitions)
+    nodes.check_size()
+    return Plan(keys, runs, starts, table, sorted_base, order, nodes)

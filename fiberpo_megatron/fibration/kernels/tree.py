@@ -1,0 +1,120 @@
+"""Gates and adjoints of a chain of levels on the device: the launches around `node_kernels`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fiberpo_megatron.fibration.kernels import node_kernels
+from fiberpo_megatron.fibration.kernels.launch import launch
+from fiberpo_megatron.fibration.levels import EXPERT_KEY, LevelChain
+from fiberpo_megatron.fibration.membership import MAX_TABLE_NODES, NodeMap
+
+NODE_TILE = 128
+"""Finest nodes per program: a thread each."""
+
+
+def coarse_counts(chain: LevelChain, nodes: NodeMap) -> list[int]:
+    """Entries of each coarser level's dense table, partitions not counted."""
+    counts = []
+    for level in chain.levels[1:]:
+        count = 1
+        for key in level.keys:
+            count *= 1 if key == EXPERT_KEY else nodes.sizes[key]
+        counts.append(count)
+    return counts
+
+
+class DeviceTree:
+    """The nodes of one call; `flag` (int32 [1], zero) becomes 1 where levels may not nest."""
+
+    def __init__(self, chain: LevelChain, nodes: NodeMap, flag: Tensor, dtype: torch.dtype) -> None:
+        self.chain, self.nodes, self.flag, self.dtype = chain, nodes, flag, dtype
+        self.levels = len(chain.levels)
+        p = nodes.partitions
+        self.counts = tuple(coarse_counts(chain, nodes)) or (0,)
+        self.experts = tuple(int(EXPERT_KEY in level.keys) for level in chain.levels[1:]) or (0,)
+        widths = [count * (p if expert else 1) for count, expert in zip(self.counts, self.experts, strict=True)]
+        self.offsets = tuple(sum(widths[:level]) for level in range(len(widths)))
+        self.total = sum(widths)
+        for level, width in zip(chain.levels[1:], widths, strict=False):
+            if width > MAX_TABLE_NODES:
+                raise ValueError(
+                    f"level {level.name!r} needs a table of {width} nodes (limit {MAX_TABLE_NODES}); give its nodes "
+                    "one dense key of their own, pass the exact counts of its keys, or pass kernels=False"
+                )
+        padded = triton.next_power_of_2(p)
+        self.layout = {"LEVELS": self.levels, "P": p, "PADDED": padded, "BLOCK": max(1, NODE_TILE // padded)}
+        self.place: Tensor | None = None
+        self.reach: Tensor | None = None
+        self.coarse: Tensor | None = None
+
+    def gate(self, sums: Tensor, parents: Tensor | None) -> Tensor:
+        """S+, S- and the summed log base weight [3, base_nodes, P] from the reduced sums [4, base_nodes, P]."""
+        self.sums = sums
+        if self.levels > 1:
+            self._place(parents)
+            self.coarse = self._sum_up(sums, None, 4)
+        values = self._finest(3, self.dtype)
+        self.stopped = self._finest(2 * self.levels, torch.float64)
+        budgets = tuple(bound for level in self.chain.levels for bound in level.budget)
+        tables = (sums, self.coarse, self.place, values, self.stopped, self.experts)
+        self._each_finest(node_kernels.gate_nodes, *tables, self.nodes.base_nodes, self.total, BUDGETS=budgets)
+        return values
+
+    def adjoin(self, sums: Tensor) -> Tensor:
+        """What tokens of each channel receive [2, base_nodes, P], from W and the clipped parts [3, base_nodes, P]."""
+        coarse = self._sum_up(sums, self.stopped, 3) if self.levels > 1 else None
+        values = self._finest(2, self.dtype)
+        tables = (sums, coarse, self.sums, self.coarse, self.place, self.stopped, values, self.experts)
+        self._each_finest(node_kernels.adjoin_nodes, *tables, self.nodes.base_nodes, self.total)
+        return values
+
+    def _place(self, parents: Tensor | None) -> None:
+        nodes, keys = self.nodes, (*self.nodes.keys, *self.chain.parent_keys)
+        strides: list[int] = []
+        for level, expert in zip(self.chain.levels[1:], self.experts, strict=True):
+            stride, of_key = nodes.partitions if expert else 1, dict.fromkeys(keys, 0)
+            for key in reversed([key for key in level.keys if key != EXPERT_KEY]):
+                of_key[key] = stride
+                stride *= nodes.sizes[key]
+            strides += of_key.values()
+        device = self.sums.device
+        self.place = torch.empty((self.levels - 1, nodes.base_nodes), dtype=torch.int64, device=device)
+        self.reach = torch.zeros((2, self.total), dtype=torch.int32, device=device)
+        sizes = tuple(nodes.sizes[key] for key in keys)
+        tables = (self.sums, parents, self.place, self.reach, self.flag, sizes, tuple(strides), self.offsets)
+        self._each_finest(node_kernels.place_nodes, *tables, nodes.base_nodes, self.total, BASE=len(nodes.keys))
+
+    def _sum_up(self, sums: Tensor, stopped: Tensor | None, rows: int) -> Tensor:
+        out = torch.empty((rows, self.total), dtype=torch.float64, device=sums.device)
+        launch(
+            node_kernels.sum_up,
+            (max(self.counts), self.levels - 1),
+            sums,
+            stopped,
+            self.place,
+            self.reach,
+            out,
+            self.flag,
+            self.counts,
+            self.offsets,
+            self.experts,
+            self.nodes.base_nodes,
+            self.total,
+            ADJOINT=stopped is not None,
+            ROWS=rows,
+            **self.layout,
+        )
+        return out
+
+    def _finest(self, rows: int, dtype: torch.dtype) -> Tensor:
+        shape = (rows, self.nodes.base_nodes, self.nodes.partitions)
+        return torch.empty(shape, dtype=dtype, device=self.flag.device)
+
+    def _each_finest(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        programs = triton.cdiv(self.nodes.base_nodes, self.layout["BLOCK"])
+        launch(kernel, (programs,), *arguments, **constants, **self.layout)

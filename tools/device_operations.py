@@ -1,0 +1,137 @@
+"""What one objective call asks of a GPU beside bytes: operations started, and waits of the host for a result.
+
+On a CPU the kernels run in Triton's interpreter, and CPU tensors stand for CUDA tensors: what is made of a tensor that
+`.cpu()` returned, or of Python numbers, counts as the host's own, and so does every new tensor from then on.
+
+    TRITON_INTERPRET=1 python tools/device_operations.py --tokens 4096
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from bench_objective import make_packed, ours
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from fiberpo_megatron.fibration import OBJECTIVES
+from fiberpo_megatron.fibration.kernels import fused, plan, tree
+
+FREE = {
+    *("alias", "as_strided", "detach", "diagonal", "expand", "permute", "select", "slice", "split"),
+    *("split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view"),
+    *("empty", "empty_like", "empty_strided", "new_empty"),
+}
+"""aten operations that start nothing on a device."""
+WAITS = {"_local_scalar_dense", "bincount", "equal", "is_nonzero", "masked_select", "nonzero", "unique_dim", "_unique2"}
+"""aten operations whose result's value or shape the host waits for."""
+
+
+@dataclass
+class Counts:
+    """Of one call."""
+
+    operations: int = 0
+    """Kernels and torch operations, copies to the host among them."""
+    waits: int = 0
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()
+        self.counts = counts
+        self.host: list[torch.UntypedStorage] = []
+        """Storages on the host; kept, so that no other takes their addresses."""
+        self.read_all = False
+        """After the first `.cpu()` new tensors are the host's."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        made_on_host = name == "lift_fresh" or (not given and self.read_all)
+        if made_on_host or any(self.on_host(tensor) for tensor in given):
+            self.host += [leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        elif name not in FREE:
+            by_mask = name in ("index", "index_put_") and any(tensor.dtype == torch.bool for tensor in given[1:])
+            self.counts.operations += 1
+            self.counts.waits += name in WAITS or by_mask
+        return result
+
+    def on_host(self, tensor: torch.Tensor) -> bool:
+        address = tensor.untyped_storage()._cdata
+        return any(storage._cdata == address for storage in self.host)
+
+    def cpu(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Instead of `Tensor.cpu`."""
+        with _disable_current_modes():
+            out = tensor.detach().to("cpu", copy=True)
+        self.read(tensor)
+        self.read_all = True
+        self.host.append(out.untyped_storage())
+        return out
+
+    def tolist(self, tensor: torch.Tensor) -> Any:
+        """Instead of `Tensor.tolist`."""
+        self.read(tensor)
+        with _disable_current_modes():
+            return _TOLIST(tensor)
+
+    def read(self, tensor: torch.Tensor) -> None:
+        if not self.on_host(tensor):
+            self.counts.operations += 1
+            self.counts.waits += 1
+
+
+_TOLIST = torch.Tensor.tolist
+
+
+@contextmanager
+def counted() -> Iterator[Counts]:
+    """Counts what objective calls inside do."""
+    counts = Counts()
+    counter = _Counter(counts)
+
+    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        counts.operations += 1
+        with _disable_current_modes():
+            kernel[grid](*arguments, **constants)
+
+    with ExitStack() as stack:
+        for module in (fused, plan, tree):
+            stack.enter_context(mock.patch.object(module, "launch", launch))
+        stack.enter_context(mock.patch.object(torch.Tensor, "cpu", lambda tensor: counter.cpu(tensor)))
+        stack.enter_context(mock.patch.object(torch.Tensor, "tolist", lambda tensor: counter.tolist(tensor)))
+        stack.enter_context(counter)
+        yield counts
+
+
+def count(call: Callable[[], Any]) -> Counts:
+    with counted() as counts:
+        call()
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print(f"{'objective':<22}{'operations':>12}{'waits':>8}{'no metrics':>14}{'waits':>8}")
+    for name in options.objectives:
+        batch = make_packed(options.tokens, experts="expert" in name, scale=0.05, device=options.device)
+        full, bare = (count(ours(name, batch, metrics=metrics, kernels=True)) for metrics in (True, False))
+        print(f"{name:<22}{full.operations:>12}{full.waits:>8}{bare.operations:>14}{bare.waits:>8}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
