@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fiberpo_megatron.config import Config
+from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.doctor import engines, inputs, machine, software, storage
 from fiberpo_megatron.doctor.report import Check, Finding, examine
 from fiberpo_megatron.telemetry.gpu import GpuMonitor
@@ -24,7 +25,7 @@ def before_a_run(config: Config) -> list[Finding]:
     gets the findings of every machine, the measured ones even if they pass.
     """
     checks: list[tuple[str, Check]] = [
-        *_software(),
+        *_software(config),
         ("disk", lambda: storage.free_disk(config.run.folder)),
         ("GPU", machine.gpus),
         ("shared memory", machine.shared_memory),
@@ -45,13 +46,13 @@ def full(config: Config | None) -> list[Finding]:
     talked = _ranks()
     if os.environ.get("RANK", "0") != "0":
         return []
-    checks = [*_software(), *(_of_config(config) if config else [])]
+    checks = [*_software(config), *(_of_config(config) if config else [])]
     return [finding for name, check in checks for finding in examine(name, check, CHECK_S)] + talked
 
 
-def _software() -> list[tuple[str, Check]]:
-    gpu = bool(GpuMonitor().read())
-    return [("Python", software.python_version), ("packages", lambda: software.packages(gpu))]
+def _software(config: Config | None) -> list[tuple[str, Check]]:
+    gpu, engine = bool(GpuMonitor().read()), config.rollout.engine if config else EngineConfig()
+    return [("Python", software.python_version), ("packages", lambda: software.packages(gpu, engine))]
 
 
 def _of_config(config: Config) -> Iterator[tuple[str, Check]]:

@@ -1,13 +1,16 @@
 """Python and packages against what this package declares (setup.py, read from its installed metadata)."""
 
 import platform
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.doctor.report import Finding
+from fiberpo_megatron.rollout.command import interpreter, sglang_version
 
 DISTRIBUTION = "fiberpo-megatron"
 ENGINE = "sglang"
@@ -21,12 +24,13 @@ def python_version() -> list[Finding]:
     return [Finding("Python", "fail", f"{version}, supported is {wanted}", "Use a supported Python")]
 
 
-def packages(gpu: bool) -> list[Finding]:
-    """Installed versions against the requirements: of the package itself, of its engine, and with a GPU of `[cuda]`."""
+def packages(gpu: bool, engine: EngineConfig) -> list[Finding]:
+    """Installed versions against the requirements: of the package itself, of its engine (which may have a Python of
+    its own), and with a GPU of `[cuda]`."""
     wrong = []
     for requirement, extra in _requirements():
         if extra is None or requirement.name == ENGINE or (gpu and extra == "cuda"):
-            finding = _installed(requirement, extra)
+            finding = _installed(requirement, extra, engine)
             wrong += [finding] if finding else []
     if wrong:
         return wrong
@@ -45,17 +49,27 @@ def _requirements() -> Iterator[tuple[Requirement, str | None]]:
         yield from ((requirement, extra) for extra in extras if marker.evaluate({"extra": extra}))
 
 
-def _installed(requirement: Requirement, extra: str | None) -> Finding | None:
+def _installed(requirement: Requirement, extra: str | None, engine: EngineConfig) -> Finding | None:
     """What is wrong with one requirement."""
     name, wanted = requirement.name, str(requirement.specifier) or "any version"
-    install = f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install {DISTRIBUTION}"
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return Finding(name, "fail", f"is not installed, {wanted} is needed", f"{install} (without a GPU: make env)")
+    python = interpreter(engine) if name == ENGINE else sys.executable
+    pip, where = ("pip", "") if python == sys.executable else (f"{python} -m pip", f" in {python}")
+    version = sglang_version(python) if name == ENGINE else _version(name)
+    if version is None:
+        what = f"{name}{requirement.specifier}" if where else f"{DISTRIBUTION}[{extra}]" if extra else DISTRIBUTION
+        fix = f"{pip} install '{what}' (without a GPU: make env)"
+        return Finding(name, "fail", f"is not installed{where}, {wanted} is needed", fix)
     if requirement.specifier.contains(version, prereleases=True):
         return None
-    return Finding(name, "fail", f"{version}, needed is {wanted}", f"pip install '{name}{requirement.specifier}'")
+    fix = f"{pip} install '{name}{requirement.specifier}'"
+    return Finding(name, "fail", f"{version}{where}, needed is {wanted}", fix)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def requirement_of(name: str) -> Requirement:

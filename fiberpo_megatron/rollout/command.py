@@ -1,9 +1,12 @@
 """The command line and the environment of a SGLang server, with a GPU and without."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from fiberpo_megatron.config.schema import EngineConfig
@@ -12,6 +15,7 @@ from fiberpo_megatron.rollout.addresses import interface_of
 PLUGIN = Path(__file__).parent / "sglang_plugin" / "path"
 CPU_STAND_INS = Path(__file__).parent / "sglang_cpu" / "path"
 CPU_KV_TOKENS = 16384
+ASK_TIMEOUT_S = 60.0
 
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 LAUNCHER_VARIABLES |= {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"}
@@ -44,7 +48,7 @@ class Server:
 
 def server_command(server: Server, config: EngineConfig) -> list[str]:
     """`python -m sglang.launch_server ..`; `engine.extra_args` come last, so they win."""
-    command = [_interpreter(config), "-m", "sglang.launch_server"]
+    command = [interpreter(config), "-m", "sglang.launch_server"]
     command += [
         "--model-path",
         str(server.model.resolve()),
@@ -83,8 +87,8 @@ def server_command(server: Server, config: EngineConfig) -> list[str]:
     return command + config.extra_args
 
 
-def _interpreter(config: EngineConfig) -> str:
-    """Raises FileNotFoundError when the one that is set does not exist."""
+def interpreter(config: EngineConfig) -> str:
+    """The Python that has SGLang. Raises FileNotFoundError when the one that is set does not exist."""
     chosen = config.python or os.environ.get("FIBERPO_SGLANG_PYTHON")
     if chosen and not os.access(chosen, os.X_OK):
         source = "rollout.engine.python" if config.python else "FIBERPO_SGLANG_PYTHON"
@@ -92,6 +96,17 @@ def _interpreter(config: EngineConfig) -> str:
             f"{source} = {chosen} is not an executable; name the python that has sglang, or unset it"
         )
     return str(chosen or sys.executable)
+
+
+def sglang_version(python: str) -> str | None:
+    """Version of the SGLang of an interpreter; None where it has none."""
+    if python == sys.executable:
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version("sglang")
+        return None
+    ask = "from importlib.metadata import version; print(version('sglang'))"
+    done = subprocess.run([python, "-c", ask], capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def server_environment(

@@ -1,6 +1,5 @@
 """Starts SGLang servers on this machine and stops them; or checks the ones whose addresses are given."""
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -20,7 +19,7 @@ from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.rollout.addresses import free_ports, is_free
 from fiberpo_megatron.rollout.api_key import write_key
 from fiberpo_megatron.rollout.client import KEY_FIX, EngineAddress
-from fiberpo_megatron.rollout.command import Server, server_command, server_environment
+from fiberpo_megatron.rollout.command import Server, interpreter, server_command, server_environment, sglang_version
 from fiberpo_megatron.rollout.errors import EngineRefused, EngineStartError, EngineUnreachable
 
 POLL_S = 0.1
@@ -99,9 +98,12 @@ def engines(
 
 def check_startable(config: EngineConfig, model: Path, host: str) -> None:
     """Raise what can be known before a process is started."""
-    if importlib.util.find_spec("sglang") is None:
+    python = interpreter(config)
+    if sglang_version(python) is None:
         raise EngineStartError(
-            "(not started)", "sglang is not installed", "Run `make env` or install fiberpo-megatron[cuda]"
+            "(not started)",
+            f"{python} has no sglang",
+            "Run `make env`, install fiberpo-megatron[cuda], or name the Python that has it in rollout.engine.python",
         )
     if not (model / "config.json").is_file():
         raise EngineStartError(

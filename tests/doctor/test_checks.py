@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from fiberpo_megatron.config import Config, load_config
+from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.doctor import engines, inputs, machine, report, software, storage
 from fiberpo_megatron.doctor.report import Finding
 from fiberpo_megatron.rollout import client
@@ -64,17 +66,29 @@ def test_a_check_that_raises_is_a_failure_and_warnings_do_not_count():
 
 def test_this_environment_is_supported():
     assert only(software.python_version()).status == "pass"
-    assert only(software.packages(gpu=False)).status == "pass"
+    assert only(software.packages(False, EngineConfig())).status == "pass"
 
 
 def test_wrong_versions_and_missing_packages(monkeypatch: pytest.MonkeyPatch):
     declared = ["torch>=99", "no-such-package-anywhere>=1", "numpy", "also-missing; extra == 'wandb'"]
     monkeypatch.setattr(metadata, "requires", lambda name: declared)
-    found = {finding.check: finding for finding in software.packages(gpu=False)}
+    found = {finding.check: finding for finding in software.packages(False, EngineConfig())}
     assert set(found) == {"torch", "no-such-package-anywhere"}, "numpy is there; optional extras are not asked for"
     assert "needed is >=99" in found["torch"].seen and found["torch"].status == "fail"
     monkeypatch.setattr(metadata, "metadata", lambda name: {"Requires-Python": ">=3.99"})
     assert only(software.python_version()).status == "fail"
+
+
+def test_an_engine_with_a_python_of_its_own(tmp_path: Path):
+    """As in the CUDA image, where the trainer's Python has no SGLang. One without site-packages stands for another."""
+    other = tmp_path / "python"
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    other.chmod(0o755)
+    finding = only(software.packages(False, EngineConfig(python=other)))
+    assert finding.check == "sglang" and f"is not installed in {other}" in finding.seen
+    assert finding.fix.startswith(f"{other} -m pip install 'sglang==")
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    assert only(software.packages(False, EngineConfig(python=other))).status == "pass"
 
 
 def test_gpus_with_errors_and_slow_clocks():

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def test_a_job_that_is_stopped_and_requeued_ends_like_an_undisturbed_run(
     registered = folder / f"slurm/{job}.1/engines/n1.json"
     wait_for(lambda: reached(done + 1), START_S, lambda: everything_said(folder))
     check_engine(folder, registered)
+    check_sockets(folder)
+    assert "fiberpo: pass: all-reduce: gloo, 2 ranks" in (folder / f"slurm/{job}.1/rank_0.log").read_text()
     assert f"Resumed from {folder}/checkpoints/step-{done:08d}" in (folder / f"slurm/{job}.1/rank_0.log").read_text()
     slurm.run("scontrol", "requeue", job)
 
@@ -117,6 +120,18 @@ def check_engine(folder: Path, registered: Path) -> None:
     assert said == [registered.parent / "api_key"]
     for process in psutil.process_iter(["cmdline"]):
         assert key not in " ".join(process.info["cmdline"] or [])
+
+
+def check_sockets(folder: Path) -> None:
+    """Ranks, their store, gloo, the update group, engines and srun listen on the nodes' address alone."""
+    listening = set()
+    for process in processes_of(folder):
+        for each in (process, *process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                sockets = [c for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+                listening |= {(c.laddr.ip, each.name()) for c in sockets}
+    assert {ip for ip, _ in listening} == {"127.0.0.1"}, listening
+    assert len({name for _, name in listening}) >= 3, f"srun, python and SGLang's scheduler: {listening}"
 
 
 def test_the_cause_of_a_failure_is_the_last_thing_the_job_says(slurm: Cluster, model: Path, tmp_path: Path):
