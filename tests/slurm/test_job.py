@@ -2,8 +2,8 @@
 
 import json
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from fiberpo_megatron.cli.main import main
 from fiberpo_megatron.config import load_config
 from fiberpo_megatron.launch.slurm import write_job
 from tests.end_to_end.test_training import CONFIG, ROOT, SMALL, command, processes_of, records
@@ -29,15 +30,23 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def submit(slurm: Cluster, model: Path, folder: Path, *more: str) -> str:
-    """The id of a submitted job."""
-    words = ["--model.path", str(model), "--run.folder", str(folder), *SMALL, *OPTIONS, *more]
-    done = subprocess.run(
-        [sys.executable, "-m", "fiberpo_megatron.cli.main", "slurm", CONFIG, "--submit", *words],
-        cwd=ROOT, env=slurm.environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()[2].rstrip(";")
+Submit = Callable[..., str]
+
+
+@pytest.fixture
+def submit(slurm: Cluster, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Submit:
+    """`fiberpo slurm --submit` in this process, which has imported everything; the job's id."""
+
+    def run(folder: Path, *more: str) -> str:
+        words = ["--model.path", str(model), "--run.folder", str(folder), *SMALL, *OPTIONS, *more]
+        with monkeypatch.context() as place:
+            place.chdir(ROOT)
+            for name in ("SLURM_CONF", "PATH"):
+                place.setenv(name, slurm.environment[name])
+            assert main(["slurm", CONFIG, "--submit", *words]) == 0
+        return capsys.readouterr().out.split()[2].rstrip(";")
+
+    return run
 
 
 def rewards(folder: Path) -> list[float]:
@@ -62,11 +71,11 @@ def everything_said(folder: Path) -> str:
 @pytest.mark.sglang
 @pytest.mark.timeout(900)
 def test_a_job_that_is_stopped_and_requeued_ends_like_an_undisturbed_run(
-    slurm: Cluster, model: Path, engine: Any, tmp_path: Path
+    slurm: Cluster, submit: Submit, model: Path, engine: Any, tmp_path: Path
 ):
     """Worth its three starts: preemption loses nothing, and nobody has to look."""
     folder = tmp_path / "job"
-    job = submit(slurm, model, folder)
+    job = submit(folder)
 
     def reached(steps: int) -> bool:
         assert slurm.state(job) in ("RUNNING", "PENDING"), everything_said(folder)
@@ -134,12 +143,12 @@ def check_sockets(folder: Path) -> None:
     assert len({name for _, name in listening}) >= 3, f"srun, python and SGLang's scheduler: {listening}"
 
 
-def test_the_cause_of_a_failure_is_the_last_thing_the_job_says(slurm: Cluster, model: Path, tmp_path: Path):
+def test_the_cause_of_a_failure_is_the_last_thing_the_job_says(slurm: Cluster, submit: Submit, tmp_path: Path):
     (tmp_path / "empty.jsonl").write_text("")
     task = f'[{{kind = "jsonl", name = "mine", train = "{tmp_path}/empty.jsonl"}}]'
     urls = ["--rollout.engine.urls", '["http://127.0.0.1:9"]', "--slurm.engine_nodes", "0"]
     folder = tmp_path / "job"
-    job = submit(slurm, model, folder, *urls, "--slurm.share_nodes", "false", "--data.tasks", task)
+    job = submit(folder, *urls, "--slurm.share_nodes", "false", "--data.tasks", task)
     wait_for(lambda: slurm.state(job) == "FAILED", START_S, lambda: everything_said(folder))
     *_, cause, where = (folder / f"slurm/{job}.log").read_text().splitlines()
     assert cause.startswith("fiberpo: rank ") and "empty.jsonl" in cause
