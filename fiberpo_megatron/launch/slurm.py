@@ -120,8 +120,9 @@ def write_job(config: Config, resume: bool) -> Path:
     text = render(config, config_file, Path.cwd())
     config_file.write_text(dump_config(config))
     script.write_text(text)
-    for mark in config.run.folder.glob("**/slurm/complete"):  # with --resume there may be more to do
-        mark.unlink()
+    for name in ("complete", "stalled"):  # with --resume there may be more to do
+        for mark in config.run.folder.glob(f"**/slurm/{name}"):
+            mark.unlink()
     return script
 
 

@@ -171,6 +171,35 @@ def test_values_are_never_run(tmp_path: Path):
     assert (folder / "slurm/complete").exists() and not mark.exists()
 
 
+STOPPED_BY_THE_LIMIT = """#!/bin/bash
+trap 'exit 85' USR1
+until grep -q '^SigCgt:.*[2367abef]..$' "/proc/$PPID/status"; do sleep 0.02; done # the script listens to USR1
+if [ -e progress ]; then mkdir -p checkpoints/step-00000003; fi
+kill -USR1 "$PPID"
+while true; do sleep 0.02; done
+"""
+
+
+def test_a_job_that_gets_nowhere_is_not_queued_for_ever(tmp_path: Path):
+    """A stub stands for srun and the time limit; of four starts only the second leaves a checkpoint."""
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    for name, text in (("srun", STOPPED_BY_THE_LIMIT), ("scontrol", "#!/bin/bash\n")):
+        (stubs / name).write_text(text)
+        (stubs / name).chmod(0o755)
+    urls = ["--rollout.engine.urls", '["http://a:1"]', "--slurm.engine_nodes", "0", "--slurm.share_nodes", "false"]
+    path = tmp_path / "job.sh"
+    path.write_text(script(job(*urls, "--run.folder", str(tmp_path)), tmp_path))
+    environment = os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n"}
+    said = []
+    for start in range(4):
+        (tmp_path / "progress").touch() if start == 1 else (tmp_path / "progress").unlink(missing_ok=True)
+        done = subprocess.run(["bash", path], env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        said.append((done.returncode, "; queued again" in done.stdout))
+    assert said == [(85, True), (85, True), (85, True), (1, False)]
+    assert "two starts in a row saved no step: not queued again. Raise slurm.time" in done.stdout
+
+
 def test_a_chain_is_submitted_one_after_the_other():
     seen = []
 
