@@ -10,6 +10,7 @@ from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.fibration import Objective, build_objective
 from fiberpo_megatron.mcore.architecture import read_architecture
 from fiberpo_megatron.mcore.checks import check_layout, check_routers
+from fiberpo_megatron.mcore.weights_files import stored_tensors
 from fiberpo_megatron.rollout.dump import RolloutDump
 from fiberpo_megatron.trainer.fp8 import missing_for_fp8
 from fiberpo_megatron.trainer.stored import DUMP, dump_of
@@ -63,6 +64,10 @@ def _check_model(config: Config, command: str) -> None:
             f"model.path = {model} has no *.safetensors weights; name a folder that has, or set "
             "model.random_init = true to start from fresh weights"
         )
+    try:
+        stored_tensors(model)  # reads the headers: a shard that is missing or cut off is found before engines start
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"model.path: {error}") from error
     if command in ("train", "dump") and config.model.random_init:
         raise ConfigError(
             "model.random_init = true: reinforcement learning needs a model that is sometimes right; warm it up with "

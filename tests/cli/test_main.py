@@ -1,5 +1,6 @@
 """The command line where no rank is started."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,16 @@ def test_errors_are_one_line_with_exit_code_2(words: list[str], message: str, ca
     assert main(words) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("fiberpo: ")
+
+
+def test_damaged_weights_stop_it_before_anything_starts(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    shutil.copytree(MODEL, tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    folder = ["--model.path", str(tmp_path / "model"), "--run.folder", str(tmp_path / "run")]
+    assert main(["train", DEMO, *folder]) == 2
+    error = capsys.readouterr().err
+    assert "model/model.safetensors" in error and "a Git LFS pointer: download it again" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_local_world_of_the_demo_is_two_ranks_and_four_with_two_stages():

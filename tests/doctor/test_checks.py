@@ -150,7 +150,7 @@ def test_model_files(checkpoint: Path, tmp_path: Path):
     shutil.copytree(checkpoint, broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "cannot be read" in only(inputs.model_files(config("--model.path", str(broken)))).seen
+    assert "cannot read" in only(inputs.model_files(config("--model.path", str(broken)))).seen
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (broken / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "model-00001-of-00002" in only(inputs.model_files(config("--model.path", str(broken)))).seen
