@@ -6,6 +6,11 @@ Each objective runs beside
 Response lengths are log-normal, capped at four times their mean; (a) works on [B, longest].
 
     python tools/bench_objective.py --sizes 65536 1048576 --objectives fiberpo grpo --json bench.json
+
+With --operations it counts instead what a call in fused kernels starts on the device and how often the host waits,
+which without a GPU needs Triton and its interpreter:
+
+    TRITON_INTERPRET=1 python tools/bench_objective.py --operations
 """
 
 from __future__ import annotations
@@ -385,6 +390,17 @@ def table_line(result: Result | None) -> str:
     return f"{cells[0]:<22}" + "".join(f"{cell:>15}" for cell in cells[1:])
 
 
+def print_operations(options: argparse.Namespace) -> None:
+    """Device operations and host waits per call, with and without metrics; they do not depend on the tokens."""
+    from device_operations import count
+
+    print(f"{'objective':<22}{'operations':>12}{'waits':>8}{'no metrics':>14}{'waits':>8}")
+    for name in options.objectives:
+        batch = make_packed(4096, experts="expert" in name, scale=options.scale, device=options.device)
+        full, bare = (count(ours(name, batch, metrics=metrics, kernels=True)) for metrics in (True, False))
+        print(f"{name:<22}{full.operations:>12}{full.waits:>8}{bare.operations:>14}{bare.waits:>8}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1 << 16, 1 << 18, 1 << 20, 1 << 22], help="tokens")
@@ -394,9 +410,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; the fastest counts")
     parser.add_argument("--scale", type=float, default=0.05, help="standard deviation of the log ratio")
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--operations", action="store_true", help="count operations and waits instead of timing")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
+    if options.operations:
+        print_operations(options)
+        return
     bandwidth = copy_bandwidth(options.device)
     print(f"{options.device}, {options.threads} threads, copy bandwidth {bandwidth / 1e9:.1f} GB/s")
     print(table_line(None))

@@ -1,15 +1,13 @@
 """What one objective call asks of a GPU beside bytes: operations started, and waits of the host for a result.
 
+`bench_objective.py --operations` prints them.
+
 On a CPU the kernels run in Triton's interpreter, and CPU tensors stand for CUDA tensors: what is made of a tensor that
 `.cpu()` returned, or of Python numbers, counts as the host's own, and so does every new tensor from then on.
-
-    TRITON_INTERPRET=1 python tools/device_operations.py --tokens 4096
 """
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,11 +15,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from bench_objective import make_packed, ours
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from fiberpo_megatron.fibration import OBJECTIVES
 from fiberpo_megatron.fibration.kernels import fused, plan, tree
 
 FREE = {
@@ -117,21 +113,3 @@ def count(call: Callable[[], Any]) -> Counts:
     with counted() as counts:
         call()
     return counts
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    print(f"{'objective':<22}{'operations':>12}{'waits':>8}{'no metrics':>14}{'waits':>8}")
-    for name in options.objectives:
-        batch = make_packed(options.tokens, experts="expert" in name, scale=0.05, device=options.device)
-        full, bare = (count(ours(name, batch, metrics=metrics, kernels=True)) for metrics in (True, False))
-        print(f"{name:<22}{full.operations:>12}{full.waits:>8}{bare.operations:>14}{bare.waits:>8}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

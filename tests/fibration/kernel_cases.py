@@ -244,9 +244,9 @@ def test_a_malformed_token_on_one_rank_stops_all() -> None:
 
 
 BOUNDS = {  # device operations and waits of a call with metrics, and without
-    "fiberpo-expert": (23, 2, 21, 2),
-    "gspo": (16, 2, 14, 2),
-    "ppo": (13, 2, 5, 1),
+    "fiberpo-expert": (21, 2, 19, 2),
+    "gspo": (15, 2, 11, 2),
+    "ppo": (12, 2, 3, 1),
 }
 
 

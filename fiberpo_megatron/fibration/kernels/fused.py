@@ -8,7 +8,6 @@ words. Unlike there, a malformed token is found after the reductions: then every
 from __future__ import annotations
 
 import contextlib
-import math
 
 import torch
 import triton
@@ -92,13 +91,17 @@ class _FusedCall:
         self.trajectories = 0
         if self.plan is not None and with_metrics and TRAJECTORY_KEY in keys:
             self.trajectories = self.plan.nodes.sizes[TRAJECTORY_KEY]
-        # integers that programs add to or raise: flag, histogram, tokens and clipped tokens per trajectory
-        ints = [1, histogram.BINS if with_metrics else 0, self.trajectories, self.trajectories]
-        self.flag, self.bins, self.tokens_of, self.clipped_of = self._zeros(sum(ints)).split(ints)
         self.tree: DeviceTree | None = None
         if isinstance(rule, FiberRule):
             assert self.plan is not None
-            self.tree = DeviceTree(rule.chain, self.plan.nodes, self.flag, self.x.dtype)
+            self.tree = DeviceTree(rule.chain, self.plan.nodes, self.x.dtype)
+        # integers that programs add to or raise: histogram, tokens and clipped tokens per trajectory, the tree's
+        ints = [histogram.BINS if with_metrics else 0, self.trajectories, self.trajectories]
+        ints.append(0 if self.tree is None else self.tree.integers)
+        zeros = (torch.zeros if sum(ints) else torch.empty)(sum(ints), dtype=torch.int32, device=self.x.device)
+        self.bins, self.tokens_of, self.clipped_of, of_tree = zeros.split(ints)
+        if self.tree is not None:
+            self.tree.place_in(of_tree)
 
     def first_pass(self) -> dict[str, Tensor]:
         """The first reduction's tables."""
@@ -214,7 +217,9 @@ class _FusedCall:
 
     def finish(self, first: dict[str, Tensor], second: dict[str, Tensor]) -> ObjectiveMetrics | None:
         """Metrics, read together with the flags; ValueError when one is set."""
-        wanted = {"flag": self.flag, "totals": second["totals"]}
+        wanted = {"totals": second["totals"]}
+        if self.tree is not None and self.tree.flag.numel():
+            wanted["flag"] = self.tree.flag
         if self.with_metrics:
             wanted |= {"top": self.top, **first, **{name: second[name] for name in second if name != "nodes"}}
         read = _to_host(wanted)
@@ -222,7 +227,7 @@ class _FusedCall:
         if malformed:
             check_values(self.batch)
             raise ValueError(f"{malformed:.0f} tokens of other ranks are malformed; their ranks' errors name them")
-        if read["flag"].any() and not self.with_metrics:
+        if "flag" in read and read["flag"].any() and not self.with_metrics:
             self._gated_tree(_to_host(first))
         if not self.with_metrics:
             return None
@@ -256,12 +261,10 @@ class _FusedCall:
     def _floats(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=self.x.device)
 
-    def _zeros(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.int32, device=self.x.device)
-
 
 def _to_host(tables: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tables in float64, read in one copy."""
-    flat = torch.cat([table.reshape(-1) for table in tables.values()]).cpu()
-    parts = flat.split([math.prod(table.shape) for table in tables.values()])
+    flat = [table.reshape(-1) for table in tables.values()]
+    whole = (torch.cat(flat) if len(flat) > 1 else flat[0]).cpu()
+    parts = whole.split([table.numel() for table in flat])
     return {name: part.view(table.shape) for part, (name, table) in zip(parts, tables.items(), strict=True)}

@@ -24,7 +24,7 @@ def _lanes(first, nodes, P: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.conste
     return b, inside, b[:, None] * P + p[None, :], inside[:, None] & (p < P)[None, :]
 
 
-@triton.jit(do_not_specialize=["nodes", "total"])
+@triton.jit(do_not_specialize=["nodes", "total"], do_not_specialize_on_alignment=["reach_ptr", "flag_ptr"])
 def place_nodes(
     sums_ptr,
     parent_ptr,
@@ -93,7 +93,7 @@ def _store_total(out_ptr, at, column, expert, p, P: tl.constexpr):
     tl.store(out_ptr + at + p, value, mask=(p < P) & ((expert > 0) | (p == 0)))
 
 
-@triton.jit(do_not_specialize=["nodes", "total"])
+@triton.jit(do_not_specialize=["nodes", "total"], do_not_specialize_on_alignment=["reach_ptr", "flag_ptr"])
 def sum_up(
     sums_ptr,
     stopped_ptr,

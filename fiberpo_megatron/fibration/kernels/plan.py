@@ -14,8 +14,8 @@ from fiberpo_megatron.fibration.membership import NodeMap, checked_size
 from fiberpo_megatron.fibration.rule import Rule
 from fiberpo_megatron.fibration.tokens import TokenBatch
 
-SEARCH_BLOCK = 4096
-"""Tokens per program that looks for runs."""
+SEARCH_BLOCK = 1024
+"""Tokens per program that looks for runs; with 4,096 the registers of sm_90 do not suffice for four keys."""
 RUNS_AT_ONCE = 64
 """Runs of a node that are added side by side."""
 
@@ -98,7 +98,6 @@ def make_plan(rule: Rule, batch: TokenBatch, keys: tuple[str, ...], *, block: in
     counts = torch.empty(blocks, dtype=torch.int64, device=device)
     constants = {"BASE": base, "CUT": block, "BLOCK": SEARCH_BLOCK}
     launch(run_kernels.find_cuts, (blocks,), ids, counts, found, size, **constants)
-    ends = counts.cumsum(0)
     runs, unsorted, *ranges = found.tolist()
     sizes = {}
     for key, high, below in zip(keys, ranges[::2], ranges[1::2], strict=True):
@@ -107,7 +106,7 @@ def make_plan(rule: Rule, batch: TokenBatch, keys: tuple[str, ...], *, block: in
     starts = empty(max(runs, 1) + 1, dtype=torch.int64, device=device)
     table = empty((len(keys) + 1, max(runs, 1)), dtype=torch.int64, device=device)
     if size:
-        args = (ids, tuple(sizes.values()), ends, counts, starts, table, size, runs)
+        args = (ids, tuple(sizes.values()), counts, starts, table, size, runs)
         launch(run_kernels.write_runs, (blocks,), *args, **constants)
     sorted_base, order = (table[-1], None) if not unsorted else torch.sort(table[-1], stable=True)
     nodes = NodeMap(rule.base_keys, sizes, table[-1], batch.expert_share, rule.soft, batch.partitions)

@@ -48,7 +48,6 @@ def find_cuts(ids, count_ptr, found_ptr, size, BASE: tl.constexpr, CUT: tl.const
 def write_runs(
     ids,
     sizes,
-    end_ptr,
     count_ptr,
     start_ptr,
     id_ptr,
@@ -58,16 +57,17 @@ def write_runs(
     CUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """start [runs + 1], the last one `size`, and id [keys + 1, runs], whose last row is the base node.
-
-    end[block] is the number of runs up to and with a block of `find_cuts`.
-    """
+    """start [runs + 1], the last one `size`, and id [keys + 1, runs], whose last row is the base node; count is what
+    `find_cuts` found with the same blocks."""
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
     held = at < size
     changed, _ = _changes(ids, at, held, BASE)
     begins = held & (changed | (at % CUT == 0))
-    run = tl.load(end_ptr + block) - tl.load(count_ptr + block) + tl.cumsum(begins.to(tl.int64), axis=0) - 1
+    run = tl.cumsum(begins.to(tl.int64), axis=0) - 1
+    for first in range(0, block, BLOCK):
+        before = first + tl.arange(0, BLOCK)
+        run += tl.sum(tl.load(count_ptr + before, mask=before < block, other=0), axis=0)
     tl.store(start_ptr + run, at, mask=begins)
     tl.store(start_ptr + runs + at * 0, size + at * 0, mask=at == 0)
     base = at * 0

@@ -127,7 +127,7 @@ def place_maximum(bins_ptr, max_ptr, fine_ptr):
     tl.store(fine_ptr + row, ((row == fine) & (_bin(value) == top) & (value > -2.0 * CLAMP)).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["bins_ptr", "tokens_ptr"])
 def first_pass(
     x_ptr,
     mu_ptr,
@@ -190,7 +190,7 @@ def _malformed(x, a, mu, share, held, EXPERTS: tl.constexpr):
     return bad & held
 
 
-@triton.jit(do_not_specialize=["size", "nodes"])
+@triton.jit(do_not_specialize=["size", "nodes"], do_not_specialize_on_alignment=["clipped_ptr"])
 def second_pass(
     x_ptr,
     a_ptr,

@@ -29,10 +29,13 @@ def coarse_counts(chain: LevelChain, nodes: NodeMap) -> list[int]:
 
 
 class DeviceTree:
-    """The nodes of one call; `flag` (int32 [1], zero) becomes 1 where levels may not nest."""
+    """The nodes of one call, whose tokens are of `dtype`."""
 
-    def __init__(self, chain: LevelChain, nodes: NodeMap, flag: Tensor, dtype: torch.dtype) -> None:
-        self.chain, self.nodes, self.flag, self.dtype = chain, nodes, flag, dtype
+    flag: Tensor
+    """int32 [1], or [0] with one level; not 0 where levels may not nest."""
+
+    def __init__(self, chain: LevelChain, nodes: NodeMap, dtype: torch.dtype) -> None:
+        self.chain, self.nodes, self.dtype = chain, nodes, dtype
         self.levels = len(chain.levels)
         p = nodes.partitions
         self.counts = tuple(coarse_counts(chain, nodes)) or (0,)
@@ -49,8 +52,16 @@ class DeviceTree:
         padded = triton.next_power_of_2(p)
         self.layout = {"LEVELS": self.levels, "P": p, "PADDED": padded, "BLOCK": max(1, NODE_TILE // padded)}
         self.place: Tensor | None = None
-        self.reach: Tensor | None = None
         self.coarse: Tensor | None = None
+
+    @property
+    def integers(self) -> int:
+        """How many integers `place_in` needs."""
+        return 1 + 2 * self.total if self.levels > 1 else 0
+
+    def place_in(self, zeros: Tensor) -> None:
+        """Take memory for the flag and the spans of coarser nodes, int32 [integers]."""
+        self.flag, self.reach = zeros[:1], zeros[1:]
 
     def gate(self, sums: Tensor, parents: Tensor | None) -> Tensor:
         """S+, S- and the summed log base weight [3, base_nodes, P] from the reduced sums [4, base_nodes, P]."""
@@ -84,7 +95,6 @@ class DeviceTree:
             strides += of_key.values()
         device = self.sums.device
         self.place = torch.empty((self.levels - 1, nodes.base_nodes), dtype=torch.int64, device=device)
-        self.reach = torch.zeros((2, self.total), dtype=torch.int32, device=device)
         sizes = tuple(nodes.sizes[key] for key in keys)
         tables = (self.sums, parents, self.place, self.reach, self.flag, sizes, tuple(strides), self.offsets)
         self._each_finest(node_kernels.place_nodes, *tables, nodes.base_nodes, self.total, BASE=len(nodes.keys))
@@ -113,7 +123,7 @@ class DeviceTree:
 
     def _finest(self, rows: int, dtype: torch.dtype) -> Tensor:
         shape = (rows, self.nodes.base_nodes, self.nodes.partitions)
-        return torch.empty(shape, dtype=dtype, device=self.flag.device)
+        return torch.empty(shape, dtype=dtype, device=self.sums.device)
 
     def _each_finest(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
         programs = triton.cdiv(self.nodes.base_nodes, self.layout["BLOCK"])
