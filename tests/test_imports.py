@@ -22,6 +22,7 @@ PARTS = {
     "trainer": {
         "config",
         "types",
+        "rendezvous",
         "fibration",
         "telemetry",
         "data",

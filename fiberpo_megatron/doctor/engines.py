@@ -7,7 +7,7 @@ from fiberpo_megatron.doctor.report import Finding
 from fiberpo_megatron.doctor.software import ENGINE, requirement_of
 from fiberpo_megatron.rollout.addresses import free_ports, is_free
 from fiberpo_megatron.rollout.api_key import read_key
-from fiberpo_megatron.rollout.client import EngineAddress
+from fiberpo_megatron.rollout.client import KEY_FIX, EngineAddress
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 10.0
@@ -55,7 +55,10 @@ def _server(address: EngineAddress, needed: tuple[str, ...]) -> Finding:
     name = f"engine {address.url}"
     try:
         with httpx.Client(base_url=address.url, timeout=TIMEOUT_S, trust_env=False, headers=address.headers) as http:
-            version = http.get("/server_info").raise_for_status().json().get("version", "unknown")
+            answer = http.get("/server_info")
+            if answer.status_code == httpx.codes.UNAUTHORIZED:
+                return Finding(name, "fail", "the server asks for another API key", KEY_FIX)
+            version = answer.raise_for_status().json().get("version", "unknown")
             offered = http.get("/openapi.json").raise_for_status().json()["paths"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
         seen = f"no SGLang server answers ({type(error).__name__}: {error})"

@@ -10,7 +10,6 @@ from fiberpo_megatron.config import Config
 from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.doctor import engines, inputs, machine, software, storage
 from fiberpo_megatron.doctor.report import Check, Finding, examine
-from fiberpo_megatron.telemetry.gpu import GpuMonitor
 
 QUICK_S, CHECK_S = 2.0, 30.0
 LOCAL_RANKS = 2
@@ -51,7 +50,7 @@ def full(config: Config | None) -> list[Finding]:
 
 
 def _software(config: Config | None) -> list[tuple[str, Check]]:
-    gpu, engine = bool(GpuMonitor().read()), config.rollout.engine if config else EngineConfig()
+    gpu, engine = bool(machine.gpu_count()), config.rollout.engine if config else EngineConfig()
     return [("Python", software.python_version), ("packages", lambda: software.packages(gpu, engine))]
 
 
@@ -89,4 +88,4 @@ def _ranks() -> list[Finding]:
 
 def _local_ranks() -> int:
     """A rank for every GPU; two without, or the one there is."""
-    return len(GpuMonitor().read()) or LOCAL_RANKS
+    return machine.gpu_count() or LOCAL_RANKS

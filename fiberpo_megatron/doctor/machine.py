@@ -17,6 +17,11 @@ OPEN_FILES, OPEN_FILES_AT_LEAST = 16384, 1024
 BUSY_SHARE = 0.1
 
 
+def gpu_count() -> int:
+    """GPUs that the driver shows."""
+    return len(GpuMonitor().read())
+
+
 def gpus(monitor: GpuMonitor | None = None) -> list[Finding]:
     """Every GPU: memory errors, clocks held back, memory that others use; and the driver."""
     monitor = monitor or GpuMonitor()

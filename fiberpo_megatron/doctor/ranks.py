@@ -44,8 +44,10 @@ def meet(deadline_s: float = DEADLINE_S) -> list[Finding]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=deadline_s)
     store = dist.PrefixStore("doctor", ranks_store(timeout))
-    own = [asdict(finding) for finding in machine_findings()] if os.environ.get("LOCAL_RANK", "0") == "0" else []
-    store.set(f"here/{rank}", json.dumps({"host": socket.gethostname(), "findings": own}))
+    said: dict[str, Any] = {"host": socket.gethostname(), "gpus": None, "findings": []}
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        said["gpus"], said["findings"] = machine.gpu_count(), [asdict(finding) for finding in machine_findings()]
+    store.set(f"here/{rank}", json.dumps(said))
     found: list[Finding] = []
     hosts: dict[int, str] = {}
     if rank == 0:
@@ -84,6 +86,12 @@ def _of_machines(present: dict[int, dict[str, Any]]) -> list[Finding]:
         for finding in (Finding(**values) for values in said["findings"]):
             name = f"{said['host']}: {finding.check}" if several else finding.check
             found.append(Finding(name, finding.status, finding.seen, finding.fix))
+    gpus = {said["host"]: said["gpus"] for said in present.values() if said["gpus"] is not None}
+    most = max(gpus.values(), default=0)
+    if short := {host: count for host, count in gpus.items() if count < most}:
+        seen = f"{', '.join(f'{host} has {count}' for host, count in short.items())}, the others have {most}"
+        fix = "Leave those nodes out (slurm.options, --exclude=NODE) until nvidia-smi shows all of their GPUs again"
+        found.append(Finding("GPU count", "fail", seen, fix))
     return found
 
 

@@ -22,6 +22,7 @@ from fiberpo_megatron.mcore.heartbeat import heartbeat
 from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout, stop_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
 from fiberpo_megatron.mcore.weights import save_hf
+from fiberpo_megatron.rendezvous import master_address
 from fiberpo_megatron.rewards import RetryEnvironment, build_reward
 from fiberpo_megatron.rollout.api_key import new_key, read_key
 from fiberpo_megatron.rollout.client import EngineAddress, Sampling
@@ -267,7 +268,7 @@ def _engines(base: Base, stack: ExitStack) -> list[EngineAddress]:
                     folder,
                     dtype=config.model.dtype,
                     seed=config.run.seed,
-                    host="127.0.0.1" if local_ranks == layout.world_size else socket.gethostname(),
+                    host="127.0.0.1" if local_ranks == layout.world_size else master_address() or socket.gethostname(),
                     routed_experts=config.needs_rollout_routing,
                     first_gpu=first_gpu,
                     api_key=key,

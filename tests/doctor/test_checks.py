@@ -202,14 +202,15 @@ def test_a_real_engine_has_what_is_needed(engine: EngineAddress, tmp_path: Path)
     [
         ([], "0.5.23", "fail", "lacks /generate"),
         ([*engines.COMMON, *engines.OF_METHOD["distributed"]], "0.4.1", "warn", "tested is"),
+        (None, "0.5.23", "fail", "asks for another API key"),
     ],
 )
-def test_engines_of_another_version(paths: list[str], version: str, status: str, seen: str):
+def test_engines_of_another_version(paths: list[str] | None, version: str, status: str, seen: str):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = {"version": version} if self.path == "/server_info" else {"paths": dict.fromkeys(paths, {})}
+            body = {"version": version} if self.path == "/server_info" else {"paths": dict.fromkeys(paths or [], {})}
             text = json.dumps(body).encode()
-            self.send_response(200)
+            self.send_response(200 if paths is not None else 401)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)

@@ -45,6 +45,16 @@ def test_slow_ranks_and_wrong_clocks_are_named():
     assert off.status == "warn" and "clock of c (rank 2) is off by -40.0 s" in off.seen
 
 
+def test_a_node_that_has_lost_a_gpu_is_named():
+    present = {rank: {"host": f"n{rank // 2}", "gpus": None, "findings": []} for rank in range(6)}
+    for rank, count in ((0, 8), (2, 7), (4, 8)):
+        present[rank]["gpus"] = count
+    (finding,) = ranks._of_machines(present)
+    assert finding.status == "fail" and finding.seen == "n1 has 7, the others have 8" and "--exclude" in finding.fix
+    present[2]["gpus"] = 8
+    assert ranks._of_machines(present) == []
+
+
 def test_one_rank_of_every_machine_is_compared():
     assert ranks._partners(2, 8) == [1] and ranks._partners(1, 1) == []
     assert ranks._partners(4, 4) == [1, 2, 3] and ranks._partners(16, 4) == [4, 8, 12]
