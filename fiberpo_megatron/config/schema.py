@@ -468,7 +468,8 @@ class SlurmConfig(Section):
     """Put the engines on the first `engine_nodes` training nodes: on GPUs that the ranks leave free, or with
     rollout.engine.colocated on theirs."""
     signal_s: int = Field(300, ge=10)
-    """Seconds before the time limit at which the run is asked to save and stop: more than one step and one save."""
+    """Seconds before the time limit at which the run is asked to save and stop: more than a step without its
+    generation, an evaluation and a save."""
     requeue: bool = True
     """Queue the job again when it was stopped by its time limit; it goes on by itself."""
     chain: int = Field(1, ge=1)

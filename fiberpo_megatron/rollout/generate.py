@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from fiberpo_megatron.rollout.background import BackgroundLoop
 from fiberpo_megatron.rollout.client import EngineAddress, EngineClient, Sampling
-from fiberpo_megatron.rollout.errors import EngineRefused
+from fiberpo_megatron.rollout.errors import EngineRefused, SamplingStopped
 from fiberpo_megatron.types import Completion
 
 Result = TypeVar("Result")
 
+STOP_POLL_S = 0.5
+"""How often a request to stop is looked for while no response ends."""
 Finished = Callable[[int, list[Completion]], None]
 """(index of a prompt, its completions), called from the sampler's thread."""
 
@@ -103,18 +105,22 @@ class EngineSampler:
         self._clients = [EngineClient(e, timeout_s, max_concurrent, transport) for e in engines]
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        count: int,
+        seeds: Sequence[int] | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[int, list[Completion]]]:
         """(index of a prompt, its `count` completions), each prompt (token ids) once, as they are finished. `seeds`:
-        one per prompt."""
+        one per prompt. Once `stop` says so, what runs is cancelled and SamplingStopped raised."""
         if seeds is not None and len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; pass one seed per prompt")
         for index, prompt in enumerate(prompts):
             self._check_tokens(prompt, f"prompt {index}")
-        return self._sampled(prompts, count, seeds)
+        return self._sampled(prompts, count, seeds, stop)
 
     def _sampled(
-        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int] | None
+        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int] | None, stop: Callable[[], bool]
     ) -> Iterator[tuple[int, list[Completion]]]:
         came: SimpleQueue[tuple[int, list[Completion]] | None] = SimpleQueue()  # None: there is no more
         work = self._loop.submit(
@@ -131,7 +137,15 @@ class EngineSampler:
         )
         work.add_done_callback(lambda _: came.put(None))
         try:
-            while (item := came.get()) is not None:  # every request in `work` has its deadline
+            while True:  # not for ever: every request in `work` has its deadline
+                try:
+                    item = came.get(timeout=0 if stop() else STOP_POLL_S)
+                except Empty:
+                    if stop():
+                        raise SamplingStopped from None
+                    continue
+                if item is None:
+                    break
                 yield item
             work.result()
         finally:

@@ -104,6 +104,8 @@ def run_dump(config: Config, resume: bool, stop: StopRequest) -> None:
             if base.layout.any_rank(stop()):
                 raise Stopped(step)
             rollouts = generate(run, step, 0)
+            if rollouts is None:
+                raise Stopped(step)
             base.say(f"step {step}: {len(rollouts.lengths)} trajectories, mean reward {rollouts.rewards.mean():.3f}")
         base.say(f"Rollouts: {config.run.folder / DUMP}")
 

@@ -1,7 +1,9 @@
 """This leader's share of a step's prompts, sampled by the engines and scored."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Protocol, TypeVar
 
@@ -9,6 +11,8 @@ from numpy.typing import ArrayLike
 
 from fiberpo_megatron.rewards import Reward
 from fiberpo_megatron.rollout.conversation import Conversation, Dialogue, converse
+from fiberpo_megatron.rollout.errors import SamplingStopped
+from fiberpo_megatron.trainer.stop import never
 from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory
 
 Item = TypeVar("Item")
@@ -18,10 +22,10 @@ class Sampler(Protocol):
     """What the trainer needs of the rollout engines."""
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int], stop: Callable[[], bool]
     ) -> Iterator[tuple[int, list[Completion]]]:
         """(index of a prompt, its `count` completions), each prompt once, as they are finished; one sampling seed per
-        prompt."""
+        prompt. Raises SamplingStopped once `stop` says so."""
         ...
 
     def score(self, token_ids: Sequence[int]) -> Sequence[ArrayLike]:
@@ -42,23 +46,26 @@ class Generator:
     dialogue: Dialogue | None = None
     """Answers the policy's turns; None: every response is one turn."""
 
-    def groups(self, prompts: Sequence[Prompt], count: int, version: str) -> Iterator[tuple[int, RolloutGroup]]:
+    def groups(
+        self, prompts: Sequence[Prompt], count: int, version: str, stop: Callable[[], bool] = never
+    ) -> Iterator[tuple[int, RolloutGroup]]:
         """(index of a prompt, its `count` scored trajectories), each prompt once, as they are finished; all sampled
-        with weights `version`.
+        with weights `version`. Fewer prompts where `stop` says so before the last has ended.
 
         Raises RuntimeError when an engine answered with other weights: the loop is synchronous, so that would
         mean that a publication was lost.
         """
         conversations = converse(
-            self.sampler.sample,
+            partial(self.sampler.sample, stop=stop),
             prompts,
             count,
             [self._seed(prompt, version) for prompt in prompts],
             decode=self.decode,
             dialogue=self.dialogue,
         )
-        for index, group in conversations:
-            yield index, RolloutGroup(prompts[index], tuple(self._trajectory(c, version) for c in group))
+        with suppress(SamplingStopped):
+            for index, group in conversations:
+                yield index, RolloutGroup(prompts[index], tuple(self._trajectory(c, version) for c in group))
 
     def _seed(self, prompt: Prompt, version: str) -> int:
         name = f"{self.seed} {version} {prompt.domain} {prompt.index}".encode()

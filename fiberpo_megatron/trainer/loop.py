@@ -125,7 +125,7 @@ def train(run: Training, start: int = 0) -> None:
     """Train from step `start` (0, or the step of the checkpoint that was loaded) to `trainer.steps`.
 
     Raises Stopped, on all ranks at the same step and after saving, when any rank was asked to stop: after a step, or
-    between a step's rollouts and its first optimiser step.
+    before its first optimiser step, in the middle of its generation too.
     """
     config, saved = run.config, start
     publish(run, start, probe=None)
@@ -134,7 +134,7 @@ def train(run: Training, start: int = 0) -> None:
     for step in range(start, config.trainer.steps):
         done = step + 1
         rollouts = generate(run, step, step)
-        if _asked_to_stop(run):
+        if rollouts is None or _asked_to_stop(run):
             if step > saved:
                 _save(run, step, {})
             _complete_save(run, wait=True)
@@ -156,9 +156,9 @@ def train(run: Training, start: int = 0) -> None:
             raise Stopped(done)
 
 
-def generate(run: Training, step: int, version: int) -> RolloutBatch:
+def generate(run: Training, step: int, version: int) -> RolloutBatch | None:
     """The step's trajectories, sampled with weights `version`: each leader its share, joined on every rank; or those
-    that are on disk."""
+    that are on disk. None, on every rank, when one was asked to stop before they were complete."""
     batch = run.config.batch
     prompts = run.prompts.prompts_at(run.config.run.seed, step, batch.prompts)
     with run.timers("stored_rollouts"):
@@ -166,8 +166,9 @@ def generate(run: Training, step: int, version: int) -> RolloutBatch:
     if stored is not None:
         return stored
     rollouts = _rollouts(run, prompts, batch.samples_per_prompt, version, log_step=step)
-    with run.timers("stored_rollouts"):
-        run.rollouts.save(step, prompts, str(version), rollouts)
+    if rollouts is not None:
+        with run.timers("stored_rollouts"):
+            run.rollouts.save(step, prompts, str(version), rollouts)
     return rollouts
 
 
@@ -217,6 +218,7 @@ def evaluate(run: Training, step: int) -> dict[str, float]:
         return {}
     with run.timers("evaluate"):
         rollouts = _rollouts(run, prompts, evaluation.samples_per_prompt, step, log_step=None)
+    assert rollouts is not None, "nobody stops an evaluation"
     summary = _rollout_summary(rollouts, run.prompts.domains)
     run.recorder.record("eval", step, summary)
     return summary
@@ -236,22 +238,31 @@ def _complete_save(run: Training, wait: bool) -> None:
         run.rollouts.saved(run.checkpoints.complete(wait))
 
 
-def _rollouts(run: Training, prompts: list[Prompt], count: int, version: int, *, log_step: int | None) -> RolloutBatch:
+def _rollouts(
+    run: Training, prompts: list[Prompt], count: int, version: int, *, log_step: int | None
+) -> RolloutBatch | None:
+    """Sample, score and join; None where a request to stop came first, which an evaluation (`log_step` None) does not
+    heed."""
     assert run.generator is not None, "rollouts that are replayed are never generated"
     layout = run.policy.layout
     mine = share(range(len(prompts)), layout.data_rank, layout.data_size)
-    groups: list[RolloutGroup] = []
+    stop = never if log_step is None else run.stop
+    groups: list[RolloutGroup | None] = []
     with run.timers("evaluate_generate" if log_step is None else "generate"), together(layout, "generating rollouts"):
         if layout.is_leader:
             with _kept(run, log_step, prompts, version, mine) as finished:
                 missing = [index for index in mine if index not in finished]
-                for i, group in run.generator.groups([prompts[index] for index in missing], count, str(version)):
+                asked = [prompts[index] for index in missing]
+                for i, group in run.generator.groups(asked, count, str(version), stop):
                     finished[missing[i]] = group
-            groups = [finished[index] for index in mine]
+            groups = [finished.get(index) for index in mine]
+    complete = [group for group in groups if group is not None]
+    if layout.any_rank(len(complete) < len(groups)):
+        return None
     if log_step is not None:
-        run.recorder.rollouts(log_step, groups)
+        run.recorder.rollouts(log_step, complete)
     with run.timers("exchange"):
-        return layout.gather_rollouts(flatten(groups) if layout.is_leader else None)
+        return layout.gather_rollouts(flatten(complete) if layout.is_leader else None)
 
 
 def _kept(

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from fiberpo_megatron.rollout.client import EngineAddress, Sampling
-from fiberpo_megatron.rollout.errors import EngineRefused
+from fiberpo_megatron.rollout.errors import EngineRefused, SamplingStopped
 from fiberpo_megatron.rollout.generate import EngineSampler, response_seeds
 from tests.rollout.fake_server import FakeServers
 from tests.rollout.in_order import in_order
@@ -53,6 +53,24 @@ def test_a_prompt_that_has_ended_does_not_wait_for_the_others():
         assert next(answers)[0] in range(3)
         handed_out.set()
         assert len(list(answers)) == 2
+
+
+def test_a_request_to_stop_cancels_what_runs():
+    """What has come is handed out first."""
+    asked = threading.Event()
+
+    class Held(FakeServers):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            if len(self.calls) == 2:
+                await asyncio.Event().wait()
+            return await super().handle_async_request(request)
+
+    came = []
+    with sampler(Held(), 1) as engines, pytest.raises(SamplingStopped):
+        for index, _ in engines.sample(PROMPTS, 1, stop=asked.is_set):
+            came.append(index)
+            asked.set() if len(came) == 2 else None
+    assert len(came) == 2
 
 
 def test_who_stops_listening_cancels_the_rest():

@@ -1,6 +1,6 @@
 """Trajectories of several turns through the trainer: what the environment wrote has no part in anything."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -100,7 +100,7 @@ def test_retry_ends_with_the_right_answer_or_the_last_turn(tmp_path):
 def test_every_turn_must_come_from_the_published_weights():
     class Stale:
         def sample(
-            self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]
+            self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int], stop: Callable[[], bool]
         ) -> Iterator[tuple[int, list[Completion]]]:
             version = "1" if len(prompts[0]) == 1 else "0"
             spans = (WeightSpan(version, 0, 1),)

@@ -1,7 +1,7 @@
 """The loop on stored rollouts: replay without an engine, and steps that an interrupted run had generated."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from fiberpo_megatron.rollout.dump import DumpError
+from fiberpo_megatron.rollout.errors import SamplingStopped
 from fiberpo_megatron.rollout.finished import finished_indices
 from fiberpo_megatron.trainer.loop import Training, train
+from fiberpo_megatron.trainer.stop import Stopped
 from fiberpo_megatron.trainer.stored import StoredRollouts, dump_of
 from fiberpo_megatron.types import Completion
 from tests.trainer.test_loop import Memory, training
@@ -95,9 +97,9 @@ class CountingEngine(FakeEngine):
 
     calls = 0
 
-    def sample(self, *args: object) -> object:
+    def sample(self, *args: object, **options: object) -> object:
         self.calls += 1
-        return super().sample(*args)
+        return super().sample(*args, **options)
 
 
 class SeededEngine(FakeEngine):
@@ -112,10 +114,12 @@ class SeededEngine(FakeEngine):
         """Prompts of each request."""
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int], stop: Callable[[], bool]
     ) -> Iterator[tuple[int, list[Completion]]]:
         self.asked.append(len(prompts))
         for index in reversed(range(len(prompts))):
+            if stop():
+                raise SamplingStopped
             if self.survives == 0:
                 raise Killed
             self.survives -= 1
@@ -216,6 +220,20 @@ def test_a_step_that_was_cut_while_generating_asks_for_what_is_missing(
     assert memory.values("train", "ratio/max") == recorded.values("train", "ratio/max")[1:]
     assert memory.samples == recorded.samples[1:] == [(1, 4), (2, 4)]
     assert not list((tmp_path / "cut" / "dump").glob("step_*"))
+
+
+def test_a_request_to_stop_cuts_generation_short(tmp_path: Path) -> None:
+    """The last checkpoint is of step 0, so step 1 is saved before the run stops; nothing that was finished is lost."""
+    engine = SeededEngine(seed=0)
+    run, memory = run_in(tmp_path, engine=engine, checkpoint={"every_steps": 0})
+    questions = iter(range(100))  # four a step by the engine, one after the rollouts, one at the end of the step
+    with pytest.raises(Stopped, match="after 1 steps"):
+        train(replace(run, stop=lambda: next(questions) >= 6 + 2))
+    assert memory.saved == [1] and len(memory.values("train", "reward/mean")) == 1
+    assert dump_of(tmp_path).steps() == [] and finished_indices(dump_of(tmp_path).unfinished(1)) == {2, 3}
+    again, _ = run_in(tmp_path, resume=True, start=1, engine=engine, checkpoint={"every_steps": 0})
+    train(again, start=1)
+    assert engine.asked == [4, 4, 2, 4]
 
 
 def test_groups_of_other_sampling_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,7 +1,7 @@
 """A policy of one table and an engine that samples from what was published: the loop's collaborators without
 Megatron and SGLang. The real ones are in tests/distributed and tests/end_to_end."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -157,7 +157,7 @@ class FakeEngine:
         self.version = version
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int], stop: Callable[[], bool]
     ) -> Iterator[tuple[int, list[Completion]]]:
         assert not self.missing
         for index, prompt in enumerate(prompts):
