@@ -42,7 +42,7 @@ def evaluate(
     rule: Rule, batch: TokenBatch, reduce: Reduce | None, *, with_metrics: bool, kernels: bool | None
 ) -> ObjectiveOutput:
     """Run an objective on this rank's tokens; `kernels` as in `Objective.__call__`."""
-    if _use_kernels(rule, batch, kernels):
+    if _use_kernels(batch, kernels):
         from fiberpo_megatron.fibration.kernels.fused import evaluate_fused
 
         seen = seen_keys(rule, batch, with_metrics=with_metrics)
@@ -64,13 +64,13 @@ def seen_keys(rule: Rule, batch: TokenBatch, *, with_metrics: bool) -> tuple[str
     return (*keys, TRAJECTORY_KEY) if with_metrics and TRAJECTORY_KEY in batch.ids.keys() - set(keys) else keys
 
 
-def _use_kernels(rule: Rule, batch: TokenBatch, kernels: bool | None) -> bool:
+def _use_kernels(batch: TokenBatch, kernels: bool | None) -> bool:
     wanted = batch.log_ratio.is_cuda and importlib.util.find_spec("triton") is not None
     if not (wanted if kernels is None else kernels):
         return False
     from fiberpo_megatron.fibration.kernels.fused import why_not
 
-    reason = why_not(rule, batch)
+    reason = why_not(batch)
     if reason is not None and kernels:
         raise ValueError(f"kernels=True: {reason}; pass kernels=None")
     return reason is None

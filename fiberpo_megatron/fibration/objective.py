@@ -72,8 +72,8 @@ class Objective:
             counts: global number of ids per key. Without it a single rank uses its largest id + 1; ranks
                 that share tables use max(1024, the next power of two), which must agree between them.
             metrics: False skips the metrics; the same on all ranks.
-            kernels: True runs the passes over tokens in fused Triton kernels, False in torch. None takes the
-                kernels where there are some: on CUDA with Triton, for every objective but "apc".
+            kernels: True runs the call in fused Triton kernels, False in torch. None takes the kernels where they
+                can run: on CUDA with Triton 3.4 or newer.
 
         Raises:
             ValueError: malformed input, or levels that do not nest; names level, node, value and fix.

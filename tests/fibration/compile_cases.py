@@ -25,8 +25,8 @@ def type_of(value: Any) -> Any:
     """An argument's type in a kernel's signature."""
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
-    if isinstance(value, tuple):
-        return tuple(type_of(part) for part in value)
+    if isinstance(value, tuple):  # Triton makes a one in a tuple a constant
+        return tuple("constexpr" if isinstance(part, int) and part == 1 else type_of(part) for part in value)
     return "constexpr" if value is None else "i32"
 
 
@@ -40,7 +40,10 @@ def compiled(
         given = dict(zip(kernel.arg_names, arguments)) | constants
         assert set(given) == set(kernel.arg_names)
         types = {key: "constexpr" if key in constants else type_of(value) for key, value in given.items()}
-        fixed = {key: given[key] for key, kind in types.items() if kind == "constexpr"}
+        fixed: dict[Any, Any] = {key: given[key] for key, kind in types.items() if kind == "constexpr"}
+        for place, key in enumerate(kernel.arg_names):
+            if isinstance(types[key], tuple):
+                fixed |= {(place, i): 1 for i, kind in enumerate(types[key]) if kind == "constexpr"}
         source = ASTSource(kernel, {key: types[key] for key in kernel.arg_names}, fixed)
         done[kernel.__name__] = triton.compile(source, target=GPUTarget("cuda", capability, 32))
         if kernel is run_kernels.find_cuts:

@@ -129,6 +129,18 @@ def test_one_long_node_and_many_partitions(monkeypatch: pytest.MonkeyPatch) -> N
     assert_same(build_objective("fiberpo", levels=levels, budgets=budgets, epsilon=0.1), case)
 
 
+def test_six_levels() -> None:
+    """Two keys in the finest level, expert partitions in some levels, tokens in any order."""
+    case = random_case(5, trajectories=4, longest=3)
+    order = torch.randperm(case.x.shape[0], generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = {key: value[order] for key, value in case.ids.items()}
+    case = Case(case.x[order], case.advantages[order], case.weights[order], ids, case.share[order])
+    fine = [["prompt_group", "trajectory", "expert"], ["pair", "expert"], ["pair"]]
+    levels = [*fine, ["prompt_group"], ["half"], ["domain"]]
+    budgets = {"+".join(level): TIGHT for level in levels}
+    assert_same(build_objective("fiberpo", levels=levels, budgets=budgets, epsilon=0.1), case)
+
+
 def test_the_first_step_is_exact() -> None:
     """At log ratio zero G is 1 and the gradient is mu A, bit for bit."""
     case = hard_case(torch.float32)

@@ -37,10 +37,8 @@ pass fills all 255 registers for P = 8 (compiled for sm_90), and float64 spills.
 MAX_BLOCK, MIN_BLOCK = 1024, 16
 
 
-def why_not(rule: Rule, batch: TokenBatch) -> str | None:
+def why_not(batch: TokenBatch) -> str | None:
     """Why these tokens cannot go through the kernels; None when they can."""
-    if type(rule) not in FORMULAS:
-        return f"{type(rule).__name__} has no kernels"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
         return f"Triton is {triton.__version__}, the kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer"
     if not batch.log_ratio.is_cuda and isinstance(token_kernels.first_pass, triton.JITFunction):
