@@ -53,11 +53,11 @@ if rank == 1:
     except ValueError as error:
         get_error_handler().record_exception(error)
         sys.exit(1)
-time.sleep(60)
+time.sleep(600)
 """
     began = time.monotonic()
     assert launch_ranks([script(tmp_path, body)], 2, tmp_path / "logs", {}) == 1
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 300, "it waited for the other rank's own end"
     error = capfd.readouterr().err
     assert "fiberpo: rank 1: ValueError: the budget of level trajectory is -1" in error
     assert not psutil.pid_exists(int((tmp_path / "pid0").read_text()))
