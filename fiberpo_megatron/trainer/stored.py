@@ -153,9 +153,9 @@ class StoredRollouts:
     def _drop_others(self, start: int) -> None:
         """Delete what another configuration or layout generated after the checkpoint of step `start`: this run will not
         have those weights, and once it had saved its own of that version, they could be taken for them."""
-        for step in sorted({*self._own.steps(), *self._own.unfinished_steps()}):
-            others = [found for found in self._origins(step) if found.run != self._run and found.weights != str(start)]
-            if step > start and others:
+        stored = {*self._own.steps(), *self._own.unfinished_steps()}
+        for step in sorted(step for step in stored if step > start):
+            if any(found.run != self._run and found.weights != str(start) for found in self._origins(step)):
                 _log.warning("the stored rollouts of step %d are of another configuration: deleted", step)
                 self._own.forget([step])
 
