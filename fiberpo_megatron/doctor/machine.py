@@ -48,7 +48,8 @@ def _gpu(reading: GpuReading) -> list[Finding]:
     used, total = reading.memory_used, reading.memory_total
     if used is not None and total and used > BUSY_SHARE * total:
         seen = f"{used:.1f} of {total:.0f} GiB are in use"
-        found.append(Finding(name, "warn", seen, "Stop the process that nvidia-smi shows on it"))
+        fix = "Stop the process that nvidia-smi shows on it, unless it is an engine of this job"
+        found.append(Finding(name, "warn", seen, fix))
     size = f", {total:.0f} GiB" if total else ""
     return found or [Finding(name, "pass", f"{reading.name}{size}")]
 
