@@ -197,7 +197,7 @@ def test_a_job_that_gets_nowhere_is_not_queued_for_ever(tmp_path: Path):
         done = subprocess.run(["bash", path], env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
         said.append((done.returncode, "; queued again" in done.stdout))
     assert said == [(85, True), (85, True), (85, True), (1, False)]
-    assert "two starts in a row saved no step: not queued again. Raise slurm.time" in done.stdout
+    assert "two starts in a row saved no step and no rollouts: not queued again. Raise slurm.time" in done.stdout
 
 
 def test_a_chain_is_submitted_one_after_the_other():
