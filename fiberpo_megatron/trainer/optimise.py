@@ -79,13 +79,17 @@ class ObjectiveGate:
         batch, device = self.mini_batch, log_probs.device
         began = time.perf_counter()
         share = batch.expert_share
+
+        def there(tensor: Tensor) -> Tensor:
+            return tensor[part].to(device, non_blocking=True)  # the host need not wait for each copy
+
         out = self.objective(
-            log_probs.detach() - self.old_log_probs[part].to(device),
-            batch.advantages[part].to(device),
-            batch.weights[part].to(device),
-            keys={key: ids[part].to(device) for key, ids in batch.keys.items()},
+            log_probs.detach() - there(self.old_log_probs),
+            there(batch.advantages),
+            there(batch.weights),
+            keys={key: there(ids) for key, ids in batch.keys.items()},
             counts=batch.counts,
-            expert_share=None if share is None else share[part].to(device),
+            expert_share=None if share is None else there(share),
             reduce=None if reduce is None else self._timed(reduce),
             metrics=metrics,
         )
