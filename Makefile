@@ -22,8 +22,10 @@ TRITON := .venv/triton-3.7.1
 $(TRITON): | env
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ triton==3.7.1
 
+# Most tests wait for other processes more than they compute. Every worker keeps an SGLang server of its own (600 MB).
+TEST_WORKERS ?= 2
 test: env $(TRITON)
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 format: env
 	$(BIN)/ruff format .

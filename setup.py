@@ -46,6 +46,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "scipy>=1.13",
             "ruff==0.17.6",
