@@ -170,6 +170,8 @@ class AlgorithmConfig(Section):
     routing_replay: Literal["none", "old", "rollout"] = "none"
     """Experts that training forwards use. none: the current routers'; old: those chosen in the old-log-prob pass
     (R2); rollout: those that the engine chose (R3), in the old-log-prob pass as well."""
+    kernels: bool | None = None
+    """The objective in fused Triton kernels (true), in torch (false), or, unset, in the kernels where they can run."""
 
     def objective_options(self) -> dict[str, object]:
         """Options that are set, as keyword arguments of `build_objective`."""

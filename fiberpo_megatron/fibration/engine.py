@@ -65,14 +65,15 @@ def seen_keys(rule: Rule, batch: TokenBatch, *, with_metrics: bool) -> tuple[str
 
 
 def _use_kernels(batch: TokenBatch, kernels: bool | None) -> bool:
-    wanted = batch.log_ratio.is_cuda and importlib.util.find_spec("triton") is not None
-    if not (wanted if kernels is None else kernels):
+    if kernels is False or (kernels is None and not batch.log_ratio.is_cuda):
         return False
-    from fiberpo_megatron.fibration.kernels.fused import why_not
+    reason: str | None = "Triton is not installed"
+    if importlib.util.find_spec("triton") is not None:
+        from fiberpo_megatron.fibration.kernels.fused import why_not
 
-    reason = why_not(batch)
+        reason = why_not(batch)
     if reason is not None and kernels:
-        raise ValueError(f"kernels=True: {reason}; pass kernels=None")
+        raise ValueError(f"kernels=True: {reason}; leave kernels unset to use them only where they can run")
     return reason is None
 
 

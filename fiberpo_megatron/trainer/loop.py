@@ -193,6 +193,7 @@ def learn(run: Training, rollouts: RolloutBatch) -> dict[str, float]:
         epochs=run.config.batch.epochs,
         temperature=run.config.rollout.temperature,
         timers=run.timers,
+        kernels=algorithm.kernels,
     )
     return _rollout_summary(rollouts, run.prompts.domains) | metrics
 

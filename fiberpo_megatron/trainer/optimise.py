@@ -43,6 +43,7 @@ class Objective(Protocol):
         expert_share: Tensor | None,
         reduce: Callable[[Tensor], Tensor] | None,
         metrics: bool,
+        kernels: bool | None,
     ) -> Any: ...
 
 
@@ -56,6 +57,8 @@ class ObjectiveGate:
     """float32 [n]"""
     reduce: Callable[[Tensor], Tensor] | None
     """Sum over the ranks that hold the other tokens; None while a call sees whole trajectories only."""
+    kernels: bool | None = None
+    """`algorithm.kernels`."""
     seen: list[Tensor] = field(default_factory=list)
     """Log-probs of the calls so far, in order."""
     seconds: float = 0.0
@@ -92,6 +95,7 @@ class ObjectiveGate:
             expert_share=None if share is None else there(share),
             reduce=None if reduce is None else self._timed(reduce),
             metrics=metrics,
+            kernels=self.kernels,
         )
         self.seconds += time.perf_counter() - began
         return out
@@ -115,6 +119,7 @@ def optimise(
     epochs: int,
     temperature: float,
     timers: PhaseTimers,
+    kernels: bool | None = None,
 ) -> dict[str, float]:
     """Take len(parts) x epochs optimiser steps; metrics are complete on last-stage ranks."""
     layout = policy.layout
@@ -128,7 +133,7 @@ def optimise(
         for epoch in range(epochs):
             for index, (part, old) in enumerate(zip(parts, scores)):
                 fresh = epoch == 0 and index == 0
-                steps.append(_step(policy, objective, part, old, temperature, fresh))
+                steps.append(_step(policy, objective, part, old, temperature, fresh, kernels))
     timers.add("gate", sum(gate.seconds for _, gate, _ in steps))
     timers.add("gate_reduce", sum(gate.reduce_seconds for _, gate, _ in steps))
     return metrics | _summary([(outcome, told) for outcome, _, told in steps], parts)
@@ -141,13 +146,14 @@ def _step(
     old: TokenScores | None,
     temperature: float,
     fresh: bool,
+    kernels: bool | None,
 ) -> tuple[OptimizerStep, ObjectiveGate, Mapping[str, float]]:
     """One optimiser step. `fresh`: the weights have not moved since the old log-probs, so x = 0 by definition and
     no extra forward is needed; nor is it where every level lies inside one micro-batch."""
     layout = policy.layout
     old_log_probs = old.log_probs if old is not None else torch.zeros(0)
     single_pass = not fresh and not objective.spans_micro_batches and layout.context_size == 1
-    gate = ObjectiveGate(objective, part, old_log_probs, None if single_pass else layout.sum_over_tokens)
+    gate = ObjectiveGate(objective, part, old_log_probs, None if single_pass else layout.sum_over_tokens, kernels)
     outcome = policy.step(
         part.micro_batches,
         gate,

@@ -92,6 +92,12 @@ def training(
     return run, memory
 
 
+def test_kernels_that_cannot_run_here_are_not_replaced_in_silence():
+    run, _ = training(algorithm={"kernels": True})
+    with pytest.raises(ValueError, match=r"kernels=True: (Triton is|the tensors are on cpu)"):
+        train(run)
+
+
 @pytest.mark.parametrize("objective", ["fiberpo", "grpo", "ppo", "gspo", "fiberpo-domain"])
 def test_every_objective_learns_the_toy_task(objective: str):
     run, memory = training(objective, trainer={"steps": 25})
