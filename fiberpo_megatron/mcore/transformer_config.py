@@ -58,7 +58,9 @@ def transformer_config(
         sequence_parallel=parallel.tensor > 1,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, in dense models too
-        deallocate_pipeline_outputs=parallel.pipeline > 1,
+        # The interleaved schedule of 0.16.1 frees an output before it has waited for its send: other data may arrive,
+        # without an error.
+        deallocate_pipeline_outputs=parallel.pipeline > 1 and not interleaved,
         # Interleaving two stages over gloo without these is silently wrong in 0.16.1.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,

@@ -210,10 +210,12 @@ def activation_bytes(
     layers = [layer for chunk in chunks for layer in stage_layers(architecture, parallel, stage, chunk)]
     kept = [layer_bytes(architecture, model, parallel, row, layer, implementation) for layer in layers]
     # in units of the stage's whole share of the model
-    flying = micro_batches_in_flight(parallel, stage, micro_batches) / parallel.virtual_pipeline
+    in_flight = micro_batches_in_flight(parallel, stage, micro_batches)
+    flying = in_flight / parallel.virtual_pipeline
+    inputs = row.tokens // (parallel.context * parallel.tensor) * architecture.hidden_size * DTYPE_BYTES[model.dtype]
+    outputs = in_flight * inputs if parallel.virtual_pipeline > 1 else 0  # kept by the interleaved schedule alone
     head = head_bytes(architecture, model, parallel, row) if stage == parallel.pipeline - 1 else 0
     if model.recompute != "full":
-        return int(flying * sum(kept)) + head
-    inputs = row.tokens // (parallel.context * parallel.tensor) * architecture.hidden_size * DTYPE_BYTES[model.dtype]
+        return int(flying * sum(kept)) + outputs + head
     # the head is done with before the first layer is recomputed
-    return int(flying * len(layers) * inputs) + max(*kept, head)
+    return int(flying * len(layers) * inputs) + outputs + max(*kept, head)

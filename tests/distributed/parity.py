@@ -1,7 +1,9 @@
 """Runs of the policy on one layout, returned as global tensors so that layouts can be compared."""
 
 import json
+import time
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.pipeline_parallel import p2p_communication
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -268,6 +271,41 @@ def run_without_expert_marks(cases: list[Case], folder: Path, parallel: dict[str
         return models
 
     policy_module.build_model = unmarked  # in this process alone, which ends with the run
+    return run_cases(cases, folder, parallel)
+
+
+class _Later:
+    """The handle of a receive that another thread posts."""
+
+    def __init__(self, posted: "Future[dist.Work]") -> None:
+        self._posted = posted
+
+    def wait(self) -> None:
+        self._posted.result().wait()
+
+
+def run_with_late_receives(cases: list[Case], folder: Path, parallel: dict[str, int]) -> list[Run]:
+    """As `run_cases`, but what an odd pipeline stage sends is fetched from its memory some milliseconds later. Megatron
+    gives two stages the world's group for that direction, and messages of different groups are in no order."""
+    thread, irecv = ThreadPoolExecutor(1), dist.irecv
+
+    def late(tensor: Tensor, src: int, group: dist.ProcessGroup) -> Any:
+        def post() -> dist.Work:
+            time.sleep(0.005)
+            return irecv(tensor=tensor, src=src, group=group)
+
+        return _Later(thread.submit(post)) if group is dist.group.WORLD else irecv(tensor=tensor, src=src, group=group)
+
+    ops = p2p_communication._p2p_ops
+
+    def late_ops(**tensors: Any) -> Any:
+        dist.irecv = late  # not for good: Megatron's batched calls want torch's own
+        try:
+            return ops(**tensors)
+        finally:
+            dist.irecv = irecv
+
+    p2p_communication._p2p_ops = late_ops  # in this process alone, which ends with the run
     return run_cases(cases, folder, parallel)
 
 

@@ -20,6 +20,7 @@ from tests.distributed.parity import (
     Run,
     assemble,
     run_cases,
+    run_with_late_receives,
     run_without_expert_marks,
     write_checkpoints,
 )
@@ -183,6 +184,12 @@ def test_layout_does_not_matter(name: str, reference: Reference):
 def test_big_layout_does_not_matter(name: str, reference: Reference):
     cases = [Case("moe tied", distributed_optimizer=True), Case("deepseek", distributed_optimizer=True)]
     reference.compare(cases, BIG_LAYOUTS[name])
+
+
+def test_a_slow_network_does_not_matter(reference: Reference):
+    case = Case("dense tied")
+    (found,) = reference.run([case], LAYOUTS["PP2 VPP2"], run_with_late_receives)
+    assert_same(case, found, reference.of(case))
 
 
 def test_micro_batches_do_not_matter(reference: Reference):
