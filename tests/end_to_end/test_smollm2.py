@@ -113,7 +113,7 @@ def test_a_real_model_is_trained_with_tensor_parallelism(smollm2: Path, tmp_path
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "fiberpo_megatron.cli.main", "train", "examples/smollm2/train.toml"]
     command += ["--model.path", str(smollm2), "--run.folder", str(folder), "--trainer.steps", "2"]
-    command += ["--evaluation.samples_per_prompt", "1", "--batch.prompts", "4"]
+    command += ["--evaluation.samples_per_prompt", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     steps = records(folder, "train")
@@ -121,7 +121,7 @@ def test_a_real_model_is_trained_with_tensor_parallelism(smollm2: Path, tmp_path
     for record in steps:
         assert all(math.isfinite(value) for value in record.values() if isinstance(value, float))
         assert record["rollout_diff/max"] < 1e-3 and record["seconds/verify"] > 0
-        assert 0 < record["accuracy"] < 0.7 and 2 < record["response_length/mean"] <= 4
+        assert 0.05 < record["accuracy"] < 0.6 and 2 < record["response_length/mean"] <= 4
         assert record["gradient_norm"] > 0
     assert 0.05 < records(folder, "eval")[0]["accuracy"] < 0.4  # 0.23 where it was measured on more problems
     before, after = read_folder(smollm2), read_folder(folder / "hf")
