@@ -18,7 +18,7 @@ setup(
     include_package_data=True,
     package_data={
         "fiberpo_megatron.launch": ["templates/*"],
-        "fiberpo_megatron.rollout": ["sglang_*/**/*", "sglang_*/**/*.dist-info/*"],
+        "fiberpo_megatron.engines": ["sglang_*/**/*", "sglang_*/**/*.dist-info/*"],
     },
     install_requires=[
         "torch>=2.6",

@@ -30,7 +30,7 @@ def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["EngineAddress"]:  # noqa: F821
     """A real SGLang server, started once (10-20 s). Use `engine`, which restores its weights."""
     from fiberpo_megatron.config.schema import EngineConfig
-    from fiberpo_megatron.rollout.engine import engines
+    from fiberpo_megatron.engines.servers import engines
 
     config = EngineConfig(max_running_requests=256)
     folder = tmp_path_factory.mktemp("engines")
@@ -41,7 +41,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture
 def engine(server: "EngineAddress", checkpoint: Path) -> "EngineAddress":  # noqa: F821
     """The session's server with the weights of `checkpoint`, version "checkpoint"."""
-    from fiberpo_megatron.rollout.client import EngineClient
+    from fiberpo_megatron.engines.client import EngineClient
 
     async def restore() -> None:
         async with EngineClient(server, timeout_s=60) as client:

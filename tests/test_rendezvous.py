@@ -10,8 +10,8 @@ from torch.distributed import TCPStore
 
 from fiberpo_megatron import rendezvous
 from fiberpo_megatron.cli.rank import interface_to_master
+from fiberpo_megatron.engines.addresses import free_ports
 from fiberpo_megatron.rendezvous import master_address, ranks_store
-from fiberpo_megatron.rollout.addresses import free_ports
 
 SECOND = timedelta(seconds=1)
 

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from fiberpo_megatron.fibration.kernels import fused, plan, tree
+from fiberpo_megatron.fibration.kernels import device_tree, fused, run_plan
 
 FREE = {
     *("alias", "as_strided", "detach", "diagonal", "expand", "permute", "select", "slice", "split"),
@@ -101,7 +101,7 @@ def counted() -> Iterator[Counts]:
             kernel[grid](*arguments, **constants)
 
     with ExitStack() as stack:
-        for module in (fused, plan, tree):
+        for module in (fused, run_plan, device_tree):
             stack.enter_context(mock.patch.object(module, "launch", launch))
         stack.enter_context(mock.patch.object(torch.Tensor, "cpu", lambda tensor: counter.cpu(tensor)))
         stack.enter_context(mock.patch.object(torch.Tensor, "tolist", lambda tensor: counter.tolist(tensor)))

@@ -219,11 +219,11 @@ def pieces(shards: Any) -> list[Piece]:
 
 def run_reference(args: argparse.Namespace, problem: Problem) -> Outcome:
     """One process, one micro-batch, float64; defines the old log-probs as its own minus the drift."""
-    from fiberpo_megatron.mcore.architecture import read_architecture
-    from fiberpo_megatron.mcore.global_tensors import global_shards, gradient_shards
-    from fiberpo_megatron.mcore.layout import start_layout
+    from fiberpo_megatron.mcore.families.architecture import read_architecture
     from fiberpo_megatron.mcore.model import build_model, draw_weights
+    from fiberpo_megatron.mcore.parallel.layout import start_layout
     from fiberpo_megatron.mcore.schedule import Schedule
+    from fiberpo_megatron.mcore.weights.global_tensors import global_shards, gradient_shards
 
     config = make_config(parse([f"--seed={args.seed}"]))
     layout = start_layout(MODELS[args.model], config.parallel, config.run)
@@ -267,9 +267,9 @@ def run_reference(args: argparse.Namespace, problem: Problem) -> Outcome:
 
 def run_rank(args: argparse.Namespace, problem: Problem, reference: Outcome) -> Outcome:
     """One rank of the layout, through the policy that training uses."""
-    from fiberpo_megatron.mcore.global_tensors import global_shards, gradient_shards
-    from fiberpo_megatron.mcore.layout import start_layout
+    from fiberpo_megatron.mcore.parallel.layout import start_layout
     from fiberpo_megatron.mcore.policy import build_policy
+    from fiberpo_megatron.mcore.weights.global_tensors import global_shards, gradient_shards
     from fiberpo_megatron.types import Coefficients, concatenated_response_tokens
 
     config = make_config(args)
@@ -413,7 +413,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Compare one layout and print the differences."""
     args = parse()
-    from fiberpo_megatron.mcore.layout import check_layout
+    from fiberpo_megatron.mcore.parallel.layout import check_layout
 
     world_size = args.tensor * args.pipeline * args.context * args.data
     try:

@@ -11,8 +11,8 @@ from typing import Any
 
 from fiberpo_megatron.config import Config, load_config
 from fiberpo_megatron.planning import show
+from fiberpo_megatron.planning.estimate import make_plan
 from fiberpo_megatron.planning.hardware import GPUS, Assumptions
-from fiberpo_megatron.planning.plan import make_plan
 from fiberpo_megatron.planning.search import propose
 from fiberpo_megatron.planning.timing import GIGA
 

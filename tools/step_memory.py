@@ -131,7 +131,7 @@ def prepare(case: str, options: argparse.Namespace) -> tuple[Any, Callable[[], A
     """A policy, and one optimiser step of it on random trajectories."""
     from fiberpo_megatron.config import Config
     from fiberpo_megatron.data.packing import pack
-    from fiberpo_megatron.mcore.layout import start_layout
+    from fiberpo_megatron.mcore.parallel.layout import start_layout
     from fiberpo_megatron.mcore.policy import build_policy
     from fiberpo_megatron.types import Coefficients
 

@@ -21,7 +21,7 @@ from comparison.plots import write_plots
 from comparison.tables import markdown_table, write_tables
 
 from fiberpo_megatron.config import Config, ConfigError
-from fiberpo_megatron.rollout.engine import engines
+from fiberpo_megatron.engines.servers import engines
 from fiberpo_megatron.trainer.preflight import make_objective
 
 HERE = Path(__file__).parent

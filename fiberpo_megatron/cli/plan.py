@@ -24,8 +24,8 @@ def add_parser(commands: Any, overrides: str) -> None:
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
     """0 where the plan fits (with --search: where any layout does), else 1."""
     from fiberpo_megatron.planning import show
+    from fiberpo_megatron.planning.estimate import make_plan
     from fiberpo_megatron.planning.hardware import GPUS, assume
-    from fiberpo_megatron.planning.plan import make_plan
     from fiberpo_megatron.planning.search import propose
     from fiberpo_megatron.planning.timing import GIGA
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fiberpo_megatron.config import Config, load_config
+from fiberpo_megatron.engines.addresses import interface_of, local_address
+from fiberpo_megatron.engines.registry import Registry
 from fiberpo_megatron.launch.local import LAUNCHER
 from fiberpo_megatron.rendezvous import master_address, ranks_store
-from fiberpo_megatron.rollout.addresses import interface_of, local_address
-from fiberpo_megatron.rollout.registry import Registry
 from fiberpo_megatron.trainer.stop import Stopped, StopRequest, leave
 from fiberpo_megatron.types import EXIT_STOPPED
 
@@ -23,7 +23,7 @@ from fiberpo_megatron.types import EXIT_STOPPED
 def main(arguments: Sequence[str]) -> int:
     """`train|sft|dump|eval CONFIG.toml [--resume] [--registry FOLDER] [--section.key value ...]`; the exit code.
 
-    `--registry`: where the job's engines register (rollout/registry.py).
+    `--registry`: where the job's engines register (engines/registry.py).
 
     An error is written where the launcher reads it, with its traceback on stderr; under torchrun or srun its message
     is also the last line on stderr. SIGUSR1, and SIGTERM from anybody but the local launcher, ask the run to save and

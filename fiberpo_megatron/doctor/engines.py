@@ -5,9 +5,9 @@ import httpx
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.doctor.report import Finding
 from fiberpo_megatron.doctor.software import ENGINE, requirement_of
-from fiberpo_megatron.rollout.addresses import free_ports, is_free
-from fiberpo_megatron.rollout.api_key import read_key
-from fiberpo_megatron.rollout.client import KEY_FIX, EngineAddress
+from fiberpo_megatron.engines.addresses import free_ports, is_free
+from fiberpo_megatron.engines.api_key import read_key
+from fiberpo_megatron.engines.client import KEY_FIX, EngineAddress
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 10.0
@@ -22,7 +22,7 @@ OF_METHOD = {
         "/destroy_weights_update_group",
     ),
 }
-"""Endpoints that `rollout/client.py` calls; a test compares them with its source."""
+"""Endpoints that `engines/client.py` calls; a test compares them with its source."""
 
 
 def ports(config: Config) -> list[Finding]:

@@ -9,7 +9,7 @@ from fiberpo_megatron.doctor.report import Finding
 
 def model_files(config: Config) -> list[Finding]:
     """config.json, and every safetensors file, with a header that can be read and holds what the index says."""
-    from fiberpo_megatron.mcore.weights_files import stored_tensors
+    from fiberpo_megatron.mcore.weights.files import stored_tensors
 
     folder = config.model.path
     fix = "Name a complete Hugging Face folder in model.path; copy what is missing again"
@@ -37,8 +37,8 @@ def tokenizer(config: Config) -> list[Finding]:
 
 def layout(config: Config, world_size: int) -> list[Finding]:
     """Whether [parallel] divides the model and the ranks."""
-    from fiberpo_megatron.mcore.architecture import read_architecture
-    from fiberpo_megatron.mcore.checks import layout_problems
+    from fiberpo_megatron.mcore.families.architecture import read_architecture
+    from fiberpo_megatron.mcore.parallel.checks import layout_problems
 
     path = config.model.path / "config.json"
     if not path.is_file():

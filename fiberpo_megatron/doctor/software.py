@@ -10,7 +10,7 @@ from packaging.specifiers import SpecifierSet
 
 from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.doctor.report import Finding
-from fiberpo_megatron.rollout.command import interpreter, sglang_version
+from fiberpo_megatron.engines.command import interpreter, sglang_version
 
 DISTRIBUTION = "fiberpo-megatron"
 ENGINE = "sglang"

@@ -37,9 +37,9 @@ def checkpoint_bytes(config: Config) -> int:
     """What the kept checkpoints and the one being written take: parameters, float32 masters and two moments."""
     import json
 
-    from fiberpo_megatron.mcore.architecture import read_architecture
+    from fiberpo_megatron.mcore.families.architecture import read_architecture
+    from fiberpo_megatron.planning.parameters import model_parameters
     from fiberpo_megatron.planning.states import DTYPE_BYTES, MOMENT_BYTES
-    from fiberpo_megatron.planning.weights import model_parameters
 
     architecture = read_architecture(json.loads((config.model.path / "config.json").read_text()))
     width = DTYPE_BYTES[config.model.dtype]

@@ -5,9 +5,9 @@ Sources: Fibration Policy Optimization (arXiv:2603.08239) and JoyAI-LLM Flash (a
 """
 
 from fiberpo_megatron.fibration.collective import Reduce
-from fiberpo_megatron.fibration.engine import ObjectiveOutput
-from fiberpo_megatron.fibration.metrics import ObjectiveMetrics
+from fiberpo_megatron.fibration.evaluate import ObjectiveOutput
 from fiberpo_megatron.fibration.objective import Objective
+from fiberpo_megatron.fibration.objective_metrics import ObjectiveMetrics
 from fiberpo_megatron.fibration.presets import (
     DEFAULT_BUDGETS,
     DEFAULT_EPSILON,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.fibration.collective import Reduce
-from fiberpo_megatron.fibration.engine import ObjectiveOutput, evaluate
+from fiberpo_megatron.fibration.evaluate import ObjectiveOutput, evaluate
 from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
 from fiberpo_megatron.fibration.rule import Rule
 from fiberpo_megatron.fibration.tokens import make_batch, require_keys

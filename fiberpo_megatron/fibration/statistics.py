@@ -11,7 +11,7 @@ from torch import Tensor
 from fiberpo_megatron.fibration import histogram
 from fiberpo_megatron.fibration.gates import GatedTree
 from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
-from fiberpo_megatron.fibration.metrics import (
+from fiberpo_megatron.fibration.objective_metrics import (
     ExpertMetrics,
     ObjectiveMetrics,
     RatioMetrics,

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import FrameType
 
 from fiberpo_megatron.config import Config
-from fiberpo_megatron.rollout.addresses import local_address
-from fiberpo_megatron.rollout.engine import check_reachable, engines
-from fiberpo_megatron.rollout.errors import EngineError
-from fiberpo_megatron.rollout.registry import Registry
+from fiberpo_megatron.engines.addresses import local_address
+from fiberpo_megatron.engines.errors import EngineError
+from fiberpo_megatron.engines.registry import Registry
+from fiberpo_megatron.engines.servers import check_reachable, engines
 
 WATCH_S = 5.0
 

@@ -64,7 +64,7 @@ def activate() -> Platform:
     if torch.cuda.is_available():
         return _gpu()
     from fiberpo_megatron.mcore.cpu import patches
-    from fiberpo_megatron.mcore.cpu.platform import CpuPlatform
+    from fiberpo_megatron.mcore.cpu.cpu_platform import CpuPlatform
 
     with patches.without_compiler():
         patches.install()
@@ -72,6 +72,6 @@ def activate() -> Platform:
 
 
 def _gpu() -> Platform:
-    from fiberpo_megatron.mcore.gpu import GpuPlatform
+    from fiberpo_megatron.mcore.gpu_platform import GpuPlatform
 
     return GpuPlatform()

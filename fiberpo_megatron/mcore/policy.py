@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.config.schema import Config
-from fiberpo_megatron.mcore.architecture import read_architecture
-from fiberpo_megatron.mcore.layout import FP8_ROW_MULTIPLE, ParallelLayout
+from fiberpo_megatron.mcore.families.architecture import read_architecture
 from fiberpo_megatron.mcore.model import PolicyModel, build_model, draw_weights
-from fiberpo_megatron.mcore.offload import TrainingMemory
-from fiberpo_megatron.mcore.optimizer import build_optimizer, non_finite_gradient, wrap_data_parallel
+from fiberpo_megatron.mcore.optimizers.build import build_optimizer, non_finite_gradient, wrap_data_parallel
+from fiberpo_megatron.mcore.optimizers.offload import TrainingMemory
+from fiberpo_megatron.mcore.parallel.layout import FP8_ROW_MULTIPLE, ParallelLayout
 from fiberpo_megatron.mcore.router import correction_biases, kept_on_error
 from fiberpo_megatron.mcore.routing import Routing
 from fiberpo_megatron.mcore.schedule import Schedule

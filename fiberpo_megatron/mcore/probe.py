@@ -11,9 +11,9 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from fiberpo_megatron.mcore import exchange
-from fiberpo_megatron.mcore.layout import ParallelLayout
 from fiberpo_megatron.mcore.model import PolicyModel
+from fiberpo_megatron.mcore.parallel import exchange
+from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 from fiberpo_megatron.types import MicroBatch
 
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from fiberpo_megatron.mcore.layout import ParallelLayout
 from fiberpo_megatron.mcore.model import PolicyModel
+from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 from fiberpo_megatron.types import MicroBatch, RoutingMode
 
 

@@ -8,9 +8,9 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from fiberpo_megatron.mcore.layout import ParallelLayout
 from fiberpo_megatron.mcore.log_probs import VocabShard, response_log_probs
 from fiberpo_megatron.mcore.model import PolicyModel
+from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 from fiberpo_megatron.mcore.platform import activate
 from fiberpo_megatron.mcore.routing import Routing
 from fiberpo_megatron.types import MicroBatch, TokenScores

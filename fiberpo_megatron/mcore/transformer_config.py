@@ -9,9 +9,9 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from fiberpo_megatron.config.schema import ModelConfig, ParallelConfig, RecomputeModule
-from fiberpo_megatron.mcore.architecture import Architecture, LatentAttention
-from fiberpo_megatron.mcore.checks import layers_per_chunk
-from fiberpo_megatron.mcore.layout import ParallelLayout
+from fiberpo_megatron.mcore.families.architecture import Architecture, LatentAttention
+from fiberpo_megatron.mcore.parallel.checks import layers_per_chunk
+from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 from fiberpo_megatron.mcore.platform import activate
 from fiberpo_megatron.mcore.rope import Rope
 

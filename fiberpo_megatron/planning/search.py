@@ -5,13 +5,13 @@ from itertools import product
 from typing import Any
 
 from fiberpo_megatron.config.schema import Config, ParallelConfig
-from fiberpo_megatron.mcore.architecture import Architecture, read_architecture
-from fiberpo_megatron.mcore.checks import layout_problems
+from fiberpo_megatron.mcore.families.architecture import Architecture, read_architecture
+from fiberpo_megatron.mcore.parallel.checks import layout_problems
 from fiberpo_megatron.planning.engines import plan_engine
+from fiberpo_megatron.planning.estimate import Plan, make_plan
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu
-from fiberpo_megatron.planning.plan import Plan, make_plan
+from fiberpo_megatron.planning.parameters import expert_parameters, model_parameters
 from fiberpo_megatron.planning.states import DTYPE_BYTES, GRADIENT_BYTES
-from fiberpo_megatron.planning.weights import expert_parameters, model_parameters
 
 _SIZES = (1, 2, 4, 8, 16)
 _TENSOR = (1, 2, 4, 8)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fiberpo_megatron.planning.plan import Plan
+from fiberpo_megatron.planning.estimate import Plan
+from fiberpo_megatron.planning.parameters import active_parameters, model_parameters
 from fiberpo_megatron.planning.timing import GIGA
-from fiberpo_megatron.planning.weights import active_parameters, model_parameters
 
 LAYOUT_HEADINGS = ("layout of the trainer", "engines", "recompute", "training GB", "KV cache tokens", "step s")
 

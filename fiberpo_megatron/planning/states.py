@@ -1,8 +1,9 @@
 """Bytes of parameters, gradients and optimizer state on one rank, exactly as Megatron-Core 0.16 lays them out.
 
 Sources: `_ParamAndGradBuffer` (distributed/param_and_grad_buffer.py) for buffers and their padding,
-`DistributedOptimizer` (optimizer/distrib_optimizer.py) for the shards, and `mcore/optimizer.py` for the settings:
-float32 gradients, no overlap and so one bucket a buffer. tests/planning/test_states.py counts real ranks' tensors.
+`DistributedOptimizer` (optimizer/distrib_optimizer.py) for the shards, and `mcore/optimizers/build.py`
+for the settings: float32 gradients, no overlap and so one bucket a buffer. tests/planning/test_states.py counts real
+ranks' tensors.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ from math import lcm
 from typing import Literal
 
 from fiberpo_megatron.config.schema import ModelConfig, ParallelConfig
-from fiberpo_megatron.mcore.architecture import Architecture
-from fiberpo_megatron.planning.weights import Weight, chunk_weights
+from fiberpo_megatron.mcore.families.architecture import Architecture
+from fiberpo_megatron.planning.parameters import Weight, chunk_weights
 
 Adam = Literal["torch", "fused"]
 """torch's AdamW (no GPU) keeps a float32 step count per parameter; the fused one of a GPU keeps a single one."""

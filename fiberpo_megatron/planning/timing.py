@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from math import ceil
 
 from fiberpo_megatron.config.schema import Config
-from fiberpo_megatron.mcore.architecture import Architecture
+from fiberpo_megatron.mcore.families.architecture import Architecture
 from fiberpo_megatron.planning.engines import (
     EnginePlan,
     engine_count,
     running_requests,
     touched_experts,
 )
-from fiberpo_megatron.planning.gates import gate_bytes, spans_micro_batches
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu
+from fiberpo_megatron.planning.parameters import active_parameters, expert_parameters, model_parameters
+from fiberpo_megatron.planning.reductions import gate_bytes, spans_micro_batches
 from fiberpo_megatron.planning.states import DTYPE_BYTES, GRADIENT_BYTES, StateBytes, data_ranks
-from fiberpo_megatron.planning.weights import active_parameters, expert_parameters, model_parameters
 
 GIGA, TERA = 1e9, 1e12
 

@@ -1,4 +1,1 @@
-"""SGLang over HTTP: client, engine processes, generation, and the stand-ins for machines without a GPU.
-
-`sglang` is started as a process; nothing here imports it, nor torch.distributed.
-"""
+"""Trajectories: sampling them with the engines, and keeping them on disk."""

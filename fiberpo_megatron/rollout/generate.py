@@ -11,9 +11,9 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from fiberpo_megatron.rollout.background import BackgroundLoop
-from fiberpo_megatron.rollout.client import EngineAddress, EngineClient, Sampling
-from fiberpo_megatron.rollout.errors import EngineRefused, SamplingStopped
+from fiberpo_megatron.engines.background import BackgroundLoop
+from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
+from fiberpo_megatron.engines.errors import EngineRefused, SamplingStopped
 from fiberpo_megatron.types import Completion
 
 Result = TypeVar("Result")

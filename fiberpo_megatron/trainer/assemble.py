@@ -16,20 +16,20 @@ from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.data.curriculum import build_prompts
 from fiberpo_megatron.data.prompts import PromptSets
 from fiberpo_megatron.data.tokenizer import Tokenizer, load_tokenizer, response_text, stop_token_ids, tokens_with
-from fiberpo_megatron.mcore.architecture import read_architecture
+from fiberpo_megatron.engines.api_key import new_key, read_key
+from fiberpo_megatron.engines.client import EngineAddress, Sampling
+from fiberpo_megatron.engines.registry import SLACK_S, Registry
+from fiberpo_megatron.engines.servers import check_reachable, engines
 from fiberpo_megatron.mcore.checkpoint import CheckpointError, DamagedCheckpoint, complete_steps
-from fiberpo_megatron.mcore.heartbeat import heartbeat
-from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout, stop_layout
+from fiberpo_megatron.mcore.families.architecture import read_architecture
+from fiberpo_megatron.mcore.parallel.heartbeat import heartbeat
+from fiberpo_megatron.mcore.parallel.layout import ParallelLayout, start_layout, stop_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
 from fiberpo_megatron.mcore.weights import save_hf
 from fiberpo_megatron.rendezvous import master_address
 from fiberpo_megatron.rewards import RetryEnvironment, build_reward
-from fiberpo_megatron.rollout.api_key import new_key, read_key
-from fiberpo_megatron.rollout.client import EngineAddress, Sampling
 from fiberpo_megatron.rollout.conversation import Dialogue
-from fiberpo_megatron.rollout.engine import check_reachable, engines
 from fiberpo_megatron.rollout.generate import EngineSampler
-from fiberpo_megatron.rollout.registry import SLACK_S, Registry
 from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.gpu import GpuMonitor
 from fiberpo_megatron.telemetry.metrics import Kind

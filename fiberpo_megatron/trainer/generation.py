@@ -9,9 +9,9 @@ from typing import Protocol, TypeVar
 
 from numpy.typing import ArrayLike
 
+from fiberpo_megatron.engines.errors import SamplingStopped
 from fiberpo_megatron.rewards import Reward
 from fiberpo_megatron.rollout.conversation import Conversation, Dialogue, converse
-from fiberpo_megatron.rollout.errors import SamplingStopped
 from fiberpo_megatron.trainer.stop import never
 from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory
 

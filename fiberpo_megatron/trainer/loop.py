@@ -20,10 +20,10 @@ from fiberpo_megatron.trainer.batch import flatten, mini_batches
 from fiberpo_megatron.trainer.generation import Generator, share
 from fiberpo_megatron.trainer.memory import OwnDevices, Turns
 from fiberpo_megatron.trainer.optimise import Objective, optimise
-from fiberpo_megatron.trainer.routing import StepRouting
+from fiberpo_megatron.trainer.publication_check import verify_publication
+from fiberpo_megatron.trainer.step_routing import StepRouting
 from fiberpo_megatron.trainer.stop import Stopped, never
 from fiberpo_megatron.trainer.together import together
-from fiberpo_megatron.trainer.verify import verify_publication
 from fiberpo_megatron.types import Policy, Prompt, RolloutBatch, RolloutGroup
 
 

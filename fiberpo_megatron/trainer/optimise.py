@@ -15,7 +15,7 @@ from torch import Tensor
 from fiberpo_megatron.telemetry.metrics import combine
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.batch import MiniBatch, packing_metrics
-from fiberpo_megatron.trainer.routing import StepRouting
+from fiberpo_megatron.trainer.step_routing import StepRouting
 from fiberpo_megatron.types import Coefficients, Layout, OptimizerStep, Policy, TokenScores
 
 

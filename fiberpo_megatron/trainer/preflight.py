@@ -8,9 +8,9 @@ import torch
 
 from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.fibration import Objective, build_objective
-from fiberpo_megatron.mcore.architecture import read_architecture
-from fiberpo_megatron.mcore.checks import check_layout, check_routers
-from fiberpo_megatron.mcore.weights_files import stored_tensors
+from fiberpo_megatron.mcore.families.architecture import read_architecture
+from fiberpo_megatron.mcore.parallel.checks import check_layout, check_routers
+from fiberpo_megatron.mcore.weights.files import stored_tensors
 from fiberpo_megatron.rollout.dump import RolloutDump
 from fiberpo_megatron.trainer.fp8 import missing_for_fp8
 from fiberpo_megatron.trainer.stored import DUMP, dump_of

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.data.tokenizer import load_tokenizer
-from fiberpo_megatron.mcore.checks import check_layout
+from fiberpo_megatron.mcore.parallel.checks import check_layout
 
 
 @dataclass

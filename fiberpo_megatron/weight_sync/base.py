@@ -13,9 +13,9 @@ from typing import Any, Self, TypeVar
 import httpx
 from torch import Tensor
 
-from fiberpo_megatron.rollout.background import BackgroundLoop
-from fiberpo_megatron.rollout.client import EngineAddress, EngineClient
-from fiberpo_megatron.rollout.errors import EngineError
+from fiberpo_megatron.engines.background import BackgroundLoop
+from fiberpo_megatron.engines.client import EngineAddress, EngineClient
+from fiberpo_megatron.engines.errors import EngineError
 from fiberpo_megatron.weight_sync.manifest import Manifest
 
 Weights = Iterator[tuple[str, Tensor]]

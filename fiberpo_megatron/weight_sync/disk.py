@@ -10,7 +10,7 @@ import httpx
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fiberpo_megatron.rollout.client import EngineAddress
+from fiberpo_megatron.engines.client import EngineAddress
 from fiberpo_megatron.weight_sync.base import Deadline, Publisher, Weights
 
 SHARD_BYTES = 4 * 1024**3

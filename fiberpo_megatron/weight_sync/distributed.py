@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 import httpx
 import torch
 
-from fiberpo_megatron.rollout.addresses import local_address
-from fiberpo_megatron.rollout.client import EngineAddress
-from fiberpo_megatron.rollout.errors import EngineError, EngineRefused, EngineTimeout
+from fiberpo_megatron.engines.addresses import local_address
+from fiberpo_megatron.engines.client import EngineAddress
+from fiberpo_megatron.engines.errors import EngineError, EngineRefused, EngineTimeout
 from fiberpo_megatron.weight_sync.base import Deadline, Publisher, Weights
 from fiberpo_megatron.weight_sync.buckets import Bucket, buckets
 from fiberpo_megatron.weight_sync.group import UpdateGroup

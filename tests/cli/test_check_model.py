@@ -14,7 +14,7 @@ from fiberpo_megatron.config import load_config
 from fiberpo_megatron.trainer import transformers_reference as reference
 from fiberpo_megatron.trainer.model_check import compare
 from tests.distributed.spawn import run_ranks
-from tests.mcore.weights_reference import write_model
+from tests.mcore.weights.weights_reference import write_model
 
 TOKENIZER = Path(__file__).parents[2] / "examples/demo/model"
 

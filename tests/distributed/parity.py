@@ -18,12 +18,12 @@ from torch import Tensor
 from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.data.packing import assign_rows, pack, padded_lengths
 from fiberpo_megatron.mcore import policy as policy_module
-from fiberpo_megatron.mcore.checks import check_layout
-from fiberpo_megatron.mcore.global_tensors import global_shards, gradient_shards
-from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout
 from fiberpo_megatron.mcore.model import PolicyModel
+from fiberpo_megatron.mcore.parallel.checks import check_layout
+from fiberpo_megatron.mcore.parallel.layout import ParallelLayout, start_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
 from fiberpo_megatron.mcore.weights import save_hf
+from fiberpo_megatron.mcore.weights.global_tensors import global_shards, gradient_shards
 from fiberpo_megatron.types import Coefficients, Gate, MicroBatch, RolloutBatch, concatenated_response_tokens
 
 TEMPERATURE = 0.7

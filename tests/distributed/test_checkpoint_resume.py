@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.mcore import checkpoint
-from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout
+from fiberpo_megatron.mcore.parallel.layout import ParallelLayout, start_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
 from tests.distributed.parity import (
     MODELS,

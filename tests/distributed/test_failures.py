@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fiberpo_megatron.mcore.layout import start_layout
+from fiberpo_megatron.mcore.parallel.layout import start_layout
 from fiberpo_megatron.mcore.policy import build_policy
 from fiberpo_megatron.mcore.router import correction_biases
 from fiberpo_megatron.types import Coefficients

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fiberpo_megatron.config import Config
-from fiberpo_megatron.mcore.global_tensors import global_shards
-from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout
+from fiberpo_megatron.mcore.parallel.layout import ParallelLayout, start_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
+from fiberpo_megatron.mcore.weights.global_tensors import global_shards
 from tests.distributed.parity import (
     QWEN3_MOE,
     TEMPERATURE,

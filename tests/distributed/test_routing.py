@@ -7,9 +7,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fiberpo_megatron.mcore.layout import start_layout
+from fiberpo_megatron.mcore.parallel.layout import start_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
-from fiberpo_megatron.trainer.routing import partition_share
+from fiberpo_megatron.trainer.step_routing import partition_share
 from fiberpo_megatron.types import MicroBatch, concatenated_response_tokens
 from tests.distributed.parity import (
     QWEN3_MOE,

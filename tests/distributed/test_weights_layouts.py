@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fiberpo_megatron.mcore.global_tensors import gradients_as_data
-from fiberpo_megatron.mcore.layout import start_layout
+from fiberpo_megatron.mcore.parallel.layout import start_layout
 from fiberpo_megatron.mcore.policy import build_policy
 from fiberpo_megatron.mcore.probe import Observation, observed, whole
 from fiberpo_megatron.mcore.weights import export_hf
+from fiberpo_megatron.mcore.weights.global_tensors import gradients_as_data
 from fiberpo_megatron.types import concatenated_response_tokens
 from tests.distributed.parity import (
     TEMPERATURE,
@@ -25,7 +25,7 @@ from tests.distributed.parity import (
     micro_batches_for,
 )
 from tests.distributed.spawn import run_ranks
-from tests.mcore.weights_reference import (
+from tests.mcore.weights.weights_reference import (
     DENSE,
     MODELS,
     MOE,
@@ -167,7 +167,7 @@ def assert_gradients(name: str, found: dict[str, Tensor], wanted: dict[str, Tens
 
 
 def test_families_are_covered() -> None:
-    from fiberpo_megatron.mcore.weight_tables import FAMILIES
+    from fiberpo_megatron.mcore.families.weight_tables import FAMILIES
 
     assert {family for family, _ in MODELS.values()} == set(FAMILIES)
     assert not DENSE.keys() & MOE.keys()

@@ -1,7 +1,7 @@
 """config.json as model makers publish it, and settings away from the defaults: we compute what transformers computes.
 
 Dimensions are scaled down; every other field is as published (from memory of the public files). Fields that are
-refused without a look at the weights are in tests/mcore/test_architecture.py.
+refused without a look at the weights are in tests/mcore/families/test_architecture.py.
 """
 
 import json
@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fiberpo_megatron.config.schema import ModelConfig
-from fiberpo_megatron.mcore.architecture import read_architecture
-from fiberpo_megatron.mcore.layout import start_layout
+from fiberpo_megatron.mcore.families.architecture import read_architecture
 from fiberpo_megatron.mcore.model import build_model
+from fiberpo_megatron.mcore.parallel.layout import start_layout
 from fiberpo_megatron.mcore.schedule import Schedule
 from fiberpo_megatron.mcore.weights import export_hf, load_hf, save_hf
 from fiberpo_megatron.trainer import transformers_reference as reference
 from tests.distributed.parity import make_batch, make_config, micro_batches_for
 from tests.distributed.spawn import run_ranks
-from tests.mcore.weights_reference import read_config, write_random
+from tests.mcore.weights.weights_reference import read_config, write_random
 
 SMALL: dict[str, Any] = {
     "vocab_size": 37,

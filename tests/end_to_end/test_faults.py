@@ -21,7 +21,7 @@ import pytest
 from fiberpo_megatron.config import load_config
 from fiberpo_megatron.data.curriculum import build_prompts
 from fiberpo_megatron.data.tokenizer import load_tokenizer
-from fiberpo_megatron.mcore.checkpoint_folders import complete_steps, damaged_files, describe, latest
+from fiberpo_megatron.mcore.checkpoint.folders import complete_steps, damaged_files, describe, latest
 from fiberpo_megatron.rollout.dump import Origin, RolloutDump, prompts_digest
 from fiberpo_megatron.trainer.batch import flatten
 from fiberpo_megatron.trainer.stored import shared_settings

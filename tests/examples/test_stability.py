@@ -15,8 +15,8 @@ from comparison.plots import PANELS, mean_line, write_plots
 from comparison.tables import markdown_table, write_tables
 
 from fiberpo_megatron.config import dump_config
-from fiberpo_megatron.rollout.client import EngineAddress
-from fiberpo_megatron.rollout.errors import EngineUnreachable
+from fiberpo_megatron.engines.client import EngineAddress
+from fiberpo_megatron.engines.errors import EngineUnreachable
 from fiberpo_megatron.telemetry.report.run_data import Series
 from fiberpo_megatron.telemetry.sinks import JsonlSink
 

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fiberpo_megatron.fibration import build_objective
-from fiberpo_megatron.fibration.kernels import fused, plan, run_kernels, tree
+from fiberpo_megatron.fibration.kernels import device_tree, fused, run_kernels, run_plan
 from tests.fibration.oracle import random_case
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32"}
@@ -49,7 +49,7 @@ def compiled(
         if kernel is run_kernels.find_cuts:
             given["found_ptr"][:2] = 1  # one run, as if out of order; no kernel runs here
 
-    for module in (fused, plan, tree):
+    for module in (fused, run_plan, device_tree):
         monkeypatch.setattr(module, "launch", compile_one)
     monkeypatch.setattr(fused, "why_not", lambda *_: None)
     monkeypatch.setattr(fused._FusedCall, "finish", lambda *_: None)

@@ -15,7 +15,7 @@ import torch
 import triton
 
 from fiberpo_megatron.fibration import OBJECTIVES, PRESET_LEVELS, build_objective
-from fiberpo_megatron.fibration.kernels import fused, plan, token_kernels
+from fiberpo_megatron.fibration.kernels import fused, run_plan, token_kernels
 from tests.fibration import oracle
 from tests.fibration.oracle import Case
 from tests.fibration.ranks import joined
@@ -122,7 +122,7 @@ def test_other_objectives(name: str) -> None:
 
 def test_one_long_node_and_many_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A finest node of more runs than are added side by side, and P that is no power of two."""
-    monkeypatch.setattr(plan, "RUNS_AT_ONCE", 4)
+    monkeypatch.setattr(run_plan, "RUNS_AT_ONCE", 4)
     case = random_case(3, trajectories=11, longest=1, partitions=5)
     levels = [["all", "expert"], ["all"]]
     budgets = {"all+expert": TIGHT, "all": TIGHT}

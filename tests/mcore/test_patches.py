@@ -41,7 +41,7 @@ SCENARIOS = {
 
 def train_and_resume(left_out: str | None, parallel: dict[str, int], folder: str, model: dict[str, Any]) -> float:
     """One optimiser step, a checkpoint, and the next step after loading it into a new policy."""
-    from fiberpo_megatron.mcore.layout import start_layout
+    from fiberpo_megatron.mcore.parallel.layout import start_layout
     from fiberpo_megatron.mcore.policy import build_policy
 
     if left_out is not None:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from fiberpo_megatron.config.schema import Config
-from fiberpo_megatron.mcore.layout import ParallelLayout, start_layout
+from fiberpo_megatron.mcore.parallel.layout import ParallelLayout, start_layout
 
 
 def next_layout(hf_config: Mapping[str, Any], config: Config) -> ParallelLayout:

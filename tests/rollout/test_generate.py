@@ -6,10 +6,10 @@ import threading
 import httpx
 import pytest
 
-from fiberpo_megatron.rollout.client import EngineAddress, Sampling
-from fiberpo_megatron.rollout.errors import EngineRefused, SamplingStopped
+from fiberpo_megatron.engines.client import EngineAddress, Sampling
+from fiberpo_megatron.engines.errors import EngineRefused, SamplingStopped
 from fiberpo_megatron.rollout.generate import EngineSampler, response_seeds
-from tests.rollout.fake_server import FakeServers
+from tests.engines.fake_server import FakeServers
 from tests.rollout.in_order import in_order
 
 ENGINES = [EngineAddress("http://a:1"), EngineAddress("http://b:2")]

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fiberpo_megatron.rollout.addresses import free_ports
+from fiberpo_megatron.engines.addresses import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"

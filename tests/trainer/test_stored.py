@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fiberpo_megatron.engines.errors import SamplingStopped
 from fiberpo_megatron.rollout.dump import DumpError
-from fiberpo_megatron.rollout.errors import SamplingStopped
 from fiberpo_megatron.rollout.finished import finished_indices
 from fiberpo_megatron.trainer.loop import Training, train
 from fiberpo_megatron.trainer.stop import Stopped

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from fiberpo_megatron.rollout.client import EngineAddress
-from fiberpo_megatron.rollout.errors import EngineError, EngineRefused, EngineTimeout
+from fiberpo_megatron.engines.client import EngineAddress
+from fiberpo_megatron.engines.errors import EngineError, EngineRefused, EngineTimeout
 from fiberpo_megatron.weight_sync.disk import DiskPublisher
 from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
 from fiberpo_megatron.weight_sync.group import UpdateGroup
-from tests.rollout.fake_server import FakeServers
+from tests.engines.fake_server import FakeServers
 
 ENGINES = [EngineAddress("http://127.0.0.1:1"), EngineAddress("http://127.0.0.1:2")]
 WEIGHTS = {f"w{i}": torch.full((5,), float(i)) for i in range(4)}

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from fiberpo_megatron.rollout.client import EngineAddress, EngineClient, Sampling
-from fiberpo_megatron.rollout.errors import EngineError
+from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
+from fiberpo_megatron.engines.errors import EngineError
 from fiberpo_megatron.rollout.generate import EngineSampler
 from fiberpo_megatron.weight_sync.base import Publisher
+from fiberpo_megatron.weight_sync.compare import WeightMismatch, compare_log_probs
 from fiberpo_megatron.weight_sync.disk import DiskPublisher
 from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
-from fiberpo_megatron.weight_sync.verify import WeightMismatch, compare_log_probs
 from tests.rollout.in_order import in_order
 from tests.tiny_model import VOCABULARY, hugging_face_weights, load, log_probs, moved
 from tests.weight_sync.trainer_rank import publish_as_rank

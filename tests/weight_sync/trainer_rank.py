@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fiberpo_megatron.rollout.client import EngineAddress
+from fiberpo_megatron.engines.client import EngineAddress
 from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from comparison.measures import FINISHED, OUTCOME_FILE, Outcome, read_outcome
 from fiberpo_megatron.config import Config, load_config
-from fiberpo_megatron.rollout.client import EngineAddress
-from fiberpo_megatron.rollout.engine import check_reachable
+from fiberpo_megatron.engines.client import EngineAddress
+from fiberpo_megatron.engines.servers import check_reachable
 from fiberpo_megatron.telemetry.sinks import METRICS_FILE, read_records
 
 CONSOLE_FILE = "console.log"

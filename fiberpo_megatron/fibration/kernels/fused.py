@@ -18,12 +18,12 @@ from fiberpo_megatron.fibration.collective import Reduce, fused_sum
 from fiberpo_megatron.fibration.fiber import FiberRule
 from fiberpo_megatron.fibration.gates import GatedTree, gate_tree
 from fiberpo_megatron.fibration.kernels import token_kernels
+from fiberpo_megatron.fibration.kernels.device_tree import DeviceTree
 from fiberpo_megatron.fibration.kernels.formulas import FORMULAS
 from fiberpo_megatron.fibration.kernels.launch import launch
-from fiberpo_megatron.fibration.kernels.plan import Plan, make_plan
-from fiberpo_megatron.fibration.kernels.tree import DeviceTree
+from fiberpo_megatron.fibration.kernels.run_plan import Plan, make_plan
 from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
-from fiberpo_megatron.fibration.metrics import ObjectiveMetrics
+from fiberpo_megatron.fibration.objective_metrics import ObjectiveMetrics
 from fiberpo_megatron.fibration.rule import Rule
 from fiberpo_megatron.fibration.statistics import summarise
 from fiberpo_megatron.fibration.tokens import TokenBatch, check_values

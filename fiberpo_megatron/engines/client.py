@@ -1,0 +1,390 @@
+"""An async HTTP client for one SGLang server. Every call has a deadline and fails with an `EngineError`.
+
+There are no retries: a generation that failed says so, and a weight update must never run twice unnoticed.
+"""
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from fiberpo_megatron.engines import answers
+from fiberpo_megatron.engines.errors import (
+    EngineAborted,
+    EngineAnswerError,
+    EngineRefused,
+    EngineTimeout,
+    EngineUnreachable,
+)
+from fiberpo_megatron.types import Completion
+
+CONTROL_TIMEOUT_S = 60.0
+KEY_FIX = "Name the file with the servers' key in rollout.engine.api_key_file"
+KEEP_ALIVE_S = 3.0
+"""Idle connections are dropped sooner than the server drops them (5 s): none is used while it closes."""
+
+
+@dataclass(frozen=True)
+class EngineAddress:
+    """Where a server is, and its log where this machine can read it."""
+
+    url: str
+    """http://host:port"""
+    log: Path | None = None
+    api_key: str | None = field(default=None, repr=False)
+    """Sent with every request (`Authorization: Bearer`); never shown."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. Log-probs are those of logits / temperature, before top_p and top_k."""
+
+    max_response_tokens: int
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response; the one that did stays in it. The model's own EOS ends one as well."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1: all tokens."""
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "max_new_tokens": self.max_response_tokens,
+            "stop_token_ids": list(self.stop_token_ids),
+        }
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a server says about itself."""
+
+    model_path: str
+    weight_version: str
+    """Version of the last publication; `default` before the first."""
+
+
+class EngineClient:
+    """One server. Use it inside one event loop, and close it (`async with`).
+
+    `timeout_s` bounds one generation or scoring request, its wait in the server's queue included;
+    `transport` is the network seam for tests.
+    """
+
+    def __init__(
+        self,
+        address: EngineAddress,
+        timeout_s: float,
+        max_connections: int = 256,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.address = address
+        self.url = address.url.rstrip("/")
+        self.timeout_s = timeout_s
+        limits = httpx.Limits(max_connections=max_connections, keepalive_expiry=KEEP_ALIVE_S)
+        # trust_env=False: a proxy of the environment must not stand between trainer and engines
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            headers=address.headers,
+            timeout=None,
+            limits=limits,
+            trust_env=False,
+            transport=transport,
+        )
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # Generation
+
+    async def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int] | None = None,
+        routed_experts: tuple[int, int] | None = None,
+        partial: bool = False,
+    ) -> list[Completion]:
+        """One response to each prompt (token ids), in order; several to one prompt: repeat it.
+
+        SGLang's `n` is not used, because its responses would share one seed. `seeds`: one per prompt; needs a
+        server started with `--enable-deterministic-inference`. `routed_experts`: (MoE layers, top_k) fills
+        `Completion.routed_experts`; needs `--enable-return-routed-experts`. `partial`: accept responses that
+        the engine aborted (their finish reason is `abort`) instead of raising EngineAborted.
+        """
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; pass one seed per prompt")
+        parameters: object = sampling.as_json()
+        if seeds is not None:
+            parameters = [sampling.as_json() | {"sampling_seed": seed} for seed in seeds]
+        request: dict[str, object] = {
+            "input_ids": [list(prompt) for prompt in prompts],
+            "sampling_params": parameters,
+            "return_logprob": True,
+            "stream": False,
+        }
+        if routed_experts is not None:
+            request["return_routed_experts"] = True
+        answer = await self._call("POST", "/generate", request, self.timeout_s)
+        with self._answer_errors("/generate"):
+            found = len(answer) if isinstance(answer, list) else 1
+            if not isinstance(answer, list) or found != len(prompts):
+                raise ValueError(f"{len(prompts)} responses were asked for, {found} came")
+            for element in answer:
+                self._refuse_abort(element, partial)
+            return [answers.completion(element, routed_experts) for element in answer]
+
+    async def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """[len - 1] log-probs of token_ids[1:] at temperature 1 (SGLang does not scale those of a prompt)."""
+        request = {
+            "input_ids": list(token_ids),
+            "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "stream": False,
+        }
+        answer = await self._call("POST", "/generate", request, self.timeout_s)
+        with self._answer_errors("/generate"):
+            self._refuse_abort(answer, partial=False)
+            return answers.prompt_log_probs(answer, token_ids)
+
+    def _refuse_abort(self, answer: object, partial: bool) -> None:
+        reason = answers.abort_message(answer)
+        if reason is not None and not partial:
+            raise EngineAborted(
+                self.url,
+                f"a response was aborted ({reason})",
+                "If nobody aborted it on purpose, look for the cause in the server's log",
+                self.address.log,
+            )
+
+    # Control
+
+    async def health(self, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+        """Returns once the server has generated one token (takes a second when it is idle)."""
+        await self._call("GET", "/health_generate", None, timeout_s, json=False)
+
+    async def model_info(self, timeout_s: float = CONTROL_TIMEOUT_S) -> ModelInfo:
+        answer = await self._call("GET", "/model_info", None, timeout_s)
+        with self._answer_errors("/model_info"):
+            return ModelInfo(answers.field(answer, "model_path", str), answers.field(answer, "weight_version", str))
+
+    async def tensor_parallel_size(self, timeout_s: float = CONTROL_TIMEOUT_S) -> int:
+        """Ranks among which the server splits its weights.
+
+        Refuses a server with data-parallel replicas: SGLang cannot update those by broadcast.
+        """
+        answer = await self._call("GET", "/server_info", None, timeout_s)
+        with self._answer_errors("/server_info"):
+            if answers.field(answer, "dp_size", int) != 1:
+                raise ValueError("it runs data-parallel replicas (dp_size > 1); start one server per replica")
+            return int(answers.field(answer, "tp_size", int))
+
+    async def pause(self, mode: Literal["abort", "retract", "in_place"] = "retract") -> None:
+        """Stop generating. `retract` puts running requests back into the queue; new ones queue."""
+        await self._call("POST", "/pause_generation", {"mode": mode}, CONTROL_TIMEOUT_S)
+
+    async def resume(self) -> None:
+        await self._call("POST", "/continue_generation", {}, CONTROL_TIMEOUT_S)
+
+    async def flush_cache(self) -> None:
+        """Drop the KV cache of finished requests. Refused while requests run, unless they were retracted."""
+        await self._call("POST", "/flush_cache", None, CONTROL_TIMEOUT_S, json=False)
+
+    async def memory_saver(self) -> bool:
+        """Whether releasing memory frees any: the server was started with --enable-memory-saver."""
+        answer = await self._call("GET", "/server_info", None, CONTROL_TIMEOUT_S)
+        with self._answer_errors("/server_info"):
+            return bool(answers.field(answer, "enable_memory_saver", bool))
+
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """Give up the memory of "kv_cache" or "weights", contents included; no requests until it is resumed.
+
+        A server that is not idle would die of it: waits until the last request has left (EngineRefused if it does
+        not).
+        """
+        idle = CONTROL_TIMEOUT_S / 2
+        await self._call("POST", f"/flush_cache?timeout={idle:g}", None, CONTROL_TIMEOUT_S, json=False)
+        await self._call("POST", "/release_memory_occupation", {"tags": list(tags)}, CONTROL_TIMEOUT_S, json=False)
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take the memory again. Weights must then be published."""
+        await self._call("POST", "/resume_memory_occupation", {"tags": list(tags)}, CONTROL_TIMEOUT_S, json=False)
+
+    async def abort_all(self) -> None:
+        """End all requests; each answers with the tokens it has."""
+        await self._call("POST", "/abort_request", {"abort_all": True}, CONTROL_TIMEOUT_S, json=False)
+
+    async def checksum(self) -> str:
+        """Checksum of the weights that the server holds, joined over its tensor-parallel ranks."""
+        answer = await self._command("/weights_checker", {"action": "checksum"}, CONTROL_TIMEOUT_S)
+        with self._answer_errors("/weights_checker"):
+            ranks = answers.field(answer, "ranks", list)
+            return "-".join(answers.field(rank, "per_gpu_checksum", str) for rank in ranks)
+
+    # Weights
+
+    async def update_weights_from_disk(self, folder: Path, version: str, timeout_s: float) -> None:
+        """Load the safetensors of `folder` (a path on the server's machine) in place.
+
+        A folder that cannot be read leaves the old weights. A tensor of the wrong shape kills the server: its
+        rollback reads the same folder.
+        """
+        # load_format: a server that was started with random weights would draw random ones again
+        request = {"model_path": str(folder), "weight_version": version, "load_format": "auto"}
+        await self._command("/update_weights_from_disk", request, timeout_s)
+
+    async def begin_weight_update(self, timeout_s: float) -> None:
+        await self._command("/begin_weight_update", {"selector": "all"}, timeout_s)
+
+    async def end_weight_update(self, timeout_s: float) -> None:
+        await self._command("/end_weight_update", {}, timeout_s)
+
+    async def init_weights_update_group(
+        self,
+        host: str,
+        port: int,
+        rank_offset: int,
+        world_size: int,
+        group: str,
+        backend: str,
+        timeout_s: float,
+    ) -> None:
+        """The server's tensor-parallel ranks join `group` as ranks rank_offset, rank_offset + 1, .."""
+        request = {
+            "master_address": host,
+            "master_port": port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+            "group_name": group,
+            "backend": backend,
+        }
+        await self._command("/init_weights_update_group", request, timeout_s)
+
+    async def update_weights_from_distributed(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group: str,
+        version: str | None,
+        timeout_s: float,
+    ) -> None:
+        """Receive one flat bucket of these tensors from rank 0 of `group` and load it.
+
+        `version`: given with the last bucket.
+        """
+        request: dict[str, object] = {
+            "names": list(names),
+            "dtypes": list(dtypes),
+            "shapes": [list(shape) for shape in shapes],
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "flush_cache": version is not None,
+        }
+        if version is not None:
+            request["weight_version"] = version
+        await self._command("/update_weights_from_distributed", request, timeout_s)
+
+    async def destroy_weights_update_group(self, group: str, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+        await self._command("/destroy_weights_update_group", {"group_name": group}, timeout_s)
+
+    # Transport
+
+    async def _command(self, path: str, request: Mapping[str, object], timeout_s: float) -> Any:
+        """A call whose answer carries `success`."""
+        answer = await self._call("POST", path, request, timeout_s)
+        with self._answer_errors(path):
+            if not answers.field(answer, "success", bool):
+                raise self._refused(path, str(answer.get("message", answer)))
+        return answer
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        request: Mapping[str, object] | None,
+        timeout_s: float,
+        json: bool = True,
+    ) -> Any:
+        """The decoded answer of one request; EngineError when there is none before the deadline."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._http.request(method, path, json=request)
+        except TimeoutError as error:
+            raise EngineTimeout(
+                self.url,
+                f"no answer to {method} {path} within {timeout_s:g} s",
+                "It hangs or is overloaded: see its log, lower the concurrency or raise the timeout",
+                self.address.log,
+            ) from error
+        except httpx.ConnectError as error:
+            raise EngineUnreachable(
+                self.url,
+                f"{method} {path}: no connection ({error})",
+                "Check that the server runs and that the address is right",
+                self.address.log,
+            ) from error
+        except httpx.TransportError as error:
+            raise EngineUnreachable(
+                self.url,
+                f"the connection was lost during {method} {path} ({type(error).__name__}: {error})",
+                "The server died or was stopped: see its log",
+                self.address.log,
+            ) from error
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            raise EngineRefused(self.url, f"{path} was refused: {_key_seen(self.address)}", KEY_FIX)
+        if response.status_code != httpx.codes.OK:
+            raise self._refused(path, f"HTTP {response.status_code}: {_reason(response)}")
+        if not json:
+            return None
+        with self._answer_errors(path):
+            return response.json()
+
+    def _refused(self, path: str, reason: str) -> EngineRefused:
+        return EngineRefused(self.url, f"{path} was refused: {reason:.1000}", "See the server's log")
+
+    @contextmanager
+    def _answer_errors(self, path: str) -> Iterator[None]:
+        """Turns a ValueError about an answer into an EngineAnswerError that names the server."""
+        try:
+            yield
+        except ValueError as error:
+            what = f"bad answer to {path}: {error}"
+            raise EngineAnswerError(self.url, what, "Check that it is an SGLang server of a tested version") from error
+
+
+def _key_seen(address: EngineAddress) -> str:
+    return "another API key is needed" if address.api_key else "an API key is needed, none was given"
+
+
+def _reason(response: httpx.Response) -> str:
+    """The message inside SGLang's error bodies, or the body."""
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text or "no body"
+    inner = body.get("error", body) if isinstance(body, dict) else body
+    return str(inner.get("message", inner)) if isinstance(inner, dict) else str(inner)

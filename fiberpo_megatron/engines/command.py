@@ -1,0 +1,144 @@
+"""The command line and the environment of a SGLang server, with a GPU and without."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from fiberpo_megatron.config.schema import EngineConfig
+from fiberpo_megatron.engines.addresses import interface_of
+
+PLUGIN = Path(__file__).parent / "sglang_plugin" / "path"
+CPU_STAND_INS = Path(__file__).parent / "sglang_cpu" / "path"
+CPU_KV_TOKENS = 16384
+ASK_TIMEOUT_S = 60.0
+
+LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+LAUNCHER_VARIABLES |= {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"}
+
+
+@dataclass(frozen=True)
+class Server:
+    """What one server serves and where."""
+
+    model: Path
+    """Hugging Face folder."""
+    dtype: str
+    """float32 or bfloat16."""
+    host: str
+    """Address it binds."""
+    port: int
+    """HTTP."""
+    internal_port: int
+    """Rendezvous of its own tensor-parallel ranks."""
+    seed: int
+    """Of sampling without per-request seeds."""
+    gpu: bool
+    first_gpu: int = 0
+    """Index of its first GPU among the visible ones."""
+    routed_experts: bool = False
+    """Return the experts of every token on request."""
+    deterministic: bool = False
+    """Honour per-request sampling seeds. On a GPU with batch-invariant kernels, which are slower."""
+
+
+def server_command(server: Server, config: EngineConfig) -> list[str]:
+    """`python -m sglang.launch_server ..`; `engine.extra_args` come last, so they win."""
+    command = [interpreter(config), "-m", "sglang.launch_server"]
+    command += [
+        "--model-path",
+        str(server.model.resolve()),
+        "--host",
+        server.host,
+        "--port",
+        str(server.port),
+    ]
+    if not any(server.model.glob("*.safetensors")):
+        command += ["--load-format", "dummy"]
+    command += ["--nccl-port", str(server.internal_port), "--dtype", server.dtype]
+    command += ["--random-seed", str(server.seed), "--max-running-requests", str(config.max_running_requests)]
+    # token ids in and out: no tokenizer, no text, no grammar
+    command += [
+        "--skip-tokenizer-init",
+        "--grammar-backend",
+        "none",
+        "--sleep-on-idle",
+        "--skip-server-warmup",
+    ]
+    if server.gpu:
+        command += ["--tp-size", str(config.tensor), "--base-gpu-id", str(server.first_gpu)]
+        command += ["--mem-fraction-static", str(config.memory_fraction)]
+    else:
+        command += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
+        command += ["--disable-overlap-schedule", "--disable-cuda-graph", "--disable-radix-cache"]
+    tokens = config.max_total_tokens or (None if server.gpu else CPU_KV_TOKENS)
+    if tokens is not None:
+        command += ["--max-total-tokens", str(tokens)]
+    if server.routed_experts:
+        command.append("--enable-return-routed-experts")
+    if config.colocated and server.gpu:
+        command.append("--enable-memory-saver")
+    if server.deterministic:
+        command.append("--enable-deterministic-inference")
+    return command + config.extra_args
+
+
+def interpreter(config: EngineConfig) -> str:
+    """The Python that has SGLang. Raises FileNotFoundError when the one that is set does not exist."""
+    chosen = config.python or os.environ.get("FIBERPO_SGLANG_PYTHON")
+    if chosen and not os.access(chosen, os.X_OK):
+        source = "rollout.engine.python" if config.python else "FIBERPO_SGLANG_PYTHON"
+        raise FileNotFoundError(
+            f"{source} = {chosen} is not an executable; name the python that has sglang, or unset it"
+        )
+    return str(chosen or sys.executable)
+
+
+def sglang_version(python: str) -> str | None:
+    """Version of the SGLang of an interpreter; None where it has none."""
+    if python == sys.executable:
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version("sglang")
+        return None
+    ask = "from importlib.metadata import version; print(version('sglang'))"
+    done = subprocess.run([python, "-c", ask], capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def server_environment(
+    parent: Mapping[str, str], config: EngineConfig, server: Server, key_file: Path | None
+) -> dict[str, str]:
+    """The parent's environment without what belongs to its own launcher, with what the server needs.
+
+    `key_file`: holds the API key, which must appear neither here nor on the command line.
+    """
+    environment = {
+        name: value
+        for name, value in parent.items()
+        # torchrun's variables would make the server's own rendezvous wait for the trainer's
+        if name not in LAUNCHER_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+    environment["PYTHONUNBUFFERED"] = "1"
+    environment["PYTHONSAFEPATH"] = "1"  # the working directory shadows no module
+    environment["HF_HUB_OFFLINE"] = "1"  # a wrong folder is an error, not the name of a model on the hub
+    folders = [PLUGIN] if server.gpu else [PLUGIN, CPU_STAND_INS]
+    environment["PYTHONPATH"] = os.pathsep.join([*map(str, folders), *filter(None, [parent.get("PYTHONPATH")])])
+    interface = interface_of(server.host)
+    if interface is not None:  # gloo would listen on the address of the host's name, whoever can reach that
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if key_file is not None:
+        environment["FIBERPO_API_KEY_FILE"] = str(key_file)
+    if server.gpu:
+        return environment
+    return environment | {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(config.threads),
+        "TORCH_COMPILE_DISABLE": "1",  # the first request would otherwise compile for 20 s
+        "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",  # with the core dump: 5 s between a crash and the exit
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+    }

@@ -1,0 +1,240 @@
+"""Starts SGLang servers on this machine and stops them; or checks the ones whose addresses are given."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import torch
+
+from fiberpo_megatron.config.schema import EngineConfig
+from fiberpo_megatron.engines.addresses import free_ports, is_free
+from fiberpo_megatron.engines.api_key import write_key
+from fiberpo_megatron.engines.client import KEY_FIX, EngineAddress
+from fiberpo_megatron.engines.command import Server, interpreter, server_command, server_environment, sglang_version
+from fiberpo_megatron.engines.errors import EngineRefused, EngineStartError, EngineUnreachable
+
+POLL_S = 0.1
+CHECK_TIMEOUT_S = 30.0
+TEMPORARY = "fiberpo-engine-"
+ONE_TOKEN = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
+LAUNCHER = Path(__file__).with_name("launcher.py")
+
+
+@contextmanager
+def engines(
+    config: EngineConfig,
+    model: Path,
+    folder: Path,
+    *,
+    dtype: str,
+    seed: int = 0,
+    host: str = "127.0.0.1",
+    first_gpu: int = 0,
+    gpu: bool | None = None,
+    routed_experts: bool = False,
+    deterministic: bool | None = None,
+    api_key: str | None = None,
+) -> Iterator[list[EngineAddress]]:
+    """Healthy engines; those that were started here are stopped at the end, whatever the reason.
+
+    `model`: Hugging Face folder; without safetensors the weights are random until the first publication.
+    `folder`: gets engine_<i>.log. `dtype`: used where `engine.dtype` is auto. `host`: address to bind, which
+    all ranks must reach. `first_gpu`: server i takes `engine.tensor` GPUs from first_gpu + i * engine.tensor.
+    `gpu` unset: whether torch sees one. `deterministic` (unset: without a GPU): honour per-request seeds.
+    `api_key`: without it the servers refuse requests; unset, everybody who reaches them can use them.
+
+    Call it from a thread that outlives the engines. Raises EngineStartError (busy port, missing sglang, exit
+    or no health before `engine.start_timeout_s`, with the log's tail), and EngineUnreachable for a given
+    address without a server.
+    """
+    if config.urls:
+        addresses = [EngineAddress(url.rstrip("/"), api_key=api_key) for url in config.urls]
+        for address in addresses:
+            check_reachable(address)
+        yield addresses
+        return
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    check_startable(config, model, host)
+    ports = free_ports(2 * config.count, host)
+    if config.port is not None:
+        ports[: config.count] = range(config.port, config.port + config.count)
+    servers = [
+        Server(
+            model=model,
+            dtype=dtype if config.dtype == "auto" else config.dtype,
+            host=host,
+            port=ports[i],
+            internal_port=ports[config.count + i],
+            seed=seed + i,
+            gpu=gpu,
+            first_gpu=first_gpu + i * config.tensor,
+            routed_experts=routed_experts,
+            deterministic=not gpu if deterministic is None else deterministic,
+        )
+        for i in range(config.count)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers()
+    started: list[EngineProcess] = []
+    try:
+        for i, server in enumerate(servers):
+            started.append(start_server(server, config, folder / f"engine_{i}.log", api_key))
+        deadline = time.monotonic() + config.start_timeout_s
+        for process in started:
+            process.wait_until_healthy(deadline)
+        yield [process.address for process in started]
+    finally:
+        stop_all(started)
+
+
+def check_startable(config: EngineConfig, model: Path, host: str) -> None:
+    """Raise what can be known before a process is started."""
+    python = interpreter(config)
+    if sglang_version(python) is None:
+        raise EngineStartError(
+            "(not started)",
+            f"{python} has no sglang",
+            "Run `make env`, install fiberpo-megatron[cuda], or name the Python that has it in rollout.engine.python",
+        )
+    if not (model / "config.json").is_file():
+        raise EngineStartError(
+            "(not started)", f"{model} has no config.json", "Set model.path to a Hugging Face folder"
+        )
+    for i in range(config.count if config.port is not None else 0):
+        port = (config.port or 0) + i
+        if not is_free(port, host):
+            raise EngineStartError(
+                f"http://{host}:{port}",
+                f"port {port} is in use by another process",
+                "Stop that process, change rollout.engine.port, or leave it unset to have a free one found",
+            )
+
+
+def check_reachable(address: EngineAddress) -> None:
+    """Raise EngineUnreachable unless a server answers at this address."""
+    try:
+        with httpx.Client(headers=address.headers, trust_env=False, timeout=CHECK_TIMEOUT_S) as http:
+            answer = http.get(f"{address.url}/model_info")
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            raise EngineRefused(address.url, "the server asks for another API key than this run has", KEY_FIX)
+        answer.raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise EngineUnreachable(
+            address.url,
+            f"no SGLang server answers ({type(error).__name__}: {error})",
+            "Start it, or correct rollout.engine.urls",
+        ) from error
+
+
+@dataclass(frozen=True)
+class EngineProcess:
+    """A server that was started here."""
+
+    address: EngineAddress
+    process: "subprocess.Popen[bytes]"
+    temporary: Path
+    """Its sockets and other temporary files, which SGLang leaves behind."""
+
+    def wait_until_healthy(self, deadline: float) -> None:
+        """Return once the server has generated a token, and has refused to without the API key.
+
+        `deadline`: of time.monotonic().
+        """
+        begin = time.monotonic()
+        with httpx.Client(base_url=self.address.url, headers=self.address.headers, trust_env=False) as http:
+            while True:
+                code = self.process.poll()
+                if code is not None:
+                    raise EngineStartError(
+                        self.address.url,
+                        f"the server process ended with {_exit_text(code)} while starting",
+                        "The end of its log says why",
+                        self.address.log,
+                    )
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise EngineStartError(
+                        self.address.url,
+                        f"the server was not healthy after {time.monotonic() - begin:.0f} s",
+                        "See its log; raise rollout.engine.start_timeout_s if it was still loading",
+                        self.address.log,
+                    )
+                if _generates(http, left):
+                    break
+                time.sleep(POLL_S)
+        if self.address.api_key and not _refuses_strangers(self.address.url, max(left, CHECK_TIMEOUT_S)):
+            raise EngineStartError(
+                self.address.url,
+                "the server answers without the API key",
+                "Leave SGLANG_PLUGINS unset: the key is set by the plugin in engines/sglang_plugin",
+                self.address.log,
+            )
+
+
+def start_server(server: Server, config: EngineConfig, log: Path, api_key: str | None = None) -> EngineProcess:
+    """Start one server in a process group of its own; it dies with this process, even at kill -9."""
+    command = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *server_command(server, config)]
+    temporary = tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-")  # mode 0700
+    key_file = Path(temporary) / "api_key" if api_key else None
+    if key_file and api_key:
+        write_key(key_file, api_key)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=server_environment(os.environ, config, server, key_file) | {"TMPDIR": temporary},
+            start_new_session=True,
+        )
+    address = EngineAddress(f"http://{server.host}:{server.port}", log, api_key)
+    return EngineProcess(address, process, Path(temporary))
+
+
+def stop_all(started: Sequence[EngineProcess]) -> None:
+    """SIGKILL to the process groups; returns when the servers are gone.
+
+    No SIGTERM first: SGLang looks for it every 5 s only, and a server holds nothing that is worth saving.
+    """
+    for engine in started:
+        with suppress(ProcessLookupError):
+            os.killpg(engine.process.pid, signal.SIGKILL)
+    for engine in started:
+        engine.process.wait()
+        shutil.rmtree(engine.temporary, ignore_errors=True)
+
+
+def remove_leftovers() -> None:
+    """Temporary files of engines whose run was killed before it could remove them."""
+    for left in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*-*"):
+        run = left.name.removeprefix(TEMPORARY).partition("-")[0]
+        if run.isdigit() and not Path(f"/proc/{run}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _generates(http: httpx.Client, timeout_s: float) -> bool:
+    """Whether the server generates a token. (SGLang's /health asks for one too, and then sleeps 1 s.)"""
+    try:
+        return http.post("/generate", json=ONE_TOKEN, timeout=timeout_s).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def _refuses_strangers(url: str, timeout_s: float) -> bool:
+    """Whether the server refuses a request without an API key."""
+    with httpx.Client(base_url=url, trust_env=False, timeout=timeout_s) as stranger:
+        answers = [stranger.post("/generate", json=ONE_TOKEN), stranger.get("/model_info")]
+    return all(answer.status_code == httpx.codes.UNAUTHORIZED for answer in answers)
+
+
+def _exit_text(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,135 @@
+"""One objective call: three passes over this rank's tokens with two fused reductions between them.
+
+pass 1: node sums and statistics  -> reduce -> gates on nodes
+pass 2: gated ratio, direct gradient, adjoint sums -> reduce -> adjoints on nodes
+pass 3: the gradient that reaches tokens through aggregates (skipped while it is zero)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fiberpo_megatron.fibration.collective import Reduce, fused_sum
+from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
+from fiberpo_megatron.fibration.membership import NodeMap, checked_size, id_range, make_node_map
+from fiberpo_megatron.fibration.objective_metrics import ObjectiveMetrics
+from fiberpo_megatron.fibration.passes import GatedTokens, Passes
+from fiberpo_megatron.fibration.rule import Gating, Rule
+from fiberpo_megatron.fibration.runs import Runs, find_runs
+from fiberpo_megatron.fibration.statistics import TokenStatistics, summarise
+from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO, TokenBatch, ValueRanges, check_values
+from fiberpo_megatron.fibration.tree import parent_tables
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """What an objective returns."""
+
+    gated_ratio: Tensor
+    """G, [N], in log_ratio's dtype."""
+    gradient: Tensor
+    """c = dJ/d log_ratio, [N], in log_ratio's dtype: maximise J by minimising -sum_j c_j log pi(a_j)."""
+    value: Tensor
+    """This rank's share of J, a float64 scalar; the shares sum to J."""
+    metrics: ObjectiveMetrics | None
+    """Global metrics; None when the call asked for none."""
+
+
+def evaluate(
+    rule: Rule, batch: TokenBatch, reduce: Reduce | None, *, with_metrics: bool, kernels: bool | None
+) -> ObjectiveOutput:
+    """Run an objective on this rank's tokens; `kernels` as in `Objective.__call__`."""
+    if _use_kernels(batch, kernels):
+        from fiberpo_megatron.fibration.kernels.fused import evaluate_fused
+
+        seen = seen_keys(rule, batch, with_metrics=with_metrics)
+        return ObjectiveOutput(*evaluate_fused(rule, batch, seen, reduce, with_metrics=with_metrics))
+    call = _Call(rule, batch, reduce, with_metrics=with_metrics)
+    first, gating = call.first_pass()
+    gated, second = call.second_pass(gating)
+    call.third_pass(gating, second, gated.gradient)
+    metrics = None
+    if with_metrics:
+        only_max = call.ranges.max_log_ratio if reduce is None else None
+        metrics = summarise(first, second, gating.gated_tree, experts=rule.uses_experts, only_max=only_max)
+    return ObjectiveOutput(gated.ratio, gated.gradient, gated.value, metrics)
+
+
+def seen_keys(rule: Rule, batch: TokenBatch, *, with_metrics: bool) -> tuple[str, ...]:
+    """Keys whose ids a call looks at: the rule's, base keys first, and "trajectory" for the metrics."""
+    keys = (*rule.base_keys, *rule.parent_keys)
+    return (*keys, TRAJECTORY_KEY) if with_metrics and TRAJECTORY_KEY in batch.ids.keys() - set(keys) else keys
+
+
+def _use_kernels(batch: TokenBatch, kernels: bool | None) -> bool:
+    if kernels is False or (kernels is None and not batch.log_ratio.is_cuda):
+        return False
+    reason: str | None = "Triton is not installed"
+    if importlib.util.find_spec("triton") is not None:
+        from fiberpo_megatron.fibration.kernels.fused import why_not
+
+        reason = why_not(batch)
+    if reason is not None and kernels:
+        raise ValueError(f"kernels=True: {reason}; leave kernels unset to use them only where they can run")
+    return reason is None
+
+
+class _Call:
+    """One call in torch operations, on any device."""
+
+    def __init__(self, rule: Rule, batch: TokenBatch, reduce: Reduce | None, *, with_metrics: bool) -> None:
+        self.rule, self.batch, self.reduce = rule, batch, reduce
+        self.ranges: ValueRanges = check_values(batch)
+        seen = seen_keys(rule, batch, with_metrics=with_metrics)
+        self.runs: Runs = find_runs(batch, seen)
+        shared = reduce is not None
+        self.nodes: NodeMap | None = None
+        if rule.has_nodes:
+            self.nodes = make_node_map(batch, self.runs, rule.base_keys, seen, soft=rule.soft, shared=shared)
+        self.passes = Passes(rule, batch, self.ranges, self.runs, self.nodes)
+        self.statistics: TokenStatistics | None = None
+        if with_metrics:
+            trajectories = self._trajectories(shared) if TRAJECTORY_KEY in seen else None
+            share = batch.expert_share if rule.uses_experts else None
+            top, device = self.ranges.max_log_ratio, batch.log_ratio.device
+            self.statistics = TokenStatistics(top, self.runs, trajectories, share, device)
+
+    def _trajectories(self, shared: bool) -> int:
+        if self.nodes is not None:
+            return self.nodes.sizes[TRAJECTORY_KEY]
+        return checked_size(TRAJECTORY_KEY, id_range(self.runs.ids[TRAJECTORY_KEY]), self.batch, shared=shared)
+
+    def _fused(self, tables: dict[str, Tensor]) -> dict[str, Tensor]:
+        return fused_sum(tables, self.reduce) if tables else {}
+
+    def first_pass(self) -> tuple[dict[str, Tensor], Gating]:
+        node_sums = self.passes.first(self.statistics)
+        tables: dict[str, Tensor] = {}
+        if self.nodes is not None and node_sums is not None:
+            tables["nodes"] = node_sums
+            tables.update(parent_tables(self.nodes, self.runs, self.rule.parent_keys))
+        if self.statistics is not None:
+            tables.update(self.statistics.first_tables())
+        reduced = self._fused(tables)
+        if self.statistics is not None:
+            self.statistics.after_first(reduced)
+        return reduced, self.rule.prepare(
+            self.nodes, reduced.get("nodes"), reduced.get("parents"), self.batch.log_ratio
+        )
+
+    def second_pass(self, gating: Gating) -> tuple[GatedTokens, dict[str, Tensor]]:
+        gated = self.passes.second(gating, self.statistics)
+        tables = {} if gated.node_sums is None else {"nodes": gated.node_sums}
+        if self.statistics is not None:
+            tables.update(self.statistics.second_tables(gated.value))
+        return gated, self._fused(tables)
+
+    def third_pass(self, gating: Gating, reduced: dict[str, Tensor], gradient: Tensor) -> None:
+        table = gating.adjoint(reduced["nodes"]) if self.nodes is not None else None
+        if table is not None and bool(table.any()):
+            self.passes.third(gating, table, gradient)
+        if self.ranges.any_beyond_clamp:
+            gradient.masked_fill_(self.batch.log_ratio.abs() > MAX_LOG_RATIO, 0.0)

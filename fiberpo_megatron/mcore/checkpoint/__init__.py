@@ -1,0 +1,180 @@
+"""Saving and resuming: Megatron's distributed checkpoints, written so that a crash loses no earlier one.
+
+`save.py` writes, `folders.py` knows what makes a folder complete and whole.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
+
+from fiberpo_megatron.mcore.checkpoint.folders import (
+    CheckpointError,
+    DamagedCheckpoint,
+    Description,
+    best,
+    complete_steps,
+    damaged_files,
+    describe,
+    latest,
+    packages,
+    prune,
+    step_folder,
+    step_of,
+)
+from fiberpo_megatron.mcore.checkpoint.save import Saving, cause
+from fiberpo_megatron.mcore.checkpoint.state import (
+    random_state,
+    restore_random_state,
+    restore_state,
+    sharded_state,
+)
+from fiberpo_megatron.mcore.families.architecture import read_architecture
+from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
+
+__all__ = [
+    "CheckpointError",
+    "DamagedCheckpoint",
+    "Saving",
+    "begin_save",
+    "best",
+    "complete_steps",
+    "describe",
+    "latest",
+    "load",
+    "prune",
+    "save",
+    "step_folder",
+]
+
+
+class CheckpointedPolicy(Protocol):
+    """What is saved."""
+
+    layout: ParallelLayout
+    hf_config: Mapping[str, Any]
+    models: list[Any]
+    optimizer: Any
+    scheduler: Any
+
+
+def save(policy: CheckpointedPolicy, folder: str | Path, state: Mapping[str, object]) -> None:
+    """Write model, optimizer, schedule, every rank's random state and the caller's JSON-able `state`.
+
+    Every rank calls it, on a file system that all share. A folder of that name is replaced. Raises
+    RuntimeError on every rank, naming folder and cause, when a file cannot be written; earlier ones are
+    untouched.
+    """
+    begin_save(policy, folder, state, background=False).finish()
+
+
+def begin_save(
+    policy: CheckpointedPolicy, folder: str | Path, state: Mapping[str, object], *, background: bool = True
+) -> Saving:
+    """As `save`, but training may go on until `finish` is called: a thread writes copies of the tensors."""
+    folder = Path(folder)
+
+    def described(files: Mapping[str, Any]) -> Description:
+        return Description(
+            step=step_of(folder),
+            layout=_dimensions(policy.layout),
+            model=_model_fields(policy),
+            packages=packages(),
+            state=state,
+            files=files,
+        )
+
+    return Saving(policy, folder, described, background=background)
+
+
+def load(policy: CheckpointedPolicy, folder: str | Path) -> dict[str, object]:
+    """Read a checkpoint written under any layout into the policy; returns the caller's state.
+
+    Every rank calls it. Random states are restored only when the layout is the one that wrote them. Raises
+    on every rank, before the policy is touched: DamagedCheckpoint when files are missing or not as they were written,
+    CheckpointError when it is of another model.
+    """
+    layout = policy.layout
+    folder = Path(folder)
+    description = _whole(layout, folder)
+    _agree(layout, _other_model(description, policy, folder), folder)
+    same_layout = dict(description.layout) == _dimensions(layout)
+    wanted = sharded_state(policy, is_loading=True)
+    if same_layout:
+        wanted["random_state"] = random_state(layout.rank, layout.world_size, with_data=False)
+    error = None
+    try:
+        loaded = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+        restore_state(policy, loaded)
+    except (Exception, CheckpointException) as caught:  # a damaged file raises many types
+        error = f"{cause(caught, folder)}; the checkpoint is of another model or version, take an earlier one"
+    _agree(layout, error, folder)
+    if same_layout:
+        restore_random_state(loaded["random_state"])
+    return dict(description.state)
+
+
+def _whole(layout: ParallelLayout, folder: Path) -> Description:
+    """The description of a checkpoint whose files all have their checksums; the ranks share the reading."""
+    error = None
+    try:
+        description = describe(folder)
+        error = damaged_files(folder, description, part=layout.rank, parts=layout.world_size)
+    except DamagedCheckpoint as caught:
+        error = str(caught)
+    _agree(layout, error, folder, raises=DamagedCheckpoint)
+    return description
+
+
+def _agree(
+    layout: ParallelLayout, error: str | None, folder: Path, raises: type[CheckpointError] = CheckpointError
+) -> None:
+    layout.agree(error, f"loading the checkpoint {folder}", raises=raises)
+
+
+def _dimensions(layout: ParallelLayout) -> dict[str, int]:
+    """Ranks along every dimension."""
+    parallel = layout.parallel
+    names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+    return {**{name: getattr(parallel, name) for name in names}, "data": layout.data_size}
+
+
+def _model_fields(policy: CheckpointedPolicy) -> dict[str, object]:
+    """What decides the tensors of a checkpoint: architecture, precision, kind of optimizer."""
+    # Through JSON, as a description that is read back: it has lists for tuples.
+    described: dict[str, object] = json.loads(json.dumps(asdict(read_architecture(policy.hf_config))))
+    fields = dict(_flat(described))
+    for free in ("initializer_range", "max_positions"):
+        fields.pop(free)
+    fields["dtype"] = str(next(policy.models[0].parameters()).dtype).removeprefix("torch.")
+    fields["distributed_optimizer"] = policy.layout.parallel.distributed_optimizer
+    return fields
+
+
+def _flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Nested fields by dotted name, so that a difference is told as what it is."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _other_model(description: Description, policy: CheckpointedPolicy, folder: Path) -> str | None:
+    ours = _model_fields(policy)
+    differing = [
+        f"{key} {description.model.get(key)} (this run: {ours.get(key)})"
+        for key in sorted(ours.keys() | description.model.keys())
+        if description.model.get(key) != ours.get(key)
+    ]
+    if not differing:
+        return None
+    return (
+        f"{folder} was written for another model: {', '.join(differing)}; resume with the config that "
+        "wrote it, or start in another run folder"
+    )

@@ -1,0 +1,168 @@
+"""Writing a checkpoint: at once, or by a thread beside the training.
+
+Tensors go into a hidden sibling folder, one file a rank, then rank 0 describes, syncs and renames it. What bears its
+final name is complete; an interrupted or failed save leaves earlier ones as they are.
+"""
+
+import copy
+import errno
+import json
+import shutil
+import textwrap
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+
+from fiberpo_megatron.mcore.checkpoint.folders import Description, FileMark, mark, mark_all, partial_folder
+from fiberpo_megatron.mcore.checkpoint.state import random_state, sharded_state
+from fiberpo_megatron.mcore.parallel import exchange
+from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
+from fiberpo_megatron.mcore.weights.save import sync_path, sync_tree
+
+Marks = dict[str, FileMark]
+Describe = Callable[[Mapping[str, FileMark]], Description]
+
+
+class Saving:
+    """A save that has begun. Every rank makes one, and later calls `finish`.
+
+    In the background the tensors are first copied to the host; what is saved is the state of the moment of the
+    call. Raises RuntimeError on every rank, naming folder and cause, when a file cannot be written.
+    """
+
+    def __init__(self, policy: Any, folder: Path, describe: Describe, *, background: bool) -> None:
+        self._layout: ParallelLayout = policy.layout
+        self._folder = folder
+        self._describe = describe
+        partial = partial_folder(folder)
+        self._run(lambda: _fresh(partial), only_first=True)
+        sharded = sharded_state(policy, is_loading=False)
+        sharded["random_state"] = random_state(self._layout.rank, self._layout.world_size, with_data=True)
+        tensors, common = save_preprocess(sharded)
+        self._run(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, partial), only_first=True)
+        if background:
+            tensors = _copied(tensors)
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
+        state = mcore_to_pyt_state_dict(by_key, False)
+        group = self._layout.background_group if background else self._layout.host_group
+        rank = self._layout.rank
+        if background:
+            executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._written = executor.submit(_write_tensors, state, partial, group, rank)
+            executor.shutdown(wait=False)
+        else:
+            self._written = Future()
+            try:
+                self._written.set_result(_write_tensors(state, partial, group, rank))
+            except (Exception, CheckpointException) as error:  # torch's is a BaseException
+                self._written.set_exception(error)
+
+    def written(self) -> bool:
+        """Whether every rank has written its part, so that `finish` does not wait. Every rank calls it."""
+        return not self._layout.any_rank(not self._written.done())
+
+    def finish(self) -> None:
+        """Wait until all is written, and give the checkpoint its name. Every rank calls it."""
+        marks: Marks = {}
+        self._run(lambda: marks.update(self._written.result()))
+        everyone = exchange.all_gather_bytes(exchange.text_to_bytes(json.dumps(marks)), self._layout.host_group)
+        for told in everyone:
+            marks |= {name: FileMark(*values) for name, values in json.loads(exchange.bytes_to_text(told)).items()}
+        self._run(lambda: self._name(marks), only_first=True)
+
+    def _name(self, marks: Marks) -> None:
+        """Describe, sync and rename."""
+        partial, folder = partial_folder(self._folder), self._folder
+        save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+        sync_tree(partial)
+        self._describe(mark_all(partial, known=marks)).write(partial)
+        sync_path(partial)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            partial.rename(folder)
+            shutil.rmtree(old)
+        else:
+            partial.rename(folder)
+        sync_path(folder.parent)
+
+    def _run(self, part: Callable[[], None], only_first: bool = False) -> None:
+        """Run `part` (on rank 0 only, if asked); raise RuntimeError on every rank when it failed on one."""
+        error = None
+        if self._layout.rank == 0 or not only_first:
+            try:
+                part()
+            except (Exception, CheckpointException) as caught:
+                error = cause(caught, self._folder)
+        try:
+            self._layout.agree(error, f"saving the checkpoint {self._folder} (earlier ones are untouched)")
+        except RuntimeError:
+            if self._layout.rank == 0:
+                shutil.rmtree(partial_folder(self._folder), ignore_errors=True)
+            raise
+
+
+def cause(error: BaseException, folder: Path) -> str:
+    """The first failure inside torch's collective exceptions; said so when the disk is full."""
+    inner = error
+    if isinstance(error, CheckpointException) and error.failures:
+        inner = next(iter(error.failures.values()))[0]
+    text = f"{type(inner).__name__}: {textwrap.shorten(str(inner), 300)}"
+    full = isinstance(inner, OSError) and inner.errno in (errno.ENOSPC, errno.EDQUOT)
+    free = shutil.disk_usage(folder.parent).free / 2**20
+    if full or free < 1:  # torch's file writer hides the error number behind one of its own
+        text += f" (the disk is full: {free:.0f} MiB are free there; make room or lower checkpoint.keep)"
+    return text
+
+
+def _fresh(partial: Path) -> None:
+    """An empty folder to write into."""
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+
+def _copied(part: Any) -> Any:
+    """A sharded state dict whose data no later step changes, on the host."""
+    if isinstance(part, dict):
+        return {key: _copied(value) for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return type(part)(_copied(value) for value in part)
+    if isinstance(part, ShardedTensor):
+        copied = copy.copy(part)
+        copied.data = None if part.data is None else part.data.detach().to("cpu", copy=True)
+        return copied
+    if isinstance(part, ShardedObject):
+        copied = copy.copy(part)
+        copied.data = copy.deepcopy(part.data)
+        return copied
+    return part
+
+
+def _write_tensors(state: dict[str, Any], partial: Path, group: Any, rank: int) -> Marks:
+    """One file a rank, written by this process and synced; their marks.
+
+    Megatron's own strategy forks writer processes and a queue manager: seconds for a small model, not allowed
+    in daemonic processes, and a hang where psutil is missing. The format is the same.
+    """
+    torch_checkpoint.save(
+        state,
+        storage_writer=torch_checkpoint.FileSystemWriter(partial, thread_count=1, sync_files=True),
+        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        process_group=group,
+    )
+    return {path.name: mark(path) for path in partial.glob(f"__{rank}_*")}

@@ -1,0 +1,109 @@
+"""What a checkpoint holds of one rank: sharded model and optimizer, random number generators."""
+
+import gc
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from fiberpo_megatron.mcore.optimizers.build import optimizer_parts
+
+SHARDING = {
+    # whole tensors under the parameters' names: loads in any layout
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def sharded_state(policy: Any, is_loading: bool) -> dict[str, Any]:
+    """Megatron's sharded state dict of model and optimizer; `is_loading` allocates what is read into."""
+    create_adam_state(policy.optimizer)
+    models = {
+        _model_key(index): model.sharded_state_dict(metadata=dict(SHARDING))
+        for index, model in enumerate(policy.models)
+    }
+    with _cheap_collections():
+        optimizer = policy.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=dict(SHARDING))
+    return {**models, "optimizer": optimizer, "scheduler": {"num_steps": policy.scheduler.num_steps}}
+
+
+@contextmanager
+def _cheap_collections() -> Iterator[None]:
+    """Megatron calls gc.collect() for each of its optimizers: half a second of a small model's save, if it
+    walks over everything that was imported."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def restore_state(policy: Any, loaded: dict[str, Any]) -> None:
+    """Put a loaded state dict into the policy.
+
+    Learning rates, decay and betas stay those of this run's config; the schedule continues at the saved step.
+    """
+    for index, model in enumerate(policy.models):
+        model.load_state_dict(loaded[_model_key(index)])
+    configured = [dict(group) for group in policy.optimizer.param_groups]
+    policy.optimizer.load_state_dict(loaded["optimizer"])
+    for group, before in zip(policy.optimizer.param_groups, configured, strict=True):
+        group.update({key: value for key, value in before.items() if key not in ("params", "step")})
+    create_adam_state(policy.optimizer)
+    policy.scheduler.num_steps = 0
+    policy.scheduler.step(loaded["scheduler"]["num_steps"])
+
+
+def _model_key(index: int) -> str:
+    return f"model{index}"
+
+
+def create_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give Adam the state that it makes at its first step, where it is missing.
+
+    Megatron reads moments and step counts when it saves and before it loads; a fresh optimizer has none.
+    """
+    for part in optimizer_parts(optimizer):
+        adam = part.optimizer
+        if adam is None:
+            continue
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                state = adam.state[parameter]
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if moment not in state:
+                        state[moment] = torch.zeros_like(parameter)
+                if isinstance(adam, torch.optim.Adam | torch.optim.AdamW) and "step" not in state:
+                    state["step"] = torch.tensor(0.0)
+
+
+def random_state(rank: int, world_size: int, with_data: bool) -> ShardedObject:
+    """This rank's generators, for a checkpoint; without data it names what is to be loaded."""
+    return ShardedObject("random_state", _generators() if with_data else None, (world_size,), (rank,))
+
+
+def _generators() -> dict[str, Any]:
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_state(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])

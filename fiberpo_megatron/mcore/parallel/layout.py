@@ -1,0 +1,210 @@
+"""Where a process stands. The only reader (and the initialiser) of megatron.core.parallel_state."""
+
+import datetime
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from math import lcm
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from fiberpo_megatron.config.schema import ParallelConfig, RunConfig
+from fiberpo_megatron.mcore.parallel import exchange
+from fiberpo_megatron.mcore.parallel.checks import check_layout
+from fiberpo_megatron.mcore.platform import activate
+from fiberpo_megatron.rendezvous import ranks_store
+from fiberpo_megatron.types import RolloutBatch
+
+__all__ = ["ParallelLayout", "check_layout", "launched_world_size", "start_layout", "stop_layout"]
+
+FP8_ROW_MULTIPLE = 32
+"""Tokens: Transformer Engine's FP8 products want rows in multiples of 16, MXFP8 of 32."""
+_starts = count()
+"""Of layouts in this process; the same on every rank."""
+
+
+def launched_world_size() -> int:
+    """Processes that the launcher (torchrun, srun) started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Ranks of one process along every dimension."""
+
+    tensor: int
+    context: int
+    data: int
+    pipeline: int
+
+
+class ParallelLayout:
+    """Implements `types.Layout` on Megatron's process groups."""
+
+    def __init__(self, parallel: ParallelConfig, timeout: datetime.timedelta) -> None:
+        platform = activate()
+        self._timeout = timeout
+        self.parallel = parallel
+        self.device = platform.device
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        self.tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+        self.pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+        self.pipeline_size = parallel_state.get_pipeline_model_parallel_world_size()
+        self.context_rank = parallel_state.get_context_parallel_rank()
+        self.context_size = parallel_state.get_context_parallel_world_size()
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.data_size = parallel_state.get_data_parallel_world_size()
+        self.expert_rank = parallel_state.get_expert_model_parallel_rank()
+        self.expert_size = parallel_state.get_expert_model_parallel_world_size()
+        self.is_leader = self.tensor_rank == 0 and self.context_rank == 0 and self.pipeline_rank == 0
+        self.is_last_stage = self.pipeline_rank == self.pipeline_size - 1
+        self.is_logger = self.is_last_stage and self.tensor_rank == self.context_rank == self.data_rank == 0
+        self.sequence_multiple = _sequence_multiple(self.tensor_size, self.context_size)
+        self.micro_batch_multiple = self.pipeline_size if parallel.virtual_pipeline > 1 else 1
+        self._make_groups(platform.backend)
+
+    def _make_groups(self, backend: str) -> None:
+        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+        self.token_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if backend == "gloo":
+            self.host_group, self._host_token_group = dist.group.WORLD, self.token_group
+        else:
+            self.host_group = dist.new_group(backend="gloo", timeout=self._timeout)
+            self._host_token_group = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
+        axes = [Axes(*row) for row in self._everyones_axes()]
+        leaders = [r for r, at in enumerate(axes) if at.tensor == at.context == at.pipeline == 0]
+        self._leaders = sorted(leaders, key=lambda rank: axes[rank].data)
+        self._leader_group = dist.new_group(self._leaders, backend="gloo", timeout=self._timeout)
+        for data in range(self.data_size):
+            members = [r for r, at in enumerate(axes) if at.data == data]
+            group = dist.new_group(members, backend="gloo", timeout=self._timeout)
+            if data == self.data_rank:
+                self._replica_group = group
+
+    def _everyones_axes(self) -> list[list[int]]:
+        mine = torch.tensor([self.tensor_rank, self.context_rank, self.data_rank, self.pipeline_rank])
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(everyone, mine, group=self.host_group)
+        return [row.tolist() for row in everyone]
+
+    @cached_property
+    def background_group(self) -> Any:
+        """Gloo group of all ranks for a thread beside the main one; every rank asks for it at the same place."""
+        return dist.new_group(backend="gloo", timeout=self._timeout)
+
+    def align_rows(self, multiple: int) -> None:
+        """Have every rank's share of a sequence be a multiple of so many tokens."""
+        self.sequence_multiple = lcm(self.sequence_multiple, multiple * self.tensor_size * self.context_size)
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks of this process (virtual pipeline stages)."""
+        return self.parallel.virtual_pipeline
+
+    def sum_over_tokens(self, x: Tensor) -> Tensor:
+        """Sum over the data x context parallel ranks; the argument is left as it is."""
+        return self._reduce_over_tokens(x, dist.ReduceOp.SUM)
+
+    def max_over_tokens(self, x: Tensor) -> Tensor:
+        """Maximum over the data x context parallel ranks; the argument is left as it is."""
+        return self._reduce_over_tokens(x, dist.ReduceOp.MAX)
+
+    def _reduce_over_tokens(self, x: Tensor, op: Any) -> Tensor:
+        out = x.detach().clone()
+        if self.data_size * self.context_size > 1:
+            dist.all_reduce(out, op=op, group=self.token_group if x.is_cuda else self._host_token_group)
+        return out
+
+    def gather_rollouts(self, share: RolloutBatch | None) -> RolloutBatch:
+        """Join the leaders' shares in data-parallel order, groups renumbered; every rank calls it.
+
+        No trajectory group may span two shares.
+        """
+        joined: Tensor | None = None
+        if self.is_leader:
+            assert share is not None, "the leader of a data-parallel replica brings its share"
+            parts = exchange.all_gather_bytes(exchange.encode(share), self._leader_group)
+            joined = exchange.encode(exchange.join([exchange.decode(part) for part in parts]))
+        leader = self._leaders[self.data_rank]
+        return exchange.decode(exchange.broadcast_bytes(joined, leader, self._replica_group))
+
+    def share_text(self, text: str | None) -> str:
+        """Rank 0's text on every rank; others pass None."""
+        message = exchange.text_to_bytes(text or "") if self.rank == 0 else None
+        return exchange.bytes_to_text(exchange.broadcast_bytes(message, 0, self.host_group))
+
+    def agree(
+        self, error: str | None, where: str, reraise: bool = True, raises: type[Exception] = RuntimeError
+    ) -> None:
+        """Every rank calls it with its error or None; if any rank passed one, those with `reraise` raise one
+        `raises` that names the first failing rank, `where` and the error."""
+        if not self.any_rank(error is not None):
+            return
+        texts = exchange.all_gather_bytes(exchange.text_to_bytes(error or ""), self.host_group)
+        errors = [(rank, exchange.bytes_to_text(text)) for rank, text in enumerate(texts)]
+        told = [f"rank {rank}: {text}" for rank, text in errors if text]
+        more = f" (and on {len(told) - 1} other ranks)" if len(told) > 1 else ""
+        if reraise:
+            raise raises(f"{where} failed on {told[0] if told else 'an unnamed rank'}{more}")
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any rank passed True; every rank calls it and gets the same answer."""
+        count = torch.tensor([int(flag)])
+        dist.all_reduce(count, group=self.host_group)
+        return bool(count.item())
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier(group=self.host_group)
+
+
+def _sequence_multiple(tensor: int, context: int) -> int:
+    """Every sequence splits into 2 x context zigzag chunks, and every local row over the tensor ranks."""
+    return lcm(2 * context if context > 1 else 1, tensor * context)
+
+
+def start_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, run: RunConfig) -> ParallelLayout:
+    """Check the layout, join the other processes of the launcher and build the process groups.
+
+    Reads the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without one, a world
+    of one process. Raises ValueError when the layout does not divide.
+    """
+    check_layout(hf_config, parallel, launched_world_size())
+    platform = activate()
+    timeout = datetime.timedelta(seconds=run.distributed_timeout_s)
+    virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+    if platform.name == "cpu":
+        torch.set_num_threads(run.threads_per_rank)
+    # a prefix for each start: gloo would take the addresses that an earlier one left in the store for living ranks
+    prefix = f"training {next(_starts)}"
+    store = dist.PrefixStore(prefix, ranks_store(timeout)) if "RANK" in os.environ else dist.HashStore()
+    rank, size = int(os.environ.get("RANK", "0")), launched_world_size()
+    dist.init_process_group(platform.backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        distributed_timeout_minutes=run.distributed_timeout_s / 60,
+        create_gloo_process_groups=True,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(run.seed)
+    return ParallelLayout(parallel, timeout)
+
+
+def stop_layout() -> None:
+    """Leave the process groups."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

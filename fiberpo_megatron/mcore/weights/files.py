@@ -1,0 +1,192 @@
+"""Safetensors folders in Hugging Face's form: which tensors they hold, and reading parts of them."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fiberpo_megatron.mcore.families.transforms import Dimensions, Shape
+from fiberpo_megatron.mcore.families.weight_tables import Family, match_name
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: a file's tensor, or one expert's rows of a stacked one."""
+
+    file: str
+    tensor: str
+    shape: Shape
+    kind: str
+    """Type as safetensors calls it: BF16, ..."""
+    expert: int | None = None
+    first_row: int = 0
+
+
+class HfFiles:
+    """The tensors of a folder. Files are mapped into memory and only the asked parts are touched.
+
+    Raises FileNotFoundError when there are no weights, ValueError for a file that cannot be read.
+    """
+
+    def __init__(self, folder: Path, family: Family, dims: Dimensions) -> None:
+        self.folder = folder
+        self._open = _opened(folder)
+        self._places: dict[str, _Place] = {}
+        for file, opened in self._open.items():
+            for tensor in _names(opened):
+                self._add(file, tensor, family, dims)
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Per-expert names, whatever the files hold."""
+        return self._places.keys()
+
+    def place(self, name: str) -> str:
+        """Name of the file that holds a tensor."""
+        return self._places[name].file
+
+    def check(self, name: str, shape: Shape) -> None:
+        """ValueError when a tensor has another shape, or not the type of a weight."""
+        place = self._places[name]
+        if place.shape != shape:
+            raise ValueError(
+                f"{self.folder / place.file}: {name} has shape {place.shape}, the model of config.json needs {shape}; "
+                "correct config.json, or take the files that belong to it"
+            )
+        if place.kind not in _WEIGHT_KINDS:
+            raise ValueError(
+                f"{self.folder / place.file}: {name} is stored as {place.kind}, a quantised weight without its scale; "
+                f"convert the model to bfloat16 first (supported: {', '.join(_WEIGHT_KINDS)})"
+            )
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements [start, stop) of `name` along `dim`; the whole tensor when `stop` is None."""
+        place = self._places[name]
+        stop = place.shape[dim] if stop is None else stop
+        window = [slice(0, size) for size in place.shape]
+        window[dim] = slice(start, stop)
+        rows = window[0]
+        window[0] = slice(rows.start + place.first_row, rows.stop + place.first_row)
+        with _reading(self.folder / place.file):
+            stored = self._open[place.file].get_slice(place.tensor)
+            if start == stop:  # a vocabulary shard that is all padding
+                kept = place.shape[:dim] + (0,) + place.shape[dim + 1 :]
+                return stored[0:1].new_empty(kept)
+            return stored[tuple(window)] if place.expert is None else stored[(place.expert, *window)]
+
+    def _add(self, file: str, tensor: str, family: Family, dims: Dimensions) -> None:
+        with _reading(self.folder / file):
+            stored = self._open[file].get_slice(tensor)
+            shape, kind = tuple(stored.get_shape()), stored.get_dtype()
+        for fused in family.fused_experts:
+            match = match_name(fused.hf, tensor)
+            if match is None:
+                continue
+            if len(shape) != 3 or shape[0] != dims.experts or shape[1] % len(fused.parts):
+                raise ValueError(
+                    f"{self.folder / file}: {tensor} has shape {shape}, not [{dims.experts}, rows, columns]"
+                )
+            rows = shape[1] // len(fused.parts)
+            for expert in range(dims.experts):
+                for part, template in enumerate(fused.parts):
+                    name = template.format(layer=match.layer, expert=expert)
+                    self._places[name] = _Place(file, tensor, (rows, shape[2]), kind, expert, part * rows)
+            return
+        self._places[tensor] = _Place(file, tensor, shape, kind)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a folder holds a tensor."""
+
+    file: str
+    dtype: torch.dtype
+
+
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+_WEIGHT_KINDS = ("F64", "F32", "BF16", "F16")
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """File and type of every tensor of a folder by name; empty for a folder without weights."""
+    if not any(folder.glob("*.safetensors")):
+        return {}
+    found = {}
+    for file, opened in _opened(folder).items():
+        for name in _names(opened):
+            kind = opened.get_slice(name).get_dtype()
+            if kind in TYPES:  # others are never loaded, and so not written
+                found[name] = Stored(file, TYPES[kind])
+    return found
+
+
+def _opened(folder: Path) -> dict[str, Any]:
+    """The folder's files by name, as its index says; without one, the single file. Only their headers are read.
+
+    FileNotFoundError or ValueError where it is not clear which tensors are the model's: transformers, SGLang and this
+    loader would each take others.
+    """
+    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
+    if not index.is_file():
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        if len(names) != 1:
+            listed = ", ".join(names[:4]) or "no other kind is read"
+            raise FileNotFoundError(
+                f"{folder} holds {len(names)} .safetensors files ({listed}) and no {INDEX_NAME}; expected "
+                f"{SINGLE_NAME} alone, or several files with their index: download what is missing, or move away "
+                "what is not the model's"
+            )
+        return {names[0]: _open(folder / names[0])}
+    try:
+        placed = {(str(file), str(name)) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a safetensors index ({error!r}); download the model again") from error
+    files = {file: _open(folder / file) for file in sorted({file for file, _ in placed})}
+    if single.is_file() and SINGLE_NAME not in files:
+        raise ValueError(f"{folder} holds {SINGLE_NAME} and {INDEX_NAME}, which are two models; remove one of them")
+    held = {(file, name) for file, opened in files.items() for name in _names(opened)}
+    for file, name in sorted(placed ^ held):
+        what = "does not hold" if (file, name) in placed else "holds"
+        where = "places it there" if (file, name) in placed else "does not place it there"
+        raise ValueError(f"{folder / file} {what} {name}, but {INDEX_NAME} {where}; download the model again")
+    return files
+
+
+def _names(opened: Any) -> list[str]:
+    names: list[str] = opened.keys()
+    return names
+
+
+def _open(file: Path) -> Any:
+    with _reading(file):
+        return safe_open(file, framework="pt", device="cpu")
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"cannot read {file} ({error}); it is missing, damaged or a Git LFS pointer: download it again"
+        ) from error

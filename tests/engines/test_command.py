@@ -1,0 +1,83 @@
+"""Command line and environment of a server."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fiberpo_megatron.config.schema import EngineConfig
+from fiberpo_megatron.engines.command import CPU_STAND_INS, PLUGIN, Server, server_command, server_environment
+
+
+def server(model: Path, **changes) -> Server:
+    usual = {"dtype": "float32", "host": "127.0.0.1", "port": 18001, "internal_port": 18002, "seed": 3, "gpu": False}
+    return Server(model=model, **(usual | changes))
+
+
+def value(command: list[str], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "model.safetensors").touch()
+    return tmp_path
+
+
+def test_without_gpu(model):
+    command = server_command(server(model, deterministic=True, routed_experts=True), EngineConfig())
+    assert value(command, "--device") == "cpu" and value(command, "--max-total-tokens") == "16384"
+    assert value(command, "--host") == "127.0.0.1" and value(command, "--port") == "18001"
+    assert value(command, "--nccl-port") == "18002" and value(command, "--random-seed") == "3"
+    assert {"--sleep-on-idle", "--enable-deterministic-inference", "--enable-return-routed-experts"} <= set(command)
+    assert "--load-format" not in command
+
+
+def test_with_gpu(model):
+    config = EngineConfig(tensor=4, memory_fraction=0.5, max_running_requests=7, extra_args=["--x", "1"])
+    command = server_command(server(model, gpu=True, first_gpu=2, dtype="bfloat16"), config)
+    assert value(command, "--tp-size") == "4" and value(command, "--base-gpu-id") == "2"
+    assert value(command, "--mem-fraction-static") == "0.5" and value(command, "--max-running-requests") == "7"
+    assert command[-2:] == ["--x", "1"]
+    assert "--enable-memory-saver" not in command
+    cpu_only = {"--device", "--max-total-tokens", "--attention-backend", "--disable-radix-cache"}
+    assert not set(command) & {*cpu_only, "--enable-deterministic-inference", "--enable-return-routed-experts"}
+
+
+def test_only_engines_on_the_trainers_gpus_can_give_memory_up(model):
+    config = EngineConfig(colocated=True)
+    assert "--enable-memory-saver" in server_command(server(model, gpu=True), config)
+    assert "--enable-memory-saver" not in server_command(server(model), config)  # needs CUDA
+
+
+def test_a_model_without_weights_starts_with_random_ones(tmp_path):
+    assert value(server_command(server(tmp_path), EngineConfig()), "--load-format") == "dummy"
+
+
+def test_the_launchers_variables_do_not_reach_the_server():
+    """Under torchrun the server's own rendezvous would join the trainer's store and hang."""
+    parent = {"RANK": "1", "MASTER_PORT": "5", "TORCHELASTIC_USE_AGENT_STORE": "True", "HOME": "/h", "PYTHONPATH": "/p"}
+    where = server(Path("/m"), gpu=True)
+    gpu = server_environment(parent, EngineConfig(), where, key_file=Path("/private/key"))
+    assert not set(gpu) & {"RANK", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"}
+    assert gpu["HOME"] == "/h" and gpu["PYTHONPATH"] == f"{PLUGIN}:/p"
+    assert gpu["FIBERPO_API_KEY_FILE"] == "/private/key" and gpu["GLOO_SOCKET_IFNAME"] == "lo"
+    cpu = server_environment(parent, EngineConfig(threads=2), replace(where, gpu=False), key_file=None)
+    assert "FIBERPO_API_KEY_FILE" not in cpu
+    assert cpu["PYTHONPATH"] == f"{PLUGIN}:{CPU_STAND_INS}:/p" and cpu["OMP_NUM_THREADS"] == "2"
+    assert (CPU_STAND_INS / "triton" / "__init__.py").is_file()
+
+
+def test_the_engines_interpreter(model, tmp_path, monkeypatch):
+    """The config's, else the environment's, else the trainer's own."""
+    theirs, images = tmp_path / "theirs", tmp_path / "images"
+    for file in (theirs, images):
+        file.touch(mode=0o755)
+    assert server_command(server(model), EngineConfig())[0] == sys.executable
+    monkeypatch.setenv("FIBERPO_SGLANG_PYTHON", str(images))
+    assert server_command(server(model), EngineConfig())[0] == str(images)
+    assert server_command(server(model), EngineConfig(python=theirs))[0] == str(theirs)
+    theirs.unlink()
+    with pytest.raises(FileNotFoundError, match="rollout.engine.python = .*theirs is not an executable"):
+        server_command(server(model), EngineConfig(python=theirs))

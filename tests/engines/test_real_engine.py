@@ -1,0 +1,134 @@
+"""The client and the sampler against a real SGLang server."""
+
+import asyncio
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
+from fiberpo_megatron.engines.errors import EngineAborted, EngineRefused
+from fiberpo_megatron.rollout.generate import EngineSampler
+from fiberpo_megatron.types import WeightSpan
+from tests.rollout.in_order import in_order
+from tests.tiny_model import EOS, LAYERS, TOP_K, VOCABULARY, chosen_experts, load, log_probs
+
+pytestmark = pytest.mark.sglang
+ROUNDING = 1e-4
+"""float32 on both sides; other summation orders were seen to move log-probs by 5e-6."""
+PROMPTS = [[2 + i, 9, 4, 33 - i, 6] for i in range(6)]
+
+
+def sampler(engine: EngineAddress, sampling: Sampling, **options) -> EngineSampler:
+    return EngineSampler([engine], sampling, max_concurrent=64, timeout_s=60, vocabulary=VOCABULARY, **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_and_experts_are_those_of_transformers(engine, checkpoint, temperature):
+    model = load(checkpoint)
+    sampling = Sampling(8, temperature=temperature)
+    with sampler(engine, sampling, routed_experts=(LAYERS, TOP_K)) as engines:
+        groups = in_order(engines, PROMPTS, 2)
+    assert [len(group) for group in groups] == [2] * len(PROMPTS)
+    for prompt, group in zip(PROMPTS, groups):
+        for completion in group:
+            tokens = [*prompt, *completion.token_ids]
+            expected = log_probs(model, tokens, temperature)[len(prompt) - 1 :]
+            np.testing.assert_allclose(completion.log_probs, expected, atol=ROUNDING)
+            experts = completion.routed_experts
+            assert experts is not None and experts.shape == (len(tokens) - 1, LAYERS, TOP_K)
+            np.testing.assert_array_equal(experts, chosen_experts(model, tokens)[:-1])
+            assert completion.weight_spans == (WeightSpan("checkpoint", 0, len(completion.token_ids)),)
+
+
+def test_a_response_ends_at_a_stop_token_or_the_limit(engine):
+    stops = tuple(range(0, VOCABULARY, 8))
+    with sampler(engine, Sampling(6, stop_token_ids=stops)) as engines:
+        completions = [c for group in in_order(engines, PROMPTS, 4) for c in group]
+    reasons = Counter(c.finish_reason for c in completions)
+    assert set(reasons) == {"stop", "length"}
+    for completion in completions:
+        inner, last = completion.token_ids[:-1], completion.token_ids[-1]
+        assert not set(inner) & {EOS, *stops}
+        assert (last in {EOS, *stops}) == (completion.finish_reason == "stop")
+        assert len(completion.token_ids) == 6 or completion.finish_reason == "stop"
+
+
+def test_seeds_decide_the_responses_whatever_else_is_in_the_batch(engine):
+    seeds = [100 + i for i in range(len(PROMPTS))]
+    with sampler(engine, Sampling(6)) as engines:
+        first = in_order(engines, PROMPTS, 3, seeds)
+        backwards = in_order(engines, PROMPTS[::-1], 3, seeds[::-1])[::-1]
+        alone = in_order(engines, PROMPTS[:1], 3, seeds[:1])
+        other = in_order(engines, PROMPTS, 3, [seed + 1000 for seed in seeds])
+    tokens = [[c.token_ids for c in group] for group in first]
+    assert [[c.token_ids for c in group] for group in backwards] == tokens
+    assert [c.token_ids for c in alone[0]] == tokens[0]
+    assert [[c.token_ids for c in group] for group in other] != tokens
+    assert all(len(set(group)) > 1 for group in tokens), "samples of one prompt must differ"
+
+
+def test_seeded_sampling_follows_the_policy(engine, checkpoint):
+    """The hash behind it is our own stand-in: 4096 draws must have the policy's frequencies."""
+    draws = 4096
+    with sampler(engine, Sampling(1)) as engines:
+        counts = Counter(c.token_ids[0] for group in in_order(engines, [[5, 9, 4]] * 16, 256, range(16)) for c in group)
+    model = load(checkpoint)
+    for token in range(VOCABULARY):
+        p = math.exp(log_probs(model, [5, 9, 4, token])[-1])
+        # 4.5 standard deviations: 64 tokens leave the band once in 2300 sets of seeds, and the seeds are fixed
+        assert abs(counts[token] / draws - p) <= 4.5 * math.sqrt(p * (1 - p) / draws) + 1 / draws, token
+
+
+def test_score_is_the_log_prob_of_the_given_tokens(engine, checkpoint):
+    tokens = [3, 50, 7, 22, 8, 41]
+    with sampler(engine, Sampling(1)) as engines:
+        (scores,) = engines.score(tokens)
+    np.testing.assert_allclose(scores, log_probs(load(checkpoint), tokens), atol=ROUNDING)
+
+
+def test_what_the_server_refuses_is_said(engine):
+    with sampler(engine, Sampling(1)) as engines, pytest.raises(EngineRefused, match=r"600 tokens.*longer than"):
+        in_order(engines, [[2] * 600], 1)
+
+
+def test_abort_pause_and_checksum(engine, checkpoint):
+    async def run() -> None:
+        async with EngineClient(engine, timeout_s=60) as client:
+            strict = asyncio.create_task(client.generate([[2, 3]], Sampling(400)))
+            partial = asyncio.create_task(client.generate([[2, 3]], Sampling(400), partial=True))
+            await asyncio.sleep(0.3)
+            await client.abort_all()
+            with pytest.raises(EngineAborted, match="aborted"):
+                await strict
+            (completion,) = await partial
+            assert completion.finish_reason == "abort" and 0 < len(completion.token_ids) < 400
+
+            await client.pause()
+            held = asyncio.create_task(client.generate([[2, 3]], Sampling(1)))
+            await asyncio.sleep(0.3)
+            assert not held.done()
+            await client.resume()
+            await held
+            await client.flush_cache()
+
+            assert (await client.model_info()).weight_version == "checkpoint"
+            assert await client.tensor_parallel_size() == 1
+            assert await client.checksum() == await client.checksum()
+            await client.health()
+
+    asyncio.run(run())
+
+
+def test_memory_calls_leave_a_server_that_generates_the_same(engine):
+    """Without a GPU nothing is freed (SGLang's memory saver needs CUDA), but the calls are the same."""
+    with sampler(engine, Sampling(6)) as engines:
+        before = in_order(engines, PROMPTS, 2, list(range(len(PROMPTS))))
+        for tags in (["kv_cache"], ["kv_cache", "weights"]):
+            engines.release_memory(tags)  # right after the last answer: it waits until the server is idle
+            engines.resume_memory(tags)
+            after = in_order(engines, PROMPTS, 2, list(range(len(PROMPTS))))
+            assert [[c.token_ids for c in g] for g in after] == [[c.token_ids for c in g] for g in before]
+        with pytest.raises(EngineRefused, match="cannot release their memory"):
+            engines.require_memory_saver()

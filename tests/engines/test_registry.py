@@ -1,0 +1,48 @@
+"""Engines of other machines: registered, missing, failed."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from fiberpo_megatron.engines.api_key import write_key
+from fiberpo_megatron.engines.client import EngineAddress
+from fiberpo_megatron.engines.errors import EngineStartError
+from fiberpo_megatron.engines.registry import Registry
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    folder = tmp_path / "engines"
+    folder.mkdir()
+    (folder / "hosts").write_text("n3\nn4\n")
+    write_key(folder / "api_key", "secret")
+    return Registry(folder)
+
+
+def test_addresses_come_in_the_order_of_the_hosts_with_the_key(registry: Registry, tmp_path: Path):
+    log = tmp_path / "engine_0.log"
+    n4, n3 = [EngineAddress("http://n4:1", log)], [EngineAddress("http://n3:1"), EngineAddress("http://n3:2")]
+    registry.register("n4", n4)
+    threading.Timer(0.5, registry.register, ["n3", n3]).start()
+    found = registry.wait(30)
+    assert [e.url for e in found] == ["http://n3:1", "http://n3:2", "http://n4:1"]
+    assert {e.api_key for e in found} == {"secret"} and found[2].log == log
+    assert "secret" not in "".join(p.read_text() for p in registry.folder.glob("*.json"))
+
+
+def test_who_is_missing_is_named_after_the_deadline(registry: Registry):
+    registry.register("n3", [EngineAddress("http://n3:1")])
+    with pytest.raises(EngineStartError, match="engine n4: 1 of 2 hosts have registered no engine after 0 s"):
+        registry.wait(0.3)
+
+
+def test_a_host_that_failed_ends_the_wait_at_once(registry: Registry):
+    registry.fail("n4", "port 18000 is in use")
+    with pytest.raises(EngineStartError, match="engine on n4: port 18000 is in use"):
+        registry.wait(600)
+
+
+def test_a_folder_that_is_none(tmp_path: Path):
+    with pytest.raises(ValueError, match="which names the engines' hosts, cannot be read"):
+        Registry(tmp_path).wait(1)

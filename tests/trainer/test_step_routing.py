@@ -1,0 +1,80 @@
+"""Expert shares from the engine's routing, and which routing a step uses."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fiberpo_megatron.config.schema import AlgorithmConfig
+from fiberpo_megatron.trainer.batch import flatten
+from fiberpo_megatron.trainer.step_routing import StepRouting, count_experts
+from fiberpo_megatron.types import Completion, Prompt, RolloutBatch, RolloutGroup, Trajectory, WeightSpan
+
+
+def rollouts(returned: bool) -> RolloutBatch:
+    """Two trajectories of 2 + 2 and 1 + 3 tokens; the engine's experts count up through layers and slots."""
+    trajectories = []
+    for prompt_length, length in ((2, 2), (1, 3)):
+        rows = prompt_length + length - 1
+        experts = (np.arange(rows * 4).reshape(rows, 2, 2) % 4).astype(np.int32) if returned else None
+        completion = Completion(
+            tuple(range(length)), np.zeros(length, np.float32), "stop", (WeightSpan("0", 0, length),), experts
+        )
+        prompt = Prompt(0, 0, tuple(range(prompt_length)), "", "")
+        trajectories.append(RolloutGroup(prompt, (Trajectory(prompt, completion, "", 0.0, False),)))
+    return flatten(trajectories)
+
+
+def test_flat_routes_have_none_for_the_last_token_of_a_trajectory():
+    batch = rollouts(True)
+    assert batch.routed_experts.shape == (8, 2, 2)
+    assert (batch.routed_experts[[3, 7]] == -1).all() and (batch.routed_experts[[0, 1, 2, 4, 5, 6]] >= 0).all()
+    assert rollouts(False).routed_experts.size == 0
+
+
+def test_counts_are_those_of_the_position_that_predicts_the_token():
+    batch = rollouts(True)
+    counts = count_experts(batch, np.array([2, 3, 5]), 4)
+    assert counts.tolist() == [[1, 1, 1, 1]] * 3  # positions 1, 2 and 4: each names every expert once
+    batch.routed_experts[1] = [[0, 1], [0, 2]]
+    assert count_experts(batch, np.array([2]), 4).tolist() == [[2, 1, 1, 0]]
+
+
+def test_a_missing_route_is_an_error():
+    with pytest.raises(ValueError, match="names expert -1 of a model with 4"):
+        count_experts(rollouts(True), np.array([4]), 4)  # predicted by the last token of the first trajectory
+
+
+@pytest.mark.parametrize(
+    ("replay", "source", "uses_experts", "returned", "mode"),
+    [
+        ("none", "old", False, False, "off"),
+        ("none", "old", True, False, "record"),
+        ("none", "rollout", True, True, "record"),  # for the agreement
+        ("old", "old", False, False, "record"),
+        ("rollout", "old", False, True, "replay"),
+    ],
+)
+def test_mode_of_the_old_log_prob_pass(replay: Any, source: Any, uses_experts: bool, returned: bool, mode: str):
+    algorithm = AlgorithmConfig(routing_replay=replay, expert_routing=source)
+    assert StepRouting(None, algorithm, uses_experts, rollouts(returned)).mode == mode  # type: ignore[arg-type]
+
+
+class FakeRouting:
+    num_experts = 4
+
+    def agreement(self, micro_batches: Any, experts: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[3.0, 4.0], [1.0, 4.0]], dtype=torch.float64)
+
+
+class FakePolicy:
+    routing = FakeRouting()
+
+
+def test_agreement_per_layer_over_all_parts():
+    routing = StepRouting(FakePolicy(), AlgorithmConfig(), True, rollouts(True))  # type: ignore[arg-type]
+    part: Any = type("Part", (), {"micro_batches": []})()
+    assert routing.agreement([part, part]) == {
+        "routing_agreement/layer_0": 0.75, "routing_agreement/layer_1": 0.25, "routing_agreement/mean": 0.5
+    }  # fmt: skip
