@@ -1,0 +1,36 @@
+"""Settings of one environment: an entry of [[environments]]."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from fiberpo_megatron.settings import PluginConfig
+
+
+class EnvironmentConfig(PluginConfig):
+    """One environment. Its tasks are a domain of the prompts."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.+-]+$")
+    """The domain's name in metrics, files and budgets."""
+    weight: float = Field(1.0, gt=0)
+    """Share of prompts drawn from this environment, relative to the others."""
+    deadline_s: float = Field(60.0, gt=0)
+    """Seconds that the environment may work on one trajectory; the time in which the policy samples is not counted."""
+    on_failure: Literal["error", "zero", "drop"] = "error"
+    """What happens when the environment raises, exceeds a bound or dies. error: the run stops and names the task; zero:
+    the trajectory gets reward 0; drop: the trajectory is left out of its group. Each failure is counted in metrics and
+    written to <run folder>/environments."""
+    workers: int = Field(2, ge=1)
+    """Worker processes of each data-parallel leader."""
+    concurrent: int = Field(64, ge=1)
+    """Conversations (`run`) that share a worker. `score` runs one call at a time."""
+    memory_gib: float = Field(4.0, gt=0)
+    """Memory that one worker may allocate (GiB)."""
+    output_kib: int = Field(4096, ge=1)
+    """Largest output of one trajectory (KiB): its messages to the policy and its outcome together."""
+    start_timeout_s: float = Field(120.0, gt=0)
+    """Seconds that a worker may take to import the class and to make an instance."""
+    python: Path | None = None
+    """Interpreter of the workers, where the environment needs packages that the trainer must not have. Unset: the
+    trainer's own. It needs Python 3.10 or newer and nothing else."""
