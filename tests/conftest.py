@@ -29,8 +29,8 @@ def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["EngineAddress"]:  # noqa: F821
     """A real SGLang server, started once (10-20 s). Use `engine`, which restores its weights."""
-    from fiberpo_megatron.config.schema import EngineConfig
     from fiberpo_megatron.engines.servers import engines
+    from fiberpo_megatron.engines.settings import EngineConfig
 
     config = EngineConfig(max_running_requests=256)
     folder = tmp_path_factory.mktemp("engines")

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from fiberpo_megatron.config.schema import DataConfig
 from fiberpo_megatron.data.prompts import PromptSets, build_prompt_sets
+from fiberpo_megatron.data.settings import DataConfig
 from fiberpo_megatron.data.tokenizer import Tokenizer
 from fiberpo_megatron.types import Prompt, RolloutBatch
 

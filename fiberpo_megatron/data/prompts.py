@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from math import floor
 from typing import Any
 
-from fiberpo_megatron.config.schema import JsonlTask
 from fiberpo_megatron.data.chat import ChatTemplate
+from fiberpo_megatron.data.settings import JsonlTask
 from fiberpo_megatron.data.shuffle import Permutation, derive_key
 from fiberpo_megatron.data.tasks import Problem, ProblemSet, Task, build_problem_set
 from fiberpo_megatron.data.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Protocol
 
-from fiberpo_megatron.config.schema import AdditionTask, JsonlTask, SortTask
+from fiberpo_megatron.data.settings import AdditionTask, JsonlTask, SortTask
 from fiberpo_megatron.data.shuffle import Permutation, derive_key
 
 Task = AdditionTask | SortTask | JsonlTask

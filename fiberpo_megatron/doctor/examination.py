@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fiberpo_megatron.config import Config
-from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.doctor import engines, inputs, machine, software, storage
 from fiberpo_megatron.doctor.report import Check, Finding, examine
+from fiberpo_megatron.engines.settings import EngineConfig
 
 QUICK_S, CHECK_S = 2.0, 30.0
 LOCAL_RANKS = 2

@@ -8,9 +8,9 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.doctor.report import Finding
 from fiberpo_megatron.engines.command import interpreter, sglang_version
+from fiberpo_megatron.engines.settings import EngineConfig
 
 DISTRIBUTION = "fiberpo-megatron"
 ENGINE = "sglang"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.engines.addresses import interface_of
+from fiberpo_megatron.engines.settings import EngineConfig
 
 PLUGIN = Path(__file__).parent / "sglang_plugin" / "path"
 CPU_STAND_INS = Path(__file__).parent / "sglang_cpu" / "path"

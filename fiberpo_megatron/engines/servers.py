@@ -15,12 +15,12 @@ from pathlib import Path
 import httpx
 import torch
 
-from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.engines.addresses import free_ports, is_free
 from fiberpo_megatron.engines.api_key import write_key
 from fiberpo_megatron.engines.client import KEY_FIX, EngineAddress
 from fiberpo_megatron.engines.command import Server, interpreter, server_command, server_environment, sglang_version
 from fiberpo_megatron.engines.errors import EngineRefused, EngineStartError, EngineUnreachable
+from fiberpo_megatron.engines.settings import EngineConfig
 
 POLL_S = 0.1
 CHECK_TIMEOUT_S = 30.0

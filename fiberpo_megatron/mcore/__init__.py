@@ -1,10 +1,27 @@
 """Everything that touches Megatron-Core.
 
-Importing this package sets what Megatron-Core reads while it is imported; `platform.activate` then makes the process
-ready for use (without a GPU it installs the CPU platform, see `cpu/patches.py`). `architecture` and `checks` import
-no Megatron: a launcher or a planner can use them without either.
+Importing this package puts a hook in place: just before Megatron-Core is imported it sets what Megatron reads while that
+happens. `platform.activate` then makes the process ready for use (without a GPU it installs the CPU platform, see
+`cpu/patches.py`). `settings`, `families` and `parallel.checks` import no Megatron, so that a config, a launcher or a
+planner can use them without it.
 """
 
-from fiberpo_megatron.mcore import platform as _platform
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from types import ModuleType
 
-_platform.prepare()
+
+class _BeforeMegatron(MetaPathFinder):
+    """Prepares the process when Megatron-Core is about to be imported for the first time."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if name == "megatron.core":
+            sys.meta_path.remove(self)
+            from fiberpo_megatron.mcore.platform import prepare
+
+            prepare()
+
+
+if "megatron.core" not in sys.modules:
+    sys.meta_path.insert(0, _BeforeMegatron())

@@ -9,8 +9,8 @@ hand to their backward functions, not measured.
 from dataclasses import dataclass
 from typing import Literal
 
-from fiberpo_megatron.config.schema import ModelConfig, ParallelConfig
 from fiberpo_megatron.mcore.families.architecture import Architecture, Experts, LatentAttention
+from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
 from fiberpo_megatron.planning.parameters import experts_of, stage_layers, vocabulary_rows
 from fiberpo_megatron.planning.states import DTYPE_BYTES
 

@@ -5,9 +5,9 @@ from functools import cache
 from math import prod
 from typing import NamedTuple
 
-from fiberpo_megatron.config.schema import ParallelConfig
 from fiberpo_megatron.mcore.families.architecture import Architecture, Experts, LatentAttention
 from fiberpo_megatron.mcore.parallel.checks import layers_per_chunk
+from fiberpo_megatron.mcore.settings import ParallelConfig
 
 
 class Weight(NamedTuple):

@@ -5,8 +5,9 @@ from functools import cache
 
 import torch
 
-from fiberpo_megatron.config.schema import AlgorithmConfig, Config
+from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.fibration import Objective, build_objective
+from fiberpo_megatron.trainer.settings import AlgorithmConfig
 
 
 def gate_bytes(config: Config) -> tuple[int, ...]:

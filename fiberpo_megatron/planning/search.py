@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any
 
-from fiberpo_megatron.config.schema import Config, ParallelConfig
+from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.mcore.families.architecture import Architecture, read_architecture
 from fiberpo_megatron.mcore.parallel.checks import layout_problems
+from fiberpo_megatron.mcore.settings import ParallelConfig
 from fiberpo_megatron.planning.engines import plan_engine
 from fiberpo_megatron.planning.estimate import Plan, make_plan
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu

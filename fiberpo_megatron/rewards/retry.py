@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fiberpo_megatron.config.schema import JsonlTask
+from fiberpo_megatron.data.settings import JsonlTask
 from fiberpo_megatron.rewards.reward import Reward
 from fiberpo_megatron.rewards.verifiers import Task
 from fiberpo_megatron.types import Prompt

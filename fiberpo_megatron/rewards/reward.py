@@ -6,7 +6,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Protocol
 
-from fiberpo_megatron.config.schema import DataConfig
+from fiberpo_megatron.data.settings import DataConfig
 from fiberpo_megatron.rewards.verifiers import Task, Verifier, build_verifier, verifier_name
 from fiberpo_megatron.types import Prompt
 

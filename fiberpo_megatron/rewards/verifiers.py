@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from fiberpo_megatron.config.schema import AdditionTask, JsonlTask, SortTask
+from fiberpo_megatron.data.settings import AdditionTask, JsonlTask, SortTask
 from fiberpo_megatron.rewards.math_answers import MathVerifier
 
 Task = AdditionTask | SortTask | JsonlTask

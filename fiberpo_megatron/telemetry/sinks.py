@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
-from fiberpo_megatron.config.schema import TelemetryConfig
 from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.metrics import Kind, steps_done
+from fiberpo_megatron.telemetry.settings import TelemetryConfig
 
 METRICS_FILE = "metrics.jsonl"
 Metrics = Mapping[str, float | int | str]

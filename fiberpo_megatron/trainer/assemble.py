@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from fiberpo_megatron.config import Config, dump_config
-from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.data.curriculum import build_prompts
 from fiberpo_megatron.data.prompts import PromptSets
 from fiberpo_megatron.data.tokenizer import Tokenizer, load_tokenizer, response_text, stop_token_ids, tokens_with
@@ -20,6 +19,7 @@ from fiberpo_megatron.engines.api_key import new_key, read_key
 from fiberpo_megatron.engines.client import EngineAddress, Sampling
 from fiberpo_megatron.engines.registry import SLACK_S, Registry
 from fiberpo_megatron.engines.servers import check_reachable, engines
+from fiberpo_megatron.engines.settings import EngineConfig
 from fiberpo_megatron.mcore.checkpoint import CheckpointError, DamagedCheckpoint, complete_steps
 from fiberpo_megatron.mcore.families.architecture import read_architecture
 from fiberpo_megatron.mcore.parallel.heartbeat import heartbeat

@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fiberpo_megatron.config.schema import BatchConfig
 from fiberpo_megatron.data.packing import PackingEfficiency, assign_rows, pack, packing_efficiency, padded_lengths
 from fiberpo_megatron.telemetry.metrics import combine
+from fiberpo_megatron.trainer.settings import BatchConfig
 from fiberpo_megatron.types import (
     Layout,
     MicroBatch,

@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 
-from fiberpo_megatron.config.schema import WeightSyncConfig
 from fiberpo_megatron.data.packing import pack
 from fiberpo_megatron.trainer.generation import Sampler
 from fiberpo_megatron.trainer.together import together
 from fiberpo_megatron.types import Policy, RolloutBatch, concatenated_response_tokens
 from fiberpo_megatron.weight_sync.compare import compare_log_probs
+from fiberpo_megatron.weight_sync.settings import WeightSyncConfig
 
 
 def verify_publication(

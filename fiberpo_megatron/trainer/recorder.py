@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fiberpo_megatron.config.schema import CheckpointConfig
 from fiberpo_megatron.mcore import checkpoint
 from fiberpo_megatron.telemetry.gpu import GpuMonitor, gpu_metrics
 from fiberpo_megatron.telemetry.metrics import Kind
 from fiberpo_megatron.telemetry.rollout_log import write_rollouts
 from fiberpo_megatron.telemetry.sinks import Sinks
+from fiberpo_megatron.trainer.settings import CheckpointConfig
 from fiberpo_megatron.trainer.together import together
 from fiberpo_megatron.types import Layout, PendingSave, Policy, RolloutGroup
 

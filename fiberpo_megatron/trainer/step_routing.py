@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fiberpo_megatron.config.schema import AlgorithmConfig
 from fiberpo_megatron.trainer.batch import MiniBatch
+from fiberpo_megatron.trainer.settings import AlgorithmConfig
 from fiberpo_megatron.types import Policy, RolloutBatch, RoutingMode, concatenated_response_tokens
 
 

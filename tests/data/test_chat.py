@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fiberpo_megatron.config.schema import JsonlTask
 from fiberpo_megatron.data.chat import ChatTemplate
 from fiberpo_megatron.data.prompts import build_prompt_sets
+from fiberpo_megatron.data.settings import JsonlTask
 from tests.data import templates
 from tests.data.templates import templated
 

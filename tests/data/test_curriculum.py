@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fiberpo_megatron.config.schema import DataConfig
 from fiberpo_megatron.data.curriculum import AdaptivePrompts, Mix, allot, build_prompts, shares
+from fiberpo_megatron.data.settings import DataConfig
 from fiberpo_megatron.data.tokenizer import load_tokenizer
 from fiberpo_megatron.types import Prompt, RolloutBatch
 from tests.distributed.parity import make_batch

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from fiberpo_megatron.config.schema import AdditionTask, SortTask
 from fiberpo_megatron.data.prompts import build_prompt_sets
+from fiberpo_megatron.data.settings import AdditionTask, SortTask
 from fiberpo_megatron.data.tokenizer import load_tokenizer, response_text, stop_token_ids
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"

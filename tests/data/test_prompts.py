@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fiberpo_megatron.config.schema import AdditionTask, JsonlTask, SortTask
 from fiberpo_megatron.data.prompts import PromptSets, Schedule, build_prompt_sets
+from fiberpo_megatron.data.settings import AdditionTask, JsonlTask, SortTask
 from tests.data.characters import CharacterTokenizer
 
 ADDITION = AdditionTask(kind="addition", digits=1)

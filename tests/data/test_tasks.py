@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from fiberpo_megatron.config.schema import AdditionTask, JsonlTask, SortTask
+from fiberpo_megatron.data.settings import AdditionTask, JsonlTask, SortTask
 from fiberpo_megatron.data.tasks import AdditionProblems, SortProblems, build_problem_set, read_jsonl
 
 

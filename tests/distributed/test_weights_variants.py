@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fiberpo_megatron.config.schema import ModelConfig
 from fiberpo_megatron.mcore.families.architecture import read_architecture
 from fiberpo_megatron.mcore.model import build_model
 from fiberpo_megatron.mcore.parallel.layout import start_layout
 from fiberpo_megatron.mcore.schedule import Schedule
+from fiberpo_megatron.mcore.settings import ModelConfig
 from fiberpo_megatron.mcore.weights import export_hf, load_hf, save_hf
 from fiberpo_megatron.trainer import transformers_reference as reference
 from tests.distributed.parity import make_batch, make_config, micro_batches_for

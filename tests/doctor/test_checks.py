@@ -17,11 +17,11 @@ from types import SimpleNamespace
 import pytest
 
 from fiberpo_megatron.config import Config, load_config
-from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.doctor import engines, inputs, machine, report, software, storage
 from fiberpo_megatron.doctor.report import Finding
 from fiberpo_megatron.engines import client
 from fiberpo_megatron.engines.client import EngineAddress
+from fiberpo_megatron.engines.settings import EngineConfig
 from fiberpo_megatron.telemetry.gpu import GIB, GpuMonitor
 from tests.telemetry.test_gpu import FakeNvml
 

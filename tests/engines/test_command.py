@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.engines.command import CPU_STAND_INS, PLUGIN, Server, server_command, server_environment
+from fiberpo_megatron.engines.settings import EngineConfig
 
 
 def server(model: Path, **changes) -> Server:

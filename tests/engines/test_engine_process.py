@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.engines.client import EngineAddress, Sampling
 from fiberpo_megatron.engines.errors import EngineRefused, EngineStartError, EngineUnreachable
 from fiberpo_megatron.engines.servers import EngineProcess, check_reachable, engines, remove_leftovers, stop_all
+from fiberpo_megatron.engines.settings import EngineConfig
 from fiberpo_megatron.rollout.generate import EngineSampler
 
 
@@ -118,7 +118,7 @@ def check_key(address: EngineAddress) -> None:
 RUN = """
 import sys, time
 from pathlib import Path
-from fiberpo_megatron.config.schema import EngineConfig
+from fiberpo_megatron.engines.settings import EngineConfig
 from fiberpo_megatron.engines.servers import engines
 key = sys.stdin.readline().strip()
 model, folder = Path(sys.argv[1]), Path(sys.argv[2])

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import fiberpo_megatron.engines.command as command
-from fiberpo_megatron.config.schema import EngineConfig
 from fiberpo_megatron.engines.errors import EngineStartError
 from fiberpo_megatron.engines.servers import engines
+from fiberpo_megatron.engines.settings import EngineConfig
 
 MASK = 0xFFFFFFFF
 

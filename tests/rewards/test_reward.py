@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from fiberpo_megatron.config.schema import AdditionTask, DataConfig, JsonlTask, SortTask
+from fiberpo_megatron.data.settings import AdditionTask, DataConfig, JsonlTask, SortTask
 from fiberpo_megatron.rewards import RandomReward, Score, TaskReward, build_reward, score
 from fiberpo_megatron.rewards.verifiers import build_verifier, exact
 from fiberpo_megatron.types import Prompt

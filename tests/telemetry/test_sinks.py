@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fiberpo_megatron.config.schema import TelemetryConfig
 from fiberpo_megatron.telemetry import sinks as sinks_module
+from fiberpo_megatron.telemetry.settings import TelemetryConfig
 from fiberpo_megatron.telemetry.sinks import (
     JsonlSink,
     Sinks,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fiberpo_megatron.config.schema import CheckpointConfig
 from fiberpo_megatron.mcore.checkpoint.folders import Description, complete_steps, describe, mark_all, step_of
 from fiberpo_megatron.trainer.recorder import RunCheckpoints
+from fiberpo_megatron.trainer.settings import CheckpointConfig
 from tests.trainer.toy import SingleLayout
 
 

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from fiberpo_megatron.config.schema import BatchConfig, JsonlTask
 from fiberpo_megatron.data.packing import pack
+from fiberpo_megatron.data.settings import JsonlTask
 from fiberpo_megatron.rewards import RetryEnvironment, TaskReward
 from fiberpo_megatron.rollout.conversation import Dialogue
 from fiberpo_megatron.trainer.batch import flatten, mini_batches
 from fiberpo_megatron.trainer.generation import Generator
 from fiberpo_megatron.trainer.loop import train
+from fiberpo_megatron.trainer.settings import BatchConfig
 from fiberpo_megatron.types import Coefficients, Completion, Prompt, RolloutGroup, Trajectory, WeightSpan
 from tests.trainer.test_loop import FirstToken, training
 from tests.trainer.toy import SingleLayout, TablePolicy

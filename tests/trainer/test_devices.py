@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fiberpo_megatron.config import Config, ConfigError
-from fiberpo_megatron.config.schema import EngineConfig
+from fiberpo_megatron.engines.settings import EngineConfig
 from fiberpo_megatron.trainer.preflight import _check_colocated
 
 

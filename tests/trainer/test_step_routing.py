@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fiberpo_megatron.config.schema import AlgorithmConfig
 from fiberpo_megatron.trainer.batch import flatten
+from fiberpo_megatron.trainer.settings import AlgorithmConfig
 from fiberpo_megatron.trainer.step_routing import StepRouting, count_experts
 from fiberpo_megatron.types import Completion, Prompt, RolloutBatch, RolloutGroup, Trajectory, WeightSpan
 

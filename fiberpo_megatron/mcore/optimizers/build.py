@@ -13,8 +13,8 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_meg
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from fiberpo_megatron.config.schema import OptimizerConfig
 from fiberpo_megatron.mcore.model import PolicyModel
+from fiberpo_megatron.mcore.optimizers.settings import OptimizerConfig
 from fiberpo_megatron.mcore.transformer_config import DTYPES
 
 

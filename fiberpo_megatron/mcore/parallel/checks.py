@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from math import gcd
 from typing import Any
 
-from fiberpo_megatron.config.schema import ModelConfig, ParallelConfig
 from fiberpo_megatron.mcore.families.architecture import Architecture, read_architecture
+from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
 
 
 def check_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, world_size: int) -> None:

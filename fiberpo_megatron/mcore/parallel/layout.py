@@ -14,10 +14,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from fiberpo_megatron.config.schema import ParallelConfig, RunConfig
+from fiberpo_megatron.config.schema import RunConfig
 from fiberpo_megatron.mcore.parallel import exchange
 from fiberpo_megatron.mcore.parallel.checks import check_layout
 from fiberpo_megatron.mcore.platform import activate
+from fiberpo_megatron.mcore.settings import ParallelConfig
 from fiberpo_megatron.rendezvous import ranks_store
 from fiberpo_megatron.types import RolloutBatch
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from fiberpo_megatron.config.schema import ModelConfig, ParallelConfig
 from fiberpo_megatron.mcore.families.architecture import read_architecture
 from fiberpo_megatron.mcore.parallel.checks import check_layout, check_routers, layers_per_chunk, layout_problems
+from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
 from tests.distributed.parity import DEEPSEEK_V3, QWEN3_MOE
 
 DENSE = {k: v for k, v in QWEN3_MOE.items() if "expert" not in k and "topk" not in k and "moe_" not in k}

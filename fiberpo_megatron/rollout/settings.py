@@ -1,0 +1,58 @@
+"""Settings of sampling and of the rollouts on disk: [rollout] and [storage]."""
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from fiberpo_megatron.engines.settings import EngineConfig
+from fiberpo_megatron.settings import Section
+
+
+class RolloutConfig(Section):
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; log-probs on both sides are those of logits / temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling mass. Below 1 the sampling distribution is not the policy's: ratios are biased."""
+    top_k: int = -1
+    """Sample among the k most likely tokens; -1 is all."""
+    max_response_tokens: int = Field(1024, ge=1)
+    """Response tokens after which a trajectory is cut; in a conversation, of each turn."""
+    stop: list[str] = []
+    """Characters that end a response, such as a newline after a raw-text prompt: the first token that contains one is
+    the last (trained on like the others), and the verifier sees the text before the character."""
+    max_concurrent_requests: int = Field(256, ge=1)
+    """Requests that one data-parallel leader keeps in flight."""
+    return_routing: bool = False
+    """Ask the engine for the experts of every token, and log per layer how often trainer and engine agree. Implied by
+    algorithm.expert_routing = "rollout" and routing_replay = "rollout". Servers given by URL need
+    --enable-return-routed-experts."""
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def greedy_is_not_sampling(self) -> "RolloutConfig":
+        if self.top_k == 0 or self.top_k < -1:
+            raise ValueError(f"rollout.top_k = {self.top_k}: use -1 (all tokens) or a number of at least 1")
+        return self
+
+    @model_validator(mode="after")
+    def stop_is_characters(self) -> "RolloutConfig":
+        longer = [text for text in self.stop if len(text) != 1]
+        if longer:
+            raise ValueError(
+                f"rollout.stop: {longer[0]!r} is not one character; a longer text can be spread over tokens in many "
+                "ways, and engines see tokens: choose one of its characters"
+            )
+        return self
+
+
+class RolloutsConfig(Section):
+    """Rollouts on disk: each step's trajectories in full (tokens, log-probs, rewards, routing)."""
+
+    dump: bool = False
+    """Keep the trajectories of every step in <run folder>/dump, for `rollouts.replay`."""
+    replay: Path | None = None
+    """Train on the trajectories of this folder (a dump, or a run folder that has one) in place of an engine's: no
+    engine is started, nothing is published, held-out evaluation is left out."""
+    unfinished: bool = True
+    """Keep a step's trajectories on disk, each prompt's as soon as they have ended, until a checkpoint holds the step:
+    a resumed run need not generate them again."""

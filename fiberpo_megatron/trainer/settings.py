@@ -1,0 +1,125 @@
+"""Settings of the training loop: [algorithm], [batch], [evaluation], [checkpoint], [trainer] and [sft]."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fiberpo_megatron.settings import Section
+
+Budget = tuple[float, float]
+Membership = Literal["soft", "hard"]
+
+
+class AlgorithmConfig(Section):
+    """The objective and the advantages. Mathematics: docs/fibration.md."""
+
+    objective: str = "fiberpo"
+    """fiberpo, fiberpo-domain, fiberpo-expert, fiberpo-expert-global, ppo, grpo, dapo, gspo, cispo, apc or
+    reinforce."""
+    epsilon: float | tuple[float, float] | None = None
+    """Token-level clip width (log ratio for fiberpo). A pair is (positive, non-positive advantage). Unset: the
+    objective's default."""
+    budgets: dict[str, Budget] | None = None
+    """(C+, C-) of each level, by the level's name (its keys joined by '+'). Unset: the preset's defaults."""
+    levels: list[list[str]] | None = None
+    """A level chain of one's own, fine to coarse, in place of the preset's."""
+    expert_membership: Membership | None = None
+    """How a token belongs to expert partitions (objectives with an expert level only). Unset: soft."""
+    expert_partitions: int | None = Field(None, ge=1)
+    """Number of contiguous expert blocks. Unset: the expert-parallel size."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound c of the dual-clip overlay: tokens with A < 0 and x > 0 use max(r A, c A)."""
+    unclip_positive: bool = False
+    """Overlay: tokens with A > 0 and x < 0 use r A."""
+    weighting: Literal["seq-mean", "token-mean"] = "seq-mean"
+    """mu of a token: 1/(trajectories x its trajectory's tokens), or 1/tokens."""
+    advantage: Literal["group-mean", "leave-one-out", "none"] = "group-mean"
+    """Baseline subtracted from a reward: the group's mean, the mean of the others, or none."""
+    normalise_std: bool = True
+    """Divide by the group's reward standard deviation (+1e-6)."""
+    expert_routing: Literal["old", "rollout"] = "old"
+    """Whose routing says which expert partitions a token belongs to: the old policy's, recorded in the
+    old-log-prob pass, or the engine's."""
+    routing_replay: Literal["none", "old", "rollout"] = "none"
+    """Experts that training forwards use. none: the current routers'; old: those chosen in the old-log-prob pass
+    (R2); rollout: those that the engine chose (R3), in the old-log-prob pass as well."""
+    kernels: bool | None = None
+    """The objective in fused Triton kernels (true), in torch (false), or, unset, in the kernels where they can run."""
+
+    def objective_options(self) -> dict[str, object]:
+        """Options that are set, as keyword arguments of `build_objective`."""
+        names = ("epsilon", "budgets", "levels", "expert_membership", "dual_clip")
+        options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.unclip_positive:
+            options["unclip_positive"] = True
+        return options
+
+
+class BatchConfig(Section):
+    prompts: int = Field(32, ge=1)
+    """Prompts (groups) per training step, over all ranks."""
+    samples_per_prompt: int = Field(8, ge=1)
+    """Trajectories per prompt."""
+    mini_batches: int = Field(1, ge=1)
+    """Parts, cut at group boundaries, into which a step's trajectories are split; one optimiser step each."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the same trajectories. Optimiser steps per training step = mini_batches x epochs."""
+    micro_batch_tokens: int = Field(8192, ge=1)
+    """Token budget of one packed row, padding included, over all context-parallel ranks."""
+    oversized: Literal["error", "own_micro_batch"] = "error"
+    """What happens to a trajectory longer than `micro_batch_tokens`."""
+
+    @model_validator(mode="after")
+    def mini_batches_fit(self) -> "BatchConfig":
+        if self.prompts % self.mini_batches:
+            fits = [m for m in range(1, self.prompts + 1) if self.prompts % m == 0]
+            raise ValueError(
+                f"batch.mini_batches = {self.mini_batches} does not divide batch.prompts = {self.prompts}; "
+                f"use one of {fits}"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    every_steps: int = Field(0, ge=0)
+    """Evaluate on held-out prompts every so many steps; 0: only before the first and after the last step."""
+    prompts: int = Field(128, ge=0)
+    """Held-out prompts per evaluation, all domains together; 0 switches evaluation off."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Sampled responses per held-out prompt, at the rollout's temperature."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(1, ge=0)
+    """Save every so many steps; 0: only after the last. 1 loses nothing but the unfinished step."""
+    keep: int = Field(2, ge=1)
+    """Complete checkpoints kept, newest first."""
+    keep_best_metric: str | None = None
+    """Keep the checkpoint with the best value of this metric as well: "eval/accuracy", "train/reward/mean" or another
+    that rank 0 knows. A step without it (no evaluation was due) cannot be the best."""
+    keep_best_mode: Literal["max", "min"] = "max"
+    """Whether the largest or the smallest value is the best."""
+    asynchronous: bool = False
+    """Copy the state to host memory and let a thread write it while training goes on. The checkpoint counts from the
+    first step's end that finds it written; the run waits before the next save and before it ends."""
+
+    @model_validator(mode="after")
+    def metric_has_a_kind(self) -> "CheckpointConfig":
+        if self.keep_best_metric and not self.keep_best_metric.startswith(("eval/", "train/")):
+            raise ValueError(
+                f"checkpoint.keep_best_metric = {self.keep_best_metric!r}: say of which record, eval/... or train/..., "
+                "for example eval/accuracy"
+            )
+        return self
+
+
+class TrainerConfig(Section):
+    steps: int = Field(100, ge=1)
+    """Training steps; each generates once and takes batch.mini_batches x batch.epochs optimiser steps."""
+
+
+class SftConfig(Section):
+    steps: int = Field(200, ge=1)
+    """Optimiser steps."""
+    examples: int = Field(64, ge=1)
+    """Examples per optimiser step, over all ranks."""
