@@ -1,0 +1,117 @@
+"""All engines of a run as one object: their addresses, their clients, the thread for the network, their memory."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from fiberpo_megatron.engines.background import BackgroundLoop
+from fiberpo_megatron.engines.client import EngineAddress, EngineClient
+from fiberpo_megatron.engines.errors import EngineRefused
+
+CONTROL_CONNECTIONS = 16
+"""Connections to each engine beside those of generation: a control call never waits for a running request."""
+
+Result = TypeVar("Result")
+
+
+class EnginePool:
+    """The engines of a run, for whoever samples from them, publishes to them or manages their memory.
+
+    `timeout_s` bounds one generation or scoring request; `max_concurrent` bounds the requests in flight to one engine.
+    `transport` is the network seam for tests. Close the pool when done (`with`).
+
+        with EnginePool([EngineAddress("http://127.0.0.1:30000")], timeout_s=60) as pool:
+            completions = pool.run(pool.clients[0].generate([[1, 2, 3]], Sampling(max_response_tokens=8)))
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[EngineAddress],
+        *,
+        timeout_s: float,
+        max_concurrent: int = 256,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        if not addresses:
+            raise ValueError("there are no engines; give rollout.engine.urls or let the run start some")
+        self.addresses = list(addresses)
+        self.timeout_s = timeout_s
+        connections = max_concurrent + CONTROL_CONNECTIONS
+        self.clients = [EngineClient(address, timeout_s, connections, transport) for address in addresses]
+        self._loop: BackgroundLoop | None = BackgroundLoop("engines")
+
+    def submit(self, work: Coroutine[Any, Any, Result]) -> "Future[Result]":
+        """Start `work` on the pool's event loop; the future has its result."""
+        if self._loop is None:
+            work.close()
+            raise RuntimeError("the engine pool is closed; make another one")
+        return self._loop.submit(work)
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Return the result of `work`; it is cancelled when this thread is interrupted."""
+        if self._loop is None:
+            work.close()
+            raise RuntimeError("the engine pool is closed; make another one")
+        return self._loop.run(work)
+
+    def on_all(self, call: Callable[[EngineClient], Awaitable[Result]]) -> list[Result]:
+        """Return the call's result from every engine. The first error is raised when all have answered."""
+
+        async def all_engines() -> list[Result]:
+            found = await asyncio.gather(*(call(client) for client in self.clients), return_exceptions=True)
+            return [_raised(item) for item in found]
+
+        return self.run(all_engines())
+
+    def require_memory_saver(self) -> None:
+        """Raise EngineRefused when an engine was started in a way that never gives memory up."""
+
+        async def check(client: EngineClient) -> None:
+            if not await client.memory_saver():
+                raise EngineRefused(
+                    client.url,
+                    "it shares its GPUs with the trainer (rollout.engine.colocated), but cannot release their memory",
+                    "Start it with --enable-memory-saver",
+                    client.address.log,
+                )
+
+        self.on_all(check)
+
+    def release_memory(self, tags: Sequence[str]) -> None:
+        """Have every engine give up the memory of `tags` ("kv_cache", "weights"), contents included."""
+        self.on_all(lambda client: client.release_memory(tags))
+
+    def resume_memory(self, tags: Sequence[str]) -> None:
+        """Have every engine take its memory again; weights must then be published."""
+        self.on_all(lambda client: client.resume_memory(tags))
+
+    def close(self) -> None:
+        """Close the connections and the thread; idempotent."""
+        loop, self._loop = self._loop, None
+        if loop is None:
+            return
+
+        async def close_all() -> None:
+            for client in self.clients:
+                await client.close()
+
+        loop.run(close_all())
+        loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _raised(item: Result | BaseException) -> Result:
+    if isinstance(item, BaseException):
+        raise item
+    return item
