@@ -67,28 +67,28 @@ AUXILIARIES = _words("""
     wasn't weren't hasn't haven't doesn't don't didn't can't couldn't won't wouldn't mustn't
 """)
 VERBS = _words("""
-    abort accept accompany add adjust agree allow append apply appear arrange arrive ask assemble assign assume average
+    abort accept accompany add adjust agree allow appear append apply arrange arrive ask assemble assign assume average
     avoid await become begin behave believe belong bind bring broadcast build carry choose clean clear close collect
     combine come compare compile compute consist contain continue convert correct cover create cross decide declare
     decode decompose define delete deliver depend derive describe detect determine differ disable discard distinguish
     divide drain draw enable encode enforce ensure enter enumerate establish evaluate examine exclude execute exist
     expand expect explain extend extract fail fetch find finish fit flatten follow forbid forget freeze generate get
     give go grow guarantee happen hide hold identify ignore implement include inherit initialise initialize insert
-    inspect install introduce invert iterate join keep kill know lack launch leave let lie listen live lose make manage
-    meet merge multiply normalise obey observe occur offer omit open overlap overwrite own parse perform pick prepare
-    present prevent proceed produce propose protect prove provide publish put raise reach react receive recognise
-    recompute reconstruct reduce refuse register reject remain remember remove rename render replace represent require
-    resolve respond restore resume retain retry reuse reveal say scatter see select separate serve simulate sit skip
-    sleep solve speak specify spell spread stand stay strip submit suppress survive take talk teach terminate throw
-    tokenise train translate treat try understand unpack validate vary verify wake warn write
+    inspect install introduce invert iterate join keep kill know lack launch leave let lie listen live look lose make
+    manage meet merge multiply normalise obey observe occur offer omit open overlap overwrite own parse perform pick
+    prepare present prevent proceed produce propose protect prove provide publish put raise reach react receive
+    recognise recompute reconstruct reduce refuse register reject remain remember remove rename render replace
+    represent require resolve respond restore resume retain retry return reuse reveal say scatter see select separate
+    serve simulate sit skip sleep solve speak specify spell spread stand stay strip submit suppress survive take talk
+    teach terminate throw tokenise train translate treat try understand unpack validate vary verify wake warn write
 """)
 NOUN_LIKE = _words("""
     access act advance answer attempt bound break call cap cast change chart check claim clip copy cost count cut drop
-    dump end estimate exit fall fill filter format gather handle help hint import label lay limit link list load look
-    mark match measure mirror move need note pad park pass patch pause place plan plot post print probe process profile
-    queue read record refer release repeat replay report request reserve reset rest result return rewrite round run
-    save scale schedule score search send set share shift show sort split start stop store supply support swap sweep
-    switch tag tell test touch track transfer travel trim turn update use visit wait walk watch weigh wrap yield
+    dump end estimate exit fall fill filter format gather handle help hint import label lay limit link list load mark
+    match measure mirror move need note pad park pass patch pause place plan plot post print probe process profile
+    queue read record refer release repeat replay report request reserve reset rest result rewrite round run save scale
+    schedule score search send set share shift show sort split start stop store supply support swap sweep switch tag
+    tell test touch track transfer travel trim turn update use visit wait walk watch weigh wrap yield
 """)
 MOSTLY_NOUNS = _words("""
     base block complete empty force form gate group hash index lead lease lock log map mask mean name order pack pair
@@ -202,6 +202,8 @@ def _clause_has_verb(words: Sequence[str], *, beginning: bool) -> bool:
         if not (third or (plural and word in VERBS | AMBIGUOUS)) or before in PREPOSITIONS:
             continue
         if word not in AMBIGUOUS:
+            return True
+        if words[0] in ("this", "these") and i > 1:  # "This module shows plans"
             return True
         subject = before not in DETERMINERS or before in PLURAL_SUBJECTS | {"this", "it"}
         if subject and (behind in DETERMINERS or behind == NOUN):

@@ -1,4 +1,4 @@
-"""`fiberpo doctor`: whether a run can work here, and the fix for what cannot."""
+"""`fiberpo doctor` checks whether a run can work on this machine, and names the fix for what cannot."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from fiberpo_megatron.config import Config, load_config
 
 
 def add_parser(commands: Any, overrides: str) -> None:
-    """The command's options."""
+    """Add the command and its options."""
     about = "check this machine, its software and a config"
     parser = commands.add_parser("doctor", help=about, description=f"{about}; {overrides}. See docs/doctor.md")
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.toml")
@@ -18,7 +18,7 @@ def add_parser(commands: Any, overrides: str) -> None:
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
-    """0 when nothing failed."""
+    """Run the command; return 0 when nothing failed."""
     from fiberpo_megatron.doctor import examination, report
 
     found = examination.full(load_config(options.config, overrides) if options.config else None)
@@ -31,7 +31,8 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def warn(config: Config) -> None:
-    """At the start of a run: what may go wrong, a line each on stderr. Raises RuntimeError where ranks are missing."""
+    """Print what may go wrong at the start of a run, one line per finding, on stderr. Raises RuntimeError if ranks are
+    missing."""
     from fiberpo_megatron.doctor import examination
 
     found = examination.before_a_run(config)

@@ -1,4 +1,4 @@
-"""`fiberpo plan`: what a run needs, before there are GPUs."""
+"""`fiberpo plan` shows what a run needs, before there are GPUs."""
 
 import argparse
 import json
@@ -9,8 +9,8 @@ from fiberpo_megatron.config import ConfigError, load_config
 
 
 def add_parser(commands: Any, overrides: str) -> None:
-    """The command's options."""
-    about = "memory, time and bytes of a run on GPUs that need not be there"
+    """Add the command and its options."""
+    about = "show memory, time and traffic of a run on GPUs that need not exist here"
     parser = commands.add_parser("plan", help=about, description=f"{about}; {overrides}. See docs/planning.md")
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs for training and engines together")
@@ -22,7 +22,7 @@ def add_parser(commands: Any, overrides: str) -> None:
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
-    """0 where the plan fits (with --search: where any layout does), else 1."""
+    """Run the command; return 0 if the plan fits (with --search: if any layout does), else 1."""
     from fiberpo_megatron.planning import show
     from fiberpo_megatron.planning.estimate import make_plan
     from fiberpo_megatron.planning.hardware import GPUS, assume

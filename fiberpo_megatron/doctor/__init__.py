@@ -1,4 +1,4 @@
-"""`fiberpo doctor`: whether this machine, its software and a config can run, with the fix for what cannot.
+"""`fiberpo doctor` checks whether this machine, its software and a config can run, and names the fix for what cannot.
 
-One module a group of checks; each check is a function without arguments of its own that returns findings.
+Each module holds one group of checks. A check is a function that returns findings.
 """

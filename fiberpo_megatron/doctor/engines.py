@@ -1,4 +1,4 @@
-"""Rollout engines: ports for those that a run starts, and what those that run already can do."""
+"""These checks look at rollout engines: free ports for those that a run starts, and what running servers can do."""
 
 import httpx
 
@@ -26,7 +26,7 @@ OF_METHOD = {
 
 
 def ports(config: Config) -> list[Finding]:
-    """Whether the engines' ports are free; without fixed ones, whether enough are."""
+    """Check that the engines' ports are free or, if none are set, that enough free ports can be found."""
     engine = config.rollout.engine
     if engine.urls:
         return []
@@ -35,16 +35,17 @@ def ports(config: Config) -> list[Finding]:
             free_ports(2 * engine.count, HOST)
         except RuntimeError as error:
             return [Finding("ports", "fail", str(error), "Stop servers on this machine")]
-        return [Finding("ports", "pass", f"{2 * engine.count} free ones found")]
+        return [Finding("ports", "pass", f"{2 * engine.count} free ports were found")]
     busy = [port for port in range(engine.port, engine.port + engine.count) if not is_free(port, HOST)]
     if busy:
-        seen = f"{', '.join(map(str, busy))} in use by another process"
+        seen = f"{', '.join(map(str, busy))} is in use by another process"
         return [Finding("ports", "fail", seen, "Stop it, or change rollout.engine.port")]
     return [Finding("ports", "pass", f"{engine.port} to {engine.port + engine.count - 1} are free")]
 
 
 def servers(config: Config) -> list[Finding]:
-    """Every engine of `rollout.engine.urls`: reachable, of the supported version, with the endpoints needed."""
+    """Check that every engine of `rollout.engine.urls` answers, has the supported version and offers the needed
+    endpoints."""
     engine = config.rollout.engine
     key = read_key(engine.api_key_file) if engine.api_key_file and engine.urls else None
     needed = (*COMMON, *OF_METHOD[config.weight_sync.method])
@@ -73,5 +74,6 @@ def _server(address: EngineAddress, needed: tuple[str, ...]) -> Finding:
 def _compare(name: str, version: str) -> Finding:
     wanted = requirement_of(ENGINE)
     if wanted.specifier.contains(version, prereleases=True):
-        return Finding(name, "pass", f"version {version}, all endpoints")
-    return Finding(name, "warn", f"version {version}, tested is {wanted.specifier}", "Start it with the tested version")
+        return Finding(name, "pass", f"version {version} offers all endpoints")
+    seen = f"version {version} was not tested; {wanted.specifier} was"
+    return Finding(name, "warn", seen, "Start it with the tested version")

@@ -1,4 +1,4 @@
-"""Which checks a run of the doctor makes, in order."""
+"""This module decides which checks a run of the doctor makes, and in which order."""
 
 import json
 import os
@@ -14,14 +14,14 @@ from fiberpo_megatron.engines.settings import EngineConfig
 QUICK_S, CHECK_S = 2.0, 30.0
 LOCAL_RANKS = 2
 MEASURED = ("all-reduce", "links", "clocks")
-"""Checks that a job tells even when they pass: a later start can be compared."""
+"""Checks that a job reports even when they pass, so that a later start can be compared."""
 
 
 def before_a_run(config: Config) -> list[Finding]:
-    """What costs a moment and nothing at the start finds by itself: findings that are not a pass.
+    """Run the quick checks for problems that a start would not report clearly; return the findings that are not a pass.
 
-    Ranks of torchrun or srun all call it: they also find out who is missing, slow or late (`ranks.meet`), and rank 0
-    gets the findings of every machine, the measured ones even if they pass.
+    Under torchrun or srun every rank calls this. The ranks then also find out which ranks are missing, slow or late
+    (`ranks.meet`), and rank 0 gets the findings of every machine; measurements are included even if they pass.
     """
     checks: list[tuple[str, Check]] = [
         *_software(config),
@@ -35,13 +35,13 @@ def before_a_run(config: Config) -> list[Finding]:
         from fiberpo_megatron.doctor import ranks
 
         met = ranks.meet(config.run.distributed_timeout_s)
-        checks = checks[:-3] if os.environ["RANK"] == "0" else []  # the machines told theirs
+        checks = checks[:-3] if os.environ["RANK"] == "0" else []  # reported by each machine
     found = [finding for name, check in checks for finding in examine(name, check, QUICK_S)]
     return [finding for finding in found + met if finding.status != "pass" or finding.check in MEASURED]
 
 
 def full(config: Config | None) -> list[Finding]:
-    """Everything; under torchrun or srun every rank calls it, and rank 0 gets the findings."""
+    """Run all checks; under torchrun or srun every rank calls this, and rank 0 gets the findings."""
     talked = _ranks()
     if os.environ.get("RANK", "0") != "0":
         return []
@@ -69,7 +69,8 @@ def _of_config(config: Config) -> Iterator[tuple[str, Check]]:
 
 
 def _ranks() -> list[Finding]:
-    """The launcher's ranks, or as many of our own as show that ranks can talk on this machine."""
+    """Check communication between the launcher's ranks, or between a few ranks that are started here for this
+    purpose."""
     from fiberpo_megatron.doctor import ranks
 
     if "RANK" in os.environ:
@@ -87,5 +88,5 @@ def _ranks() -> list[Finding]:
 
 
 def _local_ranks() -> int:
-    """A rank for every GPU; two without, or the one there is."""
+    """Return one rank per GPU, or LOCAL_RANKS without a GPU."""
     return machine.gpu_count() or LOCAL_RANKS

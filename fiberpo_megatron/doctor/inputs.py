@@ -1,4 +1,4 @@
-"""What the config names: the model's files, its tokenizer, and whether the layout divides the model."""
+"""These checks look at what the config names: the model's files, its tokenizer, its layout, and the prompts."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,8 @@ from fiberpo_megatron.doctor.report import Finding
 
 
 def model_files(config: Config) -> list[Finding]:
-    """config.json, and every safetensors file, with a header that can be read and holds what the index says."""
+    """Check that config.json exists and that every safetensors file has a readable header that agrees with the
+    index."""
     from fiberpo_megatron.mcore.weights.files import stored_tensors
 
     folder = config.model.path
@@ -25,7 +26,7 @@ def model_files(config: Config) -> list[Finding]:
 
 
 def tokenizer(config: Config) -> list[Finding]:
-    """Loads the tokenizer and its stop tokens as a run does."""
+    """Load the tokenizer and its stop tokens as a run does."""
     from fiberpo_megatron.data.tokenizer import load_tokenizer, stop_token_ids
 
     try:
@@ -36,7 +37,7 @@ def tokenizer(config: Config) -> list[Finding]:
 
 
 def layout(config: Config, world_size: int) -> list[Finding]:
-    """Whether [parallel] divides the model and the ranks."""
+    """Check that [parallel] divides the model and the ranks."""
     from fiberpo_megatron.mcore.families.architecture import read_architecture
     from fiberpo_megatron.mcore.parallel.checks import layout_problems
 
@@ -52,7 +53,7 @@ def layout(config: Config, world_size: int) -> list[Finding]:
 
 
 def task_files(config: Config) -> list[Finding]:
-    """Prompt files that can be opened."""
+    """Check that the prompt files exist."""
     paths: list[Path] = []
     for task in config.data.tasks:
         paths += [path for path in (getattr(task, "train", None), getattr(task, "held_out", None)) if path]

@@ -1,8 +1,8 @@
-"""Ranks that talk to each other: who is missing, who is slow, whose clock is off. `python -m` runs one rank.
+"""This check lets ranks talk to each other, to find which are missing, which are slow, and whose clock is off.
 
-Every rank tells the store that it is there and what its machine looks like; rank 0 waits for each by number. Then all
-take part in a timed all-reduce (NCCL, gloo without a GPU), and rank 0 exchanges a message and a clock with one rank of
-every machine (on one machine, with every rank).
+Every rank reports to the store that it has started and what its machine looks like; rank 0 waits for each by number.
+Then all take part in a timed all-reduce (NCCL, or gloo without a GPU), and rank 0 exchanges a message and a clock with
+one rank of every machine (on one machine, with every rank). `python -m fiberpo_megatron.doctor.ranks` runs one rank.
 """
 
 import json
@@ -32,12 +32,13 @@ CLOCK_SKEW_S = 1.0
 
 
 def machine_findings() -> list[Finding]:
-    """What can differ from node to node."""
+    """Return the findings that can differ from node to node."""
     return [*machine.gpus(), *machine.shared_memory(), *machine.open_files(), *machine.cores()]
 
 
 def meet(deadline_s: float = DEADLINE_S) -> list[Finding]:
-    """Every rank of the launcher calls it; rank 0 gets the findings, the others none.
+    """Check communication between the launcher's ranks; every rank calls this, rank 0 gets the findings, the others
+    none.
 
     Raises TimeoutError on a rank that does not find rank 0.
     """
@@ -66,7 +67,7 @@ def meet(deadline_s: float = DEADLINE_S) -> list[Finding]:
 
 
 def _wait_for(store: dist.Store, size: int, deadline_s: float) -> tuple[dict[int, dict[str, Any]], list[int]]:
-    """What every rank said, and the ranks that said nothing."""
+    """Return what every rank reported, and the ranks that reported nothing."""
     until = time.monotonic() + deadline_s
     present, missing = {}, []
     for rank in range(size):
@@ -79,7 +80,7 @@ def _wait_for(store: dist.Store, size: int, deadline_s: float) -> tuple[dict[int
 
 
 def _of_machines(present: dict[int, dict[str, Any]]) -> list[Finding]:
-    """Findings of every node, with its name where there are several."""
+    """Return the findings of every node, with the node's name if there are several."""
     several = len({said["host"] for said in present.values()}) > 1
     found = []
     for said in present.values():
@@ -116,7 +117,7 @@ def _talk(store: dist.Store, rank: int, size: int, timeout: timedelta, hosts: Ma
 
 
 def _timed(work: Callable[[], object], gpu: bool) -> float:
-    """Seconds of one round, the first (which connects) not counted."""
+    """Return the seconds of one round; the first round, which connects, is not counted."""
     work()
     if gpu:
         torch.cuda.synchronize()
@@ -130,12 +131,12 @@ def _timed(work: Callable[[], object], gpu: bool) -> float:
 
 
 def _partners(size: int, on_a_machine: int) -> list[int]:
-    """Ranks with which rank 0 compares: the first of every other machine; on one machine all others."""
+    """Return the ranks with which rank 0 compares: the first of every other machine, or all others on one machine."""
     return list(range(1, size)) if on_a_machine >= size else list(range(on_a_machine, size, on_a_machine))
 
 
 def _exchange(rank: int, partners: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
-    """On rank 0, for every partner: seconds of a message there and back over gloo, and its clock minus ours (s)."""
+    """Measure, on rank 0, a round trip to every partner over gloo (s), and the partner's clock minus rank 0's (s)."""
     message, clock = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8), torch.zeros(1, dtype=torch.float64)
     seconds, skews = {}, {}
     for peer in partners:
@@ -159,21 +160,21 @@ def _exchange(rank: int, partners: Sequence[int]) -> tuple[dict[int, float], dic
 
 def _slow(seconds: Mapping[int, float], hosts: Mapping[int, str]) -> Finding:
     if not seconds:
-        return Finding("links", "pass", "one rank alone")
+        return Finding("links", "pass", "there is only one rank")
     usual = statistics.median(seconds.values())
     slow = [rank for rank, taken in seconds.items() if taken > SLOW_FACTOR * usual]
     seen = f"{MESSAGE_BYTES / 2**20:.0f} MiB to a rank and back in {usual * 1e3:.1f} ms (median)"
     if not slow:
         return Finding("links", "pass", seen)
     worst = max(slow, key=lambda rank: seconds[rank])
-    told = f"{seen}; {_ranks(slow)} slow, rank {worst} on {hosts[worst]} takes {seconds[worst] * 1e3:.1f} ms"
-    return Finding("links", "warn", told, "Check the network and the load of those ranks' hosts")
+    slower = f"{_ranks(slow)} slow, rank {worst} on {hosts[worst]} takes {seconds[worst] * 1e3:.1f} ms"
+    return Finding("links", "warn", f"{seen}; {slower}", "Check the network and the load of those ranks' hosts")
 
 
 def _clocks(skews: Mapping[int, float], hosts: Mapping[int, str]) -> Finding:
     worst = max(skews, key=lambda rank: abs(skews[rank]), default=None)
     if worst is None or abs(skews[worst]) < CLOCK_SKEW_S:
-        return Finding("clocks", "pass", f"within {CLOCK_SKEW_S:g} s of each other")
+        return Finding("clocks", "pass", f"they are within {CLOCK_SKEW_S:g} s of each other")
     seen = (
         f"the clock of {hosts[worst]} (rank {worst}) is off by {skews[worst]:+.1f} s from that of {hosts[0]} (rank 0)"
     )
@@ -185,7 +186,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def main(path: Path) -> int:
-    """One of the local ranks that `fiberpo doctor` starts; rank 0 writes the findings to `path`."""
+    """Run one of the local ranks that `fiberpo doctor` starts; rank 0 writes the findings to `path`."""
     found = meet()
     if os.environ["RANK"] == "0":
         path.write_text(json.dumps([asdict(finding) for finding in found]))

@@ -1,4 +1,4 @@
-"""Findings, the deadline around every check, and how findings are shown."""
+"""This module defines findings, sets the deadline around every check, and shows findings."""
 
 import json
 import threading
@@ -15,20 +15,21 @@ _COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check saw."""
+    """This is what one check saw."""
 
     check: str
     status: Status
     seen: str
     fix: str = ""
-    """Empty for a pass."""
+    """It is empty for a pass."""
 
 
 Check = Callable[[], Sequence[Finding]]
 
 
 def examine(name: str, check: Check, deadline_s: float) -> list[Finding]:
-    """The check's findings. One that raises, or has not returned after `deadline_s`, is a failure of that name."""
+    """Return the check's findings. A check that raises, or has not returned after `deadline_s`, is a failure of that
+    name."""
     found: list[Finding] = []
 
     def work() -> None:
@@ -41,23 +42,23 @@ def examine(name: str, check: Check, deadline_s: float) -> list[Finding]:
     thread.start()
     thread.join(deadline_s)
     if thread.is_alive():
-        seen = f"no answer within {deadline_s:g} s"
+        seen = f"it gave no answer within {deadline_s:g} s"
         return [Finding(name, "fail", seen, "The file system, driver or host that it asks hangs")]
     return found
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
-    """1 when something failed; warnings do not count."""
+    """Return 1 if something failed, else 0; warnings do not count."""
     return int(any(finding.status == "fail" for finding in findings))
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    """{"ok": .., "findings": [..]}"""
+    """Return {"ok": .., "findings": [..]} as text."""
     return json.dumps({"ok": not exit_code(findings), "findings": [asdict(finding) for finding in findings]}, indent=1)
 
 
 def print_table(findings: Sequence[Finding]) -> None:
-    """A table on stdout."""
+    """Print the findings as a table on stdout."""
     table = Table(*(Column(name, overflow="fold") for name in ("check", "", "seen", "fix")))  # paths are not cut
     for finding in findings:
         colour = _COLOURS[finding.status]

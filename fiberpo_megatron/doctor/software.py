@@ -1,4 +1,5 @@
-"""Python and packages against what this package declares (setup.py, read from its installed metadata)."""
+"""These checks compare Python and packages with what this package declares in its installed metadata (from
+setup.py)."""
 
 import platform
 import sys
@@ -17,16 +18,16 @@ ENGINE = "sglang"
 
 
 def python_version() -> list[Finding]:
-    """The interpreter against `python_requires`."""
+    """Check the interpreter against `python_requires`."""
     wanted, version = metadata.metadata(DISTRIBUTION)["Requires-Python"], platform.python_version()
     if SpecifierSet(wanted).contains(version):
         return [Finding("Python", "pass", version)]
-    return [Finding("Python", "fail", f"{version}, supported is {wanted}", "Use a supported Python")]
+    return [Finding("Python", "fail", f"{version} is not supported; {wanted} is", "Use a supported Python")]
 
 
 def packages(gpu: bool, engine: EngineConfig) -> list[Finding]:
-    """Installed versions against the requirements: of the package itself, of its engine (which may have a Python of
-    its own), and with a GPU of `[cuda]`."""
+    """Check installed versions against the requirements of the package itself, of its engine (which may have a separate
+    Python) and, with a GPU, of `[cuda]`."""
     wrong = []
     for requirement, extra in _requirements():
         if extra is None or requirement.name == ENGINE or (gpu and extra == "cuda"):
@@ -34,11 +35,11 @@ def packages(gpu: bool, engine: EngineConfig) -> list[Finding]:
             wrong += [finding] if finding else []
     if wrong:
         return wrong
-    return [Finding("packages", "pass", "all as required")]
+    return [Finding("packages", "pass", "all have the required versions")]
 
 
 def _requirements() -> Iterator[tuple[Requirement, str | None]]:
-    """Every requirement with the extra that asks for it."""
+    """Yield every requirement with the extra that asks for it."""
     extras = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
     for text in metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(text)
@@ -50,7 +51,7 @@ def _requirements() -> Iterator[tuple[Requirement, str | None]]:
 
 
 def _installed(requirement: Requirement, extra: str | None, engine: EngineConfig) -> Finding | None:
-    """What is wrong with one requirement."""
+    """Return what is wrong with one requirement, or None."""
     name, wanted = requirement.name, str(requirement.specifier) or "any version"
     python = interpreter(engine) if name == ENGINE else sys.executable
     pip, where = ("pip", "") if python == sys.executable else (f"{python} -m pip", f" in {python}")
@@ -62,7 +63,7 @@ def _installed(requirement: Requirement, extra: str | None, engine: EngineConfig
     if requirement.specifier.contains(version, prereleases=True):
         return None
     fix = f"{pip} install '{name}{requirement.specifier}'"
-    return Finding(name, "fail", f"{version}{where}, needed is {wanted}", fix)
+    return Finding(name, "fail", f"{version} is installed{where}, {wanted} is needed", fix)
 
 
 def _version(name: str) -> str | None:
@@ -73,5 +74,5 @@ def _version(name: str) -> str | None:
 
 
 def requirement_of(name: str) -> Requirement:
-    """The declared requirement of one package."""
+    """Return the declared requirement of one package."""
     return next(requirement for requirement, _ in _requirements() if requirement.name == name)

@@ -1,4 +1,4 @@
-"""Where checkpoints go: room, permission, speed."""
+"""These checks look at the place for checkpoints: free space, permission to write, speed."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ LOW_BYTES = 5 * GIB
 
 
 def existing(folder: Path) -> Path:
-    """The folder itself, or the nearest one above that exists: a run makes the rest."""
+    """Return the folder itself, or the nearest one above it that exists: a run makes the rest."""
     folder = folder.absolute()
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -24,9 +24,9 @@ def existing(folder: Path) -> Path:
 
 
 def free_disk(folder: Path, needed: int = LOW_BYTES) -> list[Finding]:
-    """Room at `folder` against what a run keeps there (bytes)."""
+    """Check that the disk of `folder` has `needed` bytes free."""
     free = shutil.disk_usage(existing(folder)).free
-    seen = f"{free / GIB:.1f} GiB free for {folder}"
+    seen = f"{free / GIB:.1f} GiB are free for {folder}"
     if free >= needed:
         return [Finding("disk", "pass", seen)]
     fix = f"{needed / GIB:.1f} GiB are needed: free some, set run.folder to a larger disk, or lower checkpoint.keep"
@@ -34,7 +34,8 @@ def free_disk(folder: Path, needed: int = LOW_BYTES) -> list[Finding]:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """What the kept checkpoints and the one being written take: parameters, float32 masters and two moments."""
+    """Return the bytes of the kept checkpoints and of the one being written: parameters, float32 masters and two
+    moments."""
     import json
 
     from fiberpo_megatron.mcore.families.architecture import read_architecture
@@ -48,7 +49,7 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def write_speed(folder: Path, size: int = PROBE_BYTES) -> list[Finding]:
-    """Bytes a second of one process that writes a file and waits until it is on the disk."""
+    """Measure the bytes per second of one process that writes a file and waits until it is on the disk."""
     where = existing(folder)
     block = os.urandom(MIB)  # a file system that compresses must not look fast
     try:

@@ -1,9 +1,10 @@
-"""Bytes that autograd keeps of one micro-batch between its forward and its backward pass, on one rank.
+"""This module counts the bytes that autograd keeps of one micro-batch between its forward and backward pass on one
+rank.
 
-Two layer implementations. `local` is the CPU platform's layer (Megatron's local modules, `mcore/cpu`); every term names
-the tensors that were seen with saved-tensor hooks, and tests/planning/test_activations.py holds the sum to 15 %.
-`te` is the GPU platform's layer (Transformer Engine, flash attention, grouped experts): derived from what those modules
-hand to their backward functions, not measured.
+There are two layer implementations. `local` is the CPU platform's layer (Megatron's local modules, `mcore/cpu`); every
+term names the tensors that were seen with saved-tensor hooks, and tests/planning/test_activations.py checks that the
+sum is right to 15 %. `te` is the GPU platform's layer (Transformer Engine, flash attention, grouped experts); it is
+derived from what those modules hand to their backward functions, and was not measured.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ Implementation = Literal["local", "te"]
 
 @dataclass(frozen=True)
 class Row:
-    """One packed row, as one rank sees it."""
+    """This is one packed row, as one rank sees it."""
 
     tokens: int
     """Positions over all context-parallel ranks, padding included."""
@@ -33,16 +34,16 @@ class Row:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the terms are made of: numbers per rank."""
+    """These numbers per rank are what the terms are made of."""
 
     width: int
     """Bytes of a parameter's type."""
     local: int
     """Positions of this context-parallel rank."""
     sequence: int
-    """Of those, positions of this rank between the tensor-parallel regions (sequence parallelism)."""
+    """Those of them that this rank holds between the tensor-parallel regions (sequence parallelism)."""
     keys: int
-    """Positions whose keys and values are at hand: all of the row's."""
+    """Positions whose keys and values this rank has: all positions of the row."""
     hidden: int
     queries: int
     """Elements of one position's queries on this rank (heads x size)."""
@@ -83,7 +84,7 @@ def layer_bytes(
     layer: int,
     implementation: Implementation,
 ) -> int:
-    """Bytes of layer `layer` without recomputation."""
+    """Return the bytes of layer `layer` without recomputation."""
     sizes = _sizes(architecture, model, parallel, row)
     experts = experts_of(architecture, layer)
     if implementation == "local":
@@ -92,7 +93,7 @@ def layer_bytes(
 
 
 def _norm(rows: int, size: int) -> int:
-    """torch's RMSNorm keeps its input and the normalised rows in float32, and each row's 1 / rms."""
+    """Return what torch's RMSNorm keeps: its input and the normalised rows in float32, and each row's 1 / rms."""
     return rows * (2 * size + 1) * 4
 
 
@@ -103,7 +104,7 @@ def _local_attention(architecture: Architecture, s: _Sizes) -> int:
     if architecture.qk_norm:
         total += _norm(s.local * s.heads, architecture.head_dim)
         total += _norm(s.local * s.key_values // architecture.head_dim, architecture.head_dim)
-        if s.width == 4:  # no copy in float32: the norm of the keys keeps the joint output of linear_qkv alive
+        if s.width == 4:  # without a copy in float32, the norm of the keys keeps the joint output of linear_qkv alive
             total += s.local * (s.queries + s.key_values) * 4
     total += 4 * s.local * architecture.head_dim * s.width  # cosines and sines of queries and of keys
     total += s.local * 2 * s.queries * s.width + s.keys * 2 * s.key_values * s.width  # queries, output, keys, values
@@ -112,7 +113,10 @@ def _local_attention(architecture: Architecture, s: _Sizes) -> int:
 
 
 def _local_latent(architecture: Architecture, latent: LatentAttention, s: _Sizes) -> int:
-    """torch has no fused attention for values of another size: float32 copies and the whole matrix of weights."""
+    """Return what latent attention keeps: float32 copies and the whole matrix of weights.
+
+    torch has no fused attention for values whose size differs from that of the keys.
+    """
     total = 0
     for rank in (latent.query_rank or 0, latent.key_value_rank):  # norm of the compressed, input of the up-projection
         total += (_norm(s.sequence, rank) if rank else 0) + s.sequence * rank * s.width
@@ -132,7 +136,8 @@ def _local_mlp(architecture: Architecture, parallel: ParallelConfig, s: _Sizes, 
 
 
 def _routing(experts: Experts, s: _Sizes) -> int:
-    """Chosen experts (int64) with weights (float32), their map (bool and float32), and the order of the permutation."""
+    """Return the bytes of the chosen experts (int64) with their weights (float32), their map (bool and float32), and
+    the order of the permutation."""
     return s.sequence * (experts.per_token * (8 + 4 + 8) + experts.count * (1 + 4))
 
 
@@ -162,17 +167,18 @@ def _te_mlp(architecture: Architecture, parallel: ParallelConfig, s: _Sizes, exp
 
 
 def head_bytes(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, row: Row) -> int:
-    """What final norm and log-probs keep on the last stage."""
+    """Return what the final norm and the log-probs keep on the last stage."""
     width = DTYPE_BYTES[model.dtype]
     sequence = row.tokens // (parallel.context * parallel.tensor)
     return _norm(sequence, architecture.hidden_size) + row.responses * (architecture.hidden_size * width + 8 + 8 + 4)
 
 
 def log_prob_bytes(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, row: Row) -> int:
-    """Short-lived buffers of `mcore/log_probs.py`, the larger of its two passes.
+    """Return the bytes of the short-lived buffers of `mcore/log_probs.py`, in the larger of its two passes.
 
-    Forward: a chunk's logits in the model's type and in float32, their exponentials and one product; backward: logits
-    in both types, and the output layer's gradient in float32 with one chunk's share of it.
+    The forward pass holds a chunk's logits in the model's type and in float32, their exponentials and one product. The
+    backward pass holds the logits in both types, and the output layer's gradient in float32 with one chunk's share of
+    it.
     """
     width, hidden = DTYPE_BYTES[model.dtype], architecture.hidden_size
     rows = vocabulary_rows(architecture, parallel)
@@ -184,7 +190,7 @@ def log_prob_bytes(architecture: Architecture, model: ModelConfig, parallel: Par
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> int:
-    """Model chunks' worth of activations that a stage holds at once: 1F1B, or Megatron's interleaved schedule."""
+    """Return how many model chunks' activations a stage holds at once, with 1F1B or Megatron's interleaved schedule."""
     left = parallel.pipeline - stage
     if parallel.virtual_pipeline == 1:
         return min(left, micro_batches)
@@ -202,9 +208,9 @@ def activation_bytes(
     micro_batches: int,
     implementation: Implementation,
 ) -> int:
-    """Peak of what a rank of `stage` keeps for its backward passes, log-prob buffers not included.
+    """Return the peak of what a rank of `stage` keeps for its backward passes; log-prob buffers are not included.
 
-    `model.recompute = "selective"` is planned like "none": an upper bound.
+    `model.recompute = "selective"` is planned like "none", which is an upper bound.
     """
     chunks = range(parallel.virtual_pipeline)
     layers = [layer for chunk in chunks for layer in stage_layers(architecture, parallel, stage, chunk)]
@@ -213,9 +219,9 @@ def activation_bytes(
     in_flight = micro_batches_in_flight(parallel, stage, micro_batches)
     flying = in_flight / parallel.virtual_pipeline
     inputs = row.tokens // (parallel.context * parallel.tensor) * architecture.hidden_size * DTYPE_BYTES[model.dtype]
-    outputs = in_flight * inputs if parallel.virtual_pipeline > 1 else 0  # kept by the interleaved schedule alone
+    outputs = in_flight * inputs if parallel.virtual_pipeline > 1 else 0  # only the interleaved schedule keeps them
     head = head_bytes(architecture, model, parallel, row) if stage == parallel.pipeline - 1 else 0
     if model.recompute != "full":
         return int(flying * sum(kept)) + outputs + head
-    # the head is done with before the first layer is recomputed
+    # the head's tensors are freed before the first layer is recomputed
     return int(flying * len(layers) * inputs) + outputs + max(*kept, head)

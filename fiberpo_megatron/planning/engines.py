@@ -1,4 +1,4 @@
-"""What one SGLang engine holds: weights, and tokens of KV cache in what is left."""
+"""This module computes what one SGLang engine holds: the weights, and tokens of KV cache in the memory that is left."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from fiberpo_megatron.planning.states import DTYPE_BYTES
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """One engine, per GPU."""
+    """This is the memory of one engine, per GPU."""
 
     weights: int
     """Bytes of weights."""
     cache_token: int
     """Bytes of one token's keys and values over all layers."""
     cache: int
-    """Bytes of KV cache; 0 where the weights leave none."""
+    """Bytes of KV cache; 0 if the weights leave no room."""
     longest: int
     """Tokens of the longest trajectory."""
 
@@ -28,25 +28,25 @@ class EnginePlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the longest trajectory has room."""
+        """Say whether there is room for the longest trajectory."""
         return self.cache_tokens >= self.longest
 
 
 def engine_count(config: Config) -> int:
-    """Engines of the config; `rollout.engine.count` are on every one of `slurm.engine_nodes`."""
+    """Return the number of engines of a config; `rollout.engine.count` run on each of `slurm.engine_nodes`."""
     return len(config.rollout.engine.urls) or config.rollout.engine.count * max(1, config.slurm.engine_nodes)
 
 
 def engine_dtype_bytes(config: Config) -> int:
-    """Bytes of a number in the engine."""
+    """Return the bytes of a number in the engine."""
     dtype = config.rollout.engine.dtype
     return DTYPE_BYTES[config.model.dtype if dtype == "auto" else dtype]
 
 
 def cache_token_bytes(architecture: Architecture, tensor: int, width: int) -> int:
-    """KV cache of one token on one of an engine's `tensor` GPUs.
+    """Return the bytes of one token's KV cache on one of an engine's `tensor` GPUs.
 
-    GPUs beyond the number of key-value heads hold copies; of latent attention every GPU holds the whole latent.
+    GPUs beyond the number of key-value heads hold copies. With latent attention every GPU holds the whole latent.
     """
     latent = architecture.latent
     if latent is not None:
@@ -56,7 +56,7 @@ def cache_token_bytes(architecture: Architecture, tensor: int, width: int) -> in
 
 
 def plan_engine(config: Config, architecture: Architecture, memory: float, taken: int = 0) -> EnginePlan:
-    """One GPU with `memory` bytes of an engine of the config, of whose share others take `taken` bytes."""
+    """Plan one GPU with `memory` bytes of an engine of the config, in whose share other processes use `taken` bytes."""
     engine, width = config.rollout.engine, engine_dtype_bytes(config)
     weights = -(-model_parameters(architecture) * width // engine.tensor)
     token = cache_token_bytes(architecture, engine.tensor, width)
@@ -67,13 +67,13 @@ def plan_engine(config: Config, architecture: Architecture, memory: float, taken
 
 
 def touched_experts(architecture: Architecture, tokens: float) -> float:
-    """Share of a layer's experts that `tokens` tokens use, if each chose at random."""
+    """Return the share of a layer's experts that `tokens` tokens use, if each token chooses at random."""
     experts = architecture.experts
     return 1.0 if experts is None else 1.0 - (1.0 - experts.per_token / experts.count) ** tokens
 
 
 def running_requests(config: Config, plan: EnginePlan, mean_tokens: float, engines: int) -> int:
-    """Trajectories that one engine decodes together: as many as there are, as its settings and its cache allow."""
+    """Return how many trajectories one engine decodes together: as many as its settings and its cache allow."""
     wanted = -(-config.batch.prompts * config.batch.samples_per_prompt // engines)
     limits: Sequence[int] = (wanted, config.rollout.engine.max_running_requests, int(plan.cache_tokens // mean_tokens))
     return max(1, min(limits))

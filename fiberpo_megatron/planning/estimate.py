@@ -1,4 +1,5 @@
-"""A plan: memory of the fullest rank of every stage and of the engines, time of a step, bytes on the wires."""
+"""This module makes a plan: memory of every stage's fullest rank and of the engines, time of a step, bytes
+transferred."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,21 +18,21 @@ from fiberpo_megatron.planning.timing import GIGA, StepTime, Workload, publish_b
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Bytes on one training GPU of a pipeline stage."""
+    """These are the bytes on one training GPU of a pipeline stage."""
 
     stage: int
     states: StateBytes
     activations: int
     log_probs: int
-    """Short-lived buffers of the log-probs; 0 but on the last stage."""
+    """Short-lived buffers of the log-probs; 0 except on the last stage."""
     reserved: int
 
     offloaded: bool
-    """Optimizer state is in host memory but for the optimizer's own step (`optimizer.cpu_offload`)."""
+    """Optimizer state is in host memory except during the optimizer's own step (`optimizer.cpu_offload`)."""
 
     @property
     def total(self) -> int:
-        """Peak of a step: with offloading, optimizer state and activations are never there together."""
+        """Return the peak of a step; with offloading, optimizer state and activations are never on the GPU together."""
         passes = self.activations + self.log_probs
         moving = max(passes, self.states.optimizer) if self.offloaded else passes + self.states.optimizer
         return self.states.parameters + self.states.gradients + moving + self.reserved
@@ -39,7 +40,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config needs."""
+    """This is what a config needs."""
 
     config: Config
     architecture: Architecture
@@ -63,7 +64,7 @@ class Plan:
 
     @property
     def problems(self) -> list[str]:
-        """Why it does not fit; empty when it does."""
+        """Return the reasons why the plan does not fit; the list is empty when it fits."""
         found = []
         training = self.largest.total
         if training > self.memory:
@@ -79,7 +80,10 @@ class Plan:
 
 
 def split_gpus(config: Config, gpus: int) -> tuple[int, int]:
-    """(training GPUs, engine GPUs): the same ones where engines are colocated. ValueError when there are too few."""
+    """Return (training GPUs, engine GPUs), which are the same ones if engines are colocated.
+
+    Raises ValueError when there are too few.
+    """
     parallel, engine = config.parallel, config.rollout.engine
     serving = engine_count(config) * engine.tensor
     beside = 0 if engine.colocated else serving
@@ -96,7 +100,7 @@ def split_gpus(config: Config, gpus: int) -> tuple[int, int]:
 def make_plan(
     config: Config, hf_config: Mapping[str, Any], gpus: int, memory: float, gpu: Gpu, assumptions: Assumptions
 ) -> Plan:
-    """The plan of a config on `gpus` GPUs of `memory` bytes. ValueError where the layout does not divide."""
+    """Plan a config on `gpus` GPUs of `memory` bytes. Raises ValueError if the layout does not divide."""
     training, serving = split_gpus(config, gpus)
     check_layout(hf_config, config.parallel, training)
     architecture = read_architecture(hf_config)
@@ -135,7 +139,7 @@ def _stage(
     assumptions: Assumptions,
     implementation: Implementation = "te",
 ) -> StagePlan:
-    """The rank of the first optimizer shard, which holds the most: padding lies at the end of a buffer."""
+    """Plan the rank of the first optimizer shard, which holds the most, because padding lies at the end of a buffer."""
     parallel, model = config.parallel, config.model
     tokens = config.batch.micro_batch_tokens
     share = work.response_tokens / (work.prompt_tokens + work.response_tokens)

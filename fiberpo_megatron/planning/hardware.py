@@ -1,4 +1,4 @@
-"""Public figures of GPUs, and what share of them is assumed to be reached."""
+"""This module holds published figures of GPUs, and the share of them that a run is assumed to reach."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU of a node of eight, as its vendor states it."""
+    """This is one GPU of a node of eight, as its vendor specifies it."""
 
     name: str
     memory_gb: float
@@ -15,7 +15,7 @@ class Gpu:
     """Dense bfloat16 matrix products, 10^12 operations a second."""
     memory_gb_per_s: float
     nvlink_gb_per_s: float
-    """One direction: half of what is stated for both."""
+    """One direction: half of the number that is specified for both."""
     network_gb_per_s: float
     """One direction, of one network adapter per GPU as in the vendor's reference node."""
     source: str
@@ -34,7 +34,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no data sheet says. Guesses to be replaced by measurements of one's own (`--assume name=value`)."""
+    """These are guesses of what no data sheet says; replace them by your own measurements (`--assume name=value`)."""
 
     train_efficiency: float = 0.30
     """Share of `tflops` in the trainer's passes."""
@@ -56,7 +56,10 @@ class Assumptions:
 
 
 def assume(given: Sequence[str]) -> Assumptions:
-    """Assumptions with ["name=value", ..] put in. ValueError for an unknown name or a value out of range."""
+    """Return the default assumptions with ["name=value", ..] replaced.
+
+    Raises ValueError for an unknown name or a value out of range.
+    """
     names = [field.name for field in fields(Assumptions)]
     values = {}
     for text in given:

@@ -1,4 +1,4 @@
-"""Layouts for a number of GPUs, the fastest that fits first."""
+"""This module proposes layouts for a number of GPUs, the fastest that fits first."""
 
 from collections.abc import Iterator, Mapping
 from itertools import product
@@ -29,8 +29,10 @@ def propose(
     assumptions: Assumptions,
     count: int = 10,
 ) -> list[Plan]:
-    """At most `count` plans that fit, by estimated step time; layout, engines and recomputation vary, the rest of the
-    config stays. Engines get GPUs of their own."""
+    """Return at most `count` plans that fit, ordered by estimated step time.
+
+    Layout, engines and recomputation vary; the rest of the config stays. Engines get separate GPUs.
+    """
     fitting = []
     for candidate in _candidates(config, hf_config, gpus, memory):
         plan = make_plan(candidate, hf_config, gpus, memory, gpu, assumptions)
@@ -83,7 +85,8 @@ def _layouts(config: Config, hf_config: Mapping[str, Any], gpus: int, memory: fl
 
 
 def _least_bytes(architecture: Architecture, dtype: str, parallel: ParallelConfig) -> float:
-    """Parameters and gradients of an even share of the model: a cheap bound before the exact count."""
+    """Return the bytes of parameters and gradients in an even share of the model: a cheap bound before the exact
+    count."""
     chosen = expert_parameters(architecture)
     rest = model_parameters(architecture) - chosen
     share = chosen / (parallel.expert * parallel.expert_tensor) + rest / parallel.tensor

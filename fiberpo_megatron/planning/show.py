@@ -1,4 +1,4 @@
-"""Plans as Markdown, for the terminal and for docs/planning.md, and as JSON."""
+"""This module shows plans as Markdown, for the terminal and for docs/planning.md, and as JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,13 +12,13 @@ LAYOUT_HEADINGS = ("layout of the trainer", "engines", "recompute", "training GB
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def layout_text(plan: Plan) -> str:
-    """`tensor 2, pipeline 4, .. = 16 GPUs`; sizes of 1 are left out."""
+    """Return the layout as `tensor 2, pipeline 4, .. = 16 GPUs`; sizes of 1 are left out."""
     parallel = plan.config.parallel
     sizes = {
         name: getattr(parallel, name) or 1
@@ -29,14 +29,14 @@ def layout_text(plan: Plan) -> str:
 
 
 def engines_text(plan: Plan) -> str:
-    """`4 x tensor 2 = 8 GPUs`."""
+    """Return the engines as `4 x tensor 2 = 8 GPUs`."""
     tensor = plan.config.rollout.engine.tensor
     beside = ", shared with training" if plan.config.rollout.engine.colocated else ""
     return f"{plan.engine_gpus // tensor} x tensor {tensor} = {plan.engine_gpus} GPUs{beside}"
 
 
 def layout_row(plan: Plan) -> list[str]:
-    """A row under LAYOUT_HEADINGS."""
+    """Return the row of a plan under LAYOUT_HEADINGS."""
     return [
         layout_text(plan),
         engines_text(plan),
@@ -48,12 +48,12 @@ def layout_row(plan: Plan) -> list[str]:
 
 
 def gigabytes(number: float) -> str:
-    """10^9 bytes."""
+    """Return a number of bytes in units of 10^9."""
     return f"{number / GIGA:.2f}"
 
 
 def plan_text(plan: Plan) -> str:
-    """The whole plan."""
+    """Return the whole plan as Markdown."""
     time, work = plan.time, plan.work
     stages = [
         [
@@ -94,7 +94,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """Everything as numbers; bytes and seconds."""
+    """Return the whole plan as numbers, in bytes and seconds."""
     return {
         "fits": not plan.problems,
         "problems": plan.problems,

@@ -1,7 +1,7 @@
-"""Estimated seconds of a training step, phase by phase: operations and bytes over stated speeds.
+"""This module estimates the seconds of a training step, phase by phase, as operations and bytes over given speeds.
 
-A roofline, not a simulation: nothing overlaps, ranks are equally loaded but for the experts, and the efficiencies of
-`hardware.Assumptions` are guesses. Good for comparing layouts and for the order of magnitude.
+It is a roofline model, not a simulation: nothing overlaps, all ranks are equally loaded except for the experts, and the
+efficiencies of `hardware.Assumptions` are guesses. It is good for comparing layouts and for the order of magnitude.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ GIGA, TERA = 1e9, 1e12
 
 @dataclass(frozen=True)
 class Workload:
-    """A training step in numbers."""
+    """This is a training step in numbers."""
 
     trajectories: int
     prompt_tokens: float
@@ -41,7 +41,7 @@ class Workload:
 
 
 def workload(config: Config, data: int, assumptions: Assumptions) -> Workload:
-    """The step of a config over `data` data-parallel ranks."""
+    """Return the step of a config over `data` data-parallel ranks."""
     batch = config.batch
     prompt = min(assumptions.prompt_tokens, config.data.max_prompt_tokens)
     response = max(1.0, assumptions.response_share * config.rollout.max_response_tokens)
@@ -58,7 +58,7 @@ def workload(config: Config, data: int, assumptions: Assumptions) -> Workload:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of each phase."""
+    """These are the seconds of each phase."""
 
     generate: float
     old_log_probs: float
@@ -72,7 +72,8 @@ class StepTime:
 
 
 def forward_operations(architecture: Architecture, tokens: float, length: float) -> float:
-    """Floating-point operations of a forward pass: two per active parameter and token, and causal attention."""
+    """Return the floating-point operations of a forward pass: two per active parameter and token, and causal
+    attention."""
     attention = 2 * architecture.layers * architecture.heads * architecture.head_dim * length  # (QK + PV) / 2
     return tokens * (2.0 * active_parameters(architecture) + attention)
 
@@ -87,7 +88,7 @@ def step_time(
     gpu: Gpu,
     assumptions: Assumptions,
 ) -> StepTime:
-    """Estimated phases. `states`: of the fullest rank."""
+    """Estimate the phases of a step; `states` is the state of the fullest rank."""
     forward = _forward_seconds(config, architecture, world_size, work, gpu, assumptions)
     extra = (work.optimiser_steps - 1) / config.batch.mini_batches if spans_micro_batches(config) else 0.0
     passes = extra + config.batch.epochs * (4 if config.model.recompute == "full" else 3)
@@ -103,14 +104,15 @@ def step_time(
 
 
 def publish_bytes(config: Config, architecture: Architecture) -> int:
-    """Bytes that reach every engine in one publication: the whole model in the trainer's type."""
+    """Return the bytes that reach every engine in one publication: the whole model in the trainer's type."""
     return model_parameters(architecture) * DTYPE_BYTES[config.model.dtype]
 
 
 def _forward_seconds(
     config: Config, architecture: Architecture, world_size: int, work: Workload, gpu: Gpu, assumptions: Assumptions
 ) -> float:
-    """One pass over the step's tokens: arithmetic and collectives, stretched by the pipeline's idle share."""
+    """Return the time of one pass over the step's tokens: arithmetic and collectives, stretched by the pipeline's idle
+    share."""
     parallel = config.parallel
     length = work.prompt_tokens + work.response_tokens
     operations = forward_operations(architecture, work.tokens, length) / world_size
@@ -123,7 +125,8 @@ def _forward_seconds(
 def _collective_seconds(
     config: Config, architecture: Architecture, world_size: int, work: Workload, gpu: Gpu, assumptions: Assumptions
 ) -> float:
-    """Tensor-, context- and expert-parallel traffic of one rank in one pass over the step's tokens."""
+    """Return the time of one rank's tensor-, context- and expert-parallel traffic in one pass over the step's
+    tokens."""
     parallel, width = config.parallel, DTYPE_BYTES[config.model.dtype]
     layers = architecture.layers / parallel.pipeline
     data = world_size // parallel.model_ranks
@@ -131,7 +134,7 @@ def _collective_seconds(
     row = local * architecture.hidden_size * width
     gathered = (parallel.tensor - 1) / parallel.tensor
     experts = architecture.experts
-    blocks = 2 if experts is None else 1  # experts have an exchange of their own
+    blocks = 2 if experts is None else 1  # the traffic of experts is counted below
     seconds = layers * 2 * blocks * row * gathered / _link(parallel.tensor, gpu, assumptions)
     if parallel.context > 1:
         keys = local * 2 * architecture.key_value_heads * architecture.head_dim / parallel.tensor * width
@@ -146,7 +149,7 @@ def _collective_seconds(
 
 
 def _link(ranks: int, gpu: Gpu, assumptions: Assumptions) -> float:
-    """Bytes a second between neighbouring ranks: NVLink inside a node, the network beyond it."""
+    """Return the bytes per second between neighbouring ranks: NVLink inside a node, the network beyond it."""
     inside = ranks <= assumptions.gpus_per_node
     return assumptions.link_efficiency * GIGA * (gpu.nvlink_gb_per_s if inside else gpu.network_gb_per_s)
 
@@ -154,7 +157,7 @@ def _link(ranks: int, gpu: Gpu, assumptions: Assumptions) -> float:
 def _optimizer_seconds(
     config: Config, world_size: int, states: StateBytes, gpu: Gpu, assumptions: Assumptions
 ) -> float:
-    """Summing gradients and gathering parameters over the network, and Adam's pass over its state."""
+    """Return the time to sum gradients and gather parameters over the network, and of Adam's pass over its state."""
     ranks, _ = data_ranks(config.parallel, world_size)
     moved = states.gradients + states.gradients * DTYPE_BYTES[config.model.dtype] / GRADIENT_BYTES
     ring = ranks * config.parallel.tensor
@@ -170,7 +173,8 @@ def _generate_seconds(
     gpu: Gpu,
     assumptions: Assumptions,
 ) -> float:
-    """All trajectories: prompts read, then decoding steps bound by memory or arithmetic, whichever is slower."""
+    """Return the time of all trajectories: prompts are read, then each decoding step is bound by memory or by
+    arithmetic, whichever is slower."""
     tensor, engines = config.rollout.engine.tensor, engine_count(config)
     running = running_requests(config, engine, work.prompt_tokens + work.response_tokens, engines)
     held = running * (work.prompt_tokens + work.response_tokens / 2) * engine.cache_token

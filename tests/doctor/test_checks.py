@@ -74,7 +74,7 @@ def test_wrong_versions_and_missing_packages(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(metadata, "requires", lambda name: declared)
     found = {finding.check: finding for finding in software.packages(False, EngineConfig())}
     assert set(found) == {"torch", "no-such-package-anywhere"}, "numpy is there; optional extras are not asked for"
-    assert "needed is >=99" in found["torch"].seen and found["torch"].status == "fail"
+    assert ">=99 is needed" in found["torch"].seen and found["torch"].status == "fail"
     monkeypatch.setattr(metadata, "metadata", lambda name: {"Requires-Python": ">=3.99"})
     assert only(software.python_version()).status == "fail"
 
@@ -110,7 +110,7 @@ def test_without_a_gpu_it_says_so():
         def nvmlInit(self) -> None:
             raise self.NVMLError("driver not loaded")
 
-    assert "none found" in only(machine.gpus(GpuMonitor(NoDriver()))).seen
+    assert "none was found" in only(machine.gpus(GpuMonitor(NoDriver()))).seen
 
 
 def test_open_files():
@@ -201,7 +201,7 @@ def test_a_real_engine_has_what_is_needed(engine: EngineAddress, tmp_path: Path)
     ("paths", "version", "status", "seen"),
     [
         ([], "0.5.23", "fail", "lacks /generate"),
-        ([*engines.COMMON, *engines.OF_METHOD["distributed"]], "0.4.1", "warn", "tested is"),
+        ([*engines.COMMON, *engines.OF_METHOD["distributed"]], "0.4.1", "warn", "was not tested"),
         (None, "0.5.23", "fail", "asks for another API key"),
     ],
 )

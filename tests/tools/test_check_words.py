@@ -63,6 +63,9 @@ def test_a_sentence_without_a_verb_is_found(sentence: str):
         "`generate` returns the token ids.",
         "A plug-in cannot be used; the message says which, why, and what to do.",
         "This module holds the tables that `fiberpo plan` prints (docs/planning.md).",
+        "This module shows plans as Markdown.",
+        "These checks look at the machine: GPUs, shared memory, open files.",
+        "Return (training GPUs, engine GPUs), which are the same ones if engines are colocated.",
         "This is one failure: where it stands, the sentence, and the reason with the fix.",
     ],
 )
