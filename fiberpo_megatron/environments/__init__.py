@@ -136,11 +136,26 @@ class Environment:
     """Number of training tasks."""
     held_out_size: int = 0
     """Number of tasks that are kept for evaluation; they must not be among the training tasks."""
+    check_all_tasks: bool = False
+    """True has every task read and its prompt tokenised before the run starts: for tasks that stand in files, where one
+    line may be wrong. Otherwise the first task of each split is checked."""
     deterministic: bool = False
     """True promises that `run` does the same whenever it gets the same turns. After the crash of a worker the turns
     that were recorded are then used again; otherwise the trajectory starts anew, which is counted in a metric."""
+    single_turn: bool | None = None
+    """Whether the policy answers once and `score` or `score_group` rates the answer, so that `run` is not needed.
+    Unset: true for a SingleTurn that does not define `run` itself. An instance may set it according to its options."""
     chat_template_kwargs: Mapping[str, Any] = {}
     """Variables for the tokenizer's chat template, as its makers document them (`enable_thinking`, ...)."""
+
+    constructor_arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
+    """Arguments that the constructor got. A run from Python sends them to the workers."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Remember the constructor's arguments."""
+        self = super().__new__(cls)
+        self.constructor_arguments = (args, options)
+        return self
 
     def train(self, index: int) -> Task:
         """Return the training task at `index` of range(train_size); it must always be the same."""

@@ -1,0 +1,157 @@
+"""What a pool of workers is asked to do: one call of a method, or one conversation."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from fiberpo_megatron.environments import Message, Task, Turn, wire
+from fiberpo_megatron.environments.wire import InvalidReply, Kind
+
+Say = Callable[
+    [str | list[Message], Sequence[Mapping[str, Any]] | None, int | None, Sequence[str] | None], Awaitable[Turn]
+]
+"""The policy of one conversation: (new, tools, max_tokens, stop) to the policy's turn. A ValueError that it raises goes
+to the environment, which asked for something impossible; any other exception leaves `EnvironmentPool.run`."""
+Send = Callable[[Kind, int, bytes], None]
+
+
+class Job:
+    """One call of a method of the environment.
+
+    future: becomes the decoded result, a Failure, or an exception that is not the environment's fault.
+    decode: turns the JSON of the result into what the caller gets; it raises InvalidReply.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        kind: Kind,
+        payload: bytes,
+        what: str,
+        task: Task | None,
+        seed: int,
+        decode: Callable[[Any], Any],
+    ) -> None:
+        self.id = number
+        self.kind = kind
+        self.payload = payload
+        self.what = what
+        """The call in words, for messages."""
+        self.task = task
+        self.seed = seed
+        self.decode = decode
+        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.output = 0
+        """Bytes that the worker has announced for it."""
+        self.room = 1 << 30
+        """How many conversations may share a worker with it, itself included; less after each crash."""
+        self.crashes = 0
+        """Crashes of its workers in a row that nobody in particular caused."""
+
+    @property
+    def waiting_for_policy(self) -> bool:
+        """Whether the policy's answer is awaited, so that the environment has nothing to do."""
+        return False
+
+    def begin(self, send: Send) -> None:
+        """Note that a worker has got the job. `send` reaches that worker."""
+        self.output = 0
+
+    def restart(self) -> None:
+        """Undo what a worker has begun; another one will get the job."""
+
+    def release(self) -> None:
+        """End everything that was started for the job."""
+
+
+class ConversationJob(Job):
+    """A conversation: `run` in the worker, the policy here.
+
+    converse: makes the policy of a new conversation.
+    deterministic: after a crash the recorded turns are used again; otherwise a new conversation begins.
+    """
+
+    def __init__(self, *arguments: Any, converse: Callable[[], Say], deterministic: bool) -> None:
+        super().__init__(*arguments)
+        self._converse = converse
+        self._deterministic = deterministic
+        self._say: Say | None = None
+        self._record: list[tuple[dict[str, Any], asyncio.Task[Turn]]] = []
+        self._asked = 0
+        self._delivery: asyncio.Task[None] | None = None
+        self._send: Send | None = None
+
+    @property
+    def waiting_for_policy(self) -> bool:
+        return self._delivery is not None and not self._delivery.done()
+
+    def begin(self, send: Send) -> None:
+        super().begin(send)
+        self._send = send
+        self._asked = 0
+
+    def restart(self) -> None:
+        self._send = None
+        if self._delivery is not None:
+            self._delivery.cancel()
+        if not self._deterministic:
+            self._forget()
+
+    def release(self) -> None:
+        self._send = None
+        if self._delivery is not None:
+            self._delivery.cancel()
+        self._forget()
+
+    def _forget(self) -> None:
+        for _, answer in self._record:
+            answer.cancel()
+        self._record = []
+        self._say = None
+
+    def said(self, payload: bytes) -> None:
+        """Take a request of `say`. Raises InvalidReply when a repeated conversation asks something else."""
+        request = json.loads(payload)
+        number, self._asked = self._asked, self._asked + 1
+        if request.pop("number") != number:
+            raise InvalidReply(f"say() number {number} was not the next one")
+        if number < len(self._record):
+            recorded, answer = self._record[number]
+            if recorded != request:
+                raise InvalidReply(
+                    f"the class says `deterministic = True`, but after a restart its say() number {number + 1} asked "
+                    f"{wire.short(request)} instead of {wire.short(recorded)}; set deterministic = False"
+                )
+        else:
+            answer = asyncio.get_running_loop().create_task(self._ask(request))
+            answer.add_done_callback(_retrieve)
+            self._record.append((request, answer))
+        self._delivery = asyncio.get_running_loop().create_task(self._deliver(answer))
+
+    async def _ask(self, request: dict[str, Any]) -> Turn:
+        if self._say is None:
+            self._say = self._converse()
+        return await self._say(request["new"], request["tools"], request["max_tokens"], request["stop"])
+
+    async def _deliver(self, answer: asyncio.Task[Turn]) -> None:
+        try:
+            payload = wire.encode(wire.turn_to_json(await asyncio.shield(answer)))
+        except ValueError as error:
+            payload = wire.encode({"error": str(error)})
+        except asyncio.CancelledError:
+            if answer.cancelled() and self._send is not None and not self.future.done():
+                self.future.cancel()  # the policy's side was cancelled, and so is this
+            raise
+        except Exception as error:  # the policy failed, not the environment: the caller gets it unchanged
+            if not self.future.done():
+                self.future.set_exception(error)
+            return
+        if self._send is not None:
+            self._send(Kind.TURN, self.id, payload)
+
+
+def _retrieve(answer: asyncio.Task[Turn]) -> None:
+    """Look at the exception of an answer that nobody awaits any more, so that asyncio does not report it."""
+    if not answer.cancelled():
+        answer.exception()

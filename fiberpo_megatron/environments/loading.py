@@ -1,0 +1,93 @@
+"""Making the instance of a user's class in a worker, and describing what it offers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fiberpo_megatron import plugins
+from fiberpo_megatron.environments import Environment, SingleTurn, wire
+from fiberpo_megatron.environments.tracebacks import describe_error, trace_of
+
+
+def load(settings: Mapping[str, Any]) -> tuple[Environment, dict[str, Any]]:
+    """Make the instance that the settings name and describe it. Raises PluginError with the cause and the fix."""
+    where = f"environment {settings['name']!r}: use"
+    try:
+        plugin = plugins.find("environments", settings["use"], where)
+        plugins.check_version(plugin, settings["version"], where)
+        plugins.check_options(plugin, settings["options"], where)
+    except SystemExit as error:
+        raise plugins.PluginError(f"{where} = {settings['use']!r}: its module called sys.exit({error})") from error
+    try:
+        environment = plugin.target(**settings["options"])
+    except BaseException as error:  # a constructor of somebody else's raises what it likes
+        hint = f" (memory_gib = {settings['memory_gib']:g})" if isinstance(error, MemoryError) else ""
+        raise plugins.PluginError(
+            f"{where}: {plugin.path} could not be made with options = {settings['options']!r}: "
+            f"{describe_error(error)}{hint}; correct the options or the class\n"
+            f"{trace_of(error)[-wire.TRACEBACK_CHARACTERS :]}"
+        ) from error
+    try:
+        return environment, _describe(environment, plugin, where)
+    except plugins.PluginError:
+        raise
+    except BaseException as error:
+        raise plugins.PluginError(f"{where}: {plugin.path} cannot be used: {describe_error(error)}") from error
+
+
+def _describe(environment: Any, plugin: plugins.Plugin, where: str) -> dict[str, Any]:
+    """Return the fields of the host's `Description`."""
+    if not isinstance(environment, Environment):
+        raise plugins.PluginError(
+            f"{where}: {plugin.path} is no environment; derive it from Environment or SingleTurn of "
+            "fiberpo_megatron.environments"
+        )
+
+    def defined(method: str, *bases: type) -> bool:
+        """Whether the class or the instance defines a method that `bases` do not."""
+        own = getattr(environment, method, None)
+        inherited = [getattr(base, method, None) for base in bases]
+        return callable(own) and getattr(own, "__func__", own) not in inherited
+
+    single_turn = environment.single_turn
+    if single_turn is None:
+        single_turn = isinstance(environment, SingleTurn) and not defined("run", SingleTurn)
+    sizes = {name: _size(environment, name, plugin, where) for name in ("train_size", "held_out_size")}
+    needed = [method for method in ("train", "held_out") if sizes[f"{method}_size"] > 0]
+    lacking = [f"{method}(index)" for method in needed if not defined(method, Environment)]
+    scores, scores_groups = defined("score", SingleTurn), defined("score_group")
+    if single_turn and not scores and not scores_groups:
+        lacking.append("score(task, turn), or score_group(task, trajectories)")
+    if not single_turn and not defined("run", Environment):
+        lacking.append("run(task, policy)")
+    if lacking:
+        raise plugins.PluginError(f"{where}: {plugin.path} lacks the method {lacking[0]}; define it")
+    if not any(sizes.values()):
+        raise plugins.PluginError(
+            f"{where}: {plugin.path} has no tasks: train_size and held_out_size are 0; give it at least one"
+        )
+    return {
+        "path": plugin.path,
+        "version": plugin.version,
+        **sizes,
+        "single_turn": bool(single_turn),
+        "scores": scores,
+        "scores_groups": scores_groups,
+        "deterministic": bool(environment.deterministic),
+        "check_all_tasks": bool(environment.check_all_tasks),
+        "chat_template_kwargs": wire.plain(environment.chat_template_kwargs, "chat_template_kwargs"),
+    }
+
+
+def _size(environment: Environment, name: str, plugin: plugins.Plugin, where: str) -> int:
+    try:
+        value: Any = getattr(environment, name)
+    except AttributeError:
+        raise plugins.PluginError(f"{where}: {plugin.path} lacks `{name}`; set it to the number of its tasks") from None
+    value = wire.scalar(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise plugins.PluginError(
+            f"{where}: {name} of {plugin.path} is {value!r}; it must be a whole number of at least 0"
+        )
+    return value
