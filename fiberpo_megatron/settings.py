@@ -3,9 +3,11 @@
 Nothing here or in a module named `settings` imports torch: a config can be loaded and checked on a login node.
 """
 
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Section(BaseModel):
@@ -25,7 +27,26 @@ class PluginConfig(Section):
     version: str | None = None
     """Package and version that the run was started with; written by the run. With another one it does not resume."""
 
+    @field_validator("options")
+    @classmethod
+    def options_are_finite(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Refuse nan and inf at any depth; the class of the plug-in need not check this."""
+        for where, value in _not_finite("options", options):
+            raise ValueError(f"{where} = {value}: the number must be finite")
+        return options
+
 
 def as_plugin(value: object) -> object:
     """For a `mode="before"` validator: turn a string into the table that it stands for."""
     return {"use": value} if isinstance(value, str) else value
+
+
+def _not_finite(where: str, value: object) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _not_finite(f"{where}.{key}", inner)
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _not_finite(f"{where}.{index}", inner)
