@@ -1,29 +1,75 @@
 """The fibration maths: objectives with closed-form gradients and node sums that cross ranks.
 
+    from fiberpo_megatron.fibration import build_objective
+
+    objective = build_objective("grpo", epsilon=0.1)
+    out = objective(log_ratio, advantages, weights)  # flat tensors [N] of response tokens
+    (-(out.gradient * log_probs).sum()).backward()
+
+An objective of your own is one class, derived from `TokenObjective` or `Objective`: docs/fibration.md shows it.
+
 Sources: Fibration Policy Optimization (arXiv:2603.08239) and JoyAI-LLM Flash (arXiv:2604.03044, section
 3.3). `docs/fibration.md` says which parts are theirs and which are this project's.
 """
 
 from fiberpo_megatron.fibration.collective import Reduce
 from fiberpo_megatron.fibration.evaluate import ObjectiveOutput
-from fiberpo_megatron.fibration.objective import Objective
-from fiberpo_megatron.fibration.objective_metrics import ObjectiveMetrics
-from fiberpo_megatron.fibration.presets import (
+from fiberpo_megatron.fibration.fiber import (
     DEFAULT_BUDGETS,
-    DEFAULT_EPSILON,
-    OBJECTIVES,
-    PRESET_LEVELS,
-    build_objective,
+    FiberPO,
+    FiberPODomain,
+    FiberPOExpert,
+    FiberPOExpertGlobal,
 )
+from fiberpo_megatron.fibration.objective import Objective, TokenObjective
+from fiberpo_megatron.fibration.objective_metrics import ObjectiveMetrics
+from fiberpo_megatron.fibration.options import Option
+from fiberpo_megatron.fibration.registry import (
+    build_objective,
+    objective_class,
+    objective_options,
+    register,
+    registered_names,
+)
+from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating
+from fiberpo_megatron.fibration.sequence import APC, GSPO
+from fiberpo_megatron.fibration.token_clip import CISPO, DAPO, GRPO, PPO, Reinforce
+
+OBJECTIVES = registered_names()
+"""Short names of this package's own objectives; `registered_names()` adds those that others registered."""
+
+PRESET_LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
+    cls.name: cls.preset for cls in (FiberPO, FiberPODomain, FiberPOExpert, FiberPOExpertGlobal)
+}
+"""Levels of the fibred objectives, fine to coarse."""
 
 __all__ = [
+    "APC",
+    "CISPO",
+    "DAPO",
     "DEFAULT_BUDGETS",
-    "DEFAULT_EPSILON",
+    "GRPO",
+    "GSPO",
     "OBJECTIVES",
+    "PPO",
     "PRESET_LEVELS",
+    "Chunk",
+    "FiberPO",
+    "FiberPODomain",
+    "FiberPOExpert",
+    "FiberPOExpertGlobal",
+    "GatedChunk",
+    "Gating",
     "Objective",
     "ObjectiveMetrics",
     "ObjectiveOutput",
+    "Option",
     "Reduce",
+    "Reinforce",
+    "TokenObjective",
     "build_objective",
+    "objective_class",
+    "objective_options",
+    "register",
+    "registered_names",
 ]

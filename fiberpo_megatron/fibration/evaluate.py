@@ -41,8 +41,8 @@ class ObjectiveOutput:
 def evaluate(
     rule: Rule, batch: TokenBatch, reduce: Reduce | None, *, with_metrics: bool, kernels: bool | None
 ) -> ObjectiveOutput:
-    """Run an objective on this rank's tokens; `kernels` as in `Objective.__call__`."""
-    if _use_kernels(batch, kernels):
+    """Run an objective on this rank's tokens; `kernels` as in `Objective`."""
+    if _use_kernels(rule, batch, kernels):
         from fiberpo_megatron.fibration.kernels.fused import evaluate_fused
 
         seen = seen_keys(rule, batch, with_metrics=with_metrics)
@@ -64,8 +64,10 @@ def seen_keys(rule: Rule, batch: TokenBatch, *, with_metrics: bool) -> tuple[str
     return (*keys, TRAJECTORY_KEY) if with_metrics and TRAJECTORY_KEY in batch.ids.keys() - set(keys) else keys
 
 
-def _use_kernels(batch: TokenBatch, kernels: bool | None) -> bool:
-    if kernels is False or (kernels is None and not batch.log_ratio.is_cuda):
+def _use_kernels(rule: Rule, batch: TokenBatch, kernels: bool | None) -> bool:
+    if kernels:
+        rule.require_kernel()
+    if kernels is False or rule.kernel is None or (kernels is None and not batch.log_ratio.is_cuda):
         return False
     reason: str | None = "Triton is not installed"
     if importlib.util.find_spec("triton") is not None:
@@ -87,7 +89,7 @@ class _Call:
         self.runs: Runs = find_runs(batch, seen)
         shared = reduce is not None
         self.nodes: NodeMap | None = None
-        if rule.has_nodes:
+        if rule.node_terms:
             self.nodes = make_node_map(batch, self.runs, rule.base_keys, seen, soft=rule.soft, shared=shared)
         self.passes = Passes(rule, batch, self.ranges, self.runs, self.nodes)
         self.statistics: TokenStatistics | None = None

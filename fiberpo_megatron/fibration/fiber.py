@@ -2,65 +2,172 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fiberpo_megatron.fibration.gates import GatedTree, adjoint, gate_tree
-from fiberpo_megatron.fibration.levels import LevelChain
+from fiberpo_megatron.fibration.levels import (
+    Budget,
+    LevelChain,
+    check_levels,
+    level_name,
+    make_chain,
+    warn_wide_epsilon,
+)
 from fiberpo_megatron.fibration.membership import NodeMap
-from fiberpo_megatron.fibration.rule import Chunk, Epsilon, GatedChunk, Gating, Rule, equal
+from fiberpo_megatron.fibration.objective import Objective
+from fiberpo_megatron.fibration.options import Epsilon, epsilon_pair, pair
+from fiberpo_megatron.fibration.ratio_clip import check_dual_clip
+from fiberpo_megatron.fibration.registry import register
+from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating, equal
 from fiberpo_megatron.fibration.tree import build_tree
 
 UNBOUNDED = 1e30
 
+DEFAULT_BUDGETS: Mapping[str, Budget] = {
+    "trajectory+expert": (0.12, 0.10),
+    "trajectory": (0.12, 0.10),
+    "prompt_group": (0.08, 0.06),
+    "prompt_group+expert": (0.08, 0.06),
+    "domain": (0.06, 0.05),
+    "domain+expert": (0.06, 0.05),
+    "expert": (0.06, 0.05),
+}
+"""(C+, C-) per level name, in mean |log ratio|: a choice of this project, see docs/fibration.md."""
 
+
+@register("fiberpo")
 @dataclass(frozen=True)
-class Overlays:
-    """Optional departures from the paper's objective that published training code has."""
+class FiberPO(Objective):
+    """Gates the drift at every level of a chain and clips each token's own deviation (arXiv:2604.03044, equation 2)."""
 
+    epsilon: float | Sequence[float] = 0.05
+    """Width of the token clip, in log ratio: one number, or the pair (for positive, for non-positive advantage)."""
+    budgets: Mapping[str, Sequence[float]] | None = None
+    """The pair (C+, C-) of each level, in mean |log ratio|, by the level's name (its keys joined by "+"). Unset: the
+    presets' defaults; a level that has none needs its budget here."""
+    levels: Sequence[Sequence[str]] | None = None
+    """A nested chain of levels, fine to coarse, each a list of keys. Unset: the preset's."""
+    expert_membership: Literal["soft", "hard"] | None = None
+    """How a token belongs to expert partitions: "soft" by its routing shares, "hard" to its largest share alone. Unset:
+    soft. Only a chain with the key "expert" reads it."""
     dual_clip: float | None = None
-    """c: tokens with A < 0 and x > 0 use max(r A, c A); upper clip bounds are lifted for A < 0."""
+    """Bound c > 1: tokens with A < 0 and x > 0 use max(r A, c A) on the raw ratio. Unset: no such overlay."""
     unclip_positive: bool = False
-    """Tokens with A > 0 and x < 0 use r A."""
+    """Whether tokens with A > 0 and x < 0 use r A on the raw ratio."""
 
-
-class FiberRule(Rule):
-    """Gates at every level of a chain and a clip in the fiber (arXiv:2604.03044, equation 2)."""
-
-    has_nodes = True
+    preset: ClassVar[tuple[tuple[str, ...], ...]] = (("trajectory",),)
+    """The levels that `levels` replaces."""
+    kernel = "fiberpo_megatron.fibration.kernels.formulas:FIBER"
     node_terms = 4
     adjoint_terms = 3
 
-    def __init__(self, chain: LevelChain, epsilon: Epsilon, overlays: Overlays) -> None:
-        self.chain = chain
-        self.epsilon = epsilon
-        self.overlays = overlays
-        self.base_keys = chain.base_keys
-        self.parent_keys = chain.parent_keys
-        self.level_names = tuple(level.name for level in chain.levels)
-        self.uses_experts = chain.uses_experts
-        self.soft = chain.soft
-        self.spans_micro_batches = not chain.inside_trajectory
+    @cached_property
+    def bounds(self) -> Epsilon:
+        """Width of the token clip (for positive, for non-positive advantage)."""
+        return epsilon_pair(self.epsilon)
+
+    @cached_property
+    def chain(self) -> LevelChain:
+        """The checked levels with their budgets."""
+        levels = check_levels(self.preset if self.levels is None else self.levels)
+        if self.budgets is None:
+            names = [level_name(level) for level in levels]
+            budgets = {name: DEFAULT_BUDGETS[name] for name in names if name in DEFAULT_BUDGETS}
+        else:
+            budgets = {level: pair(f"budgets[{level!r}]", given) for level, given in self.budgets.items()}
+        return make_chain(levels, budgets, soft=self.expert_membership != "hard")
+
+    def check(self) -> None:
+        """Refuse levels that cannot nest, budgets that do not fit them, and bounds that are not positive."""
+        check_dual_clip(self.dual_clip)
+        if self.expert_membership is not None and not self.chain.uses_experts:
+            raise ValueError(
+                f"objective {self.name!r} has no level with the key 'expert' and does not read 'expert_membership'; "
+                "remove it, or add 'expert' to a level"
+            )
+        warn_wide_epsilon(self.chain, self.bounds)
+
+    @property
+    def base_keys(self) -> tuple[str, ...]:
+        """Keys of the finest level, without "expert"."""
+        return self.chain.base_keys
+
+    @property
+    def parent_keys(self) -> tuple[str, ...]:
+        """Keys that only coarser levels name."""
+        return self.chain.parent_keys
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """Names of the levels, fine to coarse."""
+        return tuple(level.name for level in self.chain.levels)
+
+    @property
+    def uses_experts(self) -> bool:
+        """Whether a level has the key "expert"."""
+        return self.chain.uses_experts
+
+    @property
+    def soft(self) -> bool:
+        """Whether tokens belong to expert partitions by their shares."""
+        return self.chain.soft
+
+    @property
+    def spans_micro_batches(self) -> bool:
+        """Whether a node of some level holds tokens of several trajectories."""
+        return not self.chain.inside_trajectory
 
     def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
-        """mu, 1, mu x+ and mu x-: what equation 3 of arXiv:2604.03044 averages, per channel."""
+        """Return mu, 1, mu x+ and mu x-: what equation 3 of arXiv:2604.03044 averages, per channel."""
         x, mu = chunk.log_ratio, chunk.weights
         return mu, chunk.counted, x.clamp(min=0.0).mul_(mu), x.clamp(max=0.0).mul_(mu).neg_()
 
     def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> Gating:
+        """Return the gates of every node. Raises ValueError, on every rank alike, where levels do not nest."""
         assert nodes is not None and sums is not None
         gated = gate_tree(build_tree(self.chain, nodes, sums, parents))
         return FiberGating(self, gated, (nodes.base_nodes, nodes.partitions), like)
 
 
+@register("fiberpo-domain")
+@dataclass(frozen=True)
+class FiberPODomain(FiberPO):
+    """Is FiberPO with gates on trajectories, prompt groups and domains (FiberPO-Domain, arXiv:2603.08239)."""
+
+    preset = (("trajectory",), ("prompt_group",), ("domain",))
+    kernel = FiberPO.kernel
+
+
+@register("fiberpo-expert")
+@dataclass(frozen=True)
+class FiberPOExpert(FiberPO):
+    """Is FiberPO-Domain below which each trajectory's expert partitions have gates of their own."""
+
+    preset = (("trajectory", "expert"), ("trajectory",), ("prompt_group",), ("domain",))
+    kernel = FiberPO.kernel
+
+
+@register("fiberpo-expert-global")
+@dataclass(frozen=True)
+class FiberPOExpertGlobal(FiberPO):
+    """Is FiberPO-Domain with one chain of gates per expert partition, up to the partition as a whole."""
+
+    preset = (("trajectory", "expert"), ("prompt_group", "expert"), ("domain", "expert"), ("expert",))
+    kernel = FiberPO.kernel
+
+
 class FiberGating(Gating):
-    """One call's gates; per finest node S+, S- and the summed log base weight."""
+    """Holds one call's gates; per finest node S+, S- and the summed log base weight."""
 
     gated_tree: GatedTree
 
-    def __init__(self, rule: FiberRule, gated: GatedTree, shape: tuple[int, int], like: Tensor) -> None:
+    def __init__(self, rule: FiberPO, gated: GatedTree, shape: tuple[int, int], like: Tensor) -> None:
         self.rule = rule
         self.gated_tree = gated
         self.shape = shape
@@ -72,7 +179,7 @@ class FiberGating(Gating):
         return self.gated_tree.tree.dense(finest).view(-1, *self.shape).to(self.dtype)
 
     def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
-        """log G = clip(x - l S_same) - clip(-l S_opp) + sum of log base weights (equation 2)."""
+        """Return G with log G = clip(x - l S_same) - clip(-l S_opp) + sum of log base weights (equation 2)."""
         s_plus, s_minus, log_weight = values
         p, q = chunk.positive, chunk.negative
         # l S_same and -l S_opp without branches: one of the two products is exactly zero.
@@ -84,7 +191,7 @@ class FiberGating(Gating):
         scale = chunk.weights * chunk.advantages
         weight = scale * ratio
         gradient, free = weight * own_free, own_free
-        if self.rule.overlays.dual_clip is not None or self.rule.overlays.unclip_positive:
+        if self.rule.dual_clip is not None or self.rule.unclip_positive:
             ratio, gradient, free, weight = self._overlay(chunk, scale, ratio, gradient, free, weight)
         # What stops S+'s gradient: a token's own clip where x >= 0, else its other clip; S- the other way.
         stopped_plus = weight - (p * own_free).addcmul_(q, other_free).mul_(weight)
@@ -92,8 +199,8 @@ class FiberGating(Gating):
         return GatedChunk(ratio, gradient, free, (weight, stopped_plus, stopped_minus))
 
     def _clip(self, value: Tensor, chunk: Chunk) -> Tensor:
-        gain, loss = self.rule.epsilon
-        lifted = self.rule.overlays.dual_clip is not None
+        gain, loss = self.rule.bounds
+        lifted = self.rule.dual_clip is not None
         if gain == loss and not lifted:
             return value.clamp(-gain, gain)
         positive = torch.gt(chunk.advantages, 0.0, out=torch.empty_like(value))
@@ -111,10 +218,10 @@ class FiberGating(Gating):
         raw = chunk.ratio
         on_raw = torch.zeros_like(x, dtype=torch.bool)
         raw_gated = raw
-        if self.rule.overlays.dual_clip is not None:
+        if self.rule.dual_clip is not None:
             on_raw |= (advantages < 0) & (x > 0)
-            raw_gated = torch.where(on_raw, raw.clamp(max=self.rule.overlays.dual_clip), raw)
-        if self.rule.overlays.unclip_positive:
+            raw_gated = torch.where(on_raw, raw.clamp(max=self.rule.dual_clip), raw)
+        if self.rule.unclip_positive:
             on_raw |= (advantages > 0) & (x < 0)
         raw_free = (raw_gated == raw).to(self.dtype)
         return (

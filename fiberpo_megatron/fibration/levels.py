@@ -9,13 +9,16 @@ from dataclasses import dataclass
 
 EXPERT_KEY = "expert"
 TRAJECTORY_KEY = "trajectory"
+TURN_KEY = "turn"
+WITHIN_TRAJECTORY = frozenset((TRAJECTORY_KEY, TURN_KEY))
+"""Keys each of whose ids belongs to one trajectory. A weight version, an engine or a domain spans several."""
 
 Budget = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Level:
-    """One level: its keys and its budgets (C+, C-) of equation 4 of arXiv:2604.03044."""
+    """Holds one level: its keys and its budgets (C+, C-) of equation 4 of arXiv:2604.03044."""
 
     keys: tuple[str, ...]
     budget: Budget
@@ -27,7 +30,7 @@ class Level:
 
 @dataclass(frozen=True)
 class LevelChain:
-    """Levels from fine to coarse, together with the expert membership they use."""
+    """Holds levels from fine to coarse, together with the expert membership that they use."""
 
     levels: tuple[Level, ...]
     soft: bool
@@ -53,16 +56,21 @@ class LevelChain:
     @property
     def inside_trajectory(self) -> bool:
         """True when no node of any level spans two trajectories."""
-        return all(TRAJECTORY_KEY in level.keys for level in self.levels)
+        return all(inside_trajectory(level.keys) for level in self.levels)
+
+
+def inside_trajectory(keys: Sequence[str]) -> bool:
+    """Return whether a node that these keys name lies inside one trajectory, and so inside one micro-batch."""
+    return not WITHIN_TRAJECTORY.isdisjoint(keys)
 
 
 def level_name(keys: Sequence[str]) -> str:
-    """A level's name: its keys joined by "+"."""
+    """Return a level's name: its keys joined by "+"."""
     return "+".join(keys)
 
 
 def make_chain(levels: Sequence[Sequence[str]], budgets: Mapping[str, Budget], *, soft: bool) -> LevelChain:
-    """Checked chain of levels; `budgets` maps every level's name to its (C+, C-)."""
+    """Return the checked chain of levels; `budgets` maps every level's name to its (C+, C-)."""
     keys = check_levels(levels)
     names = [level_name(level) for level in keys]
     unknown = sorted(set(budgets) - set(names))
@@ -78,7 +86,7 @@ def make_chain(levels: Sequence[Sequence[str]], budgets: Mapping[str, Budget], *
 
 
 def check_levels(levels: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
-    """Levels as tuples, refused when a name is malformed or the expert key cannot nest."""
+    """Return the levels as tuples. Raises ValueError when a name is malformed or the expert key cannot nest."""
     if isinstance(levels, str) or not levels:
         raise ValueError(f"levels must be a non-empty list of lists of keys, fine to coarse; got {levels!r}")
     seen: dict[frozenset[str], str] = {}
@@ -103,7 +111,7 @@ def check_levels(levels: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]
 
 
 def check_budget(name: str, budget: Budget) -> Budget:
-    """A level's (C+, C-), refused unless both are positive; warns when C- >= C+."""
+    """Return a level's (C+, C-); warns when C- >= C+. Raises ValueError unless both are positive and finite."""
     try:
         plus, minus = (float(value) for value in budget)
     except (TypeError, ValueError):

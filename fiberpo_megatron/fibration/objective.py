@@ -1,49 +1,95 @@
-"""The face of an objective: a callable with names, and an autograd function for single-pass use."""
+"""The face of an objective: options, a call on plain tensors, and an autograd function for single-pass use.
+
+An objective without node sums derives from `TokenObjective` and defines one method; one with node sums derives from
+`Objective`. docs/fibration.md shows both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fiberpo_megatron.fibration.collective import Reduce
 from fiberpo_megatron.fibration.evaluate import ObjectiveOutput, evaluate
-from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
-from fiberpo_megatron.fibration.rule import Rule
+from fiberpo_megatron.fibration.levels import EXPERT_KEY, TRAJECTORY_KEY, inside_trajectory
+from fiberpo_megatron.fibration.membership import NodeMap
+from fiberpo_megatron.fibration.options import check_values
+from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating, Rule
 from fiberpo_megatron.fibration.tokens import make_batch, require_keys
 
 
-class Objective:
-    """J = sum_i mu_i G_i A_i with its closed-form gradient; built by `build_objective`."""
+@dataclass(frozen=True)
+class Objective(Rule):
+    """Computes J = sum_i mu_i G_i A_i and its gradient in closed form; the base class of every objective.
 
-    def __init__(self, name: str, rule: Rule) -> None:
-        self.name = name
-        self._rule = rule
+    An objective is a frozen dataclass whose fields are its options. `build_objective("grpo", epsilon=0.1)` makes one by
+    name; its own constructor does the same. `Rule` lists what a class declares and defines.
+    """
 
-    def __repr__(self) -> str:
-        return f"Objective({self.name!r}, levels={list(self.level_names)})"
+    kernels: bool | None = field(default=None, kw_only=True)
+    """True runs calls in fused Triton kernels, False in torch. None takes the kernels where the objective has some and
+    they can run: on CUDA with Triton 3.4 or newer."""
 
-    @property
-    def level_names(self) -> tuple[str, ...]:
-        """Levels fine to coarse; empty for objectives without gated levels."""
-        return self._rule.level_names
+    gradient_is_derivative: ClassVar[bool] = True
+    """Whether the gradient is the derivative of the value; False for an objective with a stop-gradient, such as CISPO.
+    Tests compare the gradient with finite differences accordingly."""
 
-    @property
-    def uses_experts(self) -> bool:
-        """True when the call needs `expert_share`."""
-        return self._rule.uses_experts
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+        if "kernel" not in vars(cls):
+            cls.kernel = None
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.kernels:
+            self.require_kernel()
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError for options that do not go together. Types and finite numbers are checked before."""
 
     @property
     def spans_micro_batches(self) -> bool:
-        """False when every level lies inside one trajectory, so that one pass per micro-batch is exact."""
-        return self._rule.spans_micro_batches
+        """Whether a token's gradient depends on tokens of other trajectories.
+
+        If not, one pass per micro-batch is exact, as long as no trajectory is cut.
+        """
+        return self.node_terms > 0 and not inside_trajectory(self.base_keys)
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys a call must pass."""
-        return (*self._rule.base_keys, *self._rule.parent_keys)
+        """The keys that a call must pass, "expert" apart (see `uses_experts`)."""
+        return (*self.base_keys, *self.parent_keys)
+
+    def missing_keys(self, supplied: Collection[str]) -> list[str]:
+        """Return the keys that the objective needs and that are not among `supplied`.
+
+        "expert" stands for expert shares: it is missing where the objective `uses_experts` and it is not supplied.
+        """
+        needed = (*self.keys, EXPERT_KEY) if self.uses_experts else self.keys
+        return [key for key in needed if key not in supplied]
+
+    def check_keys(self, supplied: Collection[str]) -> None:
+        """Raise ValueError, naming level and key, unless `supplied` holds every key that the objective needs."""
+        missing = self.missing_keys(supplied)
+        if not missing:
+            return
+        needs = f"objective {self.name!r}"
+        for level in self.level_names:
+            if missing[0] in level.split("+"):
+                needs = f"level {level!r} of objective {self.name!r}"
+                break
+        raise ValueError(
+            f"{needs} needs the key {missing[0]!r}, which is not supplied; the keys supplied are "
+            f"{', '.join(sorted(supplied)) or 'none'}; change the levels, or choose another objective"
+        )
 
     def __call__(
         self,
@@ -58,7 +104,7 @@ class Objective:
         metrics: bool = True,
         kernels: bool | None = None,
     ) -> ObjectiveOutput:
-        """Gated ratio, gradient, value and metrics of this rank's tokens.
+        """Return gated ratio, gradient, value and metrics of this rank's tokens.
 
         Args:
             log_ratio: log pi_theta - log pi_old, [N], float32 or float64; clamped to +-20.
@@ -72,8 +118,7 @@ class Objective:
             counts: global number of ids per key. Without it a single rank uses its largest id + 1; ranks
                 that share tables use max(1024, the next power of two), which must agree between them.
             metrics: False skips the metrics; the same on all ranks.
-            kernels: True runs the call in fused Triton kernels, False in torch. None takes the kernels where they
-                can run: on CUDA with Triton 3.4 or newer.
+            kernels: takes the place of the objective's own `kernels` for this call; None leaves it.
 
         Raises:
             ValueError: malformed input, or levels that do not nest; names level, node, value and fix.
@@ -97,12 +142,14 @@ class Objective:
                 counts=counts,
                 expert_share=expert_share if self.uses_experts else None,
             )
-            return evaluate(self._rule, batch, reduce, with_metrics=metrics, kernels=kernels)
+            return evaluate(
+                self, batch, reduce, with_metrics=metrics, kernels=self.kernels if kernels is None else kernels
+            )
 
     def surrogate(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, **call: Any
     ) -> tuple[Tensor, ObjectiveOutput]:
-        """This rank's share of J as a scalar whose gradient in `log_probs` [N] is the closed form.
+        """Return this rank's share of J as a scalar whose gradient in `log_probs` [N] is the closed form.
 
         For single-pass use: valid where one call sees every token of each of its nodes, or where `reduce`
         joins the ranks that do. `call` takes the keyword arguments of `__call__`.
@@ -110,6 +157,41 @@ class Objective:
         out = self(log_probs.detach() - old_log_probs.detach(), advantages, weights, **call)
         attach: Callable[..., Tensor] = _ClosedForm.apply
         return attach(log_probs, out.value, out.gradient), out
+
+
+@dataclass(frozen=True)
+class TokenObjective(Objective):
+    """Computes an objective in which a token's gated ratio depends on that token alone; the base class of such ones.
+
+    A complete objective:
+
+        @dataclass(frozen=True)
+        class PowerWeight(TokenObjective):
+            "Weights tokens by a power of their ratio: G = r^power / power."
+
+            power: float = 1.0
+            "Exponent of the importance ratio."
+
+            def gate(self, chunk: Chunk) -> GatedChunk:
+                powered = chunk.ratio**self.power
+                return GatedChunk(powered / self.power, chunk.weights * chunk.advantages * powered)
+    """
+
+    @abstractmethod
+    def gate(self, chunk: Chunk) -> GatedChunk:
+        """Return the gated ratio G [n] and the gradient mu A dG/dx [n] of a chunk's tokens."""
+
+    def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> Gating:
+        """Return a gating that calls `gate`."""
+        return _TokenGating(self)
+
+
+class _TokenGating(Gating):
+    def __init__(self, objective: TokenObjective) -> None:
+        self.objective = objective
+
+    def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
+        return self.objective.gate(chunk)
 
 
 class _ClosedForm(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The three passes over this rank's tokens in torch, on any device; what lies between them is the engine's."""
+"""The three passes over this rank's tokens in torch, on any device; `evaluate` does what lies between them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What an objective must say about itself; the engine does the passes over tokens.
+"""The arithmetic that an objective brings; `passes` runs it over the tokens of a call.
 
-A `Rule` is the objective's configuration. Per call it yields a `Gating`, which knows the reduced node
-sums. Both work on `Chunk`s: [n] tokens at a time.
+A `Rule` holds an objective's options. For each call it yields a `Gating`, which knows the node sums of all ranks. Both
+see the tokens as `Chunk`s of n tokens at a time. `objective.Objective` is the rule with everything that callers use.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,20 +18,31 @@ from fiberpo_megatron.fibration.gates import GatedTree
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.runs import RunSlice
 
-Epsilon = tuple[float, float]
-"""(positive advantage, non-positive advantage); for ratio clips this is (upper, lower)."""
-
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some of this rank's tokens, all [n]; `log_ratio` is clamped."""
+    """Holds n of this rank's tokens; every tensor is [n], in the dtype of the call's log ratio.
+
+    An objective must not change these tensors in place.
+    """
 
     tokens: slice
+    """Where these tokens stand among the rank's tokens."""
     runs: RunSlice
+    """How these tokens fall into stretches of equal ids."""
     log_ratio: Tensor
+    """x = log pi_theta - log pi_old, clamped to +-20."""
     advantages: Tensor
+    """A."""
     weights: Tensor
+    """mu; a token of weight 0 is not in the objective's sum."""
     any_weightless: bool
+    """Whether any of the rank's tokens has weight 0."""
+
+    @cached_property
+    def ratio(self) -> Tensor:
+        """r = exp(x), the importance ratio."""
+        return self.log_ratio.exp()
 
     @cached_property
     def positive(self) -> Tensor:
@@ -39,96 +51,126 @@ class Chunk:
 
     @cached_property
     def negative(self) -> Tensor:
+        """1 where log_ratio < 0, else 0."""
         return 1.0 - self.positive
 
     @cached_property
     def counted(self) -> Tensor | None:
-        """1 for tokens that count: one of weight 0 is not in the objective's sum. None when all count."""
+        """1 for tokens that count, 0 for tokens of weight 0; None when all tokens count."""
         return (self.weights > 0).to(self.weights.dtype) if self.any_weightless else None
 
     def only_counted(self, value: Tensor) -> Tensor:
-        """`value` (changed in place), zero at tokens that do not count."""
+        """Set `value` [n] to zero, in place, at tokens of weight 0, and return it."""
         return value if self.counted is None else value.mul_(self.counted)
-
-    @cached_property
-    def ratio(self) -> Tensor:
-        return self.log_ratio.exp()
 
 
 @dataclass(frozen=True)
 class GatedChunk:
-    """Result for one chunk, all [n]."""
+    """Holds what an objective computed for one chunk; every tensor is [n]."""
 
     ratio: Tensor
-    """Gated ratio G."""
+    """Gated ratio G; the objective's value is the sum of mu A G."""
     gradient: Tensor
-    """The direct term of dJ/dx."""
-    free: Tensor
-    """1 where the token's own clip lets the gradient through, 0 where it is clipped."""
+    """The direct term of dJ/dx: mu A dG/dx with the node sums held fixed."""
+    free: Tensor | None = None
+    """1 where the token's own clip lets its gradient through, 0 where the token is clipped (for the metrics). None:
+    the objective clips no token."""
     node_terms: tuple[Tensor, ...] = ()
-    """Values to sum per finest node for the second reduction."""
+    """Values to sum per finest node in the second reduction, `adjoint_terms` of them."""
 
 
 class Gating(ABC):
-    """One call's gating, after the first reduction."""
+    """Gates the tokens of one call, once the first reduction has summed the nodes over all ranks."""
 
     node_values: Tensor | None = None
-    """[C, base_nodes, P], handed to tokens in `gate`; None when the rule has no nodes."""
+    """[C, base_nodes, P] values that `gate` receives for each token's node; None when the rule has no nodes."""
     gated_tree: GatedTree | None = None
-    """Set by rules with gated levels; read by the metrics."""
+    """The gates of every level, which the metrics read; None when the rule has no gated levels."""
 
     @abstractmethod
     def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
-        """Gated ratio and direct gradient of a chunk."""
+        """Return the gated ratio and the direct gradient of a chunk; `values` are C tensors [n], from `node_values`."""
 
     def adjoint(self, sums: Tensor) -> Tensor | None:
-        """Node values for `finish` from the second reduction's sums [C, base_nodes, P]; None for no terms."""
+        """Return node values [C, base_nodes, P] for `finish`, from the second reduction's sums of the same shape.
+
+        None says that no gradient reaches tokens through node sums.
+        """
         return None
 
     def finish(self, chunk: Chunk, values: list[Tensor]) -> Tensor:
-        """The gradient that reaches tokens through aggregates, [n]: none in a rule without adjoints."""
+        """Return the gradient [n] that reaches tokens through node sums; `values` are C tensors [n], from `adjoint`."""
         return torch.zeros_like(chunk.log_ratio)
 
 
 class Rule(ABC):
-    """Configuration of one objective."""
+    """Declares what the passes over tokens ask of an objective. Derive from `Objective`, which adds the call.
 
-    base_keys: tuple[str, ...] = ()
-    """Keys of the finest node (without the expert partition)."""
-    parent_keys: tuple[str, ...] = ()
-    """Keys only coarser levels name."""
-    level_names: tuple[str, ...] = ()
-    has_nodes: bool = False
-    uses_experts: bool = False
-    soft: bool = True
-    spans_micro_batches: bool = False
-    node_terms: int = 0
-    """Number of node sums in the first reduction."""
-    adjoint_terms: int = 0
-    """Number of node sums in the second reduction."""
+    An objective with node sums sets `base_keys`, `node_terms` and, if gradients pass through the sums, `adjoint_terms`,
+    and defines `terms` and `prepare`. The expert membership and chains of gated levels belong to `FiberPO`.
+    """
+
+    name: ClassVar[str]
+    """Short name; an objective that is not registered has its class's name."""
+    kernel: ClassVar[str | None] = None
+    """Import path "module:NAME" of the `Formulas` that compute this objective in fused Triton kernels. None: the call
+    runs in torch on every device. A subclass does not inherit it, because its arithmetic may differ: it repeats the
+    path if its arithmetic is the same."""
+    node_terms: ClassVar[int] = 0
+    """Number of values that the first reduction sums per node; 0 for an objective without node sums."""
+    adjoint_terms: ClassVar[int] = 0
+    """Number of values that the second reduction sums per node."""
+
+    @property
+    def base_keys(self) -> tuple[str, ...]:
+        """Keys that name the finest node, without "expert". A class may simply set it: `base_keys = ("turn",)`."""
+        return ()
+
+    @property
+    def parent_keys(self) -> tuple[str, ...]:
+        """Keys that only coarser levels name."""
+        return ()
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """Names of the gated levels, fine to coarse; empty for an objective without gated levels."""
+        return ()
+
+    @property
+    def uses_experts(self) -> bool:
+        """Whether a call needs `expert_share`."""
+        return False
+
+    @property
+    def soft(self) -> bool:
+        """Whether a token belongs to expert partitions by its shares, rather than to the largest one alone."""
+        return True
 
     def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
-        """Token values to sum per finest node for the first reduction; None stands for ones."""
+        """Return the `node_terms` values [n] that the first reduction sums per node; None stands for ones."""
         return ()
 
     @abstractmethod
     def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> Gating:
-        """Gating from the reduced node sums [C, base_nodes, P]; `like` gives the tokens' dtype."""
+        """Return the gating of one call.
+
+        Args:
+            nodes: the finest nodes; None without node sums.
+            sums: what `terms` summed over all ranks, float64 [node_terms, base_nodes, P] (P = 1 without experts).
+            parents: ids of the coarser levels' nodes, as `tree.parent_tables` packs them.
+            like: a token tensor of the call, for the dtype that node values must have.
+        """
+
+    def require_kernel(self) -> str:
+        """Return `kernel`. Raises ValueError when the objective has none."""
+        if self.kernel is None:
+            raise ValueError(
+                f"kernels=True: objective {self.name!r} has no Triton kernel; leave kernels unset, so that it runs in "
+                "torch (on a GPU too), or set the class attribute `kernel` to the import path of its formulas"
+            )
+        return self.kernel
 
 
 def equal(left: Tensor, right: Tensor) -> Tensor:
-    """1 where equal, else 0, in the tensors' dtype (several times faster than a boolean and a cast)."""
+    """Return 1 where equal, else 0, in the tensors' dtype (several times faster than a boolean and a cast)."""
     return torch.eq(left, right, out=torch.empty_like(left))
-
-
-def pessimistic_clip(ratio: Tensor, advantages: Tensor, epsilon: Epsilon, dual_clip: float | None = None) -> Tensor:
-    """G of min(r A, clip(r, 1 - e_low, 1 + e_high) A) = G A (PPO, arXiv:1707.06347 equation 7).
-
-    With A >= 0 only the upper bound can bind, with A < 0 only the lower one; `dual_clip` c bounds the
-    latter by max(., c A) (arXiv:1912.09729 equation 5).
-    """
-    upper, lower = 1.0 + epsilon[0], 1.0 - epsilon[1]
-    gain = torch.ge(advantages, 0.0, out=torch.empty_like(advantages))
-    loss = 1.0 - gain
-    below = ratio.clamp(min=lower, max=dual_clip)
-    return ratio.clamp(max=upper).mul_(gain).add_(below.mul_(loss))

@@ -1,34 +1,45 @@
-"""Objectives with one ungated aggregate per trajectory: GSPO and APC-Obj."""
+"""Objectives with one ungated node sum per trajectory: GSPO and APC-Obj."""
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
+from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY, check_budget
 from fiberpo_megatron.fibration.membership import NodeMap
-from fiberpo_megatron.fibration.rule import Chunk, Epsilon, GatedChunk, Gating, Rule, equal, pessimistic_clip
+from fiberpo_megatron.fibration.objective import Objective
+from fiberpo_megatron.fibration.options import Epsilon, pair
+from fiberpo_megatron.fibration.ratio_clip import RatioClip, pessimistic_clip
+from fiberpo_megatron.fibration.registry import register
+from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating, equal
 
 
-class _TrajectoryRule(Rule):
+@register("gspo")
+@dataclass(frozen=True)
+class GSPO(RatioClip):
+    """Clips one length-normalised ratio per trajectory pessimistically (arXiv:2507.18071, equations 5 and 7)."""
+
+    epsilon: float | Sequence[float] = (4e-4, 3e-4)  # section 5.1
+    """Width of the clip of the ratio: one number, or the pair (upper, lower). The lower one must be below 1."""
+
+    kernel = "fiberpo_megatron.fibration.kernels.formulas:GSPO"
     base_keys = (TRAJECTORY_KEY,)
-    has_nodes = True
     node_terms = 2
     adjoint_terms = 1
 
-
-class GSPORule(_TrajectoryRule):
-    """One length-normalised ratio per trajectory, pessimistic clip (arXiv:2507.18071, equations 5 and 7)."""
-
-    def __init__(self, epsilon: Epsilon) -> None:
-        self.epsilon = epsilon
-
     def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
+        """Return 1 and x, whose sums give the mean log ratio."""
         return chunk.counted, chunk.only_counted(chunk.log_ratio.clone())
 
     def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> Gating:
+        """Return the gating that holds each trajectory's ratio."""
         assert sums is not None
-        return _GSPOGating(self.epsilon, sums, like)
+        return _GSPOGating(self.bounds, sums, like)
 
 
 class _GSPOGating(Gating):
@@ -52,21 +63,44 @@ class _GSPOGating(Gating):
         return chunk.only_counted(values[0])
 
 
-class APCRule(_TrajectoryRule):
-    """APC-Obj: G_i = 1 + clip(r_i - 1, -B_i, B_i), B_i = max(0, T delta - sum of the others' |r_j - 1|).
+@register("apc")
+@dataclass(frozen=True)
+class APC(Objective):
+    """Bounds how far a trajectory's ratios move in sum: APC-Obj (arXiv:2603.08239) over the tokens of a trajectory.
 
-    arXiv:2603.08239 (Aggregational Policy Censoring Objective); T counts the trajectory's tokens. With
-    slack = T delta - sum of all |r_j - 1|, G = r while slack >= 0 and |G_i - 1| = max(0, |r_i - 1| + slack)
-    beyond.
+    G_i = 1 + clip(r_i - 1, -B_i, B_i) with B_i = max(0, T delta - sum of the others' |r_j - 1|); T counts the
+    trajectory's tokens. With slack = T delta - sum of all |r_j - 1|, G = r while slack >= 0 and
+    |G_i - 1| = max(0, |r_i - 1| + slack) beyond.
     """
 
-    def __init__(self, delta: float) -> None:
-        self.delta = delta
+    budgets: Mapping[str, Sequence[float]] | None = None
+    """The pair (C+, C-) of the level "trajectory", whose sum is delta. Unset: (0.12, 0.10)."""
+
+    kernel = "fiberpo_megatron.fibration.kernels.formulas:APC"
+    base_keys = (TRAJECTORY_KEY,)
+    node_terms = 2
+    adjoint_terms = 1
+
+    @cached_property
+    def delta(self) -> float:
+        """Mean |r - 1| that a trajectory may reach before it is censored."""
+        given = {TRAJECTORY_KEY: (0.12, 0.10)} if self.budgets is None else self.budgets
+        if set(given) != {TRAJECTORY_KEY}:
+            raise ValueError(f"objective 'apc' reads exactly budgets['trajectory']; got {sorted(given)}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # only the sum counts here
+            return sum(check_budget(TRAJECTORY_KEY, pair("budgets['trajectory']", given[TRAJECTORY_KEY])))
+
+    def check(self) -> None:
+        """Refuse budgets that are not a pair of positive numbers for the trajectory."""
+        _ = self.delta
 
     def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
+        """Return 1 and |r - 1|, whose sums give the slack."""
         return chunk.counted, chunk.only_counted(torch.expm1(chunk.log_ratio).abs_())
 
     def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> Gating:
+        """Return the gating that holds each trajectory's slack."""
         assert sums is not None
         return _APCGating((sums[0] * self.delta - sums[1]).unsqueeze(0), like)
 

@@ -23,7 +23,7 @@ from fiberpo_megatron.fibration.runs import Runs
 
 
 class TokenStatistics:
-    """Collects what `ObjectiveMetrics` needs; tables are summed over ranks by the engine."""
+    """Collects what `ObjectiveMetrics` needs; `evaluate` sums the tables over ranks."""
 
     def __init__(
         self, local_max: float, runs: Runs, trajectories: int | None, share: Tensor | None, device: torch.device
@@ -72,7 +72,7 @@ class TokenStatistics:
 
     def second(self, chunk: Chunk, gated: GatedChunk) -> None:
         """Count clipped tokens."""
-        clipped = chunk.only_counted(1.0 - gated.free)
+        clipped = torch.zeros_like(chunk.weights) if gated.free is None else chunk.only_counted(1.0 - gated.free)
         per_run = None if self.clipped_of is None else _per_run(chunk, clipped)
         self.clipped += clipped.sum(dtype=torch.float64)
         if self.clipped_of is not None and per_run is not None:

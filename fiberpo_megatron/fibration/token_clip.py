@@ -1,53 +1,89 @@
-"""Objectives without aggregates: PPO, GRPO, DAPO, CISPO and plain importance weighting."""
+"""Objectives without node sums: PPO, GRPO, DAPO, CISPO and plain importance weighting."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from fiberpo_megatron.fibration.membership import NodeMap
-from fiberpo_megatron.fibration.rule import Chunk, Epsilon, GatedChunk, Gating, Rule, equal, pessimistic_clip
-
-
-class _TokenRule(Rule, Gating):
-    """A rule that needs no node: it is its own gating."""
-
-    def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> Gating:
-        return self
+from fiberpo_megatron.fibration.objective import TokenObjective
+from fiberpo_megatron.fibration.ratio_clip import RatioClip, check_dual_clip, pessimistic_clip
+from fiberpo_megatron.fibration.registry import register
+from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, equal
 
 
-class PPORule(_TokenRule):
-    """Pessimistic token clip: PPO (arXiv:1707.06347, equation 7), GRPO (arXiv:2402.03300, equation 3) and
-    DAPO's clip-higher (arXiv:2503.14476, equation 10); they differ in epsilon and in the caller's weights."""
+@register("ppo")
+@dataclass(frozen=True)
+class PPO(RatioClip, TokenObjective):
+    """Clips the ratio of each token pessimistically (PPO, arXiv:1707.06347, equation 7; epsilon from section 6.1)."""
 
-    def __init__(self, epsilon: Epsilon, dual_clip: float | None) -> None:
-        self.epsilon = epsilon
-        self.dual_clip = dual_clip
+    dual_clip: float | None = None
+    """Bound c > 1: tokens with A < 0 and x > 0 use max(r A, c A) (arXiv:1912.09729, equation 5). Unset: no bound."""
 
-    def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
-        ratio = pessimistic_clip(chunk.ratio, chunk.advantages, self.epsilon, self.dual_clip)
+    kernel = "fiberpo_megatron.fibration.kernels.formulas:PPO"
+
+    def check(self) -> None:
+        """Refuse bounds that are not positive, and a dual clip that is not above 1."""
+        super().check()
+        check_dual_clip(self.dual_clip)
+
+    def gate(self, chunk: Chunk) -> GatedChunk:
+        """Return the clipped ratio, and a gradient of zero where the clip holds it."""
+        ratio = pessimistic_clip(chunk.ratio, chunk.advantages, self.bounds, self.dual_clip)
         free = equal(ratio, chunk.ratio)
         return GatedChunk(ratio, (chunk.weights * chunk.advantages).mul_(ratio).mul_(free), free)
 
 
-class CISPORule(_TokenRule):
-    """Clipped weight without gradient times log-prob (arXiv:2506.13585, equations 4 and 5).
+@register("grpo")
+@dataclass(frozen=True)
+class GRPO(PPO):
+    """Is PPO's clip under another name (arXiv:2402.03300, equation 3): the group baseline is an advantage estimator."""
+
+    kernel = PPO.kernel
+
+
+@register("dapo")
+@dataclass(frozen=True)
+class DAPO(PPO):
+    """Is PPO's clip with a higher upper bound (clip-higher, arXiv:2503.14476, equation 10 and section 4.1)."""
+
+    epsilon: float | Sequence[float] = (0.28, 0.2)
+    """Width of the clip of the ratio: one number, or the pair (upper, lower). The lower one must be below 1."""
+
+    kernel = PPO.kernel
+
+
+@register("cispo")
+@dataclass(frozen=True)
+class CISPO(RatioClip, TokenObjective):
+    """Weights the log-prob by a clipped ratio that carries no gradient (arXiv:2506.13585, equations 4 and 5).
 
     The gradient is mu A clip(r, 1 - e_low, 1 + e_high) for every token. The value is sum mu A clip(r):
     because of the stop-gradient, the gradient is not the value's derivative.
     """
 
-    def __init__(self, epsilon: Epsilon) -> None:
-        self.epsilon = epsilon
+    epsilon: float | Sequence[float] = (4.0, 1.0)  # no lower bound, as in section 3; the upper bound 5 is our choice
+    """Width of the clip of the ratio: one number, or the pair (upper, lower). A lower one of 1 sets no lower bound."""
 
-    def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
-        ratio = chunk.ratio.clamp(1.0 - self.epsilon[1], 1.0 + self.epsilon[0])
+    gradient_is_derivative = False
+    may_lack_lower_bound = True
+    kernel = "fiberpo_megatron.fibration.kernels.formulas:CISPO"
+
+    def gate(self, chunk: Chunk) -> GatedChunk:
+        """Return the clipped ratio, and mu A times it as the gradient."""
+        high, low = self.bounds
+        ratio = chunk.ratio.clamp(1.0 - low, 1.0 + high)
         free = equal(ratio, chunk.ratio)
         return GatedChunk(ratio, (chunk.weights * chunk.advantages).mul_(ratio), free)
 
 
-class ReinforceRule(_TokenRule):
-    """Plain importance weighting: G = r."""
+@register("reinforce")
+@dataclass(frozen=True)
+class Reinforce(TokenObjective):
+    """Weights each token by its plain importance ratio: G = r."""
 
-    def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
+    kernel = "fiberpo_megatron.fibration.kernels.formulas:REINFORCE"
+
+    def gate(self, chunk: Chunk) -> GatedChunk:
+        """Return the ratio, and mu A r as the gradient."""
         ratio = chunk.ratio
-        return GatedChunk(ratio, (chunk.weights * chunk.advantages).mul_(ratio), ratio.new_ones(ratio.shape))
+        return GatedChunk(ratio, (chunk.weights * chunk.advantages).mul_(ratio))

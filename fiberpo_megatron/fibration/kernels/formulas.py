@@ -1,6 +1,7 @@
 """Each objective's arithmetic on one block of tokens, as device functions.
 
-They say in Triton what the rules' `terms`, `gate` and `finish` say in torch, in the same order of operations:
+They compute in Triton what an objective's `terms`, `gate` and `finish` compute in torch, in the same order of
+operations:
   terms(x, mu, counted)                -> what the first reduction sums per finest node
   gate(x, a, mu, values, OPTIONS)      -> G, direct gradient, whether the own clip is free, what the second one sums
   finish(x, a, mu, values, more, OPTIONS) -> the gradient that reaches tokens through aggregates
@@ -18,10 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fiberpo_megatron.fibration.fiber import UNBOUNDED, FiberRule
-from fiberpo_megatron.fibration.rule import Rule
-from fiberpo_megatron.fibration.sequence import APCRule, GSPORule
-from fiberpo_megatron.fibration.token_clip import CISPORule, PPORule, ReinforceRule
+from fiberpo_megatron.fibration.fiber import UNBOUNDED
 
 _UNBOUNDED = tl.constexpr(UNBOUNDED)
 
@@ -82,12 +80,14 @@ def _fiber_finish(x, a, mu, values, more, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def _no_terms(x, mu, counted):
+def no_terms(x, mu, counted):
+    """Sum nothing: the `terms` of an objective without node sums."""
     return ()
 
 
 @triton.jit
-def _nothing(x, a, mu, values, more, OPTIONS: tl.constexpr):
+def no_finish(x, a, mu, values, more, OPTIONS: tl.constexpr):
+    """Return zero: the `finish` of an objective without node sums."""
     return tl.zeros_like(x)
 
 
@@ -185,25 +185,18 @@ def _apc_finish(x, a, mu, values, more, OPTIONS: tl.constexpr):
 
 @dataclass(frozen=True)
 class Formulas:
-    """One objective's device functions."""
+    """Holds the device functions of one objective; its class attribute `kernel` names this object by import path."""
 
     terms: Any
     gate: Any
     finish: Any
     options: Callable[[Any], tuple[float | bool | None, ...]]
-    """Reads the rule's constants: (epsilon for A > 0, for A <= 0, dual clip, unclip positive); APC's delta is first."""
+    """Returns the constants that the functions read as OPTIONS, from the objective."""
 
 
-FORMULAS: dict[type[Rule], Formulas] = {
-    FiberRule: Formulas(
-        _fiber_terms,
-        _fiber_gate,
-        _fiber_finish,
-        lambda rule: (*rule.epsilon, rule.overlays.dual_clip, rule.overlays.unclip_positive),
-    ),
-    PPORule: Formulas(_no_terms, _ppo_gate, _nothing, lambda rule: (*rule.epsilon, rule.dual_clip, False)),
-    CISPORule: Formulas(_no_terms, _cispo_gate, _nothing, lambda rule: (*rule.epsilon, None, False)),
-    ReinforceRule: Formulas(_no_terms, _reinforce_gate, _nothing, lambda rule: (0.0, 0.0, None, False)),
-    APCRule: Formulas(_apc_terms, _apc_gate, _apc_finish, lambda rule: (rule.delta, 0.0, None, False)),
-    GSPORule: Formulas(_gspo_terms, _gspo_gate, _gspo_finish, lambda rule: (*rule.epsilon, None, False)),
-}
+FIBER = Formulas(_fiber_terms, _fiber_gate, _fiber_finish, lambda it: (*it.bounds, it.dual_clip, it.unclip_positive))
+PPO = Formulas(no_terms, _ppo_gate, no_finish, lambda it: (*it.bounds, it.dual_clip))
+CISPO = Formulas(no_terms, _cispo_gate, no_finish, lambda it: it.bounds)
+REINFORCE = Formulas(no_terms, _reinforce_gate, no_finish, lambda it: ())
+APC = Formulas(_apc_terms, _apc_gate, _apc_finish, lambda it: (it.delta,))
+GSPO = Formulas(_gspo_terms, _gspo_gate, _gspo_finish, lambda it: (*it.bounds, None))

@@ -1,4 +1,4 @@
-"""One objective call in fused kernels: what `engine.evaluate` does in torch, with two waits for the host.
+"""One objective call in fused kernels: what `evaluate` does in torch, with two waits for the host.
 
 It waits for the number of runs (where ids matter) and, when all is launched, for the metrics together with flags for
 malformed tokens and levels that do not nest. A set flag sends the call through the torch path's checks, which know the
@@ -8,6 +8,7 @@ words. Unlike there, a malformed token is found after the reductions: then every
 from __future__ import annotations
 
 import contextlib
+from importlib import import_module
 
 import torch
 import triton
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from fiberpo_megatron.fibration import histogram
 from fiberpo_megatron.fibration.collective import Reduce, fused_sum
-from fiberpo_megatron.fibration.fiber import FiberRule
+from fiberpo_megatron.fibration.fiber import FiberPO
 from fiberpo_megatron.fibration.gates import GatedTree, gate_tree
 from fiberpo_megatron.fibration.kernels import token_kernels
 from fiberpo_megatron.fibration.kernels.device_tree import DeviceTree
-from fiberpo_megatron.fibration.kernels.formulas import FORMULAS
+from fiberpo_megatron.fibration.kernels.formulas import Formulas
 from fiberpo_megatron.fibration.kernels.launch import launch
 from fiberpo_megatron.fibration.kernels.run_plan import Plan, make_plan
 from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
@@ -52,10 +53,23 @@ def block_size(partitions: int, dtype: torch.dtype) -> int:
     return min(MAX_BLOCK, max(MIN_BLOCK, TILE_BYTES // row))
 
 
+def formulas_of(rule: Rule) -> Formulas:
+    """Return the formulas that an objective's `kernel` names. Raises ValueError where there are none."""
+    path = rule.require_kernel()
+    module, _, name = path.partition(":")
+    found = getattr(import_module(module), name, None)
+    if not isinstance(found, Formulas):
+        raise ValueError(
+            f"the kernel of objective {rule.name!r} is {path!r}, which is {type(found).__name__}; name a Formulas "
+            "object as package.module:NAME (fiberpo_megatron/fibration/kernels/formulas.py)"
+        )
+    return found
+
+
 def evaluate_fused(
     rule: Rule, batch: TokenBatch, keys: tuple[str, ...], reduce: Reduce | None, *, with_metrics: bool
 ) -> tuple[Tensor, Tensor, Tensor, ObjectiveMetrics | None]:
-    """Gated ratio [N], gradient [N], this rank's value, and the metrics; `keys` are those whose ids matter."""
+    """Return gated ratio [N], gradient [N], this rank's value, and the metrics; `keys` are those whose ids matter."""
     x = batch.log_ratio
     with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
         call = _FusedCall(rule, batch, keys, reduce, with_metrics=with_metrics)
@@ -70,7 +84,7 @@ class _FusedCall:
         self, rule: Rule, batch: TokenBatch, keys: tuple[str, ...], reduce: Reduce | None, *, with_metrics: bool
     ) -> None:
         self.rule, self.batch, self.reduce, self.with_metrics = rule, batch, reduce, with_metrics
-        self.formulas = FORMULAS[type(rule)]
+        self.formulas = formulas_of(rule)
         self.x, self.advantages = batch.log_ratio.contiguous(), batch.advantages.contiguous()
         self.weights = batch.weights.contiguous()
         self.share = None if batch.expert_share is None else batch.expert_share.contiguous()
@@ -90,7 +104,7 @@ class _FusedCall:
         if self.plan is not None and with_metrics and TRAJECTORY_KEY in keys:
             self.trajectories = self.plan.nodes.sizes[TRAJECTORY_KEY]
         self.tree: DeviceTree | None = None
-        if isinstance(rule, FiberRule):
+        if isinstance(rule, FiberPO):
             assert self.plan is not None
             self.tree = DeviceTree(rule.chain, self.plan.nodes, self.x.dtype)
         # integers that programs add to or raise: histogram, tokens and clipped tokens per trajectory, the tree's
