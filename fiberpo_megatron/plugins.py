@@ -19,6 +19,14 @@ from typing import Any
 
 BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "environments": {"jsonl": "fiberpo_megatron.environments.jsonl:Jsonl"},
+    "families": {
+        "llama": "fiberpo_megatron.mcore.families.llama:FAMILY",
+        "qwen2": "fiberpo_megatron.mcore.families.qwen2:FAMILY",
+        "qwen3": "fiberpo_megatron.mcore.families.qwen3:FAMILY",
+        "qwen3_moe": "fiberpo_megatron.mcore.families.qwen3_moe:FAMILY",
+        "mixtral": "fiberpo_megatron.mcore.families.mixtral:FAMILY",
+        "deepseek_v3": "fiberpo_megatron.mcore.families.deepseek_v3:FAMILY",
+    },
     "objectives": {},
     "advantages": {
         "group-mean": "fiberpo_megatron.trainer.advantages:GroupMean",

@@ -18,7 +18,7 @@ PARTS = {
     "telemetry": {"config", "types"},
     "data": {"config", "types"},
     "rewards": {"config", "types"},
-    "mcore": {"config", "types", "rendezvous"},
+    "mcore": {"config", "types", "rendezvous", "plugins"},
     "planning": {"config", "fibration", "mcore"},
     "engines": {"config", "types"},
     "rollout": {"config", "types", "engines"},

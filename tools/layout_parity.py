@@ -219,7 +219,7 @@ def pieces(shards: Any) -> list[Piece]:
 
 def run_reference(args: argparse.Namespace, problem: Problem) -> Outcome:
     """One process, one micro-batch, float64; defines the old log-probs as its own minus the drift."""
-    from fiberpo_megatron.mcore.families.architecture import read_architecture
+    from fiberpo_megatron.mcore.families import read_architecture
     from fiberpo_megatron.mcore.model import build_model, draw_weights
     from fiberpo_megatron.mcore.parallel.layout import start_layout
     from fiberpo_megatron.mcore.schedule import Schedule

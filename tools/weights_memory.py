@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fiberpo_megatron.config.schema import Config
-from fiberpo_megatron.mcore.families.architecture import read_architecture
+from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.model import build_model
 from fiberpo_megatron.mcore.parallel.layout import start_layout, stop_layout
 from fiberpo_megatron.mcore.weights import export_hf, load_hf, save_hf

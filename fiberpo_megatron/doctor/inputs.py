@@ -38,7 +38,7 @@ def tokenizer(config: Config) -> list[Finding]:
 
 def layout(config: Config, world_size: int) -> list[Finding]:
     """Check that [parallel] divides the model and the ranks."""
-    from fiberpo_megatron.mcore.families.architecture import read_architecture
+    from fiberpo_megatron.mcore.families import read_architecture
     from fiberpo_megatron.mcore.parallel.checks import layout_problems
 
     path = config.model.path / "config.json"

@@ -38,7 +38,7 @@ def checkpoint_bytes(config: Config) -> int:
     moments."""
     import json
 
-    from fiberpo_megatron.mcore.families.architecture import read_architecture
+    from fiberpo_megatron.mcore.families import read_architecture
     from fiberpo_megatron.planning.parameters import model_parameters
     from fiberpo_megatron.planning.states import DTYPE_BYTES, MOMENT_BYTES
 

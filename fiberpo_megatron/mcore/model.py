@@ -13,11 +13,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from fiberpo_megatron.mcore.families.architecture import Architecture
+from fiberpo_megatron.mcore.families import Architecture, Rope
 from fiberpo_megatron.mcore.parallel.checks import check_routers
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 from fiberpo_megatron.mcore.platform import activate
-from fiberpo_megatron.mcore.rope import Rope
 from fiberpo_megatron.mcore.router import Router
 from fiberpo_megatron.mcore.settings import ModelConfig
 from fiberpo_megatron.mcore.transformer_config import transformer_config

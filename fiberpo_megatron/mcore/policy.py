@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.config.schema import Config
-from fiberpo_megatron.mcore.families.architecture import read_architecture
+from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.model import PolicyModel, build_model, draw_weights
 from fiberpo_megatron.mcore.optimizers.build import build_optimizer, non_finite_gradient, wrap_data_parallel
 from fiberpo_megatron.mcore.optimizers.offload import TrainingMemory

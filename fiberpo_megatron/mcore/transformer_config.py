@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
-from fiberpo_megatron.mcore.families.architecture import Architecture, LatentAttention
+from fiberpo_megatron.mcore.families import Architecture, LatentAttention, Rope
 from fiberpo_megatron.mcore.parallel.checks import layers_per_chunk
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 from fiberpo_megatron.mcore.platform import activate
-from fiberpo_megatron.mcore.rope import Rope
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig, RecomputeModule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

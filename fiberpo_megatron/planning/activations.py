@@ -10,7 +10,7 @@ derived from what those modules hand to their backward functions, and was not me
 from dataclasses import dataclass
 from typing import Literal
 
-from fiberpo_megatron.mcore.families.architecture import Architecture, Experts, LatentAttention
+from fiberpo_megatron.mcore.families import Architecture, Experts, LatentAttention
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
 from fiberpo_megatron.planning.parameters import experts_of, stage_layers, vocabulary_rows
 from fiberpo_megatron.planning.states import DTYPE_BYTES

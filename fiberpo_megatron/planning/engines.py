@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fiberpo_megatron.config.schema import Config
-from fiberpo_megatron.mcore.families.architecture import Architecture
+from fiberpo_megatron.mcore.families import Architecture
 from fiberpo_megatron.planning.parameters import model_parameters
 from fiberpo_megatron.planning.states import DTYPE_BYTES
 

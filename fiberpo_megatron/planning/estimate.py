@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fiberpo_megatron.config.schema import Config
-from fiberpo_megatron.mcore.families.architecture import Architecture, read_architecture
+from fiberpo_megatron.mcore.families import Architecture, read_architecture
 from fiberpo_megatron.mcore.parallel.checks import check_layout
 from fiberpo_megatron.planning.activations import Implementation, Row, activation_bytes, log_prob_bytes
 from fiberpo_megatron.planning.engines import EnginePlan, engine_count, plan_engine

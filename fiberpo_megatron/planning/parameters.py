@@ -1,39 +1,44 @@
-"""The parameters that one rank holds: names and order as Megatron builds them, shapes as the layout cuts them."""
+"""The parameters that one rank holds: names and order as Megatron builds them, shapes as the layout cuts them.
+
+Everything follows from the architecture that the model's family reads from config.json, so that a new family needs no
+code here.
+"""
 
 from collections.abc import Iterator
 from functools import cache
 from math import prod
 from typing import NamedTuple
 
-from fiberpo_megatron.mcore.families.architecture import Architecture, Experts, LatentAttention
+from fiberpo_megatron.mcore.families import Architecture, Experts, LatentAttention
 from fiberpo_megatron.mcore.parallel.checks import layers_per_chunk
 from fiberpo_megatron.mcore.settings import ParallelConfig
 
 
 class Weight(NamedTuple):
-    """One parameter of a rank."""
+    """Describes one parameter of a rank."""
 
     name: str
     shape: tuple[int, ...]
     expert: bool = False
-    """Its gradient is summed over the expert-data-parallel ranks, not over all data-parallel ones."""
+    """Whether its gradient is summed over the expert-data-parallel ranks instead of all data-parallel ranks."""
     router: bool = False
-    """Frozen unless `model.train_router`."""
+    """Whether it belongs to a router, which is frozen unless `model.train_router`."""
     shared_embedding: bool = False
-    """Embedding and output layer are one matrix, held by the first and the last pipeline stage."""
+    """Whether it is the one matrix of a tied embedding and output layer, which the first and the last stage hold."""
 
     @property
     def numel(self) -> int:
+        """The number of its elements on this rank."""
         return prod(self.shape)
 
 
 def vocabulary_rows(architecture: Architecture, parallel: ParallelConfig) -> int:
-    """Rows of one rank's shard of embedding and output layer: the vocabulary padded to whole shards."""
+    """Return the rows of one rank's shard of embedding and output layer; the vocabulary is padded to equal shards."""
     return -(-architecture.vocab_size // parallel.tensor)
 
 
 def stage_layers(architecture: Architecture, parallel: ParallelConfig, stage: int, chunk: int) -> range:
-    """Layers (from 0, over the whole model) of model chunk `chunk` on pipeline stage `stage`."""
+    """Return the layers of model chunk `chunk` on pipeline stage `stage`, counted from 0 over the whole model."""
     counts = layers_per_chunk(architecture.layers, parallel.pipeline * parallel.virtual_pipeline)
     place = chunk * parallel.pipeline + stage
     first = sum(counts[:place])
@@ -41,7 +46,7 @@ def stage_layers(architecture: Architecture, parallel: ParallelConfig, stage: in
 
 
 def chunk_weights(architecture: Architecture, parallel: ParallelConfig, stage: int, chunk: int) -> list[Weight]:
-    """Parameters of one model chunk in the order of `named_parameters()`."""
+    """Return the parameters of one model chunk in the order of `named_parameters()`."""
     vocabulary = (vocabulary_rows(architecture, parallel), architecture.hidden_size)
     first = stage == 0 and chunk == 0
     last = stage == parallel.pipeline - 1 and chunk == parallel.virtual_pipeline - 1
@@ -53,13 +58,13 @@ def chunk_weights(architecture: Architecture, parallel: ParallelConfig, stage: i
         weights += _layer(architecture, parallel, layer)
     if last:
         weights.append(Weight("final_layernorm", (architecture.hidden_size,)))
-        if not (tied and first):  # the only stage uses the embedding itself
+        if not (tied and first):  # a single stage uses the embedding itself
             weights.append(Weight("output_layer", vocabulary, shared_embedding=tied))
     return weights
 
 
 def experts_of(architecture: Architecture, layer: int) -> Experts | None:
-    """The experts of a layer; None where it has a plain MLP."""
+    """Return the experts of a layer, or None where it has a plain MLP."""
     experts = architecture.experts
     return None if experts is None or layer in experts.dense_layers else experts
 
@@ -99,7 +104,8 @@ def _attention(architecture: Architecture, parallel: ParallelConfig, prefix: str
 def _latent_attention(
     architecture: Architecture, latent: LatentAttention, parallel: ParallelConfig, prefix: str
 ) -> Iterator[Weight]:
-    """Down-projections are whole on every tensor-parallel rank, up-projections are cut by heads."""
+    """Yield the weights of latent attention: every tensor-parallel rank holds whole down-projections, and its heads'
+    part of the up-projections."""
     hidden, heads = architecture.hidden_size, architecture.heads // parallel.tensor
     queries, rank = heads * architecture.head_dim, latent.key_value_rank
     yield Weight(f"{prefix}.linear_proj", (hidden, heads * latent.value_size))
@@ -122,13 +128,16 @@ def _gated_mlp(name: str, hidden: int, ffn: int, expert: bool = False) -> Iterat
 
 @cache
 def model_parameters(architecture: Architecture) -> int:
-    """Parameters of the whole model, tied embeddings counted once, without padding."""
+    """Return the number of parameters of the whole model without padding; tied embeddings count once."""
     return sum(weight.numel for weight in chunk_weights(architecture, ParallelConfig(), 0, 0))
 
 
 @cache
 def active_parameters(architecture: Architecture) -> int:
-    """Parameters that one token multiplies with: all but the experts it is not sent to and the embedding table."""
+    """Return the number of parameters that one token is multiplied with.
+
+    These are all but the embedding table and the experts that the token is not sent to.
+    """
     embedding = 0 if architecture.tied_embeddings else architecture.vocab_size * architecture.hidden_size
     experts = architecture.experts
     used = experts.per_token / experts.count if experts else 1.0
@@ -137,5 +146,5 @@ def active_parameters(architecture: Architecture) -> int:
 
 @cache
 def expert_parameters(architecture: Architecture) -> int:
-    """Parameters of the experts among which tokens choose."""
+    """Return the number of parameters of the experts among which the routers choose."""
     return sum(weight.numel for weight in chunk_weights(architecture, ParallelConfig(), 0, 0) if weight.expert)

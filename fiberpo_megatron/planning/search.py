@@ -5,7 +5,7 @@ from itertools import product
 from typing import Any
 
 from fiberpo_megatron.config.schema import Config
-from fiberpo_megatron.mcore.families.architecture import Architecture, read_architecture
+from fiberpo_megatron.mcore.families import Architecture, read_architecture
 from fiberpo_megatron.mcore.parallel.checks import layout_problems
 from fiberpo_megatron.mcore.settings import ParallelConfig
 from fiberpo_megatron.planning.engines import plan_engine

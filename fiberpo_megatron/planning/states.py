@@ -12,7 +12,7 @@ from functools import lru_cache
 from math import lcm
 from typing import Literal
 
-from fiberpo_megatron.mcore.families.architecture import Architecture
+from fiberpo_megatron.mcore.families import Architecture
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
 from fiberpo_megatron.planning.parameters import Weight, chunk_weights
 

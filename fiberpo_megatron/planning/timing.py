@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from fiberpo_megatron.config.schema import Config
-from fiberpo_megatron.mcore.families.architecture import Architecture
+from fiberpo_megatron.mcore.families import Architecture
 from fiberpo_megatron.planning.engines import (
     EnginePlan,
     engine_count,

@@ -21,7 +21,7 @@ from fiberpo_megatron.engines.registry import SLACK_S, Registry
 from fiberpo_megatron.engines.servers import check_reachable, engines
 from fiberpo_megatron.engines.settings import EngineConfig
 from fiberpo_megatron.mcore.checkpoint import CheckpointError, DamagedCheckpoint, complete_steps
-from fiberpo_megatron.mcore.families.architecture import read_architecture
+from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.parallel.heartbeat import heartbeat
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout, start_layout, stop_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy

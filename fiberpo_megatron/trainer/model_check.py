@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.data.packing import pack
-from fiberpo_megatron.mcore.families.architecture import read_architecture, used_fields
+from fiberpo_megatron.mcore.families import read_architecture, used_fields
 from fiberpo_megatron.mcore.model import build_model
 from fiberpo_megatron.mcore.parallel.layout import start_layout, stop_layout
 from fiberpo_megatron.mcore.probe import Observation, observed, whole

@@ -8,7 +8,7 @@ import torch
 
 from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.fibration import Objective, build_objective
-from fiberpo_megatron.mcore.families.architecture import read_architecture
+from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.parallel.checks import check_layout, check_routers
 from fiberpo_megatron.mcore.weights.files import stored_tensors
 from fiberpo_megatron.rollout.dump import RolloutDump

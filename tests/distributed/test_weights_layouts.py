@@ -167,7 +167,7 @@ def assert_gradients(name: str, found: dict[str, Tensor], wanted: dict[str, Tens
 
 
 def test_families_are_covered() -> None:
-    from fiberpo_megatron.mcore.families.weight_tables import FAMILIES
+    from fiberpo_megatron.mcore.families import FAMILIES
 
     assert {family for family, _ in MODELS.values()} == set(FAMILIES)
     assert not DENSE.keys() & MOE.keys()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fiberpo_megatron.mcore.families.architecture import read_architecture
+from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.model import build_model
 from fiberpo_megatron.mcore.parallel.layout import start_layout
 from fiberpo_megatron.mcore.schedule import Schedule

@@ -7,7 +7,7 @@ import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from pydantic import ValidationError
 
-from fiberpo_megatron.mcore.families.architecture import read_architecture
+from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
 from fiberpo_megatron.mcore.transformer_config import transformer_config
 from fiberpo_megatron.trainer.fp8 import missing_for_fp8

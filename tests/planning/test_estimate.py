@@ -11,7 +11,7 @@ import torch
 from fiberpo_megatron.cli.main import main
 from fiberpo_megatron.config import Config, load_config
 from fiberpo_megatron.fibration import build_objective
-from fiberpo_megatron.mcore.families.architecture import read_architecture
+from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.planning.estimate import Plan, make_plan
 from fiberpo_megatron.planning.hardware import GPUS, Assumptions, assume
 from fiberpo_megatron.planning.parameters import active_parameters, model_parameters

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from fiberpo_megatron.mcore.families.architecture import read_architecture
+from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
 from fiberpo_megatron.planning.states import Position, StateBytes, state_bytes
 from tests.distributed.parity import DEEPSEEK_V3, QWEN3_MOE, make_batch, make_config, micro_batches_for

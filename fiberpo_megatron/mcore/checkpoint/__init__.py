@@ -34,7 +34,7 @@ from fiberpo_megatron.mcore.checkpoint.state import (
     restore_state,
     sharded_state,
 )
-from fiberpo_megatron.mcore.families.architecture import read_architecture
+from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 
 __all__ = [

@@ -1,7 +1,8 @@
-"""Which fields of config.json each family understands: one declarative table per model_type. Pure.
+"""The fields of config.json: which of them a family understands, and how their values are read and checked.
 
-Defaults are those of transformers' config classes, because a config.json may leave a field out when it has the
-default. A test compares the tables with transformers, so that a new field there is noticed here.
+A field that changes the computation and that a family does not understand is refused by name, never ignored. Defaults
+are those of transformers' config classes, because a config.json may leave out a field that has the default; a test
+compares them with transformers. This module imports neither torch nor Megatron.
 """
 
 from collections.abc import Mapping
@@ -9,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 REQUIRED = object()
-"""Default of a field that has to be there."""
+"""The default of a field that config.json must contain."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """What one family's config may say."""
+    """This is what the config.json of one family may say."""
 
     used: Mapping[str, Any]
     """Fields that shape the model, each with the default that a missing field stands for."""
@@ -32,10 +33,10 @@ HARMLESS = frozenset({
     "_experts_implementation", "use_return_dict", "tokenizer_class", "_attn_implementation_autoset", "is_llama_config",
     "transformers.js_config", "unsloth_fixed", "unsloth_version",
 })  # fmt: skip
-"""Labels, outputs, marks of the tools that wrote the file (`is_llama_config` is SmolLM2's), and `router_aux_loss_coef`:
-the run's own `model.router_aux_loss` decides."""
+"""Fields of any family that do not change the computation: labels, outputs, marks of the tools that wrote the file
+(SmolLM2 has `is_llama_config`), and `router_aux_loss_coef`, because the run's own `model.router_aux_loss` decides."""
 
-_SIZES = {
+SIZES: Mapping[str, Any] = {
     "model_type": REQUIRED,
     "num_hidden_layers": REQUIRED,
     "hidden_size": REQUIRED,
@@ -50,91 +51,57 @@ _SIZES = {
     "initializer_range": 0.02,
     "max_position_embeddings": 32768,
 }
-_FIXED: dict[str, tuple[Any, ...]] = {
+"""Fields that every family here uses. Grouped-query attention also needs `num_key_value_heads` and `head_dim`."""
+FIXED: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "attention_dropout": (0.0, None),
     "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
-    "is_causal": (True,),  # transformers' masks ask for it, whatever the family
+    "is_causal": (True,),  # transformers' masks read it, whatever the family
 }
-_MLP_BIAS: dict[str, tuple[Any, ...]] = {"mlp_bias": (False, None)}
-_WINDOW: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False, None)}
-"""The families that have it ignore `sliding_window` without it; others use a window that is given."""
-_QWEN3: dict[str, tuple[Any, ...]] = {"use_qk_norm": (True, None), "qkv_bias": (False, None)}
-"""Written by some of its models, read by no code: Qwen3 always has the norms and never the bias."""
+"""Fields that every family accepts at these values only."""
+WINDOW: Mapping[str, tuple[Any, ...]] = {"use_sliding_window": (False, None)}
+"""Fixed field of families that ignore `sliding_window` unless this one is true; other families use a given window."""
+QWEN3: Mapping[str, tuple[Any, ...]] = {"use_qk_norm": (True, None), "qkv_bias": (False, None)}
+"""Fixed fields that some Qwen3 models write and no code reads: Qwen3 always has the norms and never the bias."""
 
-FAMILIES: Mapping[str, Fields] = {
-    "llama": Fields(
-        {**_SIZES, "max_position_embeddings": 2048, "num_key_value_heads": None, "head_dim": None},
-        {**_FIXED, **_MLP_BIAS},
-    ),
-    "qwen2": Fields({**_SIZES, "num_key_value_heads": 32, "head_dim": None}, {**_FIXED, **_WINDOW}),
-    "qwen3": Fields({**_SIZES, "num_key_value_heads": 32, "head_dim": 128}, {**_FIXED, **_WINDOW, **_QWEN3}),
-    "qwen3_moe": Fields(
-        {
-            **_SIZES,
-            "num_key_value_heads": 4,
-            "head_dim": None,
-            "num_experts": REQUIRED,
-            "num_local_experts": None,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 768,
-            "norm_topk_prob": False,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-        },
-        {**_FIXED, **_WINDOW, **_QWEN3},
-    ),
-    "mixtral": Fields(
-        {
-            **_SIZES,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 1000000.0,
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 8,
-            "head_dim": None,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-        },
-        {**_FIXED, "router_jitter_noise": (0.0, None)},
-    ),
-    "deepseek_v3": Fields(
-        {
-            **_SIZES,
-            "max_position_embeddings": 4096,
-            "num_key_value_heads": 128,
-            "q_lora_rank": 1536,
-            "kv_lora_rank": 512,
-            "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 128,
-            "moe_intermediate_size": 2048,
-            "n_routed_experts": 256,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 8,
-            "first_k_dense_replace": 3,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-            "n_group": 8,
-            "topk_group": 4,
-            "num_nextn_predict_layers": 1,
-        },
-        {
-            **_FIXED,
-            "rope_interleave": (True, None),
-            "moe_layer_freq": (1,),
-            "scoring_func": ("sigmoid",),
-            "topk_method": ("noaux_tc",),
-        },
-        frozenset({"head_dim", "qk_head_dim", "ep_size", "aux_loss_alpha", "seq_aux"}),
-    ),
-}
-"""By config.json's `model_type`."""
+
+class ConfigReader:
+    """Reads the fields of one config.json, with the family's defaults for those that it leaves out."""
+
+    def __init__(self, given: Mapping[str, Any], fields: Fields) -> None:
+        self.given = given
+        """The content of config.json."""
+        self._fields = fields
+
+    def get(self, key: str) -> Any:
+        """Return a field's value, or its default when config.json leaves it out (None for a required field).
+
+        Raises ValueError for a field that the family reads without declaring it.
+        """
+        if key not in self._fields.used:
+            raise ValueError(f"the model family reads {key!r} of config.json; declare it in `Fields.used`")
+        default = self._fields.used[key]
+        return self.given.get(key, None if default is REQUIRED else default)
+
+    def number(self, key: str, at_least: int = 1) -> int:
+        """Return a field that is a whole number. Raises ValueError for any other value and for smaller numbers."""
+        value = self.get(key)
+        if not isinstance(value, int) or value < at_least:
+            raise ValueError(f"config.json: {key} = {value!r}; a whole number of at least {at_least} is needed")
+        return value
+
+    def positive(self, key: str) -> float:
+        """Return a field that is a number above 0. Raises ValueError for any other value."""
+        value = self.get(key)
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"config.json: {key} = {value!r}; a number above 0 is needed")
+        return float(value)
 
 
 def refuse_unknown(hf_config: Mapping[str, Any], fields: Fields) -> None:
-    """ValueError names the first field of a config.json that changes the computation, or might, and is not built."""
+    """Raise ValueError for the first field that changes the computation, or might, in a way that is not built."""
     for key, value in hf_config.items():
         if key in fields.fixed:
             if value not in fields.fixed[key]:

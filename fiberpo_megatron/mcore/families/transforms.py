@@ -2,175 +2,156 @@
 
 A transform knows three things: the full shapes of the Hugging Face tensors behind a parameter, how a
 tensor-parallel shard is read from them (only the rows or columns that it needs), and how the shards of all
-ranks are put together again. Loading and exporting are exact inverses: no value is changed, only moved.
+ranks are put together again. Loading and exporting are exact inverses: values are moved and never changed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fiberpo_megatron.mcore.families.architecture import read_architecture
+from fiberpo_megatron.mcore.families.architecture import Architecture
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The `rank`-th of `size` equal parts of a parameter."""
+    """This is the `rank`-th of `size` equal parts of a parameter."""
 
     rank: int
     size: int
 
 
-@dataclass(frozen=True)
-class Dimensions:
-    """What the transforms and tables need to know of a Hugging Face config."""
-
-    vocab_size: int
-    layers: int
-    experts: int
-    """Routed experts per MoE layer; 0 for a dense model."""
-    heads: int
-    kv_heads: int
-    head_dim: int
-    tied_embeddings: bool
-    predict_layers: int = 0
-    """Multi-token prediction layers behind the model's own."""
-
-    @classmethod
-    def from_hf(cls, hf_config: Mapping[str, object]) -> "Dimensions":
-        """Read config.json's fields; raises ValueError as `read_architecture` does."""
-        architecture = read_architecture(hf_config)
-        return cls(
-            vocab_size=architecture.vocab_size,
-            layers=architecture.layers,
-            experts=architecture.experts.count if architecture.experts else 0,
-            heads=architecture.heads,
-            kv_heads=architecture.key_value_heads,
-            head_dim=architecture.head_dim,
-            tied_embeddings=architecture.tied_embeddings,
-            predict_layers=architecture.predict_layers,
-        )
-
-
 class TensorReader(Protocol):
-    """Reads parts of named tensors from a checkpoint."""
+    """Reads parts of named tensors from a folder of weights."""
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of `name` along `dim`; the whole tensor when `stop` is None."""
+        """Return the elements [start, stop) of `name` along `dim`; the whole tensor when `stop` is None."""
         ...
 
 
 class Transform(Protocol):
-    def hf_shapes(self, local: Shape, size: int, dims: Dimensions) -> list[Shape]:
-        """Full shapes of the Hugging Face tensors of a parameter with `size` shards of shape `local`."""
+    """Turns the tensors of a rule into shards of its parameter, and shards into tensors."""
+
+    def hf_shapes(self, local: Shape, size: int, model: Architecture) -> list[Shape]:
+        """Return the full shapes of the Hugging Face tensors of a parameter with `size` shards of shape `local`.
+
+        Raises ValueError when `size` shards cannot make up the tensors of this model.
+        """
         ...
 
-    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions) -> Tensor:
-        """This shard, of shape `local`, from the tensors called `names`."""
+    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, model: Architecture) -> Tensor:
+        """Return this shard, of shape `local`, read from the tensors called `names`."""
         ...
 
-    def merge(self, shards: Sequence[Tensor], dims: Dimensions) -> list[Tensor]:
-        """The Hugging Face tensors, freshly allocated, from all shards in order."""
+    def merge(self, shards: Sequence[Tensor], model: Architecture) -> list[Tensor]:
+        """Return the Hugging Face tensors, newly allocated, made from all shards in order."""
         ...
 
 
 @dataclass(frozen=True)
 class Whole:
-    """The same tensor on every tensor-parallel rank (norms, routers)."""
+    """This parameter is the same tensor on every tensor-parallel rank (norms, routers)."""
 
-    def hf_shapes(self, local: Shape, size: int, dims: Dimensions) -> list[Shape]:
+    def hf_shapes(self, local: Shape, size: int, model: Architecture) -> list[Shape]:
         return [local]
 
-    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions) -> Tensor:
+    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, model: Architecture) -> Tensor:
         return read.read(names[0])
 
-    def merge(self, shards: Sequence[Tensor], dims: Dimensions) -> list[Tensor]:
+    def merge(self, shards: Sequence[Tensor], model: Architecture) -> list[Tensor]:
         return [shards[0].clone()]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Equal parts along `dim`: 0 for column-parallel linears, 1 for row-parallel ones."""
+    """This parameter is cut into equal parts along `dim`: 0 for column-parallel linears, 1 for row-parallel ones."""
 
     dim: int
 
-    def hf_shapes(self, local: Shape, size: int, dims: Dimensions) -> list[Shape]:
+    def hf_shapes(self, local: Shape, size: int, model: Architecture) -> list[Shape]:
         return [(*local[: self.dim], local[self.dim] * size, *local[self.dim + 1 :])]
 
-    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions) -> Tensor:
+    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, model: Architecture) -> Tensor:
         width = local[self.dim]
         return read.read(names[0], self.dim, shard.rank * width, (shard.rank + 1) * width)
 
-    def merge(self, shards: Sequence[Tensor], dims: Dimensions) -> list[Tensor]:
+    def merge(self, shards: Sequence[Tensor], model: Architecture) -> list[Tensor]:
         return [torch.cat(list(shards), dim=self.dim)]
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Rows of the vocabulary, padded by Megatron to equal parts: zeros on load, cut off on export."""
+    """This parameter has a row per token, and Megatron pads the rows to equal parts.
 
-    def hf_shapes(self, local: Shape, size: int, dims: Dimensions) -> list[Shape]:
-        if local[0] * size < dims.vocab_size:
-            raise ValueError(f"{local[0]} rows x {size} shards hold fewer than vocab_size = {dims.vocab_size}")
-        return [(dims.vocab_size, *local[1:])]
+    The padding is zero after loading, and exporting cuts it off.
+    """
 
-    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions) -> Tensor:
-        start = min(shard.rank * local[0], dims.vocab_size)
-        stop = min(start + local[0], dims.vocab_size)
+    def hf_shapes(self, local: Shape, size: int, model: Architecture) -> list[Shape]:
+        if local[0] * size < model.vocab_size:
+            raise ValueError(f"{local[0]} rows x {size} shards hold fewer than vocab_size = {model.vocab_size}")
+        return [(model.vocab_size, *local[1:])]
+
+    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, model: Architecture) -> Tensor:
+        start = min(shard.rank * local[0], model.vocab_size)
+        stop = min(start + local[0], model.vocab_size)
         rows = read.read(names[0], 0, start, stop)
         return torch.cat([rows, rows.new_zeros(local[0] - len(rows), *local[1:])])
 
-    def merge(self, shards: Sequence[Tensor], dims: Dimensions) -> list[Tensor]:
+    def merge(self, shards: Sequence[Tensor], model: Architecture) -> list[Tensor]:
         rows = torch.cat(list(shards))
-        return [rows if len(rows) == dims.vocab_size else rows[: dims.vocab_size].clone()]
+        return [rows if len(rows) == model.vocab_size else rows[: model.vocab_size].clone()]
 
 
 @dataclass(frozen=True)
 class GateUp:
-    """SwiGLU's first linear: each shard holds its part of the gate above its part of the up projection."""
+    """This is the first linear of SwiGLU: each shard holds its part of the gate above its part of the up projection."""
 
-    def hf_shapes(self, local: Shape, size: int, dims: Dimensions) -> list[Shape]:
+    def hf_shapes(self, local: Shape, size: int, model: Architecture) -> list[Shape]:
         return [(local[0] // 2 * size, *local[1:])] * 2
 
-    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions) -> Tensor:
+    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, model: Architecture) -> Tensor:
         rows = local[0] // 2
         return torch.cat([read.read(name, 0, shard.rank * rows, (shard.rank + 1) * rows) for name in names])
 
-    def merge(self, shards: Sequence[Tensor], dims: Dimensions) -> list[Tensor]:
+    def merge(self, shards: Sequence[Tensor], model: Architecture) -> list[Tensor]:
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([pair[part] for pair in halves]) for part in (0, 1)]
 
 
 @dataclass(frozen=True)
 class Qkv:
-    """Query, key, value in one linear (weight or bias): for each KV group its queries, its key, its value."""
+    """This is one linear (weight or bias) for queries, keys and values.
 
-    def hf_shapes(self, local: Shape, size: int, dims: Dimensions) -> list[Shape]:
-        if dims.kv_heads % size:
-            raise ValueError(f"{dims.kv_heads} key-value heads do not divide over {size} tensor-parallel ranks")
-        fused = (dims.heads + 2 * dims.kv_heads) * dims.head_dim
+    For each group of key-value heads it holds the group's queries, its key and its value.
+    """
+
+    def hf_shapes(self, local: Shape, size: int, model: Architecture) -> list[Shape]:
+        if model.key_value_heads % size:
+            raise ValueError(f"{model.key_value_heads} key-value heads do not divide over {size} tensor-parallel ranks")
+        fused = (model.heads + 2 * model.key_value_heads) * model.head_dim
         if local[0] * size != fused:
             raise ValueError(
-                f"{local[0]} rows x {size} shards, but {dims.heads} query and {dims.kv_heads} key-value "
-                f"heads of size {dims.head_dim} make {fused}"
+                f"{local[0]} rows x {size} shards, but {model.heads} query and {model.key_value_heads} key-value "
+                f"heads of size {model.head_dim} make {fused}"
             )
-        return [(heads * dims.head_dim, *local[1:]) for heads in (dims.heads, dims.kv_heads, dims.kv_heads)]
+        counts = (model.heads, model.key_value_heads, model.key_value_heads)
+        return [(heads * model.head_dim, *local[1:]) for heads in counts]
 
-    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, dims: Dimensions) -> Tensor:
-        groups = dims.kv_heads // shard.size
+    def load(self, read: TensorReader, names: Sequence[str], local: Shape, shard: Shard, model: Architecture) -> Tensor:
+        groups = model.key_value_heads // shard.size
         parts = []
-        for name, per_group in zip(names, (dims.heads // dims.kv_heads, 1, 1), strict=True):
-            rows = groups * per_group * dims.head_dim
+        for name, per_group in zip(names, (model.heads // model.key_value_heads, 1, 1), strict=True):
+            rows = groups * per_group * model.head_dim
             part = read.read(name, 0, shard.rank * rows, (shard.rank + 1) * rows)
-            parts.append(part.view(groups, per_group * dims.head_dim, *local[1:]))
+            parts.append(part.view(groups, per_group * model.head_dim, *local[1:]))
         return torch.cat(parts, dim=1).flatten(0, 1)
 
-    def merge(self, shards: Sequence[Tensor], dims: Dimensions) -> list[Tensor]:
-        queries = dims.heads // dims.kv_heads * dims.head_dim
-        sizes = [queries, dims.head_dim, dims.head_dim]
+    def merge(self, shards: Sequence[Tensor], model: Architecture) -> list[Tensor]:
+        queries = model.heads // model.key_value_heads * model.head_dim
+        sizes = [queries, model.head_dim, model.head_dim]
         split = [shard.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1) for shard in shards]
         return [torch.cat([parts[i].flatten(0, 1) for parts in split]) for i in range(3)]

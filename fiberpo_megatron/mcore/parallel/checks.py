@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from math import gcd
 from typing import Any
 
-from fiberpo_megatron.mcore.families.architecture import Architecture, read_architecture
+from fiberpo_megatron.mcore.families import Architecture, read_architecture
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
 
 

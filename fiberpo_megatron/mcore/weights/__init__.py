@@ -1,8 +1,8 @@
 """Hugging Face weights into and out of a Megatron model in any layout.
 
-Loading: every rank finds, by its family's table, which parts of which tensors make up its own parameters, and
-reads only those. Exporting: the owners of a bucket's shards send them to rank 0, one message per owner and
-bucket, where the full tensors are put together one at a time. No rank ever holds the whole model.
+When loading, every rank finds in the weight table of the model's family which parts of which tensors make up its own
+parameters, and reads only those. When exporting, the owners of a bucket's shards send them to rank 0 in one message
+per owner and bucket; rank 0 puts the full tensors together one at a time. No rank ever holds the whole model.
 """
 
 import re
@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fiberpo_megatron.mcore.families.transforms import Dimensions
-from fiberpo_megatron.mcore.families.weight_tables import HF_EMBEDDING, HF_OUTPUT, Family, Match, family_of, match_name
+from fiberpo_megatron.mcore.families import EMBEDDING, OUTPUT, Architecture, WeightTable, family_of
+from fiberpo_megatron.mcore.families.weight_tables import Match, match_name
 from fiberpo_megatron.mcore.weights.export import export_hf
 from fiberpo_megatron.mcore.weights.files import HfFiles
 from fiberpo_megatron.mcore.weights.local import LocalWeight, WeightLayout, local_weights
@@ -28,35 +28,38 @@ def load_hf(
     folder: str | Path,
     layout: WeightLayout,
 ) -> None:
-    """Fill the model with the safetensors weights of `folder`, each rank reading only its part.
+    """Fill the model with the safetensors weights of `folder`; each rank reads only its part.
 
-    Every rank calls it. Values are cast to the parameters' type. Raises ValueError, on every rank, naming the
-    tensors that are unknown, missing or of the wrong shape, or the parameters that the family's table does
-    not fill. An optimizer that was built before has to refresh its main parameters
+    Every rank must call this. Values are cast to the parameters' type. Raises ValueError on every rank that names the
+    tensors that are unknown, missing or of the wrong shape, or the parameters that the family's weight table does not
+    describe. An optimizer that was built before has to refresh its main parameters
     (`optimizer.reload_model_params()`).
     """
-    dims = Dimensions.from_hf(hf_config)
+    family = family_of(hf_config)
+    architecture = family.read_architecture(hf_config)
+    table = family.weights.for_model(architecture)
     error = None
     try:
-        family = family_of(hf_config, dims)
-        weights = local_weights(model_chunks, family, dims, layout)
-        files = HfFiles(Path(folder), family, dims)
-        _check_names(files, weights, family, dims)
+        weights = local_weights(model_chunks, table, layout)
+        files = HfFiles(Path(folder), table, architecture)
+        _check_names(files, weights, table, architecture)
         for weight in weights:
-            _fill(weight, files, dims)
+            _fill(weight, files, table, architecture)
     except (ValueError, OSError) as caught:
         error = str(caught)
     layout.agree(error, f"loading weights from {folder}", raises=ValueError)
 
 
-def _check_names(files: HfFiles, weights: Sequence[LocalWeight], family: Family, dims: Dimensions) -> None:
-    """Every tensor that this rank needs is there, and none is there that nobody needs."""
+def _check_names(
+    files: HfFiles, weights: Sequence[LocalWeight], table: WeightTable, architecture: Architecture
+) -> None:
+    """Raise ValueError when a tensor that this rank needs is missing, or a tensor exists that no rank needs."""
     used = {name for weight in weights for name in weight.hf_names}
     missing = sorted(used - set(files.names))
     problems = [f"missing: {_listed(missing)}"] if missing else []
     own = {weight.match for weight in weights}
     unused = (name for name in files.names if name not in used)
-    strangers = [f"{name} ({files.place(name)})" for name in unused if _is_stranger(name, own, family, dims)]
+    strangers = [f"{name} ({files.place(name)})" for name in unused if _is_stranger(name, own, table, architecture)]
     if strangers:
         problems.append(f"unknown to the model: {_listed(sorted(strangers))}")
     if problems:
@@ -66,17 +69,18 @@ def _check_names(files: HfFiles, weights: Sequence[LocalWeight], family: Family,
         )
 
 
-def _is_stranger(name: str, own: set[Match], family: Family, dims: Dimensions) -> bool:
-    """Whether no rank has a use for a tensor that this rank does not use.
+def _is_stranger(name: str, own: set[Match], table: WeightTable, architecture: Architecture) -> bool:
+    """Return whether no rank has a use for a tensor that this rank does not use.
 
-    A tensor of the table with a layer or expert of another rank is that rank's to judge; one of this rank's own
-    layers and experts has no place in the model as it was built.
+    This rank leaves a tensor of the table whose layer or expert belongs to another rank to that rank's judgement; an
+    unused tensor of its own layers and experts has no place in the model as it was built.
     """
-    if re.fullmatch(family.ignored, name) or (dims.tied_embeddings and name == HF_OUTPUT):
+    if re.fullmatch(table.ignored, name) or name == table.tied_output:
         return False
-    templates = (template for rule in family.rules for template in rule.hf)
+    templates = (template for rule in table.rules for template in rule.hf)
     match = next(filter(None, (match_name(template, name) for template in templates)), None)
-    if match is None or (match.layer or 0) >= dims.layers or (match.expert or 0) >= max(dims.experts, 1):
+    experts = architecture.experts.count if architecture.experts else 1
+    if match is None or (match.layer or 0) >= architecture.layers or (match.expert or 0) >= experts:
         return True
     if match.expert is None:
         return match.layer is not None and any(match.layer == other.layer for other in own)
@@ -88,23 +92,24 @@ def _listed(names: Sequence[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _fill(weight: LocalWeight, files: HfFiles, dims: Dimensions) -> None:
+def _fill(weight: LocalWeight, files: HfFiles, table: WeightTable, architecture: Architecture) -> None:
     """Check the shapes of the tensors behind a parameter and copy this rank's part into it."""
-    local = tuple(weight.tensor.shape)
+    local, transform = tuple(weight.tensor.shape), weight.rule.transform
     try:
-        wanted = weight.rule.transform.hf_shapes(local, weight.shard.size, dims)
+        wanted = transform.hf_shapes(local, weight.shard.size, architecture)
     except ValueError as error:
         raise ValueError(f"{weight.name}: {error}") from error
     for name, shape in zip(weight.hf_names, wanted, strict=True):
         files.check(name, shape)
-    value = weight.rule.transform.load(files, weight.hf_names, local, weight.shard, dims)
+    value = transform.load(files, weight.hf_names, local, weight.shard, architecture)
     assert value.shape == weight.tensor.shape, (weight.name, value.shape, weight.tensor.shape)
     with torch.no_grad():
         weight.tensor.copy_(value)
-    if dims.tied_embeddings and weight.hf_names == [HF_EMBEDDING] and HF_OUTPUT in files.names:
-        stored = weight.rule.transform.load(files, [HF_OUTPUT], local, weight.shard, dims)
+    copy = table.tied_output
+    if weight.rule.megatron in (EMBEDDING, OUTPUT) and copy is not None and copy in files.names:
+        stored = transform.load(files, [copy], local, weight.shard, architecture)
         if not torch.equal(stored, value):
             raise ValueError(
-                f"{HF_OUTPUT} differs from {HF_EMBEDDING} although config.json says "
+                f"{copy} differs from {weight.hf_names[0]} although config.json says "
                 "tie_word_embeddings = true; set it to false if the model has its own output weights"
             )

@@ -1,4 +1,4 @@
-"""Export: full Hugging Face tensors on rank 0, a bucket at a time."""
+"""Exporting a model: rank 0 gets the full Hugging Face tensors, a bucket at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,19 +7,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fiberpo_megatron.mcore.families.transforms import Dimensions, Shape
-from fiberpo_megatron.mcore.families.weight_tables import Family, family_of, fill
+from fiberpo_megatron.mcore.families import WeightTable, family_of
+from fiberpo_megatron.mcore.families.transforms import Shape
+from fiberpo_megatron.mcore.families.weight_tables import fill
 from fiberpo_megatron.mcore.parallel import exchange
 from fiberpo_megatron.mcore.weights.local import LocalWeight, WeightLayout, local_weights
 
 DEFAULT_BUCKET_BYTES = 64 * 2**20
 _ALIGNMENT = 16
-"""Bytes to which every shard in a message is aligned, so that it can be viewed in its type."""
+"""Every shard in a message starts at a multiple of this many bytes, so that it can be viewed in its type."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """One shard as its owner describes it."""
+    """Describes one shard, as its owner announces it to all ranks."""
 
     name: str
     shard: int
@@ -37,7 +38,7 @@ class _Piece:
 
 
 Parameter = list[_Piece]
-"""All shards of one parameter, in order."""
+"""This is the list of all shards of one parameter, in order."""
 
 
 def export_hf(
@@ -48,34 +49,36 @@ def export_hf(
     dtype: torch.dtype | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and full tensors in a fixed order (embedding, layers, norm, output), one at a time.
+    """Yield Hugging Face names and full tensors in a fixed order (embedding, layers, norm, output), one at a time.
 
-    Every rank iterates to the end. Rank 0 gets the tensors, on the model's device and not sharing memory with
-    it; other ranks get empty ones of the same type. Floating-point tensors are cast to `dtype` when given.
-    Rank 0 holds about `bucket_bytes` of foreign shards at a time. Parameters have to be whole: finish an
-    overlapped parameter gather first. Raises ValueError for a family without a table.
+    Every rank must iterate to the end. Rank 0 gets the tensors on the model's device; they do not share memory with
+    the model. Other ranks get empty tensors of the same type. Floating-point tensors are cast to `dtype` when it is
+    given. Rank 0 holds about `bucket_bytes` of other ranks' shards at a time. Parameters have to be whole: finish an
+    overlapped parameter gather first. Raises ValueError for a config.json whose family is not known.
     """
-    dims = Dimensions.from_hf(hf_config)
-    family = family_of(hf_config, dims)
-    own = {weight.name: weight for weight in local_weights(model_chunks, family, dims, layout) if weight.rule.exported}
-    plan = _plan(list(own.values()), family, layout, dtype)
+    family = family_of(hf_config)
+    architecture = family.read_architecture(hf_config)
+    table = family.weights.for_model(architecture)
+    own = {weight.name: weight for weight in local_weights(model_chunks, table, layout) if weight.rule.exported}
+    plan = _plan(list(own.values()), table, layout, dtype)
     for bucket in _buckets(plan, bucket_bytes):
         shards = _collect(bucket, own, layout.rank)
         for parameter in bucket:
-            described = family.rule_of(parameter[0].name)
+            described = table.rule_of(parameter[0].name)
             assert described is not None
             rule, match = described
             names = [fill(template, match) for template in rule.hf]
             if layout.rank == 0:
-                yield from zip(names, rule.transform.merge([shards[piece] for piece in parameter], dims), strict=True)
+                merged = rule.transform.merge([shards[piece] for piece in parameter], architecture)
+                yield from zip(names, merged, strict=True)
             else:
                 yield from ((name, torch.empty(0, dtype=parameter[0].dtype)) for name in names)
 
 
 def _plan(
-    own: Sequence[LocalWeight], family: Family, layout: WeightLayout, dtype: torch.dtype | None
+    own: Sequence[LocalWeight], table: WeightTable, layout: WeightLayout, dtype: torch.dtype | None
 ) -> list[Parameter]:
-    """All parameters of the model with the owners of their shards: of equal replicas, the lowest rank."""
+    """Return all parameters of the model with the owners of their shards: the lowest rank among equal replicas."""
     first_replica = layout.data_rank == 0 and layout.context_rank == 0
     pieces = [
         _Piece(w.name, w.shard.rank, layout.rank, tuple(w.tensor.shape), _exported_type(w.tensor, dtype))
@@ -83,9 +86,9 @@ def _plan(
         if first_replica or w.match.expert is not None  # experts are spread over the data-parallel ranks
     ]
     if layout.world_size > 1:
-        told = [[p.name, p.shard, p.rank, p.shape, str(p.dtype).removeprefix("torch.")] for p in pieces]
-        gathered = exchange.all_gather_json(told, layout.host_group)
-        dist.barrier()  # NCCL: every rank joins the group's first operation; later ones are between few
+        described = [[p.name, p.shard, p.rank, p.shape, str(p.dtype).removeprefix("torch.")] for p in pieces]
+        gathered = exchange.all_gather_json(described, layout.host_group)
+        dist.barrier()  # NCCL needs every rank in the group's first operation; only a few take part in the later ones
         pieces = [
             _Piece(name, shard, rank, tuple(shape), getattr(torch, kind))
             for part in gathered
@@ -94,7 +97,7 @@ def _plan(
     owners: dict[str, dict[int, _Piece]] = {}
     for piece in pieces:
         owners.setdefault(piece.name, {}).setdefault(piece.shard, piece)
-    return [[owners[name][i] for i in sorted(owners[name])] for name in sorted(owners, key=family.position)]
+    return [[owners[name][i] for i in sorted(owners[name])] for name in sorted(owners, key=table.position)]
 
 
 def _exported_type(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -102,7 +105,7 @@ def _exported_type(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _buckets(plan: Sequence[Parameter], bucket_bytes: int) -> Iterator[list[Parameter]]:
-    """Consecutive parameters of at most `bucket_bytes` together; a larger one is alone."""
+    """Yield consecutive parameters of at most `bucket_bytes` together; a larger parameter has a bucket of its own."""
     bucket: list[Parameter] = []
     size = 0
     for parameter in plan:
@@ -117,7 +120,7 @@ def _buckets(plan: Sequence[Parameter], bucket_bytes: int) -> Iterator[list[Para
 
 
 def _collect(bucket: Sequence[Parameter], own: Mapping[str, LocalWeight], rank: int) -> dict[_Piece, Tensor]:
-    """On rank 0 all shards of a bucket; other owners send theirs in one message each and get nothing."""
+    """Return all shards of a bucket on rank 0; other owners send theirs in one message each and return nothing."""
     by_owner: dict[int, list[_Piece]] = {}
     for parameter in bucket:
         for piece in parameter:
@@ -145,7 +148,7 @@ def _exchange(operations: list[dist.P2POp]) -> None:
 
 
 def _packed(shards: Mapping[_Piece, Tensor]) -> Tensor:
-    """All shards as bytes behind each other, each padded to the alignment."""
+    """Return the bytes of all shards one after the other, each padded to the alignment."""
     parts = []
     for piece, tensor in shards.items():
         parts.append(tensor.contiguous().view(-1).view(torch.uint8))

@@ -1,4 +1,4 @@
-"""Safetensors folders in Hugging Face's form: which tensors they hold, and reading parts of them."""
+"""Reading safetensors folders in Hugging Face's form: which tensors they hold, and parts of these tensors."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fiberpo_megatron.mcore.families.transforms import Dimensions, Shape
-from fiberpo_megatron.mcore.families.weight_tables import Family, match_name
+from fiberpo_megatron.mcore.families import Architecture, WeightTable
+from fiberpo_megatron.mcore.families.transforms import Shape
+from fiberpo_megatron.mcore.families.weight_tables import match_name
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -20,42 +21,42 @@ SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies: a file's tensor, or one expert's rows of a stacked one."""
+    """Says where a tensor lies: it is a tensor of a file, or one expert's rows of a stacked tensor."""
 
     file: str
     tensor: str
     shape: Shape
     kind: str
-    """Type as safetensors calls it: BF16, ..."""
+    """The type under safetensors' name for it, such as BF16."""
     expert: int | None = None
     first_row: int = 0
 
 
 class HfFiles:
-    """The tensors of a folder. Files are mapped into memory and only the asked parts are touched.
+    """Gives access to the tensors of a folder; files are mapped into memory, and only requested parts are read.
 
-    Raises FileNotFoundError when there are no weights, ValueError for a file that cannot be read.
+    Raises FileNotFoundError when the folder holds no weights, ValueError for a file that cannot be read.
     """
 
-    def __init__(self, folder: Path, family: Family, dims: Dimensions) -> None:
+    def __init__(self, folder: Path, table: WeightTable, architecture: Architecture) -> None:
         self.folder = folder
         self._open = _opened(folder)
         self._places: dict[str, _Place] = {}
         for file, opened in self._open.items():
             for tensor in _names(opened):
-                self._add(file, tensor, family, dims)
+                self._add(file, tensor, table, architecture)
 
     @property
     def names(self) -> Iterable[str]:
-        """Per-expert names, whatever the files hold."""
+        """All names of tensors; those of experts name a single expert, even if the files stack them."""
         return self._places.keys()
 
     def place(self, name: str) -> str:
-        """Name of the file that holds a tensor."""
+        """Return the name of the file that holds a tensor."""
         return self._places[name].file
 
     def check(self, name: str, shape: Shape) -> None:
-        """ValueError when a tensor has another shape, or not the type of a weight."""
+        """Raise ValueError when a tensor has another shape, or not the type of a weight."""
         place = self._places[name]
         if place.shape != shape:
             raise ValueError(
@@ -69,7 +70,7 @@ class HfFiles:
             )
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of `name` along `dim`; the whole tensor when `stop` is None."""
+        """Return the elements [start, stop) of `name` along `dim`; the whole tensor when `stop` is None."""
         place = self._places[name]
         stop = place.shape[dim] if stop is None else stop
         window = [slice(0, size) for size in place.shape]
@@ -83,20 +84,19 @@ class HfFiles:
                 return stored[0:1].new_empty(kept)
             return stored[tuple(window)] if place.expert is None else stored[(place.expert, *window)]
 
-    def _add(self, file: str, tensor: str, family: Family, dims: Dimensions) -> None:
+    def _add(self, file: str, tensor: str, table: WeightTable, architecture: Architecture) -> None:
         with _reading(self.folder / file):
             stored = self._open[file].get_slice(tensor)
             shape, kind = tuple(stored.get_shape()), stored.get_dtype()
-        for fused in family.fused_experts:
+        experts = architecture.experts.count if architecture.experts else 0
+        for fused in table.fused_experts:
             match = match_name(fused.hf, tensor)
             if match is None:
                 continue
-            if len(shape) != 3 or shape[0] != dims.experts or shape[1] % len(fused.parts):
-                raise ValueError(
-                    f"{self.folder / file}: {tensor} has shape {shape}, not [{dims.experts}, rows, columns]"
-                )
+            if len(shape) != 3 or shape[0] != experts or shape[1] % len(fused.parts):
+                raise ValueError(f"{self.folder / file}: {tensor} has shape {shape}, not [{experts}, rows, columns]")
             rows = shape[1] // len(fused.parts)
-            for expert in range(dims.experts):
+            for expert in range(experts):
                 for part, template in enumerate(fused.parts):
                     name = template.format(layer=match.layer, expert=expert)
                     self._places[name] = _Place(file, tensor, (rows, shape[2]), kind, expert, part * rows)
@@ -106,7 +106,7 @@ class HfFiles:
 
 @dataclass(frozen=True)
 class Stored:
-    """How a folder holds a tensor."""
+    """Says in which file and as which type a folder holds a tensor."""
 
     file: str
     dtype: torch.dtype
@@ -128,23 +128,23 @@ _WEIGHT_KINDS = ("F64", "F32", "BF16", "F16")
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """File and type of every tensor of a folder by name; empty for a folder without weights."""
+    """Return the file and the type of every tensor of a folder by name; nothing for a folder without weights."""
     if not any(folder.glob("*.safetensors")):
         return {}
     found = {}
     for file, opened in _opened(folder).items():
         for name in _names(opened):
             kind = opened.get_slice(name).get_dtype()
-            if kind in TYPES:  # others are never loaded, and so not written
+            if kind in TYPES:  # tensors of other types are never loaded, and so never written
                 found[name] = Stored(file, TYPES[kind])
     return found
 
 
 def _opened(folder: Path) -> dict[str, Any]:
-    """The folder's files by name, as its index says; without one, the single file. Only their headers are read.
+    """Return the opened files of a folder by name: those of its index, or the single file where it has no index.
 
-    FileNotFoundError or ValueError where it is not clear which tensors are the model's: transformers, SGLang and this
-    loader would each take others.
+    Only their headers are read. Raises FileNotFoundError or ValueError where it is not clear which tensors are the
+    model's, because transformers, SGLang and this loader would then each take others.
     """
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
     if not index.is_file():

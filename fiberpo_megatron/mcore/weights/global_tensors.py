@@ -1,4 +1,4 @@
-"""Local parameters and gradients as parts of the global tensors that do not depend on the layout."""
+"""Finding local parameters and gradients as parts of global tensors, which do not depend on the layout."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from megatron.core.transformer.module import MegatronModule
 
 
 def global_shards(chunks: Sequence[MegatronModule]) -> Iterator[ShardedTensor]:
-    """Every local parameter (in pieces where a checkpoint stores pieces) with its place in the global tensor.
+    """Yield every local parameter with its place in the global tensor, in pieces where a checkpoint stores pieces.
 
-    `data` shares memory with the parameter.
+    The `data` of a piece shares memory with the parameter.
     """
     for chunk in chunks:
         state = chunk.sharded_state_dict()
@@ -23,14 +23,14 @@ def global_shards(chunks: Sequence[MegatronModule]) -> Iterator[ShardedTensor]:
 
 
 def gradient_shards(chunks: Sequence[MegatronModule]) -> Iterator[ShardedTensor]:
-    """As `global_shards`, for the gradients in the data-parallel buffers; frozen parameters have zeros."""
+    """Yield what `global_shards` does for the gradients in the data-parallel buffers; frozen parameters have zeros."""
     with gradients_as_data(chunks):
         yield from global_shards(chunks)
 
 
 @contextmanager
 def gradients_as_data(chunks: Sequence[MegatronModule]) -> Iterator[None]:
-    """Inside, parameters hold their gradients (zeros where frozen); in the dtype of the gradient buffers."""
+    """Let parameters hold their gradients (zeros where frozen) inside the context, in the gradient buffers' type."""
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     kept = [parameter.data for parameter in parameters]
     try:

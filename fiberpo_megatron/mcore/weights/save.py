@@ -1,4 +1,4 @@
-"""Writing exported tensors as a Hugging Face folder, each tensor going to the disk as it comes."""
+"""Writing exported tensors as a Hugging Face folder; each tensor goes to the disk as it arrives."""
 
 import json
 import os
@@ -16,7 +16,8 @@ from fiberpo_megatron.mcore.weights.files import INDEX_NAME, SINGLE_NAME, TYPES,
 DEFAULT_SHARD_BYTES = 4 * 2**30
 _TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 _HEADER_BYTES = 2**20
-"""Room for a file's header, about 6000 tensors. It is written last, and padded with spaces as the format allows."""
+"""Room that a file's header has, enough for about 6000 tensors. The header is written last and padded with spaces,
+which the format allows."""
 
 
 def save_hf(
@@ -27,16 +28,16 @@ def save_hf(
     writer: bool = True,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-    """Write exported tensors as a Hugging Face folder: safetensors, index, config and tokenizer of `source`.
+    """Write exported tensors as a Hugging Face folder with the config and the tokenizer of `source`.
 
-    A tensor that `source` holds gets its type and its file; others keep their type and go to files of about
-    `shard_bytes`. One tensor is in memory at a time.
+    A tensor that `source` holds is written in the type and into the file that it has there. Other tensors keep their
+    type and go to files of about `shard_bytes`. One tensor is in memory at a time.
 
-    Every rank calls it with its iterator; only the one with `writer` (rank 0) writes. The folder appears under its
-    name only when it is complete; one of that name is replaced.
+    Every rank must call this with its iterator; only the rank with `writer` (rank 0) writes. The folder appears under
+    its name only when it is complete, and then replaces an older folder of that name.
 
-    Raises RuntimeError naming folder and cause, after the iterator is used up: the other ranks are not left
-    waiting for this one.
+    Raises RuntimeError that names the folder and the cause. The iterator is used up before that, so that the other
+    ranks do not wait for this one.
     """
     rest = iter(tensors)
     if not writer:
@@ -54,13 +55,13 @@ def save_hf(
         _replace(partial, folder)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        for _ in rest:  # the senders of the remaining tensors
+        for _ in rest:  # other ranks still send the remaining tensors
             pass
         raise RuntimeError(f"cannot write the model to {folder}: {error}") from error
 
 
 class _File:
-    """One safetensors file that grows by a tensor at a time."""
+    """This is a safetensors file that grows by a tensor at a time."""
 
     def __init__(self, path: Path) -> None:
         self.names: list[str] = []
@@ -71,7 +72,7 @@ class _File:
         self._file.seek(8 + _HEADER_BYTES)
 
     def takes(self, name: str, tensor: Tensor) -> bool:
-        """Whether the tensor would be aligned to its type and its entry fits into the header."""
+        """Return whether the tensor would be aligned to its type and its entry would fit into the header."""
         return self.size % tensor.itemsize == 0 and self._header_bytes + len(name) + 200 < _HEADER_BYTES
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -95,7 +96,7 @@ class _File:
 def _write(
     tensors: Iterator[tuple[str, Tensor]], folder: Path, stored: Mapping[str, Stored], shard_bytes: int
 ) -> torch.dtype:
-    """Write the files and, for several, the index; returns the type of most elements."""
+    """Write the files and, for several, the index; return the type that most elements have."""
     named: dict[str, _File] = {}
     further: list[_File] = []
     elements: dict[torch.dtype, int] = {}
@@ -144,7 +145,7 @@ _WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|onnx|h5|msgpack)|.*
 
 
 def _copy_description(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Copy config and tokenizer files; the config's type becomes that of the weights."""
+    """Copy the config and tokenizer files; the type in the config becomes that of the weights."""
     for path in sorted(source.iterdir()):
         if path.is_file() and not _WEIGHT_FILE.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)
@@ -152,12 +153,12 @@ def _copy_description(source: Path, folder: Path, dtype: torch.dtype) -> None:
     config = json.loads(config_path.read_text())
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     if "num_nextn_predict_layers" in config:
-        config["num_nextn_predict_layers"] = 0  # those layers were not loaded and are not written
+        config["num_nextn_predict_layers"] = 0  # these layers were not loaded and are not written
     config_path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    """Give a written folder its name, durably; the earlier folder of that name goes last."""
+    """Give a completely written folder its name; an older folder of that name is deleted afterwards."""
     sync_tree(partial)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -169,14 +170,14 @@ def _replace(partial: Path, folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring every file of a folder, and the folder itself, to the disk."""
+    """Flush every file of a folder, and the folder itself, to the disk."""
     for path in folder.rglob("*"):
         sync_path(path)
     sync_path(folder)
 
 
 def sync_path(path: Path) -> None:
-    """Bring a file or folder to the disk."""
+    """Flush a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 import transformers
 
-from fiberpo_megatron.mcore.families.architecture import read_architecture, used_fields
-from fiberpo_megatron.mcore.families.config_fields import FAMILIES, HARMLESS, REQUIRED
-from fiberpo_megatron.mcore.rope import Rope
+from fiberpo_megatron.mcore.families import FAMILIES, REQUIRED, Rope, read_architecture, used_fields
+from fiberpo_megatron.mcore.families.config_fields import HARMLESS
 from tests.distributed.parity import DEEPSEEK_V3, QWEN3_MOE
 
 MOONLIGHT: dict[str, Any] = {
@@ -75,7 +74,7 @@ def test_transformers_own_defaults_are_read(config_class: Any):
 @pytest.mark.parametrize("config_class", CLASSES, ids=lambda c: c.model_type)
 def test_every_field_of_transformers_is_in_the_table_with_its_default(config_class: Any):
     """A field that a new version of transformers adds has to be judged, not skipped."""
-    fields = FAMILIES[config_class.model_type]
+    fields = FAMILIES[config_class.model_type].fields
     # by class: an instance has already filled in what follows from other fields
     written_as = {stored: name for name, stored in config_class.attribute_map.items()}
     names = {
@@ -220,7 +219,7 @@ def test_mlp_bias_of_llama():
 @pytest.mark.parametrize("config_class", CLASSES, ids=lambda c: c.model_type)
 def test_theta_has_the_familys_own_default(config_class: Any):
     """Llama 2's config.json has none."""
-    assert FAMILIES[config_class.model_type].used["rope_theta"] == config_class.default_theta
+    assert FAMILIES[config_class.model_type].fields.used["rope_theta"] == config_class.default_theta
     given = {**config_class().to_dict(), "rope_parameters": None}
     assert read_architecture(given).rope.theta == config_class.default_theta
 

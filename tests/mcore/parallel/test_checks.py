@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fiberpo_megatron.mcore.families.architecture import read_architecture
+from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.parallel.checks import check_layout, check_routers, layers_per_chunk, layout_problems
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
 from tests.distributed.parity import DEEPSEEK_V3, QWEN3_MOE

@@ -9,19 +9,31 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fiberpo_megatron.mcore.families.transforms import Dimensions
-from fiberpo_megatron.mcore.families.weight_tables import FAMILIES
+from fiberpo_megatron.mcore.families import FAMILIES
 from fiberpo_megatron.mcore.weights.files import INDEX_NAME, HfFiles
 from fiberpo_megatron.mcore.weights.save import save_hf
 
-DIMS = Dimensions(vocab_size=6, layers=2, experts=3, heads=2, kv_heads=2, head_dim=2, tied_embeddings=False)
-FAMILY = FAMILIES["qwen3_moe"]
+MODEL = FAMILIES["qwen3_moe"].read_architecture(
+    {
+        "model_type": "qwen3_moe",
+        "vocab_size": 6,
+        "hidden_size": 4,
+        "intermediate_size": 5,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 2,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+    }
+)
+TABLE = FAMILIES["qwen3_moe"].weights.for_model(MODEL)
 
 
 def test_parts_of_tensors(tmp_path: Path) -> None:
     stored = {"model.norm.weight": torch.arange(4.0), "lm_head.weight": torch.arange(24.0).view(6, 4)}
     save_file(stored, tmp_path / "model.safetensors")
-    files = HfFiles(tmp_path, FAMILY, DIMS)
+    files = HfFiles(tmp_path, TABLE, MODEL)
     assert set(files.names) == set(stored)
     files.check("lm_head.weight", (6, 4))
     with pytest.raises(ValueError, match=r"model\.safetensors: lm_head\.weight has shape \(6, 4\), .* needs \(4, 6\)"):
@@ -36,7 +48,7 @@ def test_stacked_experts_look_like_single_ones(tmp_path: Path) -> None:
     gate_up, down = torch.randn(3, 10, 4), torch.randn(3, 4, 5)
     prefix = "model.layers.1.mlp.experts."
     save_file({prefix + "gate_up_proj": gate_up, prefix + "down_proj": down}, tmp_path / "model.safetensors")
-    files = HfFiles(tmp_path, FAMILY, DIMS)
+    files = HfFiles(tmp_path, TABLE, MODEL)
     assert len(list(files.names)) == 9
     for expert in range(3):
         assert torch.equal(files.read(f"{prefix}{expert}.gate_proj.weight"), gate_up[expert, :5])
@@ -45,28 +57,28 @@ def test_stacked_experts_look_like_single_ones(tmp_path: Path) -> None:
         assert torch.equal(files.read(f"{prefix}{expert}.down_proj.weight"), down[expert])
     save_file({prefix + "gate_up_proj": gate_up[:2]}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"gate_up_proj has shape \(2, 10, 4\), not \[3, rows, columns\]"):
-        HfFiles(tmp_path, FAMILY, DIMS)
+        HfFiles(tmp_path, TABLE, MODEL)
 
 
 def test_damaged_folders(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds 0 .safetensors files"):
-        HfFiles(tmp_path, FAMILY, DIMS)
+        HfFiles(tmp_path, TABLE, MODEL)
     save_file({"lm_head.weight": torch.zeros(6, 4)}, tmp_path / "model.safetensors")
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-20])
     with pytest.raises(ValueError, match=r"cannot read .*model\.safetensors .*download it again"):
-        HfFiles(tmp_path, FAMILY, DIMS)
+        HfFiles(tmp_path, TABLE, MODEL)
     (tmp_path / "model.safetensors").unlink()
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     save_file({"lm_head.weight": torch.zeros(6, 4)}, tmp_path / first)
     places = {"lm_head.weight": first, "model.norm.weight": second}
     (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": places}))
     with pytest.raises(ValueError, match=rf"cannot read .*{second}"):
-        HfFiles(tmp_path, FAMILY, DIMS)
+        HfFiles(tmp_path, TABLE, MODEL)
     for broken in ("{}", "[]", '{"weight_map": null}', "{"):
         (tmp_path / INDEX_NAME).write_text(broken)
         with pytest.raises(ValueError, match="is not a safetensors index"):
-            HfFiles(tmp_path, FAMILY, DIMS)
+            HfFiles(tmp_path, TABLE, MODEL)
 
 
 def test_an_index_that_does_not_say_what_the_files_hold(tmp_path: Path) -> None:
@@ -77,7 +89,7 @@ def test_an_index_that_does_not_say_what_the_files_hold(tmp_path: Path) -> None:
     def refused(places: dict[str, str]) -> str:
         (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": places}))
         with pytest.raises(ValueError) as caught:
-            HfFiles(tmp_path, FAMILY, DIMS)
+            HfFiles(tmp_path, TABLE, MODEL)
         return str(caught.value)
 
     right = {"lm_head.weight": "a.safetensors", "model.norm.weight": "b.safetensors"}
@@ -97,7 +109,7 @@ def test_a_quantised_tensor_is_no_weight(dtype: torch.dtype, tmp_path: Path) -> 
     with pytest.raises(
         ValueError, match=r"model\.norm\.weight is stored as (F8_E4M3|I8).*convert the model to bfloat16"
     ):
-        HfFiles(tmp_path, FAMILY, DIMS).check("model.norm.weight", (4,))
+        HfFiles(tmp_path, TABLE, MODEL).check("model.norm.weight", (4,))
 
 
 def source_folder(root: Path) -> Path:

@@ -1,4 +1,7 @@
-"""Rotary embeddings as config.json describes them: the kinds that Megatron computes exactly as transformers. Pure."""
+"""Rotary embeddings as config.json describes them, limited to the kinds that Megatron computes as transformers does.
+
+This module imports neither torch nor Megatron.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,25 +12,25 @@ Kind = Literal["default", "linear", "llama3", "yarn"]
 
 @dataclass(frozen=True)
 class Rope:
-    """Angles of position p: p times the inverse frequencies of `theta`, changed as `kind` says."""
+    """Describes the angles of position p: p times the inverse frequencies of `theta`, changed as `kind` says."""
 
     theta: float
     kind: Kind = "default"
     factor: float = 1.0
-    """By which the context was stretched."""
+    """Factor by which the context was stretched."""
     original_positions: int = 0
     """Context length before stretching (yarn)."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    """Both set (DeepSeek) or neither: arXiv 2309.00071, section 3.4, as transformers implements it."""
+    """Both are set (DeepSeek) or neither is: arXiv 2309.00071, section 3.4, as transformers implements it."""
     truncate: bool = True
     """Whether yarn rounds its correction range to whole dimensions."""
 
 
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-"""The constants of Llama 3.1 to 3.3, which are Megatron's."""
+"""The constants of Llama 3.1 to 3.3, the only ones that Megatron computes with."""
 _KEYS: Mapping[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
@@ -39,10 +42,10 @@ _KEYS: Mapping[str, set[str]] = {
 
 
 def read_rope(hf_config: Mapping[str, Any], theta: float, *, latent: bool) -> Rope:
-    """The rotary embedding of a config.json; ValueError names what is not built.
+    """Return the rotary embedding of a config.json. Raises ValueError that names what is not built.
 
-    `theta`: where the embedding's own settings name none. `latent`: multi-head latent attention, for which Megatron has
-    the default and yarn only.
+    `theta` is used where the embedding's own settings name none. `latent` says that the model has multi-head latent
+    attention, for which Megatron has only the kinds "default" and "yarn".
     """
     given = {key: hf_config[key] for key in ("rope_parameters", "rope_scaling") if hf_config.get(key)}
     if len(given) == 2 and _plain(given["rope_parameters"]) != _plain(given["rope_scaling"]):
@@ -99,7 +102,7 @@ def read_rope(hf_config: Mapping[str, Any], theta: float, *, latent: bool) -> Ro
 
 
 def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings under their current names, without those that say nothing."""
+    """Return the settings under their current names, without those that have no effect."""
     values = {key: value for key, value in raw.items() if value is not None}
     kind = values.pop("type", "default")
     values.setdefault("rope_type", kind)
