@@ -138,7 +138,7 @@ class EnvironmentPool:
         self._counts: Counter[str] = Counter()
         self._jobs = 0
         self._call_s = QUEUE_S
-        """Running mean of the time that a call takes in the worker."""
+        """Running median of the time that a call takes in a worker; a mean would follow a busy machine's pauses."""
         self._description: Description | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._starts: set[asyncio.Task[None]] = set()
@@ -428,7 +428,7 @@ class EnvironmentPool:
 
     def _dispatch(self) -> None:
         """Give the waiting jobs to the workers, in their order."""
-        ahead = 1 + min(QUEUE_LIMIT - 1, int(QUEUE_S / max(self._call_s, 1e-6)))
+        ahead = 1 + min(QUEUE_LIMIT - 1, int(QUEUE_S / self._call_s))
         usable = [slot for slot in self._slots if slot.usable and slot.doom is None]
         while self._waiting_calls and usable:
             slot = min(usable, key=lambda slot: len(slot.calls))
@@ -493,7 +493,7 @@ class EnvironmentPool:
                 self._fail(job, reply["kind"], reply["message"], reply["traceback"])
             else:
                 if job.kind != Kind.RUN:
-                    self._call_s += 0.1 * (float(reply["seconds"]) - self._call_s)
+                    self._call_s *= 1.1 if float(reply["seconds"]) > self._call_s else 1 / 1.1
                 result = job.decode(reply["result"])
                 if not job.future.done():
                     job.future.set_result(result)

@@ -1,6 +1,7 @@
 """Environments that do what an environment must not do. They run in workers; `task.answer` says what is wanted."""
 
 import asyncio
+import contextlib
 import os
 import random
 import subprocess
@@ -116,10 +117,8 @@ class Talking(Tasks, Environment):
             await asyncio.Event().wait()
         elif deed == "stubborn":
             while True:
-                try:
+                with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.Event().wait()
-                except asyncio.CancelledError:
-                    pass
         elif deed == "late_return":
             try:
                 await asyncio.Event().wait()
@@ -144,7 +143,7 @@ class Talking(Tasks, Environment):
         elif deed == "gives_up":
             try:
                 await asyncio.wait_for(policy.say("slow"), 0.1)
-            except asyncio.TimeoutError:
+            except asyncio.TimeoutError:  # noqa: UP041 (Python 3.10)
                 try:
                     await policy.say("again")
                 except RuntimeError as error:

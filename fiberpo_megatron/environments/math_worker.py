@@ -1,21 +1,25 @@
-"""Process that runs math-verify for `MathVerifier`: a JSON request a line on stdin, a JSON answer on stdout.
+"""The process that runs math-verify for `MathVerifier`: it gets a JSON request per line and answers with one.
 
 Run as a script, it imports nothing of this package. An alarm signal ends it when one comparison takes too
 long (`9**9**9**9` never returns, and no Python exception can interrupt it); the parent starts another one.
 The alarm also ends it when the parent has died, and so does the end of stdin.
 """
 
+import sys
+
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
+    del sys.path[0]  # the folder of this file, whose names must not stand before those of the standard library
+
 import json
 import resource
 import signal
-import sys
 from typing import Any
 
 MEMORY_BYTES = 4 * 2**30
 
 
 def build_check() -> Any:
-    """(answer, response) -> bool by math-verify, without its own timeouts (they do not work in threads)."""
+    """Return (answer, response) -> bool by math-verify, without its own timeouts (they do not work in threads)."""
     from math_verify import parse, verify
 
     def check(answer: str, response: str) -> bool:

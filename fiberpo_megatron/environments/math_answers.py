@@ -1,4 +1,10 @@
-"""Mathematical equality of answers by the math-verify library, in a process of its own."""
+"""Mathematical equality of answers, decided by the math-verify library in a process of its own.
+
+A comparison can take for ever inside one instruction (`9**9**9**9`), which nothing in the same process can interrupt.
+This module imports the standard library alone and runs on Python 3.10: it is used in the workers of environments.
+"""
+
+from __future__ import annotations
 
 import json
 import signal
@@ -17,7 +23,7 @@ LAST_CHARACTERS = 10_000
 
 
 class MathVerifier:
-    """A response is right when it equals the answer as text, or when math-verify finds them equal.
+    """Decides that a response is right when it equals the answer as text, or when math-verify finds them equal.
 
     math-verify takes the last boxed expression, else the last number or formula: "71 or 72" counts as 72. Ask
     for `\\boxed{}` in the prompt where that matters. A comparison over `timeout_s` seconds counts as wrong.
@@ -51,7 +57,7 @@ class MathVerifier:
             self._stop()
 
     def _ask(self, request: dict[str, str]) -> dict[str, Any] | None:
-        """The worker's answer, or None if its alarm ended it."""
+        """Return the process's answer, or None if its alarm ended it."""
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         with suppress(BrokenPipeError):  # it has died since: reading says how
@@ -63,7 +69,7 @@ class MathVerifier:
         errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (_stop closes)
         self._errors = errors
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER), str(self._timeout_s)],
+            [sys.executable, str(WORKER), str(self._timeout_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -86,7 +92,7 @@ class MathVerifier:
         raise RuntimeError(f"the math-verify process ended with exit code {code}; its last output:\n{errors[-2000:]}")
 
     def _stop(self) -> tuple[int, str]:
-        """End and reap the process; its exit code and its stderr."""
+        """End and reap the process; return its exit code and its stderr."""
         process, errors = self._process, self._errors
         self._process = self._errors = None
         if process is None or errors is None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fiberpo_megatron.rewards import math_answers
-from fiberpo_megatron.rewards.math_answers import MathVerifier
+from fiberpo_megatron.environments import math_answers
+from fiberpo_megatron.environments.math_answers import MathVerifier
 
 STAND_IN = """
 import os, sys, time
