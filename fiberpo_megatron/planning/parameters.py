@@ -1,4 +1,4 @@
-"""The parameters that one rank holds: names and order as Megatron builds them, shapes as the layout cuts them.
+"""Lists the parameters that one rank holds: names and order as Megatron builds them, shapes as the layout cuts them.
 
 Everything follows from the architecture that the model's family reads from config.json, so that a new family needs no
 code here.
@@ -28,7 +28,7 @@ class Weight(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """The number of its elements on this rank."""
+        """Return the number of its elements on this rank."""
         return prod(self.shape)
 
 
@@ -64,7 +64,7 @@ def chunk_weights(architecture: Architecture, parallel: ParallelConfig, stage: i
 
 
 def experts_of(architecture: Architecture, layer: int) -> Experts | None:
-    """Return the experts of a layer, or None where it has a plain MLP."""
+    """Return the experts of a layer, or None when it has a plain MLP."""
     experts = architecture.experts
     return None if experts is None or layer in experts.dense_layers else experts
 

@@ -1,4 +1,4 @@
-"""Model families: one file each says what config.json means and which tensors the parameters are made of.
+"""Defines the model families: a file for each says what config.json means and which tensors the parameters come from.
 
 This package needs torch, but not Megatron, so that the launcher and the planner can use it. A family of your own is a
 file that defines a `Family` out of the names that are exported here (docs/models.md). A run finds it when
@@ -20,11 +20,20 @@ from fiberpo_megatron.mcore.families.decoder import decoder, experts_per_token
 from fiberpo_megatron.mcore.families.family import FAMILY_KEY, Family
 from fiberpo_megatron.mcore.families.rope import Rope, read_rope
 from fiberpo_megatron.mcore.families.transforms import GateUp, Qkv, Split, Transform, Vocabulary, Whole
-from fiberpo_megatron.mcore.families.weight_tables import EMBEDDING, OUTPUT, FusedExperts, Rule, WeightTable, layer_rule
+from fiberpo_megatron.mcore.families.weight_tables import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT,
+    FusedExperts,
+    Rule,
+    WeightTable,
+    layer_rule,
+)
 
 __all__ = [
     "EMBEDDING",
     "FAMILIES",
+    "FINAL_NORM",
     "FIXED",
     "OUTPUT",
     "REQUIRED",
@@ -77,15 +86,21 @@ def family_of(hf_config: Mapping[str, Any], override: str | None = None) -> Fami
     `fiberpo.families`. Raises ValueError that says which families exist, or why the named one cannot be used.
     """
     name = override or hf_config.get(FAMILY_KEY)
-    if name is None:
-        name = str(hf_config.get("model_type"))
-        if name not in FAMILIES and name not in plugins.short_names("families"):
-            raise ValueError(
-                f"config.json: model_type = {name!r} is not supported; use one of "
-                f"{', '.join(plugins.short_names('families'))}, or set model.family to the import path of a family of "
-                'your own ("package.module:FAMILY", docs/models.md)'
-            )
-    return FAMILIES[name] if name in FAMILIES else _plugin(name)
+    if name is not None:
+        return FAMILIES[name] if name in FAMILIES else _plugin(name)
+    model_type = str(hf_config.get("model_type"))
+    return FAMILIES[model_type] if model_type in FAMILIES else _declared(model_type)
+
+
+@cache  # looking through the installed packages takes tens of milliseconds, and the planner asks for every layout
+def _declared(model_type: str) -> Family:
+    known = plugins.short_names("families")
+    if model_type not in known:
+        raise ValueError(
+            f"config.json: model_type = {model_type!r} is not supported; use one of {', '.join(known)}, or set "
+            'model.family to the import path of a family of your own ("package.module:FAMILY", docs/models.md)'
+        )
+    return _plugin(model_type)
 
 
 @cache

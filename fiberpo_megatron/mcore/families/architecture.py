@@ -1,4 +1,4 @@
-"""The numbers that describe a model: what a family makes of config.json, and what the model and the planner need.
+"""Defines the numbers that describe a model: a family reads them from config.json, the model and the planner use them.
 
 This module imports neither torch nor Megatron.
 """

@@ -1,4 +1,4 @@
-"""Rules that several families share, under the names that Llama and its successors give to their tensors."""
+"""Lists rules that several families share, under the names that Llama and its successors give to their tensors."""
 
 from fiberpo_megatron.mcore.families.transforms import GateUp, Qkv, Split, Vocabulary, Whole
 from fiberpo_megatron.mcore.families.weight_tables import (

@@ -1,4 +1,4 @@
-"""The fields of config.json: which of them a family understands, and how their values are read and checked.
+"""Defines how a family declares the fields of config.json that it understands, and how they are read and checked.
 
 A field that changes the computation and that a family does not understand is refused by name, never ignored. Defaults
 are those of transformers' config classes, because a config.json may leave out a field that has the default; a test

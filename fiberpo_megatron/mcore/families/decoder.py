@@ -1,4 +1,4 @@
-"""How the fields that most families share become an Architecture. This module imports neither torch nor Megatron."""
+"""Turns the fields that most families share into an Architecture. This module imports neither torch nor Megatron."""
 
 from fiberpo_megatron.mcore.families.architecture import Architecture, Experts, LatentAttention
 from fiberpo_megatron.mcore.families.config_fields import ConfigReader

@@ -1,4 +1,4 @@
-"""DeepSeek-V3, and models that use its config and class (Moonlight, JoyAI-LLM Flash).
+"""Describes DeepSeek-V3, and models that use its config and class (Moonlight, JoyAI-LLM Flash).
 
 The family has latent attention with and without compressed queries, dense first layers, shared experts, a sigmoid
 router with a correction bias, a choice limited to groups of experts, and scaled probabilities.

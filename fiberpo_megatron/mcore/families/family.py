@@ -1,4 +1,4 @@
-"""The one object that describes a model family."""
+"""Defines the one object that describes a model family."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, SmolLM2: the plain decoder that the other families change."""
+"""Describes Llama 2 and 3 and SmolLM2: this is the plain decoder that the other families change."""
 
 from fiberpo_megatron.mcore.families.common_rules import LLAMA
 from fiberpo_megatron.mcore.families.config_fields import FIXED, SIZES, Fields

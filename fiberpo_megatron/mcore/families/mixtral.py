@@ -1,4 +1,4 @@
-"""Mixtral: Llama with experts in every layer."""
+"""Describes Mixtral: it is Llama with experts in every layer."""
 
 from fiberpo_megatron.mcore.families.architecture import Architecture, Experts
 from fiberpo_megatron.mcore.families.common_rules import ATTENTION, FRAME, NORMS, expert_rules

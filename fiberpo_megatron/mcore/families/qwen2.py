@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with a bias on queries, keys and values."""
+"""Describes Qwen2 and Qwen2.5: they are Llama with a bias on queries, keys and values."""
 
 from fiberpo_megatron.mcore.families.architecture import Architecture
 from fiberpo_megatron.mcore.families.common_rules import LLAMA, QKV_BIAS

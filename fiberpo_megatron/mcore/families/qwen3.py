@@ -1,4 +1,4 @@
-"""Qwen3: Llama with norms on queries and keys."""
+"""Describes Qwen3: it is Llama with norms on queries and keys."""
 
 from fiberpo_megatron.mcore.families.architecture import Architecture
 from fiberpo_megatron.mcore.families.common_rules import LLAMA, QK_NORM

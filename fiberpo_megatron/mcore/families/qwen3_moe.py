@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3 with experts, and dense layers among them (`mlp_only_layers`, `decoder_sparse_step`)."""
+"""Describes Qwen3-MoE: it is Qwen3 with experts, and dense layers among them (`mlp_only_layers`)."""
 
 from fiberpo_megatron.mcore.families.architecture import Architecture, Experts
 from fiberpo_megatron.mcore.families.common_rules import FUSED_EXPERTS, LLAMA, MOE, QK_NORM

@@ -1,4 +1,4 @@
-"""Rotary embeddings as config.json describes them, limited to the kinds that Megatron computes as transformers does.
+"""Reads the rotary embedding of a config.json and accepts the kinds that Megatron computes as transformers does.
 
 This module imports neither torch nor Megatron.
 """
@@ -81,7 +81,7 @@ def read_rope(hf_config: Mapping[str, Any], theta: float, *, latent: bool) -> Ro
         return Rope(float(theta), kind, float(values["factor"]))
     mscale, all_dim = values.get("mscale") or None, values.get("mscale_all_dim") or None
     if (mscale is None) != (all_dim is None):
-        raise refuse("mscale and mscale_all_dim are built together or not at all; one of them is missing or 0")
+        raise refuse("mscale and mscale_all_dim are built together; one of them is missing or 0")
     truncate = bool(values.get("truncate", True))
     if latent and not truncate:
         raise refuse("truncate = False is not built for latent attention")

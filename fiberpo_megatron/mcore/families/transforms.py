@@ -1,4 +1,4 @@
-"""How one Megatron parameter and one or more Hugging Face tensors are made from each other.
+"""Defines how one Megatron parameter and one or more Hugging Face tensors are made from each other.
 
 A transform knows three things: the full shapes of the Hugging Face tensors behind a parameter, how a
 tensor-parallel shard is read from them (only the rows or columns that it needs), and how the shards of all

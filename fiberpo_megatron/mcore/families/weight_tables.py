@@ -1,4 +1,4 @@
-"""How a family's weight table is written, and how the names in it are matched.
+"""Defines how a family's weight table is written, and how the names in it are matched.
 
 A table says which Hugging Face tensors each parameter of the Megatron model is made of. Megatron names are those of
 the local layer spec with global numbers in place of `{layer}` and `{expert}`; `canonical_name` brings the names of the

@@ -1,4 +1,4 @@
-"""Hugging Face weights into and out of a Megatron model in any layout.
+"""Loads Hugging Face weights into a Megatron model in any layout, and exports them from it.
 
 When loading, every rank finds in the weight table of the model's family which parts of which tensors make up its own
 parameters, and reads only those. When exporting, the owners of a bucket's shards send them to rank 0 in one message

@@ -1,4 +1,4 @@
-"""Exporting a model: rank 0 gets the full Hugging Face tensors, a bucket at a time."""
+"""Gives rank 0 the full Hugging Face tensors of a model, a bucket at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Reading safetensors folders in Hugging Face's form: which tensors they hold, and parts of these tensors."""
+"""Reads safetensors folders in Hugging Face's form: which tensors they hold, and parts of these tensors."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -48,7 +48,7 @@ class HfFiles:
 
     @property
     def names(self) -> Iterable[str]:
-        """All names of tensors; those of experts name a single expert, even if the files stack them."""
+        """Return all names of tensors; those of experts name a single expert, even if the files stack them."""
         return self._places.keys()
 
     def place(self, name: str) -> str:

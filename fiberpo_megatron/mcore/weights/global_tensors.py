@@ -1,4 +1,4 @@
-"""Finding local parameters and gradients as parts of global tensors, which do not depend on the layout."""
+"""Finds local parameters and gradients as parts of global tensors, which do not depend on the layout."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Finding this rank's parameters under names that are the same in every layout."""
+"""Finds this rank's parameters under names that are the same in every layout."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ class LocalWeight:
 
     @property
     def hf_names(self) -> list[str]:
-        """The names of the Hugging Face tensors that the parameter is made of."""
+        """Return the names of the Hugging Face tensors that the parameter is made of."""
         return [fill(template, self.match) for template in self.rule.hf]
 
 

@@ -1,4 +1,4 @@
-"""Writing exported tensors as a Hugging Face folder; each tensor goes to the disk as it arrives."""
+"""Writes exported tensors as a Hugging Face folder; each tensor goes to the disk as it arrives."""
 
 import json
 import os
@@ -170,14 +170,14 @@ def _replace(partial: Path, folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file of a folder, and the folder itself, to the disk."""
+    """Write every file of a folder, and the folder itself, durably to the disk."""
     for path in folder.rglob("*"):
         sync_path(path)
     sync_path(folder)
 
 
 def sync_path(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
+    """Write a file or a folder durably to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
