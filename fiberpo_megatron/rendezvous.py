@@ -1,4 +1,4 @@
-"""Where processes of a run meet."""
+"""This module opens the stores in which the processes of a run meet."""
 
 import os
 import socket
@@ -7,12 +7,14 @@ from datetime import timedelta
 from torch.distributed import DistError, TCPStore
 
 _stores: list[TCPStore] = []
-"""This process's part of the ranks' store: opened once, because its port can be."""
+"""This process's part of the ranks' store. It is opened only once, because its port can be opened only once."""
 
 
 def store_on(host: str, size: int | None = None, timeout: timedelta = timedelta(minutes=5), port: int = 0) -> TCPStore:
-    """The rendezvous store of `size` ranks on `port` (0: a free one, see `store.port`) of `host` alone: a store that
-    opens its port itself listens on every interface."""
+    """Open the rendezvous store of `size` ranks on `port` (0: a free one, see `store.port`) of `host` only.
+
+    A store that opens its port itself would listen on every interface.
+    """
     with socket.create_server((host, port), backlog=1024) as listener:
         port = listener.getsockname()[1]
         return TCPStore(
@@ -21,11 +23,12 @@ def store_on(host: str, size: int | None = None, timeout: timedelta = timedelta(
 
 
 def ranks_store(timeout: timedelta) -> TCPStore:
-    """The store at MASTER_ADDR:MASTER_PORT in which the launcher's ranks meet, with `timeout` for this process's calls.
+    """Return the store at MASTER_ADDR:MASTER_PORT where the launcher's ranks meet; `timeout` bounds this process's
+    calls.
 
-    torchrun and our own launcher hold it themselves. Under srun rank 0 does, and listens on the address that the others
-    connect to; where that is not to be known (`master_address`), on all. Raises TimeoutError when rank 0 is not there
-    in time, OSError when the port is taken.
+    torchrun and this package's launcher host the store. Under srun rank 0 hosts it, and listens on the address that the
+    others connect to, or on all if that address cannot be known (`master_address`). Raises TimeoutError when rank 0 has
+    not opened it in time, and OSError when the port is taken.
     """
     if not _stores:
         _stores.append(_open(timeout))
@@ -48,14 +51,17 @@ def _open(timeout: timedelta) -> TCPStore:
         ) from error
     except DistError as error:
         raise TimeoutError(
-            f"rank {os.environ['RANK']}: the ranks' store at {name}:{port} was not there within "
-            f"{timeout.total_seconds():g} s ({error}); check that rank 0 was started, and the firewall between"
+            f"rank {os.environ['RANK']}: the ranks' store at {name}:{port} did not answer within "
+            f"{timeout.total_seconds():g} s ({error}); check that rank 0 was started and that no firewall is in between"
         ) from error
 
 
 def master_address() -> str | None:
-    """IPv4 address of MASTER_ADDR as every rank sees it. None where there is none, and where rank 0's machine has only
-    a loopback address under its own name (Debian's 127.0.1.1), which is not what the others see."""
+    """Return the IPv4 address of MASTER_ADDR as every rank sees it, or None.
+
+    It is None if MASTER_ADDR has no address, or if rank 0's machine has only a loopback address under its own name
+    (Debian's 127.0.1.1), which differs from what the others see.
+    """
     name = os.environ["MASTER_ADDR"]
     try:
         address = socket.gethostbyname(name)

@@ -1,1 +1,1 @@
-"""Starting the processes of a run."""
+"""This package starts the processes of a run."""

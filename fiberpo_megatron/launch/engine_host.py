@@ -1,4 +1,4 @@
-"""The engines of one machine of a job: started, registered when healthy, watched until the job ends."""
+"""An engine host runs the engines of one machine of a job: it starts, registers and watches them until the job ends."""
 
 import signal
 import sys
@@ -16,14 +16,14 @@ WATCH_S = 5.0
 
 
 class _Ended(Exception):
-    """The job needs no engines any more."""
+    """Says that the job needs no engines any more."""
 
 
 def serve(config: Config, folder: Path, host: str, clients: list[str], first_gpu: int) -> int:
-    """Run `rollout.engine.count` servers until SIGUSR1 or SIGTERM; the exit code.
+    """Run `rollout.engine.count` servers until SIGUSR1 or SIGTERM; return the exit code.
 
-    `folder`: the registry. `host`: this machine's name there. `clients`: names or addresses of the machines whose
-    ranks use the servers, which decide on which address they listen.
+    `folder` is the registry. `host` is this machine's name in it. `clients` are names or addresses of the machines
+    whose ranks use the servers; they decide on which address the servers listen.
     """
     registry = Registry(folder)
     for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -56,5 +56,5 @@ def serve(config: Config, folder: Path, host: str, clients: list[str], first_gpu
 
 def _end(number: int, frame: FrameType | None) -> None:
     for other in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(other, signal.SIG_IGN)  # one is enough: the servers are being stopped
+        signal.signal(other, signal.SIG_IGN)  # one signal is enough: the servers are being stopped
     raise _Ended

@@ -1,4 +1,4 @@
-"""Which of a job's ranks failed first, and with what: `python -m fiberpo_megatron.launch.failures FOLDER`.
+"""This module finds which of a job's ranks failed first, and why: `python -m fiberpo_megatron.launch.failures FOLDER`.
 
 FOLDER has errors/rank_<i>.json (what torch's error handler writes), rank_<i>.log and srun.log.
 """
@@ -18,28 +18,29 @@ ENDED = re.compile(
     rf"|Exited with exit code (?!{EXIT_STOPPED}\b)\d+)",
     re.I,
 )
-"""What srun says of a task that ended badly."""
+"""How srun describes a task that failed."""
 
 
 def lost_a_peer(message: str) -> bool:
-    """Whether an error only says that another rank is gone."""
+    """Return whether an error only says that another rank is gone."""
     return bool(re.search(r"gloo|NCCL|Connection (reset|closed)|rank \d+ failed|failed on rank \d+", message))
 
 
 @dataclass(frozen=True, order=True)
 class Failure:
-    """One rank's end; the least is the cause."""
+    """Describes how one rank ended; the least in this order is the cause."""
 
     kind: int
-    """0 an error of its own, 1 ended without a word (killed, or before it could write), 2 the loss of a peer."""
+    """0: an error of its own; 1: it ended without a message (killed, or before it could write one); 2: the loss of a
+    peer."""
     seconds: float
-    """When: seconds of the epoch; without a word, its place among those that srun names."""
+    """Time of the error in seconds since 1970; without a message, its place among the ranks that srun names."""
     rank: int
     message: str
 
 
 def failures(folder: Path) -> list[Failure]:
-    """All ranks that ended badly, the cause first."""
+    """Return all ranks that failed, the cause first."""
     found = {}
     for path in (folder / "errors").glob("rank_*.json"):
         record = json.loads(path.read_text())["message"]
@@ -49,12 +50,12 @@ def failures(folder: Path) -> list[Failure]:
     srun = folder / "srun.log"
     for place, (ranks, how) in enumerate(ENDED.findall(srun.read_text(errors="replace") if srun.exists() else "")):
         for rank in _expand(ranks):
-            found.setdefault(rank, Failure(1, float(place), rank, f"ended without a word of its own ({how})"))
+            found.setdefault(rank, Failure(1, float(place), rank, f"ended without an error message ({how})"))
     return sorted(found.values())
 
 
 def explain(folder: Path) -> str:
-    """The cause in one line, the end of that rank's log where the line does not say it all, and where the log is."""
+    """Return the cause in one line, the end of that rank's log if the line is not enough, and the path of the log."""
     found = failures(folder)
     if not found:
         return f"fiberpo: no rank left a message; see the logs in {folder}"
@@ -67,7 +68,7 @@ def explain(folder: Path) -> str:
 
 
 def _expand(ranks: str) -> list[int]:
-    """SLURM's "0,2-4" as [0, 2, 3, 4]."""
+    """Return SLURM's "0,2-4" as [0, 2, 3, 4]."""
     parts = [part.partition("-") for part in ranks.split(",") if part]
     return [rank for low, _, high in parts for rank in range(int(low), int(high or low) + 1)]
 

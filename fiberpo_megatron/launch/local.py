@@ -1,4 +1,7 @@
-"""All ranks of a run on this machine, without torchrun's noise: one message when something fails."""
+"""This module starts all ranks of a run on this machine, and prints one message when something fails.
+
+torchrun would print much more.
+"""
 
 import logging
 import os
@@ -18,11 +21,11 @@ from fiberpo_megatron.rendezvous import store_on
 from fiberpo_megatron.types import EXIT_STOPPED
 
 LAUNCHER = "FIBERPO_LAUNCHER_PID"
-"""Environment variable by which a rank knows this launcher; its value is the process id."""
+"""Environment variable by which a rank recognises this launcher; its value is the launcher's process id."""
 
 
 def launch_ranks(arguments: Sequence[str], world_size: int, log_folder: Path, environment: Mapping[str, str]) -> int:
-    """Run `python <arguments>` on `world_size` local ranks with torchrun's environment variables; the exit code.
+    """Run `python <arguments>` on `world_size` local ranks with torchrun's environment variables; return the exit code.
 
     The rendezvous store lives in this process, so no port can be lost between choosing and using it. stderr of each
     rank goes to `log_folder`. When a rank fails the others are stopped and its message is printed.
@@ -30,7 +33,7 @@ def launch_ranks(arguments: Sequence[str], world_size: int, log_folder: Path, en
     SIGUSR1 and a first SIGTERM reach the ranks as SIGUSR1, a request to save and stop; their exit code is then
     returned. SIGINT and a second SIGTERM stop them at once.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its failures are told below
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `_explain` reports the failures
     store = store_on("127.0.0.1")
     common = {
         "WORLD_SIZE": str(world_size),
@@ -66,7 +69,7 @@ def launch_ranks(arguments: Sequence[str], world_size: int, log_folder: Path, en
         return 0
     if asked:
         codes = {failure.exitcode for failure in result.failures.values()}
-        stopped = codes - {-signal.SIGTERM, -signal.SIGUSR1}  # those that the others' end took along
+        stopped = codes - {-signal.SIGTERM, -signal.SIGUSR1}  # the other ranks were stopped because one failed
         if stopped <= {EXIT_STOPPED}:
             print(f"fiberpo: stopped by {asked[0].name}", file=sys.stderr)
             return EXIT_STOPPED if stopped else 128 + asked[0]
@@ -75,7 +78,7 @@ def launch_ranks(arguments: Sequence[str], world_size: int, log_folder: Path, en
 
 
 def _pass_on(pids: Mapping[int, int]) -> list[signal.Signals]:
-    """From now on requests to stop go to the ranks; the list fills with the signals that came."""
+    """Send requests to stop on to the ranks from now on; the list fills with the signals that came."""
     came: list[signal.Signals] = []
     at_once = signal.getsignal(signal.SIGTERM)
 
@@ -93,7 +96,8 @@ def _pass_on(pids: Mapping[int, int]) -> list[signal.Signals]:
 
 
 def _explain(failures: Mapping[int, ProcessFailure], logs: Mapping[int, str]) -> str:
-    """The first failure that is a cause: ranks stopped by us, or that only lost a peer, come last."""
+    """Describe the first failure that is a cause; ranks that this launcher stopped, or that only lost a peer, come
+    last."""
 
     def order(failure: ProcessFailure) -> tuple[bool, bool, int, int]:
         stopped_by_us = failure.exitcode == -signal.SIGTERM
@@ -102,21 +106,21 @@ def _explain(failures: Mapping[int, ProcessFailure], logs: Mapping[int, str]) ->
     first = min(failures.values(), key=order)
     log = logs.get(first.local_rank, "")
     lines = [f"fiberpo: rank {first.local_rank}: {_message(first)}"]
-    if not _told(first):
+    if not _wrote_error(first):
         tail = Path(log).read_text(errors="replace").splitlines()[-TAIL_LINES:] if log else []
         lines += [f"  | {line}" for line in tail]
     return "\n".join([*lines, f"fiberpo: log of that rank: {log}"])
 
 
-def _told(failure: ProcessFailure) -> bool:
-    """Whether the rank wrote its error before it ended."""
+def _wrote_error(failure: ProcessFailure) -> bool:
+    """Return whether the rank wrote its error before it ended."""
     return Path(failure.error_file).is_file()
 
 
 def _message(failure: ProcessFailure) -> str:
     if failure.exitcode < 0:
         return f"was killed by signal {failure.signal_name()} (pid {failure.pid})"
-    if not _told(failure):
+    if not _wrote_error(failure):
         return f"stopped with exit code {failure.exitcode}"
     message = failure.message
     return str(message["message"] if isinstance(message, dict) else message)

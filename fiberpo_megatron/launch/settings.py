@@ -1,4 +1,4 @@
-"""Settings of a SLURM job: [slurm]."""
+"""These settings describe a SLURM job: [slurm]."""
 
 import datetime
 from typing import Literal
@@ -9,7 +9,8 @@ from fiberpo_megatron.settings import Section
 
 
 class SlurmConfig(Section):
-    """The job of `fiberpo slurm`: docs/slurm.md. Ranks follow from [parallel], servers from [rollout.engine]."""
+    """These settings describe the job of `fiberpo slurm` (docs/slurm.md). Its ranks follow from [parallel], its servers
+    from [rollout.engine]."""
 
     job_name: str = "fiberpo"
     """Name in the queue."""
@@ -22,7 +23,7 @@ class SlurmConfig(Section):
     time: str = Field("24:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$")
     """Time limit of one start of the job ([days-]hours:minutes:seconds, or minutes)."""
     gpus_per_node: int = Field(8, ge=0)
-    """GPUs of a node; 0: a cluster without."""
+    """GPUs of a node; 0 for a cluster without GPUs."""
     ranks_per_node: int | None = Field(None, ge=1)
     """Training ranks per node, one GPU each. Unset: gpus_per_node (without GPUs: 1), or all ranks if they are fewer."""
     cpus_per_rank: int = Field(8, ge=1)
@@ -30,15 +31,15 @@ class SlurmConfig(Section):
     engine_nodes: int = Field(1, ge=0)
     """Nodes that run `rollout.engine.count` servers each. 0: the servers are given by `rollout.engine.urls`."""
     share_nodes: bool = False
-    """Put the engines on the first `engine_nodes` training nodes: on GPUs that the ranks leave free, or with
-    rollout.engine.colocated on theirs."""
+    """Put the engines on the first `engine_nodes` training nodes: on GPUs that the ranks leave free or, with
+    rollout.engine.colocated, on the ranks' GPUs."""
     signal_s: int = Field(300, ge=10)
     """Seconds before the time limit at which the run is asked to save and stop: more than a step without its
     generation, an evaluation and a save."""
     requeue: bool = True
-    """Queue the job again when it was stopped by its time limit; it goes on by itself."""
+    """Queue the job again when it was stopped by its time limit; the run then continues from its newest checkpoint."""
     chain: int = Field(1, ge=1)
-    """Jobs to submit, each after the one before: for clusters that do not requeue."""
+    """Jobs to submit, each after the previous one, for clusters that do not requeue."""
     dependency: str | None = None
     """What the (first) job waits for, e.g. "afterok:1234"."""
     array: str | None = Field(None, pattern=r"^[0-9,:%-]+$")
@@ -48,7 +49,8 @@ class SlurmConfig(Section):
     image: str | None = None
     """Container image (file, or for pyxis a registry's name)."""
     mounts: list[str] = []
-    """Folders visible inside, "host:container[:ro]". The current folder always is, under its own name."""
+    """Folders that are visible inside the container, "host:container[:ro]". The current folder always is, under its own
+    path."""
     python: str | None = None
     """Python on the nodes. Unset: the one that runs `fiberpo slurm`; in a container: python."""
     options: list[str] = []
@@ -57,7 +59,7 @@ class SlurmConfig(Section):
     @field_validator("time", "array", mode="before")
     @classmethod
     def as_text(cls, value: object) -> object:
-        """30 and 12:00:00 are a number and a time of day in TOML."""
+        """Turn numbers and times of day into text, because TOML reads 30 and 12:00:00 as such."""
         return str(value) if isinstance(value, (int, datetime.time)) else value
 
     @model_validator(mode="after")
@@ -68,7 +70,7 @@ class SlurmConfig(Section):
                     raise ValueError(f"slurm.{name} has a line break or another control character: {text!r}")
         for option in self.options:
             if not option.startswith("-"):
-                raise ValueError(f"slurm.options: {option!r} is no option of sbatch; write it as --name=value")
+                raise ValueError(f"slurm.options: {option!r} is not an option of sbatch; write it as --name=value")
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""`fiberpo slurm`: a config as a batch script for SLURM, and its submission."""
+"""`fiberpo slurm` writes a batch script for SLURM from a config, and submits it."""
 
 import shlex
 import subprocess
@@ -16,12 +16,12 @@ SUBMIT_TIMEOUT_S = 60.0
 
 
 class SubmitError(ValueError):
-    """SLURM did not take the job."""
+    """SLURM did not accept the job."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What runs where."""
+    """Describes which processes run on which nodes."""
 
     ranks: int
     ranks_per_node: int
@@ -37,7 +37,7 @@ class Shape:
 
 
 def shape_of(config: Config) -> Shape:
-    """Nodes and processes that the layout needs. Raises ConfigError when they do not fit."""
+    """Return the nodes and processes that the layout needs. Raises ConfigError when they do not fit."""
     slurm, engine, ranks = config.slurm, config.rollout.engine, config.parallel.world_size()
     per_node = slurm.ranks_per_node or max(slurm.gpus_per_node, 1)
     if ranks > per_node and ranks % per_node:
@@ -49,7 +49,7 @@ def shape_of(config: Config) -> Shape:
     if slurm.gpus_per_node and per_node > slurm.gpus_per_node:
         raise ConfigError(
             f"slurm.ranks_per_node = {per_node} exceeds slurm.gpus_per_node = {slurm.gpus_per_node}; every rank needs "
-            "a GPU of its own"
+            "its own GPU"
         )
     if bool(engine.urls) == bool(slurm.engine_nodes):
         raise ConfigError(
@@ -81,7 +81,7 @@ def shape_of(config: Config) -> Shape:
 
 
 def render(config: Config, config_file: Path, working_folder: Path) -> str:
-    """The batch script. `config_file`: the resolved config that the job reads."""
+    """Return the batch script; `config_file` is the resolved config that the job reads."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fiberpo_megatron.launch"),
         undefined=jinja2.StrictUndefined,
@@ -107,7 +107,7 @@ def render(config: Config, config_file: Path, working_folder: Path) -> str:
 
 
 def write_job(config: Config, resume: bool) -> Path:
-    """Keep the resolved config and the script in the run folder; the script's path.
+    """Write the resolved config and the script into the run folder; return the script's path.
 
     Raises ConfigError when an index of the array already has a run and `resume` is not set.
     """
@@ -130,7 +130,11 @@ Sbatch = Callable[[list[str]], str]
 
 
 def submit(script: Path, chain: int, sbatch: Sbatch | None = None) -> list[str]:
-    """Submit `chain` jobs, each to start when the one before has ended; their ids. Raises SubmitError."""
+    """Submit `chain` jobs, each to start when the previous one has ended; return their ids. Raises SubmitError.
+      # a shell script: every value goes through the filter `sh`
+    >>
+      # it is a shell script, where every value goes through the filter `sh`
+    """
     ids: list[str] = []
     for _ in range(chain):
         after = [f"--dependency=afterany:{ids[-1]}"] if ids else []

@@ -1,1 +1,1 @@
-"""What a run tells: metrics and their sinks, timers, GPU readings, sample rollouts and the report."""
+"""Telemetry holds what a run reports: metrics and their sinks, timers, GPU readings, sample rollouts and the report."""

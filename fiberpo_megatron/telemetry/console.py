@@ -1,4 +1,4 @@
-"""The console: one line a step with the numbers that matter, and a progress bar on a terminal."""
+"""The console prints one line per step with the most important numbers, and shows a progress bar on a terminal."""
 
 import sys
 import time
@@ -49,7 +49,7 @@ LABELS: dict[Kind, str] = {"train": "step", "eval": "eval", "sft": "sft "}
 
 
 def format_line(done: int, kind: Kind, metrics: Mapping[str, float | int | str], total_steps: int) -> str:
-    """`step  12/150  reward 0.41  acc 44.0 %  ...`; metrics that are missing are left out."""
+    """Return a line such as `step  12/150  reward 0.41  acc 44.0 %  ...`; missing metrics are left out."""
     width = len(str(total_steps))
     parts = [f"{LABELS[kind]} {done:{width}d}/{total_steps}"]
     for name, label in COLUMNS[kind]:
@@ -60,7 +60,7 @@ def format_line(done: int, kind: Kind, metrics: Mapping[str, float | int | str],
 
 
 class Console:
-    """A line a record; lines of `sft` (hundreds of short steps) at most every `sft_line_s` seconds.
+    """Prints one line per record, and for `sft` (hundreds of short steps) at most one line every `sft_line_s` seconds.
 
     On a terminal a progress bar stays below the lines; elsewhere (a SLURM log) each line says the time left.
     """

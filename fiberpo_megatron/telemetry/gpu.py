@@ -1,4 +1,4 @@
-"""What NVIDIA's management library says about this machine's GPUs; nothing without a GPU."""
+"""This module reads what NVIDIA's management library says about this machine's GPUs; without a GPU it reads nothing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ THROTTLE_REASONS = {
     "nvmlClocksThrottleReasonHwThermalSlowdown": "temperature (hardware)",
     "nvmlClocksThrottleReasonHwPowerBrakeSlowdown": "power brake",
 }
-"""NVML constants of reasons that cost speed, and how they are shown."""
+"""NVML constants of reasons that reduce speed, and how they are shown."""
 
 
 @dataclass(frozen=True)
 class GpuReading:
-    """One GPU at one moment; None where the GPU does not report it."""
+    """Holds the state of one GPU at one moment; a value is None if the GPU does not report it."""
 
     index: int
     """NVML's number of the GPU, whatever CUDA_VISIBLE_DEVICES says."""
@@ -40,10 +40,10 @@ class GpuReading:
 
 
 class GpuMonitor:
-    """Reads all GPUs of the machine. Without nvidia-ml-py, driver or GPU there is nothing to read."""
+    """Reads all GPUs of the machine; without nvidia-ml-py, a driver or a GPU it returns no readings."""
 
     def __init__(self, nvml: Any | None = None) -> None:
-        """`nvml` stands in for the pynvml module in tests."""
+        """Load NVML, or take `nvml` in place of the pynvml module (for tests)."""
         self._nvml = nvml if nvml is not None else _import_nvml()
         self._handles: list[Any] = []
         if self._nvml is None:
@@ -56,11 +56,11 @@ class GpuMonitor:
             self._handles = []
 
     def read(self) -> list[GpuReading]:
-        """One reading per GPU."""
+        """Return one reading per GPU."""
         return [self._reading(index, handle) for index, handle in enumerate(self._handles)]
 
     def driver(self) -> str:
-        """Version of the driver; "unknown" without one."""
+        """Return the version of the driver, or "unknown" without one."""
         version = self._ask("nvmlSystemGetDriverVersion") if self._handles else None
         return version.decode() if isinstance(version, bytes) else str(version or "unknown")
 
@@ -93,7 +93,7 @@ class GpuMonitor:
         return tuple(text for name, text in THROTTLE_REASONS.items() if bits & getattr(self._nvml, name))
 
     def _ask(self, function: str, *arguments: Any) -> Any:
-        """The library's answer; None where this GPU or driver does not support the question."""
+        """Return the library's answer, or None if this GPU or driver does not support the question."""
         assert self._nvml is not None
         try:
             return getattr(self._nvml, function)(*arguments)
@@ -102,7 +102,7 @@ class GpuMonitor:
 
 
 def gpu_metrics(readings: Sequence[GpuReading]) -> dict[str, float]:
-    """Readings as flat metrics: gpu/<index>/<what>; `throttled` is 1 while clocks are held back."""
+    """Return readings as flat metrics gpu/<index>/<what>; `throttled` is 1 while the clocks are held back."""
     metrics: dict[str, float] = {}
     for reading in readings:
         head = f"gpu/{reading.index}"

@@ -1,4 +1,4 @@
-"""A few trajectories of each step as readable JSON lines: <run>/rollouts/step_000012.jsonl."""
+"""This module writes a few trajectories of each step as readable JSON lines to <run>/rollouts/step_000012.jsonl."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from fiberpo_megatron.types import Trajectory
 
 
 def rollout_path(run_folder: Path, step: int) -> Path:
-    """File of one step."""
+    """Return the file of one step."""
     return run_folder / "rollouts" / f"step_{step:06d}.jsonl"
 
 

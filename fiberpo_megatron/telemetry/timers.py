@@ -1,4 +1,4 @@
-"""Seconds of each phase of a step."""
+"""This module measures the seconds of each phase of a step."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,9 +6,10 @@ from contextlib import contextmanager
 
 
 class PhaseTimers:
-    """`with timers("generate"): ...` adds the time of the block to its phase; `timers.read()` ends the step.
+    """Adds up wall time per phase on this rank: `with timers("generate"): ...` times a block, `timers.read()` ends the
+    step.
 
-    Phases may be nested or repeated; each adds up on its own. Measures wall time on this rank.
+    Phases may be nested or repeated; each is summed separately.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -30,7 +31,7 @@ class PhaseTimers:
             self.add(phase, ended - began)
 
     def phase(self) -> tuple[str, float]:
-        """The innermost running phase, or "after" the last one, and its seconds so far. Any thread may ask."""
+        """Return the innermost running phase, or "after" the last one, and its seconds so far. Any thread may ask."""
         running = self._running
         name, began = running[-1] if running else self._idle
         return name, self._clock() - began
@@ -40,7 +41,8 @@ class PhaseTimers:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def read(self) -> dict[str, float]:
-        """{"seconds/<phase>": s, ..., "seconds/total": s since the last read or the start}; starts anew."""
+        """Return {"seconds/<phase>": s, ..., "seconds/total": s since the last read or the start}, and begin a new
+        step."""
         now = self._clock()
         metrics = {f"seconds/{phase}": seconds for phase, seconds in self._seconds.items()}
         metrics["seconds/total"] = now - self._began

@@ -34,7 +34,7 @@ def test_a_rank_that_was_killed_is_the_cause_of_lost_peers(tmp_path: Path, how: 
     )
     (tmp_path / "rank_7.log").write_text("step 3\nloading\n")
     said = explain(tmp_path)
-    assert said.startswith("fiberpo: rank 7: ended without a word of its own (") and "  | loading" in said
+    assert said.startswith("fiberpo: rank 7: ended without an error message (") and "  | loading" in said
 
 
 def test_several_ranks_of_a_node(tmp_path: Path):

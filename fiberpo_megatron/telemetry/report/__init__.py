@@ -1,4 +1,4 @@
-"""`report.html` of a run folder: one file, no network, readable while the run is still going."""
+"""The report of a run folder is one file, `report.html`, which needs no network and can be written during the run."""
 
 from fiberpo_megatron.telemetry.report.page import write_report
 

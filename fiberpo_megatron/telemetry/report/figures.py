@@ -1,4 +1,4 @@
-"""Charts as inline SVG: lines and stacked areas over the steps of a run."""
+"""This module draws charts as inline SVG: lines and stacked areas over the steps of a run."""
 
 import io
 import re
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fiberpo_megatron.telemetry.report.run_data import Series
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b7280", "#8c564b")
-"""Okabe and Ito's colours, which people with colour-blindness tell apart, in an order for white paper."""
+"""Okabe and Ito's colours, which people with colour-blindness can distinguish, in an order for white paper."""
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -43,7 +43,7 @@ WIDTH, HEIGHT = 4.9, 2.55
 
 @dataclass(frozen=True)
 class Line:
-    """One curve."""
+    """Describes one curve."""
 
     label: str
     series: Series
@@ -55,9 +55,9 @@ class Line:
 
 
 def line_chart(lines: Sequence[Line], *, unit: str, log: bool = False, percent: bool = False) -> str:
-    """SVG of several curves; noisy ones are drawn pale with a moving average over them.
+    """Return an SVG of several curves; noisy ones are drawn pale, with a moving average over them.
 
-    `percent` shows shares times 100. `log` asks for a logarithmic axis, taken when all values are positive.
+    `percent` shows shares times 100. `log` asks for a logarithmic axis, which is used when all values are positive.
     """
     scale = 100.0 if percent else 1.0
     with matplotlib.rc_context(STYLE):
@@ -77,7 +77,7 @@ def line_chart(lines: Sequence[Line], *, unit: str, log: bool = False, percent: 
 def stacked_chart(
     parts: Sequence[tuple[str, Series, str | None]], *, unit: str, percent: bool = False, smooth: bool = False
 ) -> str:
-    """SVG of areas on top of each other: (label, series, colour). Missing values count as 0."""
+    """Return an SVG of areas on top of each other: (label, series, colour). Missing values count as 0."""
     steps = np.unique(np.concatenate([series.steps for _, series, _ in parts]))
     scale = 100.0 if percent else 1.0
     heights = [_aligned(series, steps) * scale for _, series, _ in parts]
@@ -97,9 +97,9 @@ def stacked_chart(
 
 
 def moving_average(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """[n] mean over an odd `window` around each value, cut off at the ends.
+    """Return the [n] means over an odd `window` around each value; the window is cut off at the ends.
 
-    Values that are nan are left out; nan where there is no other.
+    Values that are nan are left out; the mean is nan where the window has no other value.
     """
     count = len(values)
     index = np.arange(count)
@@ -113,7 +113,7 @@ def moving_average(values: NDArray[np.float64], window: int) -> NDArray[np.float
 
 
 def window_of(count: int) -> int:
-    """Steps of the moving average: odd, about a fifteenth of the run."""
+    """Return the steps of the moving average: an odd number, about a fifteenth of the run."""
     return 2 * (count // 30) + 1
 
 
@@ -133,7 +133,7 @@ def _draw(axes: Axes, line: Line, colour: str, scale: float) -> None:
 
 
 def _aligned(series: Series, steps: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[len(steps)] values of the series at `steps`, 0 where it has none."""
+    """Return the [len(steps)] values of the series at `steps`, 0 where it has none."""
     known = dict(zip(series.steps.tolist(), np.nan_to_num(series.values).tolist(), strict=True))
     return np.array([known.get(step, 0.0) for step in steps.tolist()])
 
@@ -149,7 +149,7 @@ def _canvas(unit: str) -> tuple[Figure, Axes]:
 
 
 def _log_axis(axes: Axes, low: float, high: float) -> None:
-    """Logarithmic y axis with plain numbers at 1, 2 and 5 of each decade, or at whole decades."""
+    """Make the y axis logarithmic, with plain numbers at 1, 2 and 5 of each decade, or at whole decades."""
     axes.set_ylim(low, high)
     axes.set_yscale("log")
     subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
@@ -159,7 +159,7 @@ def _log_axis(axes: Axes, low: float, high: float) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    """Above the plot, or right of it when it is long, so that it hides no data."""
+    """Put the legend above the plot, or to its right when it is long, so that it hides no data."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 4:
         axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.0)

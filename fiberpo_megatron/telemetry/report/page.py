@@ -1,4 +1,4 @@
-"""The page: headline, charts, sample rollouts and settings in one HTML file."""
+"""This module writes the page: headline, charts, sample rollouts and settings in one HTML file."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -65,7 +65,8 @@ td.right { color: #04724d; } td.wrong { color: #b5303f; }
 def write_report(run_folder: Path | str) -> Path:
     """Write <run folder>/report.html from what the folder holds and return its path.
 
-    May be called during the run. ValueError if there is no such folder or a line of metrics.jsonl is broken.
+    This may be called during the run. Raises ValueError if there is no such folder or a line of metrics.jsonl is
+    broken.
     """
     folder = Path(run_folder)
     page = render(load_run(folder))
@@ -77,7 +78,7 @@ def write_report(run_folder: Path | str) -> Path:
 
 
 def render(data: RunData) -> str:
-    """The whole page."""
+    """Return the whole page."""
     sections = build_sections(data)
     body = f"<p class='about'>{READING}</p>\n" + "\n".join(_section(section) for section in sections)
     if not sections:
@@ -119,15 +120,15 @@ def _cards(data: RunData) -> str:
 
 
 def _headline(data: RunData) -> Iterator[tuple[str, str, bool]]:
-    """(value, label, whether it is the main one)"""
+    """Yield (value, label, whether it is the main one)."""
     held_out = data.series("eval", "accuracy")
     if held_out is not None and held_out.finite.size:
         values = held_out.finite
         if values.size > 1:
             text = f"{100 * values[0]:.1f} % → {100 * values[-1]:.1f} %"
-            yield text, f"held-out accuracy, after {held_out.steps[0]} and {held_out.steps[-1]} steps", True
+            yield text, f"held-out accuracy after {held_out.steps[0]} and {held_out.steps[-1]} steps", True
         else:
-            yield f"{100 * values[0]:.1f} %", f"held-out accuracy, after {held_out.steps[0]} steps", True
+            yield f"{100 * values[0]:.1f} %", f"held-out accuracy after {held_out.steps[0]} steps", True
     kind = _kind(data)
     for name, label in (("reward/mean", "mean reward"), ("loss", "loss")):
         series = data.series(kind, name)
@@ -229,7 +230,7 @@ def _settings(config: Mapping[str, Any]) -> str:
 
 
 def _flat(content: Any, head: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested tables as dotted names; a list of tables is numbered."""
+    """Yield nested tables as dotted names; a list of tables is numbered."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             yield from _flat(value, f"{head}.{key}" if head else str(key))
@@ -241,7 +242,7 @@ def _flat(content: Any, head: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _kind(data: RunData) -> str:
-    """What the run is about: training unless it has only supervised steps."""
+    """Return what the run is about: training, unless it has only supervised steps."""
     return "sft" if "sft" in data.records and "train" not in data.records else "train"
 
 

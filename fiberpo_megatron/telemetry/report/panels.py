@@ -1,4 +1,4 @@
-"""Which charts a report has: sections of panels, each made from the metrics that are there."""
+"""This module decides which charts a report has: sections of panels, each made from the metrics that the run logged."""
 
 import re
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from fiberpo_megatron.telemetry.report.figures import Line, line_chart, stacked_
 from fiberpo_megatron.telemetry.report.run_data import RunData, Series
 
 STATES = {"pass": "#7fc8a9", "rollback": "#f2b84b", "zeroed": "#d1495b"}
-"""Colours of what a gate does to a node."""
+"""Colours for what a gate does to a node."""
 REGIMES = {
     "both_pass": ("both pass", "#7fc8a9"),
     "one_rollback": ("one in rollback", "#f6d58a"),
@@ -47,7 +47,7 @@ PHASE_COLOURS = dict(
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart with its title and a sentence on how to read it."""
+    """Holds one chart with its title and a sentence on how to read it."""
 
     title: str
     unit: str
@@ -57,7 +57,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """Charts that belong together."""
+    """Holds charts that belong together."""
 
     title: str
     panels: tuple[Panel, ...]
@@ -71,7 +71,7 @@ class Charts:
         self.shown: set[tuple[str, str]] = set()
 
     def take(self, kind: str, name: str) -> Series | None:
-        """A metric's series, marked as shown."""
+        """Return a metric's series and mark the metric as shown."""
         self.shown.add((kind, name))
         return self.data.series(kind, name)
 
@@ -84,7 +84,7 @@ class Charts:
         log: bool = False,
         note: str = "",
     ) -> Panel | None:
-        """Curves of {metric: label}; None when none of them was logged. Shares are shown in %."""
+        """Draw curves of {metric: label}; return None when none of them was logged. Shares are shown in %."""
         found = [(label, self.take(kind, name)) for name, label in names.items()]
         drawn = [Line(label, series) for label, series in found if series is not None]
         if not drawn:
@@ -96,7 +96,7 @@ class Charts:
     def stack(
         self, title: str, names: dict[str, tuple[str, str | None]], *, kind: str = "train", note: str = ""
     ) -> Panel | None:
-        """Areas of {metric: (label, colour)} on top of each other."""
+        """Draw areas of {metric: (label, colour)} on top of each other; return None when none of them was logged."""
         found = [(label, self.take(kind, name), colour) for name, (label, colour) in names.items()]
         parts = [(label, series, colour) for label, series, colour in found if series is not None]
         if not parts:
@@ -107,7 +107,7 @@ class Charts:
 
 
 def build_sections(data: RunData) -> list[Section]:
-    """All sections that have at least one panel."""
+    """Return all sections that have at least one panel."""
     charts = Charts(data)
     makers: list[tuple[str, Iterable[Panel | None]]] = [
         ("Learning", _learning(charts)),
@@ -204,7 +204,7 @@ def _movement(charts: Charts) -> Iterable[Panel | None]:
 
 
 def _levels(data: RunData) -> list[str]:
-    """Names of the gated levels, in the order in which they were logged."""
+    """Return the names of the gated levels, in the order in which they were logged."""
     pattern = re.compile(r"gate/(.+)/(?:plus|minus|regime)/\w+")
     matches = (pattern.fullmatch(name) for name in data.names("train"))
     return list(dict.fromkeys(match[1] for match in matches if match))
@@ -259,7 +259,7 @@ def _speed(charts: Charts) -> Iterable[Panel | None]:
 
 
 def _phases(charts: Charts) -> Panel | None:
-    """Seconds of each phase; the gate is taken out of training, in which it lies."""
+    """Draw the seconds of each phase; the gate's time is subtracted from training, of which it is a part."""
     found = {phase: charts.take("train", f"seconds/{phase}") for phase in PHASES}
     total = charts.take("train", "seconds/total")
     train, gate = found["train"], found["gate"]

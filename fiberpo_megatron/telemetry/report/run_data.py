@@ -1,4 +1,4 @@
-"""What a run folder holds, read for the report; every part may be missing."""
+"""This module reads what a run folder holds, for the report; every part may be missing."""
 
 import json
 import tomllib
@@ -15,7 +15,7 @@ from fiberpo_megatron.telemetry.sinks import METRICS_FILE, read_records
 
 @dataclass(frozen=True)
 class Series:
-    """One metric over a run."""
+    """Holds one metric over a run."""
 
     steps: NDArray[np.int64]
     """[n] steps done at each record, ascending."""
@@ -24,13 +24,13 @@ class Series:
 
     @property
     def finite(self) -> NDArray[np.float64]:
-        """The values that are numbers."""
+        """Return the values that are finite numbers."""
         return self.values[np.isfinite(self.values)]
 
 
 @dataclass(frozen=True)
 class RunData:
-    """A run folder's content."""
+    """Holds a run folder's content."""
 
     name: str
     config: dict[str, Any]
@@ -41,7 +41,7 @@ class RunData:
     """(step, sample trajectories) of a few stages of the run, early to late."""
 
     def names(self, kind: str) -> list[str]:
-        """Numeric metrics of a kind, in the order of first appearance."""
+        """Return the numeric metrics of a kind, in the order of first appearance."""
         found: dict[str, None] = {}
         for record in self.records.get(kind, []):
             for name, value in record.items():
@@ -50,7 +50,7 @@ class RunData:
         return list(found)
 
     def series(self, kind: str, name: str) -> Series | None:
-        """A metric over the run, or None where no record of the kind has a number for it."""
+        """Return a metric over the run, or None if no record of the kind has a number for it."""
         records = [record for record in self.records.get(kind, []) if name in record]
         if not any(isinstance(record[name], (int, float)) for record in records):
             return None
@@ -60,7 +60,7 @@ class RunData:
 
 
 def load_run(folder: Path, stages: int = 3) -> RunData:
-    """Read a run folder; ValueError if it is none, or if a line of its metrics is broken."""
+    """Read a run folder. Raises ValueError if it is not one, or if a line of its metrics is broken."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a run folder; give the folder that holds {METRICS_FILE}")
     config_path = folder / "config.toml"
@@ -74,7 +74,7 @@ def load_run(folder: Path, stages: int = 3) -> RunData:
 
 
 def _read_rollouts(folder: Path, stages: int) -> list[tuple[int, list[dict[str, Any]]]]:
-    """The first, the last and evenly spaced steps between."""
+    """Read the samples of the first step, the last step and evenly spaced steps between them."""
     paths = sorted(folder.glob("step_*.jsonl"))
     if len(paths) > stages:
         paths = [paths[round(i * (len(paths) - 1) / (stages - 1))] for i in range(stages)]
