@@ -1,6 +1,7 @@
 """Finding what a config names: a class by its import path, or by a short name.
 
-A name is looked up in this order: `package.module:Class` is imported (the current folder is importable); a short name
+A name is looked up in this order: `package.module:Class` is imported (the current folder is importable), and so is
+`folder/file.py:Class`; a short name
 is one of this package's own, or one that an installed package declares as an entry point of the group
 `fiberpo.<kind>`, for example `fiberpo.environments`. This module imports the standard library alone, so that the
 worker of an environment can use it in an interpreter of its own.
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module, metadata
+from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
 
 BUILT_IN: Mapping[str, Mapping[str, str]] = {
@@ -90,11 +92,11 @@ def import_path(kind: str, name: str, setting: str) -> str:
 def find(kind: str, name: str, setting: str) -> Plugin:
     """Import the plug-in that a setting names. Raises PluginError with the cause and the fix."""
     path = import_path(kind, name, setting)
-    module_name, _, attribute = path.partition(":")
+    module_name, _, attribute = path.rpartition(":")
     where = f'{setting} = "{name}"'
     make_current_folder_importable()
     try:
-        module = import_module(module_name)
+        module = _from_file(module_name) if module_name.endswith(".py") else import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if module_name == missing or module_name.startswith(f"{missing}."):
@@ -118,7 +120,23 @@ def find(kind: str, name: str, setting: str) -> Plugin:
             f"{where}: {module_name} has no {attribute or 'class in the name'}; it defines "
             f"{', '.join(names) or 'no class'}"
         )
-    return Plugin(path, target, package_version(module_name))
+    return Plugin(path, target, None if module_name.endswith(".py") else package_version(module_name))
+
+
+def _from_file(path: str) -> Any:
+    """The module of a file, which keeps one name however often it is asked for."""
+    name = f"fiberpo_file_{os.path.abspath(path)}".replace(".", "_").replace(os.sep, "_")
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None, path
+        module = module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def require(plugin: Plugin, methods: Sequence[str], setting: str) -> None:

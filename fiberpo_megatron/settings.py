@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 
 class Section(BaseModel):
@@ -34,6 +34,13 @@ class PluginConfig(Section):
         for where, value in _not_finite("options", options):
             raise ValueError(f"{where} = {value}: the number must be finite")
         return options
+
+    @model_serializer(mode="wrap")
+    def short_where_possible(self, handler: SerializerFunctionWrapHandler) -> Any:
+        """Write a name alone as a string."""
+        if type(self) is PluginConfig and not self.options and self.version is None:
+            return self.use
+        return handler(self)
 
 
 def as_plugin(value: object) -> object:

@@ -4,14 +4,16 @@ B trajectories, N tokens of all trajectories (prompts included), t local positio
 n local response tokens. "Response token" is a token that the policy chose and that is trained on.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fiberpo_megatron.environments import Split, Task
 
 EXIT_STOPPED = 85
 """Exit code of a run that was asked to stop, saved a checkpoint and goes on with --resume."""
@@ -19,15 +21,26 @@ EXIT_STOPPED = 85
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem of a prompt set."""
+    """A task of an environment with the tokens of its prompt."""
 
     index: int
-    """Position in its domain's prompt set (stable over runs)."""
+    """Position in its split of the environment (stable over runs)."""
     domain: int
-    """Index of the domain in `data.tasks`."""
+    """Index of the environment in `environments`."""
     token_ids: tuple[int, ...]
     text: str
-    answer: str
+    """The prompt as the engine sees it."""
+    task: Task
+    split: Split = "train"
+
+    @property
+    def number(self) -> int | str:
+        """What identifies the task inside its environment: its id, as a number where it is one. Sampling seeds and the
+        digests of stored rollouts are made of it."""
+        name = self.task.id
+        if name is None:
+            return self.index
+        return int(name) if name.isdecimal() else name
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ class WeightSpan:
 
 @dataclass(frozen=True)
 class Completion:
-    """What follows a prompt: one sampled response as the engine returned it, or a conversation's turns joined."""
+    """What follows a prompt: one sampled response as the engine returned it, or the joined turns of a conversation."""
 
     token_ids: tuple[int, ...]
     log_probs: NDArray[np.float32]
@@ -55,6 +68,8 @@ class Completion:
     loss_mask: NDArray[np.bool_] | None = None
     """[T] True at the tokens that the policy sampled, False at those that an environment wrote between turns. None:
     all were sampled."""
+    engines: NDArray[np.int16] | None = None
+    """[T] index of the engine that sampled each token, -1 where none did. None: engine 0 sampled all."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,12 @@ class Trajectory:
     """Readable; the turns of a conversation are headed by their roles."""
     reward: float
     correct: bool
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Components of the reward by name, as the environment gave them."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers of the environment by name."""
+    failure: str | None = None
+    """Why the environment failed, where such a trajectory is kept with reward 0."""
 
 
 @dataclass(frozen=True)
@@ -77,31 +98,113 @@ class RolloutGroup:
     trajectories: tuple[Trajectory, ...]
 
 
+TRAJECTORY, TOKEN, NAMED = "trajectory", "token", "named"
+"""What an array of a RolloutBatch has one entry for. NAMED means a mapping from names to arrays [B]."""
+
+
+def _array(dtype: type, per: str, fill: object = None, of: Callable[[Trajectory], Any] | None = None) -> Any:
+    """Declare an array of RolloutBatch: everything that packs, exchanges, stores or joins batches reads it here.
+
+    `fill` is the value where nothing is known: in files of older versions, in batches made without engines. `of` takes
+    the values out of a trajectory: one number, or (per token) one for each token of prompt and response.
+    """
+    metadata = {"dtype": np.dtype(dtype), "per": per, "fill": fill, "of": of}
+    return field(metadata=metadata)
+
+
+def _tokens(trajectory: Trajectory) -> list[int]:
+    return [*trajectory.prompt.token_ids, *trajectory.completion.token_ids]
+
+
+def _behind_prompt(trajectory: Trajectory, values: Any, fill: object) -> NDArray[Any]:
+    """Return per-token values of a response with `fill` at the prompt's tokens."""
+    values = np.asarray(values)
+    return np.concatenate([np.full(len(trajectory.prompt.token_ids), fill, values.dtype), values])
+
+
+def _sampled(trajectory: Trajectory) -> NDArray[np.bool_]:
+    completion = trajectory.completion
+    return np.ones(len(completion.token_ids), np.bool_) if completion.loss_mask is None else completion.loss_mask
+
+
+def _engines(trajectory: Trajectory) -> NDArray[np.int16]:
+    completion, sampled = trajectory.completion, _sampled(trajectory)
+    return np.where(sampled, 0, -1) if completion.engines is None else completion.engines
+
+
+def _versions(trajectory: Trajectory) -> NDArray[np.int64]:
+    versions = np.full(len(trajectory.completion.token_ids), -1, np.int64)
+    for span in trajectory.completion.weight_spans:
+        versions[span.start : span.end] = int(span.version) if span.version.isdecimal() else -1
+    return versions
+
+
+def _experts(trajectory: Trajectory) -> NDArray[np.int16] | None:
+    experts = trajectory.completion.routed_experts
+    if experts is None:
+        return None
+    return np.concatenate([experts.astype(np.int16), np.full((1, *experts.shape[1:]), -1, np.int16)])
+
+
 @dataclass(frozen=True)
 class RolloutBatch:
-    """All trajectories of one training step as flat arrays, equal on every rank, groups contiguous."""
+    """All trajectories of one training step as flat arrays, equal on every rank, groups contiguous.
 
-    tokens: NDArray[np.int64]
+    A fact is added by one line here: its dtype, what it has one entry for, its value where nothing is known, and
+    where in a trajectory it stands.
+    """
+
+    tokens: NDArray[np.int64] = _array(np.int64, TOKEN, of=_tokens)
     """[N] token ids, trajectory after trajectory."""
-    response_mask: NDArray[np.bool_]
+    response_mask: NDArray[np.bool_] = _array(np.bool_, TOKEN, of=lambda t: _behind_prompt(t, _sampled(t), False))
     """[N] True at response tokens. In a conversation it has holes: the environment's turns are no response tokens."""
-    rollout_log_probs: NDArray[np.float32]
+    rollout_log_probs: NDArray[np.float32] = _array(
+        np.float32, TOKEN, 0.0, lambda t: _behind_prompt(t, t.completion.log_probs, 0.0)
+    )
     """[N] the engine's log-probs at response tokens, 0 elsewhere."""
-    lengths: NDArray[np.int64]
+    weight_versions: NDArray[np.int64] = _array(np.int64, TOKEN, -1, lambda t: _behind_prompt(t, _versions(t), -1))
+    """[N] version of the weights that sampled a response token, -1 elsewhere and where it is not known."""
+    engines: NDArray[np.int16] = _array(np.int16, TOKEN, -1, lambda t: _behind_prompt(t, _engines(t), -1))
+    """[N] index of the engine that sampled a response token, -1 elsewhere and where it is not known."""
+    lengths: NDArray[np.int64] = _array(np.int64, TRAJECTORY, of=lambda t: len(_tokens(t)))
     """[B] tokens of each trajectory."""
-    rewards: NDArray[np.float32]
+    rewards: NDArray[np.float32] = _array(np.float32, TRAJECTORY, 0.0, lambda t: t.reward)
     """[B]"""
-    correct: NDArray[np.bool_]
+    correct: NDArray[np.bool_] = _array(np.bool_, TRAJECTORY, False, lambda t: t.correct)
     """[B]"""
-    groups: NDArray[np.int64]
+    groups: NDArray[np.int64] = _array(np.int64, TRAJECTORY)
     """[B] dense group index, non-decreasing."""
-    domains: NDArray[np.int64]
+    domains: NDArray[np.int64] = _array(np.int64, TRAJECTORY, 0, lambda t: t.prompt.domain)
     """[B] domain index."""
-    truncated: NDArray[np.bool_]
+    truncated: NDArray[np.bool_] = _array(np.bool_, TRAJECTORY, False, lambda t: t.completion.finish_reason == "length")
     """[B] True where the response was cut by the length limit."""
-    routed_experts: NDArray[np.int16] = field(default_factory=lambda: np.zeros((0, 0, 0), np.int16))
+    failed: NDArray[np.bool_] = _array(np.bool_, TRAJECTORY, False, lambda t: t.failure is not None)
+    """[B] True where the environment failed and the trajectory was kept with reward 0."""
+    reward_parts: Mapping[str, NDArray[np.float32]] = _array(np.float32, NAMED, np.nan, lambda t: t.rewards)
+    """[B] by name: components of the reward, nan where a trajectory has none of that name."""
+    environment_metrics: Mapping[str, NDArray[np.float32]] = _array(np.float32, NAMED, np.nan, lambda t: t.metrics)
+    """[B] by name: further numbers of the environments, nan where a trajectory has none of that name."""
+    routed_experts: NDArray[np.int16] = _array(np.int16, TOKEN, None, _experts)
     """[N, MoE layers, top_k] the engine's experts of each token, -1 where it gave none (the last token of a
     trajectory); empty when it was not asked."""
+
+    @classmethod
+    def filled(cls, **arrays: Any) -> "RolloutBatch":
+        """Return a batch of the given arrays, with the declared value in all others. `tokens`, `response_mask`,
+        `lengths` and `groups` must be given; others may have any dtype that converts."""
+        sizes = {TRAJECTORY: len(arrays["lengths"]), TOKEN: len(arrays["tokens"])}
+        values: dict[str, Any] = {}
+        for fact in fields(cls):
+            dtype, per, fill = (fact.metadata[key] for key in ("dtype", "per", "fill"))
+            if per == NAMED:
+                values[fact.name] = {n: np.asarray(v, dtype) for n, v in arrays.get(fact.name, {}).items()}
+            elif fact.name in arrays:
+                values[fact.name] = np.asarray(arrays[fact.name], dtype)
+            elif fact.name == "routed_experts":
+                values[fact.name] = np.zeros((0, 0, 0), dtype)
+            else:
+                values[fact.name] = np.full(sizes[per], fill, dtype)
+        return cls(**values)
 
     @property
     def offsets(self) -> NDArray[np.int64]:
@@ -115,10 +218,83 @@ class RolloutBatch:
         return np.diff(running[self.offsets]).astype(np.int64)
 
     @property
+    def turn_begins(self) -> NDArray[np.bool_]:
+        """[N] True at the first token of each turn of the policy."""
+        begins = self.response_mask & ~np.concatenate([[False], self.response_mask[:-1]])
+        begins[self.offsets[:-1]] |= self.response_mask[self.offsets[:-1]]
+        return begins
+
+    @property
     def turns(self) -> NDArray[np.int64]:
         """[B] turns of the policy in each trajectory: runs of response tokens."""
-        begins = self.response_mask & ~np.concatenate([[False], self.response_mask[:-1]])
-        return np.add.reduceat(begins, self.offsets[:-1], dtype=np.int64)
+        return np.add.reduceat(self.turn_begins, self.offsets[:-1], dtype=np.int64)
+
+
+def flatten(groups: Sequence[RolloutGroup]) -> RolloutBatch:
+    """Return the flat arrays of a leader's groups, which are numbered from 0."""
+    trajectories = [t for group in groups for t in group.trajectories]
+    arrays: dict[str, Any] = {
+        "groups": np.array([g for g, group in enumerate(groups) for _ in group.trajectories], np.int64)
+    }
+    for fact in fields(RolloutBatch):
+        dtype, per, fill, of = (fact.metadata[key] for key in ("dtype", "per", "fill", "of"))
+        if of is None:
+            continue
+        values = [of(trajectory) for trajectory in trajectories]
+        if per == NAMED:
+            names = sorted({name for value in values for name in value})
+            arrays[fact.name] = {n: np.array([v.get(n, fill) for v in values], dtype) for n in names}
+        elif per == TRAJECTORY:
+            arrays[fact.name] = np.array(values, dtype)
+        elif not any(value is None for value in values) and values:
+            arrays[fact.name] = np.concatenate([np.asarray(value, dtype) for value in values])
+        elif fact.name != "routed_experts":
+            arrays[fact.name] = np.zeros(0, dtype)
+    return RolloutBatch.filled(**arrays)
+
+
+def named_arrays(batch: RolloutBatch) -> dict[str, NDArray[Any]]:
+    """Return all arrays of a batch by name; those of a mapping are named `mapping/name`."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for fact in fields(RolloutBatch):
+        value = getattr(batch, fact.name)
+        arrays |= (
+            {f"{fact.name}/{n}": v for n, v in value.items()} if fact.metadata["per"] == NAMED else {fact.name: value}
+        )
+    return arrays
+
+
+def batch_of(arrays: Mapping[str, NDArray[Any]]) -> RolloutBatch:
+    """Return the batch of arrays by name, as `named_arrays` gives them; missing ones get their declared values."""
+    given: dict[str, Any] = {}
+    for name, array in arrays.items():
+        fact, slash, key = name.partition("/")
+        if slash:
+            given.setdefault(fact, {})[key] = array
+        else:
+            given[fact] = array
+    return RolloutBatch.filled(**given)
+
+
+def join_batches(shares: Sequence[RolloutBatch]) -> RolloutBatch:
+    """Return one batch of all shares in order; groups are numbered 0, 1, ... through all of them."""
+    groups = []
+    seen = 0
+    for share in shares:
+        labels, dense = np.unique(share.groups, return_inverse=True)
+        groups.append(dense.astype(np.int64) + seen)
+        seen += len(labels)
+    filled = [share for share in shares if len(share.tokens)] or list(shares)
+    arrays: dict[str, Any] = {}
+    for fact in fields(RolloutBatch):
+        parts = [getattr(share, fact.name) for share in filled]
+        if fact.metadata["per"] != NAMED:
+            arrays[fact.name] = np.concatenate(parts)
+            continue
+        names = sorted({name for part in parts for name in part})
+        missing = [np.full(len(share.lengths), fact.metadata["fill"], fact.metadata["dtype"]) for share in filled]
+        arrays[fact.name] = {n: np.concatenate([p.get(n, m) for p, m in zip(parts, missing)]) for n in names}
+    return RolloutBatch.filled(**{**arrays, "groups": np.concatenate(groups)})
 
 
 @dataclass(frozen=True)
@@ -171,6 +347,10 @@ Gate = Callable[[Tensor, slice], Coefficients]
 response tokens of the mini-batch, or one micro-batch's in the single-pass way."""
 
 
+RoutingMode = Literal["off", "record", "replay"]
+"""Whether a pass leaves the experts of every token alone, records them, or takes them from the record."""
+
+
 @dataclass(frozen=True)
 class OptimizerStep:
     """Outcome of one optimiser step."""
@@ -181,151 +361,6 @@ class OptimizerStep:
     """One per call of the gate; empty on ranks that are not on the last pipeline stage."""
     extra_forward: bool
     """Whether the no-gradient pass was run."""
-
-
-class Layout(Protocol):
-    """Where this process stands; the trainer asks nothing else of the parallel layout."""
-
-    rank: int
-    world_size: int
-    data_rank: int
-    data_size: int
-    context_rank: int
-    context_size: int
-    expert_size: int
-    is_leader: bool
-    """First rank of its data-parallel replica: it generates that replica's share of the prompts."""
-    is_last_stage: bool
-    """Holds the log-probs."""
-    is_logger: bool
-    """The one rank that writes metrics: last pipeline stage, first in every other dimension."""
-    sequence_multiple: int
-    """Every packed sequence is padded to a multiple of this."""
-    micro_batch_multiple: int
-    """The number of micro-batches of a step should be a multiple of this (interleaved pipeline); more are made up
-    of padding."""
-
-    def sum_over_tokens(self, x: Tensor) -> Tensor:
-        """Sum a float64 tensor over the data x context parallel ranks."""
-        ...
-
-    def max_over_tokens(self, x: Tensor) -> Tensor:
-        """Maximum of a float64 tensor over the data x context parallel ranks."""
-        ...
-
-    def gather_rollouts(self, share: RolloutBatch | None) -> RolloutBatch:
-        """Join the leaders' shares in data-parallel order; every rank calls it, leaders with their share."""
-        ...
-
-    def share_text(self, text: str | None) -> str:
-        """Rank 0's text on every rank; others pass None."""
-        ...
-
-    def agree(self, error: str | None, where: str, reraise: bool = True) -> None:
-        """Every rank calls it with its error or None; if any rank passed one, those with `reraise` raise one
-        RuntimeError that names the first failing rank, `where` and the error."""
-        ...
-
-    def any_rank(self, flag: bool) -> bool:
-        """Whether any rank passed True; every rank calls it and gets the same answer."""
-        ...
-
-    def barrier(self) -> None: ...
-
-
-class Routing(Protocol):
-    """The experts of every token of a step, as the policy recorded them or as they were filled in."""
-
-    num_experts: int
-    """Experts of a MoE layer; 0 in a dense model."""
-
-    def clear(self) -> None:
-        """Forget the records."""
-        ...
-
-    def fill(self, experts: Tensor) -> None:
-        """Take [N, MoE layers, top_k] by flat token index, -1 where there is none."""
-        ...
-
-    def expert_counts(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """float32 [n, experts]: routed (layer, slot) pairs of the position that predicts each response token."""
-        ...
-
-    def agreement(self, micro_batches: Sequence[MicroBatch], experts: Tensor) -> Tensor:
-        """float64 [MoE layers, 2]: (tokens whose expert set equals the record's, tokens compared), all ranks."""
-        ...
-
-
-class PendingSave(Protocol):
-    """A checkpoint that is being written; every rank calls the methods."""
-
-    def written(self) -> bool:
-        """Whether `finish` would not wait; the same on every rank."""
-        ...
-
-    def finish(self) -> None:
-        """Complete the checkpoint. Raises on every rank, with the cause, when a file could not be written."""
-        ...
-
-
-RoutingMode = Literal["off", "record", "replay"]
-
-
-class Policy(Protocol):
-    """The trainer's face of the model."""
-
-    @property
-    def routing(self) -> Routing: ...
-
-    @property
-    def layout(self) -> Layout: ...
-
-    def log_probs(
-        self, micro_batches: Sequence[MicroBatch], temperature: float, *, routing: RoutingMode = "off"
-    ) -> TokenScores | None:
-        """Forward without gradient; scores on the last pipeline stage, None elsewhere. `routing`: whether the experts
-        of every token are recorded, or taken from the record."""
-        ...
-
-    def step(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        gate: Gate,
-        temperature: float,
-        *,
-        log_probs: Tensor | None = None,
-        single_pass: bool = False,
-    ) -> OptimizerStep:
-        """One optimiser step that maximises the gate's objective.
-
-        `log_probs` are this rank's current ones when they are already known (the first step on a fresh batch; empty
-        on ranks that are not on the last stage): the no-gradient pass is then skipped, as it is with `single_pass`,
-        where the gate sees one micro-batch at a time. Raises FloatingPointError before the weights move when a
-        gradient is not finite.
-        """
-        ...
-
-    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face names and full tensors, one at a time. Every rank iterates; rank 0 gets the tensors,
-        other ranks get empty ones."""
-        ...
-
-    def release_memory(self) -> None:
-        """Leave the device's memory, but for the parameters, to somebody else; no step and no save until it is
-        restored."""
-        ...
-
-    def restore_memory(self) -> None:
-        """Undo `release_memory` without a trace in the results."""
-        ...
-
-    def save(self, folder: str, state: Mapping[str, object]) -> None: ...
-
-    def begin_save(self, folder: str, state: Mapping[str, object]) -> "PendingSave":
-        """As `save`, written by a thread beside the training until `finish` is called."""
-        ...
-
-    def load(self, folder: str) -> dict[str, object]: ...
 
 
 def response_slices(micro_batches: Sequence[MicroBatch]) -> list[slice]:

@@ -11,18 +11,33 @@ PARTS = {
     "settings": set(),
     "plugins": set(),
     "config": {"settings", "plugins"},
-    "types": set(),
+    "types": {"environments"},
     "rendezvous": set(),
     "fibration": {"plugins"},
     "environments": {"settings", "plugins"},
-    "telemetry": {"config", "types"},
-    "data": {"config", "types"},
-    "rewards": {"config", "types"},
-    "mcore": {"config", "types", "rendezvous", "plugins"},
-    "planning": {"config", "fibration", "mcore"},
-    "engines": {"config", "types"},
-    "rollout": {"config", "types", "engines"},
-    "weight_sync": {"config", "types", "rendezvous", "engines"},
+    "telemetry": {"config", "types", "plugins"},
+    "data": {"config", "types", "environments"},
+    "mcore": {"config", "types", "interfaces", "plugins", "rendezvous"},
+    "planning": {"config", "fibration", "mcore", "plugins"},
+    "interfaces": {"types"},
+    "together": {"interfaces"},
+    "engines": {"config", "types", "rendezvous", "environments"},
+    "rollout": {"config", "types", "interfaces", "data", "engines", "environments"},
+    "weight_sync": {"config", "types", "interfaces", "plugins", "rendezvous", "engines"},
+    "sources": {
+        "config",
+        "types",
+        "interfaces",
+        "together",
+        "rendezvous",
+        "telemetry",
+        "data",
+        "mcore",
+        "engines",
+        "environments",
+        "rollout",
+        "weight_sync",
+    },
     "trainer": {
         "config",
         "types",
@@ -30,11 +45,15 @@ PARTS = {
         "fibration",
         "telemetry",
         "data",
-        "rewards",
         "mcore",
         "engines",
+        "environments",
         "rollout",
         "weight_sync",
+        "sources",
+        "interfaces",
+        "together",
+        "plugins",
     },
     "launch": {"config", "types", "rendezvous", "engines"},
     "doctor": {"config", "rendezvous", "telemetry", "data", "mcore", "planning", "engines", "launch"},
@@ -51,6 +70,8 @@ PARTS = {
         "doctor",
     },
 }
+TOP = {"types", "rendezvous", "settings", "plugins", "interfaces", "together"}
+"""Modules beside the folders."""
 SOURCES = [
     p
     for p in sorted(PACKAGE.rglob("*.py"))
@@ -75,7 +96,7 @@ def part_of(source: Path) -> str:
 
 
 def test_every_part_is_listed():
-    assert {part_of(source) for source in SOURCES} == set(PARTS) - {"types", "rendezvous", "settings", "plugins"}
+    assert {part_of(source) for source in SOURCES} == set(PARTS) - TOP
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, about in (
         ("train", "train by reinforcement learning"),
         ("sft", "supervised warm-up with the same policy code"),
-        ("dump", "rollouts of trainer.steps steps with the weights of model.path, on disk, for --rollouts.replay"),
+        ("dump", "rollouts of trainer.steps steps with the weights of model.path, on disk, for --storage.replay"),
         ("eval", "accuracy of a model on the held-out prompts"),
     ):
         command = commands.add_parser(name, help=about, description=f"{about}; {_OVERRIDES}")
@@ -81,7 +81,7 @@ def _report(folder: Path) -> int:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:
-    overrides = [*overrides, *(["--rollouts.dump", "true"] if options.command == "dump" else [])]
+    overrides = [*overrides, *(["--storage.dump", "true"] if options.command == "dump" else [])]
     config = load_config(options.config, overrides)
     resume = getattr(options, "resume", False)
     flags = ["--resume"] if resume else []

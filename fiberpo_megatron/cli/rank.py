@@ -12,10 +12,10 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fiberpo_megatron.config import Config, load_config
-from fiberpo_megatron.engines.addresses import interface_of, local_address
+from fiberpo_megatron.engines.addresses import listen_towards_master
 from fiberpo_megatron.engines.registry import Registry
 from fiberpo_megatron.launch.local import LAUNCHER
-from fiberpo_megatron.rendezvous import master_address, ranks_store
+from fiberpo_megatron.rendezvous import ranks_store
 from fiberpo_megatron.trainer.stop import Stopped, StopRequest, leave
 from fiberpo_megatron.types import EXIT_STOPPED
 
@@ -59,16 +59,11 @@ def _run(arguments: list[str], stop: StopRequest) -> None:
 
         compare(config)
         return
-    from fiberpo_megatron.trainer import assemble  # imports torch and Megatron: after the cheap checks
+    from fiberpo_megatron.trainer.run import Run  # imports torch and Megatron: after the cheap checks
 
-    if command == "train":
-        assemble.run_train(config, resume, stop, registry)
-    elif command == "sft":
-        assemble.run_sft(config, resume, stop)
-    elif command == "dump":
-        assemble.run_dump(config, resume, stop)
-    else:
-        assemble.run_eval(config, stop)
+    steps = config.sft.steps if command == "sft" else None
+    with Run.from_config(config, resume=resume, stop=stop, registry=registry, total_steps=steps) as run:
+        {"train": run.train, "sft": run.fine_tune, "dump": run.dump, "eval": run.evaluate}[command]()
 
 
 def _begin(config: Config, command: str, resume: bool) -> None:
@@ -76,18 +71,11 @@ def _begin(config: Config, command: str, resume: bool) -> None:
     from fiberpo_megatron.cli import doctor
     from fiberpo_megatron.trainer.preflight import preflight  # not what ranks of the local launcher should wait for
 
-    if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_to_master()):
-        os.environ["GLOO_SOCKET_IFNAME"] = interface  # gloo would take the address of the host's name
+    listen_towards_master()
     ranks_store(timedelta(seconds=config.run.distributed_timeout_s))  # first: if rank 0 fails below, the others see it
     if os.environ["RANK"] == "0":
         preflight(config, command, resume, int(os.environ["WORLD_SIZE"]))
     doctor.warn(config)
-
-
-def interface_to_master() -> str | None:
-    """The network interface on which this machine reaches rank 0's; None where that cannot be known."""
-    address = master_address()
-    return address and (interface_of(address) or interface_of(local_address([address])))
 
 
 def die_with_launcher() -> None:

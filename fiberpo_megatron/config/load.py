@@ -11,6 +11,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from fiberpo_megatron.config.renamed import translated
 from fiberpo_megatron.config.schema import Config
 
 
@@ -33,9 +34,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for key, value in _pairs(overrides):
         _put(values, key.split("."), value, key)
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(translated(values, path))
     except ValidationError as error:
         raise ConfigError(_explain(path, error)) from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def dump_config(config: Config) -> str:

@@ -5,13 +5,14 @@ Nothing here imports torch: a config can be loaded and checked on a login node.
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fiberpo_megatron.data.settings import DataConfig
+from fiberpo_megatron.environments.settings import EnvironmentConfig
 from fiberpo_megatron.launch.settings import SlurmConfig
 from fiberpo_megatron.mcore.optimizers.settings import OptimizerConfig
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
-from fiberpo_megatron.rollout.settings import RolloutConfig, RolloutsConfig
+from fiberpo_megatron.rollout.settings import RolloutConfig, StorageConfig
 from fiberpo_megatron.settings import Section
 from fiberpo_megatron.telemetry.settings import TelemetryConfig
 from fiberpo_megatron.trainer.settings import (
@@ -48,9 +49,11 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     batch: BatchConfig = BatchConfig()
     rollout: RolloutConfig = RolloutConfig()
-    rollouts: RolloutsConfig = RolloutsConfig()
+    storage: StorageConfig = StorageConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
-    data: DataConfig
+    environments: list[EnvironmentConfig] = []
+    """Where tasks and rewards come from, one table each. A run from Python may pass them as classes instead."""
+    data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
@@ -63,3 +66,11 @@ class Config(Section):
         """Whether engines have to return the experts of every token."""
         algorithm = self.algorithm
         return self.rollout.return_routing or "rollout" in (algorithm.expert_routing, algorithm.routing_replay)
+
+    @model_validator(mode="after")
+    def names_differ(self) -> "Config":
+        names = [environment.name for environment in self.environments]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"environments: the name {twice[0]!r} is used twice; give each its own `name`")
+        return self

@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from fiberpo_megatron.data.prompts import PromptSets, build_prompt_sets
+from fiberpo_megatron.data.prompts import Domain, Place, PromptSets
 from fiberpo_megatron.data.settings import DataConfig
-from fiberpo_megatron.data.tokenizer import Tokenizer
-from fiberpo_megatron.types import Prompt, RolloutBatch
+from fiberpo_megatron.types import RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -53,38 +52,42 @@ def allot(mix: Mix, part: Sequence[float], count: int) -> tuple[list[int], list[
 
 
 class AdaptivePrompts(PromptSets):
-    """Prompt sets whose mix follows the solve rates; `weight` of a task is its share where all are solved alike."""
+    """Prompt sets whose mix follows the solve rates. The weight of an environment is its share where all are solved
+    alike."""
 
-    def __init__(self, sets: PromptSets, rate: float, least: float) -> None:
-        super().__init__(sets._domains)
+    def __init__(self, domains: Sequence[Domain], rate: float, least: float) -> None:
+        super().__init__(domains)
         self._rate, self._least = rate, least
         count = len(self.domains)
         self.mix = Mix((0.5,) * count, (0,) * count, (0.0,) * count)
+        self._allotted = 0
 
-    def prompts_at(self, seed: int, step: int, count: int) -> list[Prompt]:
-        """The `count` prompts of the step that comes next; `step` itself decides nothing."""
+    def prompts_at(self, seed: int, step: int, count: int) -> list[Place]:
+        """Return the `count` places of the step that comes next; `step` itself decides nothing."""
         counts, _ = allot(self.mix, self._shares(), count)
+        self._allotted = count
         wishes = sorted(((k + 0.5) / n, number, k) for number, n in enumerate(counts) for k in range(n))
-        prompts = []
+        places = []
         for _, number, k in wishes:
-            domain = self._domains[number]
-            prompts.append(domain.prompt(domain.shuffled(self.mix.drawn[number] + k, "train", seed)))
-        return prompts
+            index = self._domains[number].shuffled(self.mix.drawn[number] + k, "train", seed)
+            places.append(Place(number, "train", index))
+        return places
 
     def observe(self, rollouts: RolloutBatch) -> dict[str, float]:
         """Move on by one step's rollouts; the step's shares and the new solve rates as metrics."""
+        counts, credit = allot(self.mix, self._shares(), self._allotted)
         first = np.unique(rollouts.groups, return_index=True)[1]
-        counts, credit = allot(self.mix, self._shares(), len(first))
         seen = np.bincount(rollouts.domains[first], minlength=len(self.domains)).tolist()
-        assert seen == counts, f"the rollouts have {seen} prompts of each domain, the curriculum chose {counts}"
+        # fewer where an environment failed and its trajectories were dropped
+        assert all(s <= c for s, c in zip(seen, counts)), f"rollouts of {seen} prompts, the curriculum chose {counts}"
         rates = list(self.mix.solve_rates)
         for number in np.unique(rollouts.domains).tolist():
             right = float(rollouts.correct[rollouts.domains == number].mean())
             rates[number] += self._rate * (right - rates[number])
         drawn = tuple(before + n for before, n in zip(self.mix.drawn, counts))
         self.mix = replace(self.mix, solve_rates=tuple(rates), drawn=drawn, credit=tuple(credit))
-        told = {f"curriculum/share/{name}": n / len(first) for name, n in zip(self.domains, counts)}
-        return told | {f"curriculum/solve_rate/{name}": rate for name, rate in zip(self.domains, rates)}
+        metrics = {f"curriculum/share/{name}": n / self._allotted for name, n in zip(self.domains, counts)}
+        return metrics | {f"curriculum/solve_rate/{name}": rate for name, rate in zip(self.domains, rates)}
 
     def state(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""
@@ -99,18 +102,17 @@ class AdaptivePrompts(PromptSets):
         """Go on from a checkpoint's `state`; ValueError when it is of other domains, or of no curriculum."""
         if state.get("domains") != list(self.domains):
             raise ValueError(
-                f"the checkpoint's curriculum is over the domains {state.get('domains')}, data.tasks has "
-                f"{list(self.domains)}; resume with the tasks and the data.curriculum that wrote it"
+                f"the checkpoint's curriculum is over the domains {state.get('domains')}, this run has "
+                f"{list(self.domains)}; resume with the environments and the data.curriculum that wrote it"
             )
         self.mix = Mix(tuple(state["solve_rates"]), tuple(state["drawn"]), tuple(state["credit"]))
 
     def _shares(self) -> list[float]:
-        return shares(self.mix, [task.weight for task in self.tasks], self._least)
+        return shares(self.mix, [domain.weight for domain in self._domains], self._least)
 
 
-def build_prompts(data: DataConfig, tokenizer: Tokenizer) -> PromptSets:
-    """Prompt sets of [data], checked (see `build_prompt_sets`), in its fixed or adaptive mix."""
-    sets = build_prompt_sets(data.tasks, tokenizer, max_prompt_tokens=data.max_prompt_tokens)
+def build_prompts(data: DataConfig, domains: Sequence[Domain]) -> PromptSets:
+    """Return the prompt sets of [data] over these environments, in their fixed or adaptive mix."""
     if data.curriculum == "none":
-        return sets
-    return AdaptivePrompts(sets, data.curriculum_rate, data.curriculum_floor)
+        return PromptSets(domains)
+    return AdaptivePrompts(domains, data.curriculum_rate, data.curriculum_floor)

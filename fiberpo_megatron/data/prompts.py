@@ -1,185 +1,100 @@
-"""Tokenised prompt sets over several domains, and the training stream as a pure function of (seed, step).
+"""The training stream over several environments, as a pure function of (seed, step).
 
-Nothing here keeps state: every rank, and a resumed run, computes the same prompts from the step number.
+Nothing here keeps state or looks into a task: every rank, and a resumed run, computes the same places from the step
+number. `data/encoding.py` turns the tasks at these places into tokens.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
 from typing import Any
 
-from fiberpo_megatron.data.chat import ChatTemplate
-from fiberpo_megatron.data.settings import JsonlTask
 from fiberpo_megatron.data.shuffle import Permutation, derive_key
-from fiberpo_megatron.data.tasks import Problem, ProblemSet, Task, build_problem_set
-from fiberpo_megatron.data.tokenizer import Tokenizer
-from fiberpo_megatron.types import Prompt, RolloutBatch
+from fiberpo_megatron.environments import Split
+from fiberpo_megatron.types import RolloutBatch
 
 SCHEDULE_SLOTS = 1000
 """Length of the repeating schedule that mixes domains: weights are met to 1/1000."""
 
-TASK_ALPHABET = {"addition": "0123456789+=", "sort": "s:0123456789="}
+
+@dataclass(frozen=True)
+class Place:
+    """Where a task stands."""
+
+    domain: int
+    """Index of the environment."""
+    split: Split
+    index: int
+    """Position in the split."""
 
 
 @dataclass(frozen=True)
-class Example:
-    """A prompt with its right answer, for supervised warm-up."""
-
-    prompt: Prompt
-    target_ids: tuple[int, ...]
-    """Tokens of the answer, then the one that ends it: the chat template's end of turn, or the end of the sequence."""
-
-
 class Domain:
-    """One task's problems with their tokens."""
+    """What the stream has to know about an environment."""
 
-    def __init__(self, task: Task, number: int, tokenizer: Tokenizer, max_prompt_tokens: int) -> None:
-        self.task = task
-        self.number = number
-        self.tokenizer = tokenizer
-        self.max_prompt_tokens = max_prompt_tokens
-        self.problems: ProblemSet = build_problem_set(task)
-        options = task.chat_template_kwargs if isinstance(task, JsonlTask) else {}
-        self.chat = ChatTemplate(tokenizer, options) if tokenizer.chat_template else None
-        self.uses_chat = False
-        self._check()
+    name: str
+    weight: float
+    train_size: int
+    held_out_size: int
 
-    def _check(self) -> None:
-        """Refuse at the start what would fail at some later step."""
-        if isinstance(self.task, JsonlTask):
-            problems = [self.problems.train(position) for position in range(self.problems.train_size)]
-            for problem in [*problems, *map(self.problems.held_out, range(self.problems.held_out_size))]:
-                self.prompt(problem)
-            self.uses_chat = any(map(self._is_chat, problems))
-            if self.task.max_turns > 1 and self.chat:
-                try:
-                    self.chat.check_turns()
-                except Exception as error:  # templates are programs of the model's makers and raise what they like
-                    raise ValueError(f"task {self.task.name!r}: max_turns = {self.task.max_turns}: {error}") from error
-            return
-        alphabet = TASK_ALPHABET[self.task.kind]
-        ids = self.tokenizer.encode(alphabet, add_special_tokens=False)
-        seen = self.tokenizer.decode(ids, skip_special_tokens=True)
-        if seen.replace(" ", "") != alphabet:
-            raise ValueError(
-                f"task {self.task.name!r}: the tokenizer turns {alphabet!r} into {seen!r}; use one that "
-                f"has these characters (examples/demo/model has one)"
-            )
-        self.prompt(self.problems.train(0))
-
-    def shuffled(self, position: int, *key: object) -> Problem:
-        """Training problem at `position` of the endless stream of `key`: shuffled anew in every epoch."""
-        size = self.problems.train_size
-        epoch, place = divmod(position, size)
-        return self.problems.train(Permutation(size, derive_key(*key, self.task.name, epoch))(place))
-
-    def prompt(self, problem: Problem) -> Prompt:
-        """The problem's tokens. ValueError names its file and line."""
-        text = self._render(problem)
-        # A chat template writes its own special tokens; plain text gets the tokenizer's (such as BOS).
-        ids = self.tokenizer.encode(text, add_special_tokens=not self._is_chat(problem))
-        if not 1 <= len(ids) <= self.max_prompt_tokens:
-            raise ValueError(
-                f"{problem.source}: the prompt has {len(ids)} tokens, allowed are 1 to "
-                f"data.max_prompt_tokens = {self.max_prompt_tokens}; shorten it or raise the limit: "
-                f"{text[:80]!r}"
-            )
-        return Prompt(problem.index, self.number, tuple(ids), text, problem.answer)
-
-    def example(self, problem: Problem) -> Example:
-        """The problem with its right answer, ended as the model is to end it."""
-        end = self.chat.end_of_turn if self.chat and self._is_chat(problem) else None
-        end = self.tokenizer.eos_token_id if end is None else end
-        if end is None:
-            raise ValueError("the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
-        answer = self.tokenizer.encode(problem.answer, add_special_tokens=False)
-        return Example(self.prompt(problem), (*answer, end))
-
-    def _is_chat(self, problem: Problem) -> bool:
-        """Whether the chat template writes the prompt."""
-        return not isinstance(problem.prompt, str) or (isinstance(self.task, JsonlTask) and self.task.chat_template)
-
-    def _render(self, problem: Problem) -> str:
-        if isinstance(problem.prompt, str) and not self._is_chat(problem):
-            return problem.prompt
-        if self.chat is None:
-            raise ValueError(
-                f"{problem.source}: the prompt needs a chat template but the tokenizer has none; set "
-                f"`chat_template = false` for task {self.task.name!r} and write prompts as plain strings, or "
-                f"add a chat_template to the model's tokenizer_config.json"
-            )
-        prompt = problem.prompt
-        try:
-            return self.chat.prompt([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-        except Exception as error:  # templates are programs of the model's makers and raise what they like
-            raise ValueError(f"{problem.source}: the chat template refuses the prompt: {error}") from error
+    def shuffled(self, position: int, *key: object) -> int:
+        """Return the training index at `position` of the endless stream of `key`, which is shuffled anew in every
+        epoch."""
+        epoch, place = divmod(position, self.train_size)
+        return Permutation(self.train_size, derive_key(*key, self.name, epoch))(place)
 
 
 class PromptSets:
-    """All domains of a run."""
+    """The places of a run's prompts in its environments, mixed by weight.
+
+    sets = PromptSets([Domain("sums", 1.0, train_size=900, held_out_size=100)])
+    places = sets.prompts_at(seed=0, step=3, count=32)
+    """
 
     def __init__(self, domains: Sequence[Domain]) -> None:
         self._domains = tuple(domains)
-        self._schedule = Schedule([domain.task.weight for domain in domains])
+        self._schedule = Schedule([domain.weight for domain in domains])
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Names of the domains, in the order of `Prompt.domain`."""
-        return tuple(domain.task.name for domain in self._domains)
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        """Tasks of the domains, in the order of `Prompt.domain`."""
-        return tuple(domain.task for domain in self._domains)
+        """Names of the environments, in the order of `Place.domain`."""
+        return tuple(domain.name for domain in self._domains)
 
     @property
     def train_size(self) -> int:
-        """Different training prompts, all domains together."""
-        return sum(domain.problems.train_size for domain in self._domains)
+        """Number of different training tasks, all environments together."""
+        return sum(domain.train_size for domain in self._domains)
 
     @property
     def held_out_size(self) -> int:
-        """Different held-out prompts, all domains together."""
-        return sum(domain.problems.held_out_size for domain in self._domains)
+        """Number of different held-out tasks, all environments together."""
+        return sum(domain.held_out_size for domain in self._domains)
 
-    def prompts_at(self, seed: int, step: int, count: int) -> list[Prompt]:
-        """The `count` training prompts of step `step` (from 0): domains mixed by weight, each domain shuffled
+    def prompts_at(self, seed: int, step: int, count: int) -> list[Place]:
+        """Return the `count` training places of step `step` (from 0): domains are mixed by weight, and each is shuffled
         without replacement and anew in every epoch. Equal on every rank; keep `count` the same over a run."""
-        return [domain.prompt(problem) for domain, problem in self._stream("train", seed, step, count)]
+        return self._stream("train", seed, step, count)
 
-    def examples_at(self, seed: int, step: int, count: int) -> list[Example]:
-        """Like `prompts_at`, with the right answers; another order than `prompts_at` of the same seed."""
-        return [domain.example(problem) for domain, problem in self._stream("sft", seed, step, count)]
+    def examples_at(self, seed: int, step: int, count: int) -> list[Place]:
+        """Return places as `prompts_at` does, in another order, for supervised steps."""
+        return self._stream("sft", seed, step, count)
 
-    def continuation(self, prompt: Prompt, response_ids: Sequence[int], message: str) -> tuple[int, ...] | None:
-        """Token ids between the response's last turn and the next one, with the user's `message`; None when the
-        response did not end its turn (`ChatTemplate.continuation`)."""
-        chat = self._domains[prompt.domain].chat
-        return chat.continuation(response_ids, message) if chat else None
-
-    @property
-    def ends_of_turn(self) -> tuple[int, ...]:
-        """Tokens with which the chat templates in use end an answer."""
-        ends = {domain.chat.end_of_turn for domain in self._domains if domain.chat and domain.uses_chat}
-        return tuple(sorted(end for end in ends if end is not None))
-
-    def held_out(self, count: int) -> list[Prompt]:
-        """The same `count` held-out prompts in every run (fewer if there are fewer), domains in turn."""
+    def held_out(self, count: int) -> list[Place]:
+        """Return the same `count` held-out places in every run (fewer if there are fewer), domains in turn."""
         turns = [
             (position, number)
             for number, domain in enumerate(self._domains)
-            for position in range(min(count, domain.problems.held_out_size))
+            for position in range(min(count, domain.held_out_size))
         ]
-        domains = ((self._domains[number], position) for position, number in sorted(turns)[:count])
-        return [domain.prompt(domain.problems.held_out(position)) for domain, position in domains]
+        return [Place(number, "held_out", position) for position, number in sorted(turns)[:count]]
 
     def observe(self, rollouts: RolloutBatch) -> dict[str, float]:
-        """See a step's rollouts; metrics. A fixed mix learns nothing from them."""
+        """Look at a step's rollouts and return metrics. A fixed mix learns nothing from them."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to hold beside the step: of a fixed mix nothing."""
+        """Return what a checkpoint has to hold beside the step: nothing for a fixed mix."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -190,11 +105,12 @@ class PromptSets:
                 "folder"
             )
 
-    def _stream(self, name: str, seed: int, step: int, count: int) -> Iterator[tuple[Domain, Problem]]:
+    def _stream(self, name: str, seed: int, step: int, count: int) -> list[Place]:
+        places = []
         for position in range(step * count, (step + 1) * count):
             number, place = self._schedule(position)
-            domain = self._domains[number]
-            yield domain, domain.shuffled(place, name, seed)
+            places.append(Place(number, "train", self._domains[number].shuffled(place, name, seed)))
+        return places
 
 
 class Schedule:
@@ -228,13 +144,3 @@ def _apportion(weights: Sequence[float], slots: int) -> list[int]:
     for number in by_remainder[: slots - sum(shares)]:
         shares[number] += 1
     return [max(1, share) for share in shares]
-
-
-def build_prompt_sets(tasks: Sequence[Task], tokenizer: Tokenizer, *, max_prompt_tokens: int) -> PromptSets:
-    """Prompt sets of `data.tasks`, checked.
-
-    ValueError names file, line, value and fix for a missing file, bad JSON, a missing answer, no prompts, a
-    prompt that is too long, or characters that the tokenizer lacks.
-    """
-    domains = [Domain(task, number, tokenizer, max_prompt_tokens) for number, task in enumerate(tasks)]
-    return PromptSets(domains)

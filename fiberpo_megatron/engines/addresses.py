@@ -1,10 +1,13 @@
 """Where a server listens: the address that its clients reach and no other, and a free port."""
 
+import os
 import random
 import socket
 from collections.abc import Iterable
 
 import psutil
+
+from fiberpo_megatron.rendezvous import master_address
 
 LOWEST, HIGHEST = 18000, 21999
 """Below the kernel's ephemeral range, used by connections, and below SGLang's own picks (from 22000)."""
@@ -62,3 +65,16 @@ def interface_of(host: str) -> str | None:
         if any(a.family == socket.AF_INET and a.address == address for a in addresses):
             return name
     return None
+
+
+def listen_towards_master() -> None:
+    """Have gloo listen on the interface on which this machine reaches rank 0's, under torchrun or srun.
+
+    Left alone, gloo takes the address of the host's name, whoever can reach that.
+    """
+    if "MASTER_ADDR" not in os.environ or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    address = master_address()
+    interface = address and (interface_of(address) or interface_of(local_address([address])))
+    if interface:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface

@@ -23,6 +23,7 @@ from fiberpo_megatron.engines.errors import (
     EngineTimeout,
     EngineUnreachable,
 )
+from fiberpo_megatron.environments import ToolCall
 from fiberpo_megatron.types import Completion
 
 CONTROL_TIMEOUT_S = 60.0
@@ -125,7 +126,6 @@ class EngineClient:
         *,
         seeds: Sequence[int] | None = None,
         routed_experts: tuple[int, int] | None = None,
-        partial: bool = False,
     ) -> list[Completion]:
         """One response to each prompt (token ids), in order; several to one prompt: repeat it.
 
@@ -153,7 +153,7 @@ class EngineClient:
             if not isinstance(answer, list) or found != len(prompts):
                 raise ValueError(f"{len(prompts)} responses were asked for, {found} came")
             for element in answer:
-                self._refuse_abort(element, partial)
+                self._refuse_abort(element)
             return [answers.completion(element, routed_experts) for element in answer]
 
     async def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -167,18 +167,38 @@ class EngineClient:
         }
         answer = await self._call("POST", "/generate", request, self.timeout_s)
         with self._answer_errors("/generate"):
-            self._refuse_abort(answer, partial=False)
+            self._refuse_abort(answer)
             return answers.prompt_log_probs(answer, token_ids)
 
-    def _refuse_abort(self, answer: object, partial: bool) -> None:
+    def _refuse_abort(self, answer: object) -> None:
         reason = answers.abort_message(answer)
-        if reason is not None and not partial:
+        if reason is not None:
             raise EngineAborted(
                 self.url,
                 f"a response was aborted ({reason})",
                 "If nobody aborted it on purpose, look for the cause in the server's log",
                 self.address.log,
             )
+
+    async def parse_tool_calls(
+        self, text: str, tools: Sequence[Mapping[str, Any]], parser: str
+    ) -> tuple[str, tuple[ToolCall, ...]]:
+        """Return the text around the tool calls in `text`, and the calls. `parser` is SGLang's name of the format.
+
+        A text that does not parse is returned whole, without calls.
+        """
+        request = {"text": text, "tools": list(tools), "tool_call_parser": parser}
+        answer = await self._call("POST", "/parse_function_call", request, CONTROL_TIMEOUT_S)
+        with self._answer_errors("/parse_function_call"):
+            calls = tuple(
+                ToolCall(
+                    answers.field(call, "name", str),
+                    answers.field(call, "parameters", str),
+                    f"call_{number}",
+                )
+                for number, call in enumerate(answers.field(answer, "calls", list))
+            )
+            return (answers.field(answer, "normal_text", str), calls) if calls else (text, ())
 
     # Control
 
@@ -232,10 +252,6 @@ class EngineClient:
     async def resume_memory(self, tags: Sequence[str]) -> None:
         """Take the memory again. Weights must then be published."""
         await self._call("POST", "/resume_memory_occupation", {"tags": list(tags)}, CONTROL_TIMEOUT_S, json=False)
-
-    async def abort_all(self) -> None:
-        """End all requests; each answers with the tokens it has."""
-        await self._call("POST", "/abort_request", {"abort_all": True}, CONTROL_TIMEOUT_S, json=False)
 
     async def checksum(self) -> str:
         """Checksum of the weights that the server holds, joined over its tensor-parallel ranks."""

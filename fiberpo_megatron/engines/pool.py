@@ -22,7 +22,8 @@ class EnginePool:
     """The engines of a run, for whoever samples from them, publishes to them or manages their memory.
 
     `timeout_s` bounds one generation or scoring request; `max_concurrent` bounds the requests in flight to one engine.
-    `transport` is the network seam for tests. Close the pool when done (`with`).
+    `transport` is the network seam for tests. `loop` is the thread for the network, where others use it too; the pool
+    then leaves it running. Close the pool when done (`with`).
 
         with EnginePool([EngineAddress("http://127.0.0.1:30000")], timeout_s=60) as pool:
             completions = pool.run(pool.clients[0].generate([[1, 2, 3]], Sampling(max_response_tokens=8)))
@@ -35,6 +36,7 @@ class EnginePool:
         timeout_s: float,
         max_concurrent: int = 256,
         transport: httpx.AsyncBaseTransport | None = None,
+        loop: BackgroundLoop | None = None,
     ) -> None:
         if not addresses:
             raise ValueError("there are no engines; give rollout.engine.urls or let the run start some")
@@ -42,7 +44,8 @@ class EnginePool:
         self.timeout_s = timeout_s
         connections = max_concurrent + CONTROL_CONNECTIONS
         self.clients = [EngineClient(address, timeout_s, connections, transport) for address in addresses]
-        self._loop: BackgroundLoop | None = BackgroundLoop("engines")
+        self._owned = loop is None
+        self._loop: BackgroundLoop | None = loop or BackgroundLoop("engines")
 
     def submit(self, work: Coroutine[Any, Any, Result]) -> "Future[Result]":
         """Start `work` on the pool's event loop; the future has its result."""
@@ -100,7 +103,8 @@ class EnginePool:
                 await client.close()
 
         loop.run(close_all())
-        loop.close()
+        if self._owned:
+            loop.close()
 
     def __enter__(self) -> Self:
         return self

@@ -137,7 +137,7 @@ class EnvironmentPool:
         self._waiting_runs: deque[Job] = deque()
         self._counts: Counter[str] = Counter()
         self._jobs = 0
-        self._call_s = QUEUE_S
+        self._call_s = 2 * QUEUE_S
         """Running median of the time that a call takes in a worker; a mean would follow a busy machine's pauses."""
         self._description: Description | None = None
         self._watcher: asyncio.Task[None] | None = None

@@ -34,6 +34,7 @@ from fiberpo_megatron.environments.wire import InvalidReply, Kind
 from fiberpo_megatron.environments.worker_jobs import Job, OutputExceeded, PolicyEnd, Stepped
 
 TICK_S = 0.05
+LONG_CALL_NS = 5_000_000
 GRACE_NS = 1_000_000_000
 """How long a conversation may take to end after it was cancelled at its deadline."""
 TRACEBACK_SIGNAL = signal.SIGUSR2
@@ -188,7 +189,11 @@ class Worker:
 
     def _next_call(self) -> None:
         while self._calls and self._busy is None:
+            began = monotonic_ns()
             self._call(self._calls.popleft())
+            if monotonic_ns() - began > LONG_CALL_NS:  # see first whether the trainer still wants the next one
+                asyncio.get_running_loop().call_later(0, self._next_call)
+                return
 
     def _call(self, job: Job) -> None:
         function, arguments, finish = self._bind(job)

@@ -88,7 +88,7 @@ def render(config: Config, config_file: Path, working_folder: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # a shell script: every value goes through the filter `sh`
+        autoescape=False,  # it is a shell script, where every value goes through the filter `sh`
     )
     environment.filters["sh"] = lambda value: shlex.quote(str(value))
     slurm = config.slurm
@@ -130,11 +130,7 @@ Sbatch = Callable[[list[str]], str]
 
 
 def submit(script: Path, chain: int, sbatch: Sbatch | None = None) -> list[str]:
-    """Submit `chain` jobs, each to start when the previous one has ended; return their ids. Raises SubmitError.
-      # a shell script: every value goes through the filter `sh`
-    >>
-      # it is a shell script, where every value goes through the filter `sh`
-    """
+    """Submit `chain` jobs, each to start when the previous one has ended; return their ids. Raises SubmitError."""
     ids: list[str] = []
     for _ in range(chain):
         after = [f"--dependency=afterany:{ids[-1]}"] if ids else []

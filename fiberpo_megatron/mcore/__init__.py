@@ -1,7 +1,7 @@
 """Everything that touches Megatron-Core.
 
-Importing this package puts a hook in place: just before Megatron-Core is imported it sets what Megatron reads while that
-happens. `platform.activate` then makes the process ready for use (without a GPU it installs the CPU platform, see
+Importing this package puts a hook in place: just before Megatron-Core is imported it sets what Megatron reads then.
+`platform.activate` then makes the process ready for use (without a GPU it installs the CPU platform, see
 `cpu/patches.py`). `settings`, `families` and `parallel.checks` import no Megatron, so that a config, a launcher or a
 planner can use them without it.
 """

@@ -3,15 +3,18 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fiberpo_megatron.config.schema import Config
+from fiberpo_megatron.interfaces import PendingSave
 from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.model import PolicyModel, build_model, draw_weights
+from fiberpo_megatron.mcore.optimizers import Optimizer, make_optimizer
 from fiberpo_megatron.mcore.optimizers.build import build_optimizer, non_finite_gradient, wrap_data_parallel
+from fiberpo_megatron.mcore.optimizers.choose import check_layout
 from fiberpo_megatron.mcore.optimizers.offload import TrainingMemory
 from fiberpo_megatron.mcore.parallel.layout import FP8_ROW_MULTIPLE, ParallelLayout
 from fiberpo_megatron.mcore.router import correction_biases, kept_on_error
@@ -22,11 +25,13 @@ from fiberpo_megatron.types import (
     Gate,
     MicroBatch,
     OptimizerStep,
-    PendingSave,
     RoutingMode,
     TokenScores,
     response_slices,
 )
+
+if TYPE_CHECKING:
+    from fiberpo_megatron.mcore.weights.source import MegatronWeights
 
 _UNCHANGED = "the optimizer step (weights unchanged)"
 
@@ -51,17 +56,21 @@ class MegatronPolicy:
         layout: ParallelLayout,
         config: Config,
         total_steps: int,
+        optimizer: Optimizer | None = None,
     ) -> None:
         self.layout = layout
         self.hf_config = hf_config
         self.models = models
         distributed = config.parallel.distributed_optimizer
         self.chunks = wrap_data_parallel(models, distributed)
+        self.optimizer_kind = optimizer or make_optimizer(config.optimizer)
+        check_layout(self.optimizer_kind, config.parallel)
         self.optimizer, self.scheduler = build_optimizer(
             self.chunks,
+            self.optimizer_kind,
             config.optimizer,
             dtype=config.model.dtype,
-            distributed_optimizer=distributed,
+            distributed=distributed,
             total_steps=total_steps,
         )
         self.memory = TrainingMemory(self.chunks, self.optimizer, config.optimizer.cpu_offload)
@@ -164,6 +173,13 @@ class MegatronPolicy:
         error = f"the gradient of {parameter} is not finite" if parameter is not None else None
         self.layout.agree(error, _UNCHANGED, raises=FloatingPointError)
 
+    @property
+    def weights(self) -> "MegatronWeights":
+        """Return the source of the current weights under their Hugging Face names."""
+        from fiberpo_megatron.mcore.weights.source import MegatronWeights
+
+        return MegatronWeights(self.models, self.hf_config, self.layout)
+
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face names and full tensors, one at a time; rank 0 gets the tensors, others empty ones."""
         from fiberpo_megatron.mcore import weights
@@ -256,11 +272,16 @@ class _GateCalls:
 
 
 def build_policy(
-    config: Config, hf_config: Mapping[str, Any], layout: ParallelLayout, total_steps: int | None = None
+    config: Config,
+    hf_config: Mapping[str, Any],
+    layout: ParallelLayout,
+    total_steps: int | None = None,
+    optimizer: Optimizer | None = None,
 ) -> MegatronPolicy:
-    """The policy of a run: weights drawn from `run.seed`, or read from `model.path`.
+    """Build the policy of a run: its weights are drawn from `run.seed`, or read from `model.path`.
 
-    `total_steps`: optimiser steps of the learning-rate schedule; unset, those of the RL run.
+    `total_steps` is the length of the learning-rate schedule in optimiser steps; by default that of the RL run.
+    `optimizer` takes the place of the one that `optimizer.kind` names.
     """
     if total_steps is None:
         total_steps = config.trainer.steps * config.batch.mini_batches * config.batch.epochs
@@ -274,4 +295,4 @@ def build_policy(
         from fiberpo_megatron.mcore import weights
 
         weights.load_hf(models, hf_config, Path(config.model.path), layout)
-    return MegatronPolicy(models, hf_config, layout, config, total_steps)
+    return MegatronPolicy(models, hf_config, layout, config, total_steps, optimizer)

@@ -8,6 +8,7 @@ from typing import Any
 from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.mcore.families import Architecture, read_architecture
 from fiberpo_megatron.mcore.parallel.checks import check_layout
+from fiberpo_megatron.mcore.optimizers import make_optimizer
 from fiberpo_megatron.planning.activations import Implementation, Row, activation_bytes, log_prob_bytes
 from fiberpo_megatron.planning.engines import EnginePlan, engine_count, plan_engine
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu
@@ -147,7 +148,9 @@ def _stage(
     last = stage == parallel.pipeline - 1
     return StagePlan(
         stage=stage,
-        states=state_bytes(architecture, model, parallel, world_size, Position(stage)),
+        states=state_bytes(
+            architecture, model, parallel, world_size, Position(stage), make_optimizer(config.optimizer)
+        ),
         activations=activation_bytes(
             architecture,
             model,

@@ -11,16 +11,18 @@ from fiberpo_megatron.trainer.settings import AlgorithmConfig
 
 
 def gate_bytes(config: Config) -> tuple[int, ...]:
-    """Bytes of each all-reduce, per rank.
+    """Return the bytes of each all-reduce, per rank.
 
-    Not a formula: the objective itself is called on one token per trajectory of a mini-batch, with a reduction that
-    counts. Its tables have a row per node, so their size does not depend on the number of tokens.
+    No formula is used: the objective itself, a user's own included, is called on one token per trajectory of a
+    mini-batch, with a reduction that counts. Its tables have a row per node, so their size does not depend on the number
+    of tokens. Where levels name turns, the plan counts one turn per trajectory; where they name weight versions or
+    engines, it counts one of them.
     """
     return _gate_bytes(
         config.algorithm.model_dump_json(),
         config.batch.prompts // config.batch.mini_batches,
         config.batch.samples_per_prompt,
-        len(config.data.tasks),
+        max(1, len(config.environments)),
         config.algorithm.expert_partitions or config.parallel.expert,
     )
 
@@ -30,14 +32,18 @@ def _gate_bytes(algorithm: str, prompts: int, samples: int, domains: int, partit
     objective = _objective(AlgorithmConfig.model_validate_json(algorithm))
     count = prompts * samples
     trajectory = torch.arange(count)
-    group = trajectory // samples
+    once = torch.zeros(count, dtype=torch.int64)
+    keys = dict.fromkeys(objective.keys, once) | {"domain": once}
+    keys |= {"trajectory": trajectory, "turn": trajectory, "prompt_group": trajectory // samples}
+    counts = dict.fromkeys(keys, 1) | {"domain": domains}
+    counts |= {"trajectory": count, "turn": count, "prompt_group": prompts}
     sent: list[int] = []
     objective(
         torch.zeros(count),
         torch.zeros(count),
         torch.full((count,), 1.0 / count),
-        keys={"trajectory": trajectory, "prompt_group": group, "domain": torch.zeros_like(group)},
-        counts={"trajectory": count, "prompt_group": prompts, "domain": domains},
+        keys=keys,
+        counts=counts,
         expert_share=torch.full((count, partitions), 1.0 / partitions) if objective.uses_experts else None,
         reduce=lambda table: sent.append(table.nbytes),
     )
@@ -45,11 +51,11 @@ def _gate_bytes(algorithm: str, prompts: int, samples: int, domains: int, partit
 
 
 def spans_micro_batches(config: Config) -> bool:
-    """Whether an optimiser step needs a forward pass of its own for the gates (docs/architecture.md, Exactness)."""
+    """Return whether an optimiser step needs a forward of its own for the gates (docs/architecture.md, Exactness)."""
     return _objective(config.algorithm).spans_micro_batches
 
 
 def _objective(algorithm: AlgorithmConfig) -> Objective:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about budgets belongs to the start of a run
-        return build_objective(algorithm.objective, **algorithm.objective_options())  # type: ignore[arg-type]
+        return build_objective(algorithm.objective.use, **algorithm.objective_options())

@@ -1,34 +1,31 @@
 """Bytes of parameters, gradients and optimizer state on one rank, exactly as Megatron-Core 0.16 lays them out.
 
-Sources: `_ParamAndGradBuffer` (distributed/param_and_grad_buffer.py) for buffers and their padding,
-`DistributedOptimizer` (optimizer/distrib_optimizer.py) for the shards, and `mcore/optimizers/build.py`
-for the settings: float32 gradients, no overlap and so one bucket a buffer. tests/planning/test_states.py counts real
-ranks' tensors.
+The rules come from `_ParamAndGradBuffer` (distributed/param_and_grad_buffer.py) for buffers and their padding, from
+`DistributedOptimizer` (optimizer/distrib_optimizer.py) for the shards, and from `mcore/optimizers/build.py` for the
+settings: gradients are float32 and nothing overlaps, so that a buffer has one bucket. What an optimizer keeps for a
+parameter, it says itself (`Optimizer.state_bytes`). tests/planning/test_states.py counts the tensors of real ranks.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import lcm
-from typing import Literal
+from math import lcm, prod
 
 from fiberpo_megatron.mcore.families import Architecture
+from fiberpo_megatron.mcore.optimizers import Optimizer
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
 from fiberpo_megatron.planning.parameters import Weight, chunk_weights
 
-Adam = Literal["torch", "fused"]
-"""torch's AdamW (no GPU) keeps a float32 step count per parameter; the fused one of a GPU keeps a single one."""
-
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4
-MOMENT_BYTES = 8
-"""Two float32 moments of Adam."""
+Shape = tuple[int, ...]
 _PARAMETER_ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank stands, as far as its memory depends on it."""
+    """Says where a rank stands, as far as its memory depends on it."""
 
     stage: int
     """Pipeline stage."""
@@ -40,12 +37,12 @@ class Position:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes that live as long as the run."""
+    """Holds the bytes that live as long as the run."""
 
     parameters: int
     gradients: int
     optimizer: int
-    """Float32 master weights where the parameters are bfloat16, both moments, step counts."""
+    """Float32 master weights where the parameters are bfloat16, and the optimizer's own state."""
 
     @property
     def total(self) -> int:
@@ -54,7 +51,7 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class _Buffer:
-    """One contiguous gradient buffer: buckets of [start, end) parameter ranges."""
+    """Describes one contiguous gradient buffer: its buckets of [start, end) parameter ranges."""
 
     buckets: tuple[tuple[tuple[int, int], ...], ...]
     ends: tuple[int, ...]
@@ -65,7 +62,7 @@ class _Buffer:
         return self.ends[-1] if self.ends else 0
 
     def shard(self, rank: int, ranks: int) -> list[int]:
-        """Elements of every parameter that the shard of `rank` holds, of those that it holds any of."""
+        """Return how many elements of each parameter the shard of `rank` holds; parameters without any are left out."""
         held = []
         for index, ranges in enumerate(self.buckets):
             begin = self.ends[index - 1] if index else 0
@@ -76,8 +73,11 @@ class _Buffer:
 
 
 def _buffer(weights: Sequence[Weight], ranks: int, distributed: bool) -> _Buffer:
-    """Parameters from the last to the first; with the distributed optimizer each starts at a multiple of 64
-    elements, a shared embedding fills a bucket of its own, and buckets end at a multiple of lcm(ranks, 128)."""
+    """Return the buffer of these parameters, the last one first.
+
+    With the distributed optimizer each parameter starts at a multiple of 64 elements, a shared embedding fills a bucket
+    of its own, and buckets end at a multiple of lcm(ranks, 128).
+    """
     buckets: list[tuple[tuple[int, int], ...]] = []
     ends: list[int] = []
     ranges: list[tuple[int, int]] = []
@@ -109,7 +109,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def data_ranks(parallel: ParallelConfig, world_size: int) -> tuple[int, int]:
-    """Ranks over which dense gradients, and those of experts, are summed."""
+    """Return the number of ranks over which dense gradients, and those of experts, are summed."""
     per_stage = world_size // parallel.pipeline
     return per_stage // parallel.tensor, per_stage // (parallel.expert * parallel.expert_tensor)
 
@@ -120,25 +120,31 @@ def state_bytes(
     parallel: ParallelConfig,
     world_size: int,
     position: Position,
-    adam: Adam = "fused",
+    optimizer: Optimizer,
 ) -> StateBytes:
-    """Bytes that the rank at `position` holds for the whole run."""
-    return _state_bytes(architecture, model.dtype, model.train_router, parallel, world_size, position, adam)
+    """Return the bytes that the rank at `position` holds for the whole run."""
+    parameters, gradients, held = _tensors(
+        architecture, model.dtype, model.train_router, parallel, world_size, position
+    )
+    master = 0 if model.dtype == "float32" else 4
+    state = sum(count * (optimizer.state_bytes(shape) + master * prod(shape)) for shape, count in held.items())
+    return StateBytes(parameters, gradients, state)
 
 
 @lru_cache(maxsize=4096)  # a search asks for the same layout beside many engines
-def _state_bytes(
+def _tensors(
     architecture: Architecture,
     dtype: str,
     train_router: bool,
     parallel: ParallelConfig,
     world_size: int,
     position: Position,
-    adam: Adam,
-) -> StateBytes:
+) -> tuple[int, int, Counter[Shape]]:
+    """Return the bytes of parameters and gradients, and how many tensors of each shape the optimizer updates."""
     width = DTYPE_BYTES[dtype]
     ranks, expert_ranks = data_ranks(parallel, world_size)
-    parameters = gradients = optimizer = 0
+    parameters = gradients = 0
+    held: Counter[Shape] = Counter()
     for chunk in range(parallel.virtual_pipeline):
         weights = chunk_weights(architecture, parallel, position.stage, chunk)
         trained = [weight for weight in weights if train_router or not weight.router]
@@ -150,11 +156,8 @@ def _state_bytes(
             buffer = _buffer(part, size, parallel.distributed_optimizer)
             parameters += width * buffer.numel
             gradients += GRADIENT_BYTES * buffer.numel
-            held = buffer.shard(rank, size) if parallel.distributed_optimizer else [w.numel for w in part]
-            optimizer += _adam_bytes(held, width, adam)
-    return StateBytes(parameters, gradients, optimizer)
-
-
-def _adam_bytes(held: Sequence[int], width: int, adam: Adam) -> int:
-    master = 0 if width == 4 else 4
-    return sum(held) * (MOMENT_BYTES + master) + (4 * len(held) if adam == "torch" else 0)
+            if parallel.distributed_optimizer:
+                held.update((elements,) for elements in buffer.shard(rank, size))
+            else:
+                held.update(weight.shape for weight in part)
+    return parameters, gradients, held

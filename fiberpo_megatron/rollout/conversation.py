@@ -1,64 +1,95 @@
-"""Conversations: an environment answers the policy's turns, and what it writes takes no part in the loss.
+"""One trajectory in the making: what the environment says and what the policy answers, token by token.
 
 The token ids of a turn are those that the engine sampled; nothing of a conversation is tokenised a second time. Only
-the environment's message, with the template around it, is turned into tokens, once.
+the environment's words, with the template around them, are turned into tokens, once, and take no part in the loss.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fiberpo_megatron.environments import Message, ToolCall, Turn
+from fiberpo_megatron.interfaces import ConversationEncoder, Sampler
 from fiberpo_megatron.types import Completion, Prompt, WeightSpan
 
-Sample = Callable[[Sequence[Sequence[int]], int, Sequence[int]], Iterator[tuple[int, list[Completion]]]]
-"""(prompts as token ids, completions of each, one seed per prompt) -> (index of a prompt, its completions), each prompt
-once, as they are finished."""
-Continuation = Callable[[Prompt, Sequence[int], str], tuple[int, ...] | None]
-"""(prompt, response token ids so far, user message) -> token ids from there to the policy's next turn; None when the
-response did not end its turn, so that no other can follow."""
+ParseTools = Callable[[str, Sequence[Mapping[str, Any]]], Awaitable[tuple[str, tuple[ToolCall, ...]]]]
+"""(text of a turn, descriptions of tools) -> (text around the calls, the calls)."""
 
 
-class Environment(Protocol):
-    """Answers the policy's turns."""
-
-    def reply(self, prompt: Prompt, turns: Sequence[str], sample: int) -> str | None:
-        """The user message after the policy's `turns` (texts) in the `sample`-th response to `prompt`; None ends the
-        conversation."""
-        ...
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """What makes a response more than one turn."""
-
-    environment: Environment
-    continuation: Continuation
+def response_seeds(seed: int, count: int) -> list[int]:
+    """Return `count` sampling seeds of one prompt; hashed, so that neighbouring prompts share none."""
+    digests = (blake2b(f"{seed}:{i}".encode(), digest_size=8).digest() for i in range(count))
+    return [int.from_bytes(digest, "little") >> 1 for digest in digests]
 
 
 @dataclass
-class Conversation:
-    """One response in the making."""
+class PolicyConversation:
+    """It answers `Conversation.say` by sampling from the engines, and keeps the tokens of all turns.
+
+    `seed`: that of the prompt. `sample`: which of the prompt's trajectories it is. `check`: raises for a completion
+    that must not be trained on.
+    """
 
     prompt: Prompt
     sample: int
-    """Which of the prompt's responses it is."""
     seed: int
-    """Of its prompt."""
+    encoder: ConversationEncoder
+    sampler: Sampler
+    check: Callable[[Prompt, Completion], None]
+    parse_tools: ParseTools | None = None
+    prompt_ids: tuple[int, ...] = ()
+    """What was said before the first turn."""
     turns: list[Completion] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    """Of the turns."""
+    """Texts of the turns."""
     between: list[tuple[int, ...]] = field(default_factory=list)
     """Tokens after each turn but the last."""
-    messages: list[str] = field(default_factory=list)
-    """The environment's, after each turn but the last."""
+    said: list[str] = field(default_factory=list)
+    """What the environment said after each turn but the last, for people."""
+    _tools: Sequence[Mapping[str, Any]] | None = None
+
+    async def say(
+        self,
+        new: str | Message | Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
+    ) -> Turn:
+        """Answer as `environments.Conversation.say` describes."""
+        words: str | Sequence[Message] = [new] if isinstance(new, Mapping) else new
+        self._check_arguments(words, tools, max_tokens, stop)
+        tokens: tuple[int, ...] = ()
+        if not self.turns:
+            self.prompt_ids = self.encoder.first(self.prompt, words, tools)
+            self._tools = tools
+        else:
+            tokens = self.encoder.following(self.prompt, self.response_ids, words, self._tools)
+        prefix = [*self.prompt_ids, *self.response_ids, *tokens]
+        (completion,) = await self.sampler.sample(
+            prefix,
+            [self._turn_seed()],
+            max_tokens=max_tokens,
+            stop_token_ids=self.encoder.tokens_with(stop) if stop else (),
+        )
+        self.check(self.prompt, completion)
+        if self.turns:
+            self.between.append(tokens)
+            self.said.append(_readable(words))
+        self.turns.append(completion)
+        text = self.encoder.text(completion.token_ids, stop or ())
+        self.texts.append(text)
+        calls: tuple[ToolCall, ...] = ()
+        if self._tools and self.parse_tools is not None:
+            text, calls = await self.parse_tools(text, self._tools)
+        return Turn(text, completion.finish_reason, completion.token_ids, calls)
 
     @property
     def response_ids(self) -> list[int]:
-        """Everything after the prompt."""
+        """The tokens of everything after the prompt."""
         ids: list[int] = []
         for turn, after in zip(self.turns, [*self.between, ()]):
             ids += [*turn.token_ids, *after]
@@ -66,62 +97,49 @@ class Conversation:
 
     @property
     def completion(self) -> Completion:
-        """The turns joined."""
+        """The joined turns."""
         return join_turns(self.turns, self.between)
 
     @property
     def text(self) -> str:
-        """Of all turns, for people."""
+        """The text of all turns, for people."""
         parts = self.texts[:1]
-        for message, text in zip(self.messages, self.texts[1:]):
-            parts += [f"[user] {message}", f"[assistant] {text}"]
+        for said, text in zip(self.said, self.texts[1:]):
+            parts += [said, f"[assistant] {text}"]
         return "\n".join(parts)
 
+    def _turn_seed(self) -> int:
+        """The sampling seed of the next turn; engines take 31 bits."""
+        if not self.turns:
+            return response_seeds(self.seed, self.sample + 1)[-1]
+        name = f"{self.seed} {self.sample} {len(self.turns)}".encode()
+        return response_seeds(int.from_bytes(blake2b(name, digest_size=4).digest(), "big") >> 1, 1)[0]
 
-def converse(
-    sample: Sample,
-    prompts: Sequence[Prompt],
-    count: int,
-    seeds: Sequence[int],
-    *,
-    decode: Callable[[Sequence[int]], str],
-    dialogue: Dialogue | None = None,
-) -> Iterator[tuple[int, list[Conversation]]]:
-    """(index of a prompt, its `count` conversations), as groups are finished; without dialogue they have one turn.
-
-    All conversations that go on are sampled together, turn by turn: a turn begins when the slowest response of the
-    one before has ended. A turn that was cut by the length limit is the last. `seeds`: one per prompt.
-
-    Raises ValueError when the engine left a request without its answers.
-    """
-    groups = [[Conversation(p, i, seed) for i in range(count)] for p, seed in zip(prompts, seeds, strict=True)]
-    going = [count] * len(prompts)  # conversations of each prompt that have not ended
-    asked = [(index, group) for index, group in enumerate(groups)]
-    answers = sample([p.token_ids for p in prompts], count, seeds)
-    while asked:
-        again: list[tuple[int, Conversation]] = []
-        for request, completions in answers:
-            index, conversations = asked[request]
-            for conversation, completion in zip(conversations, completions, strict=True):
-                conversation.turns.append(completion)
-                conversation.texts.append(decode(completion.token_ids))
-                if dialogue is not None and _goes_on(conversation, dialogue):
-                    again.append((index, conversation))
-                else:
-                    going[index] -= 1
-            if going[index] == 0:
-                yield index, groups[index]
-        again.sort(key=lambda place: (place[0], place[1].sample))  # they came in the order in which they ended
-        asked = [(index, [conversation]) for index, conversation in again]
-        if asked:
-            prefixes = [[*c.prompt.token_ids, *c.response_ids] for _, c in again]
-            answers = sample(prefixes, 1, [_turn_seed(c) for _, c in again])
-    if any(going):
-        raise ValueError(f"the engine left prompts {[i for i, left in enumerate(going) if left]} without an answer")
+    def _check_arguments(
+        self,
+        new: str | Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        max_tokens: int | None,
+        stop: Sequence[str] | None,
+    ) -> None:
+        if not new:
+            raise ValueError("say: there is nothing to say; pass a text or at least one message")
+        if not isinstance(new, str) and not all(isinstance(m, Mapping) and "role" in m for m in new):
+            raise ValueError(f"say: {new!r:.200} is neither a text nor chat messages with a `role`")
+        if not isinstance(new, str) and any(m["role"] == "assistant" for m in new) and self.turns:
+            raise ValueError("say: pass only what is new; the policy's own answers are kept as they were sampled")
+        if tools and self.parse_tools is None:
+            raise ValueError("say: tools need rollout.tool_call_parser, the name of SGLang's parser for this model")
+        if self.turns and tools is not None and tools != self._tools:
+            raise ValueError("say: the tools must be given with the first call and stay the same")
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"say: max_tokens = {max_tokens}; pass at least 1")
+        if any(len(text) != 1 for text in stop or ()):
+            raise ValueError(f"say: stop = {stop!r}; pass single characters, because engines see tokens")
 
 
 def join_turns(turns: Sequence[Completion], between: Sequence[Sequence[int]]) -> Completion:
-    """The turns and the tokens between them as one completion, whose loss mask covers the turns alone.
+    """Return the turns and the tokens between them as one completion, whose loss mask covers the turns alone.
 
     Every turn's own log-probs and weight versions are kept. An engine's answer has the experts of its prompt as well:
     each position takes them from the first answer that has it, which is the one that sampled its successor.
@@ -131,6 +149,7 @@ def join_turns(turns: Sequence[Completion], between: Sequence[Sequence[int]]) ->
     token_ids: list[int] = []
     log_probs = [np.zeros(0, np.float32)]
     mask: list[bool] = []
+    engines: list[NDArray[np.int16]] = []
     spans: list[WeightSpan] = []
     for turn, after in zip(turns, [*between, ()], strict=True):
         start = len(token_ids)
@@ -138,6 +157,8 @@ def join_turns(turns: Sequence[Completion], between: Sequence[Sequence[int]]) ->
         token_ids += [*turn.token_ids, *after]
         log_probs += [turn.log_probs, np.zeros(len(after), np.float32)]
         mask += [True] * len(turn.token_ids) + [False] * len(after)
+        sampled = np.zeros(len(turn.token_ids), np.int16) if turn.engines is None else turn.engines
+        engines += [sampled, np.full(len(after), -1, np.int16)]
     return Completion(
         tuple(token_ids),
         np.concatenate(log_probs),
@@ -145,6 +166,7 @@ def join_turns(turns: Sequence[Completion], between: Sequence[Sequence[int]]) ->
         tuple(spans),
         _join_experts([turn.routed_experts for turn in turns]),
         np.array(mask),
+        np.concatenate(engines),
     )
 
 
@@ -160,22 +182,7 @@ def _join_experts(answers: Sequence[NDArray[np.int32] | None]) -> NDArray[np.int
     return joined
 
 
-def _goes_on(conversation: Conversation, dialogue: Dialogue) -> bool:
-    """Whether there is another turn; the tokens before it are then added."""
-    if conversation.turns[-1].finish_reason != "stop":
-        return False
-    message = dialogue.environment.reply(conversation.prompt, conversation.texts, conversation.sample)
-    if message is None:
-        return False
-    tokens = dialogue.continuation(conversation.prompt, conversation.response_ids, message)
-    if tokens is None:
-        return False
-    conversation.between.append(tokens)
-    conversation.messages.append(message)
-    return True
-
-
-def _turn_seed(conversation: Conversation) -> int:
-    """Sampling seed of the next turn: engines take 31 bits."""
-    name = f"{conversation.seed} {conversation.sample} {len(conversation.turns)}".encode()
-    return int.from_bytes(blake2b(name, digest_size=4).digest(), "big") >> 1
+def _readable(new: str | Sequence[Message]) -> str:
+    if isinstance(new, str):
+        return new
+    return "\n".join(f"[{message['role']}] {message.get('content', '')}" for message in new)

@@ -13,20 +13,21 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from fiberpo_megatron.types import Prompt, RolloutBatch
+from fiberpo_megatron.types import Prompt, RolloutBatch, batch_of, named_arrays
 
 FORMAT = 1
 INDEX = "index.jsonl"
 _STEP = re.compile(r"step_(\d+)\.npz")
 _UNFINISHED = re.compile(r"step_(\d+)\.unfinished")
 _ORIGIN = "origin"
+_REQUIRED = {"tokens", "response_mask", "rollout_log_probs", "lengths", "rewards", "correct", "groups", "domains"}
 _DAMAGE = (OSError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
@@ -55,8 +56,8 @@ class Origin:
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """16 hex digits of the prompts' places and token ids, in order."""
-    told = repr([(prompt.domain, prompt.index, prompt.token_ids) for prompt in prompts])
-    return blake2b(told.encode(), digest_size=8).hexdigest()
+    described = repr([(prompt.domain, prompt.number, prompt.token_ids) for prompt in prompts])
+    return blake2b(described.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,9 @@ class RolloutDump:
     def write(self, batch: RolloutBatch, origin: Origin) -> None:
         """Write one step in one move; a file of the same step is replaced, its unfinished groups are deleted."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        arrays = {field.name: getattr(batch, field.name) for field in fields(RolloutBatch)}
         told = np.frombuffer(json.dumps(asdict(origin)).encode(), np.uint8)
         with _replaced(self.path(origin.step)) as file:
-            np.savez(file, allow_pickle=False, **{_ORIGIN: told}, **arrays)
+            np.savez(file, allow_pickle=False, **{_ORIGIN: told}, **named_arrays(batch))
         self._index({origin.step: _summary(batch, origin)})
         shutil.rmtree(self.unfinished(origin.step), ignore_errors=True)
 
@@ -105,15 +105,16 @@ class RolloutDump:
         """The trajectories of a stored step; raises DumpError when it is missing, damaged or of another version."""
         with self._open(step) as file:
             _origin(file)
-            known = {field.name for field in fields(RolloutBatch)}
-            required = {f.name for f in fields(RolloutBatch) if f.default is f.default_factory is MISSING}
-            stored = set(file.files) - {_ORIGIN}
-            if stored - known or required - stored:
+            stored = {name: file[name] for name in file.files if name != _ORIGIN}
+            known = {fact.name for fact in fields(RolloutBatch)}
+            unknown = sorted({name.partition("/")[0] for name in stored} - known)
+            missing = sorted(_REQUIRED - stored.keys())
+            if unknown or missing:
                 raise DumpError(
-                    f"{self.path(step)} was written by another version of fiberpo-megatron: it lacks "
-                    f"{sorted(required - stored)} and has unknown {sorted(stored - known)}; make the dump again"
+                    f"{self.path(step)} was written by another version of fiberpo-megatron: it lacks {missing} and has "
+                    f"unknown {unknown}; make the dump again"
                 )
-            return RolloutBatch(**{name: file[name] for name in stored})
+            return batch_of(stored)
 
     def drop(self, before: int) -> None:
         """Delete the steps that come before step `before`, finished or not."""
@@ -143,7 +144,7 @@ class RolloutDump:
     def _content(self) -> str:
         steps = self.steps()
         if not steps:
-            return "it holds no rollouts; `fiberpo dump` or a run with --rollouts.dump true writes them"
+            return "it holds no rollouts; `fiberpo dump` or a run with --storage.dump true writes them"
         return f"it has {len(steps)} steps from {steps[0]} to {steps[-1]}; lower trainer.steps or dump more of them"
 
     def _index(self, changed: Mapping[int, Mapping[str, Any] | None]) -> None:

@@ -86,7 +86,7 @@ class FinishedGroups(UserDict[int, RolloutGroup]):
             raise OSError(
                 error.errno,
                 f"keeping a finished rollout for a resume failed ({error.strerror}); make room, or set "
-                "rollouts.unfinished = false",
+                "storage.unfinished = false",
                 str(self._folder),
             ) from error
         super().__setitem__(index, group)

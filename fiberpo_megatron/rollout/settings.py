@@ -22,6 +22,9 @@ class RolloutConfig(Section):
     the last (trained on like the others), and the verifier sees the text before the character."""
     max_concurrent_requests: int = Field(256, ge=1)
     """Requests that one data-parallel leader keeps in flight."""
+    tool_call_parser: str | None = None
+    """Name of SGLang's parser for the model's tool calls, such as `qwen25`. An environment that passes tools to the
+    policy needs it."""
     return_routing: bool = False
     """Ask the engine for the experts of every token, and log per layer how often trainer and engine agree. Implied by
     algorithm.expert_routing = "rollout" and routing_replay = "rollout". Servers given by URL need
@@ -45,14 +48,14 @@ class RolloutConfig(Section):
         return self
 
 
-class RolloutsConfig(Section):
+class StorageConfig(Section):
     """Rollouts on disk: each step's trajectories in full (tokens, log-probs, rewards, routing)."""
 
     dump: bool = False
-    """Keep the trajectories of every step in <run folder>/dump, for `rollouts.replay`."""
+    """Keep the trajectories of every step in <run folder>/dump, for `storage.replay`."""
     replay: Path | None = None
-    """Train on the trajectories of this folder (a dump, or a run folder that has one) in place of an engine's: no
-    engine is started, nothing is published, held-out evaluation is left out."""
+    """Train on the trajectories of this folder (a dump, or a run folder that has one) in place of an engine's. No
+    engine is started, nothing is published, and held-out evaluation is left out."""
     unfinished: bool = True
-    """Keep a step's trajectories on disk, each prompt's as soon as they have ended, until a checkpoint holds the step:
-    a resumed run need not generate them again."""
+    """Keep a step's trajectories on disk until a checkpoint holds the step, each prompt's as soon as they have ended. A
+    resumed run then need not generate them again."""

@@ -1,14 +1,44 @@
 """Settings of metrics and samples: [telemetry]."""
 
-from pydantic import Field
+from typing import Any
 
-from fiberpo_megatron.settings import Section
+from pydantic import Field, field_validator, model_validator
+
+from fiberpo_megatron.settings import PluginConfig, Section, as_plugin
 
 
 class TelemetryConfig(Section):
+    sinks: list[PluginConfig] = []
+    """Further places that metrics go to, besides metrics.jsonl and the console: short names (tensorboard, wandb), or
+    import paths of classes of your own (docs/extending.md), with their options:
+    sinks = [{use = "my_package.mlflow:MlflowSink", options = {experiment = "sums"}}]."""
     tensorboard: bool = True
-    """Write TensorBoard event files to <run folder>/tensorboard."""
+    """Write TensorBoard event files to <run folder>/tensorboard. The same as the sink "tensorboard"."""
     wandb_project: str | None = None
-    """Weights & Biases project; needs the wandb package and WANDB_API_KEY."""
+    """Weights & Biases project; needs the wandb package and WANDB_API_KEY. The same as the sink "wandb" with the option
+    `project`."""
     rollouts_per_step: int = Field(4, ge=0)
     """Trajectories written as text to <run folder>/rollouts each step."""
+
+    @field_validator("sinks", mode="before")
+    @classmethod
+    def sinks_are_plugins(cls, value: Any) -> Any:
+        return [as_plugin(sink) for sink in value] if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def wandb_is_named_once(self) -> "TelemetryConfig":
+        if self.wandb_project is not None and any(sink.use == "wandb" for sink in self.sinks):
+            raise ValueError(
+                f'telemetry.wandb_project = "{self.wandb_project}" and the sink "wandb" in telemetry.sinks are the '
+                "same; remove one of them"
+            )
+        return self
+
+    def all_sinks(self) -> list[PluginConfig]:
+        """Return all sinks besides metrics.jsonl and the console, those with a setting of their own first."""
+        own = []
+        if self.tensorboard and all(sink.use != "tensorboard" for sink in self.sinks):
+            own.append(PluginConfig(use="tensorboard"))
+        if self.wandb_project is not None:
+            own.append(PluginConfig(use="wandb", options={"project": self.wandb_project}))
+        return [*own, *self.sinks]

@@ -1,39 +1,86 @@
-"""Where records go: the console, metrics.jsonl, TensorBoard, Weights & Biases.
+"""Where records go: metrics.jsonl and the console always; TensorBoard, Weights & Biases and others as configured.
 
-A record is one step's metrics of one kind. Sinks keep it whole: names that nobody knows are written as well.
+A record is one step's metrics of one kind. Sinks keep it whole: names that nobody knows are written as well. A sink of
+your own is one class in a file of yours:
+
+    from fiberpo_megatron.telemetry.sinks import SinkContext
+
+    class CsvSink:
+        '''Writes the mean reward of every training step to a CSV file.'''
+
+        def __init__(self, context: SinkContext, name: str = "rewards.csv") -> None:
+            self.file = (context.run_folder / name).open("a")
+
+        def write(self, step, kind, metrics):
+            if kind == "train":
+                print(step, metrics["reward/mean"], sep=",", file=self.file, flush=True)
+
+        def close(self):
+            self.file.close()
+
+The config names it by its import path, and `options` are the arguments after `context`:
+
+    [telemetry]
+    sinks = [{use = "my_package.csv_sink:CsvSink", options = {name = "r.csv"}}]
+
+An error in the constructor stops the run, because somebody can correct it at the start. An error in `write` or `close`
+does not: a metrics service that is down must not end training. It is reported once on stderr, and the number of records
+that were lost is reported at the end. metrics.jsonl has all records, and an error while writing it stops the run.
 """
 
 import json
 import os
+import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch.utils.tensorboard import SummaryWriter
-
+from fiberpo_megatron import plugins
+from fiberpo_megatron.plugins import Plugin, PluginError
+from fiberpo_megatron.settings import PluginConfig
 from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.metrics import Kind, steps_done
 from fiberpo_megatron.telemetry.settings import TelemetryConfig
 
+if TYPE_CHECKING:
+    from fiberpo_megatron.config.schema import Config
+
 METRICS_FILE = "metrics.jsonl"
+SETTING = "telemetry.sinks"
 Metrics = Mapping[str, float | int | str]
 
 
 class Sink(Protocol):
-    """One place that records go to."""
+    """Takes the records of a run. Only one rank makes sinks and writes to them."""
 
     def write(self, step: int, kind: Kind, metrics: Metrics) -> None:
-        """`step` counts from 0 for training steps; for an evaluation it is the number of steps before it."""
+        """Take one record. In "train" and "sft" records `step` is the step's index from 0, in "eval" records the number
+        of steps done. Training waits until this returns."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write out what is left. Called once, at the end of the run, also after an error."""
+        ...
+
+
+@dataclass(frozen=True)
+class SinkContext:
+    """Holds what a run gives to each of its sinks."""
+
+    run_folder: Path
+    first_step: int
+    """The step that runs next: 0 in a fresh run. A resumed run writes records from this step on again."""
+    total_steps: int
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved config as JSON values, for services that store it."""
 
 
 class JsonlSink:
-    """`metrics.jsonl`: {"step": s, "kind": k, name: value, ...} a line, on the disk before `write` returns.
+    """Writes `metrics.jsonl`: {"step": s, "kind": k, name: value, ...} a line, on the disk before `write` returns.
 
     Values that are not finite are written as null, so that every line is standard JSON.
     """
@@ -43,6 +90,7 @@ class JsonlSink:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, kind: Kind, metrics: Metrics) -> None:
+        """Append one record."""
         record: dict[str, Any] = {"step": step, "kind": kind}
         record.update((name, _finite(value)) for name, value in metrics.items())
         self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
@@ -50,6 +98,7 @@ class JsonlSink:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
@@ -60,9 +109,9 @@ def _finite(value: float | int | str) -> float | int | str | None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics file; a torn last line (the run was killed while writing) is left out.
+    """Return the records of a metrics file. An incomplete last line is left out: the run was killed while writing it.
 
-    Empty if there is no file. ValueError naming the line for any other line that is not a record.
+    Without a file there are none. Raises ValueError that names the line for any other line that is not a record.
     """
     if not path.is_file():
         return []
@@ -75,17 +124,17 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             records.append({**record, "step": int(record["step"]), "kind": str(record["kind"])})
         except (ValueError, TypeError, KeyError):
-            if number == len(lines):  # complete lines end with a newline, so the split's last item is a torn one
+            if number == len(lines):  # complete lines end with a newline, so the split's last item is an incomplete one
                 break
             raise ValueError(f"{path}, line {number}: not a metrics record: {line[:120]!r}; remove the line") from None
     return records
 
 
 def drop_records(path: Path, first_step: int, kinds: Collection[Kind]) -> None:
-    """Remove the records of `kinds` that a run from step `first_step` on writes again, and a torn last line.
+    """Remove the records of `kinds` that a run from step `first_step` on writes again, and an incomplete last line.
 
-    The evaluation of the weights it starts from is kept, unless it starts at 0. The file is replaced
-    atomically; without a file nothing happens.
+    The evaluation of the weights that it starts from is kept, unless it starts at 0. The file is replaced atomically.
+    Without a file nothing happens.
     """
     if not path.is_file():
         return
@@ -104,56 +153,104 @@ def _is_repeated(record: Mapping[str, Any], first_step: int) -> bool:
 
 
 class TensorBoardSink:
-    """Scalars under `<kind>/<name>` over the number of steps done; a resumed run hides what it repeats."""
+    """Writes scalars under `<kind>/<name>` over the number of steps done; a resumed run hides what it repeats.
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
+    The event files are in `folder` inside the run folder.
+    """
+
+    def __init__(self, context: SinkContext, folder: str = "tensorboard") -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = context.first_step + 1 if context.first_step else 0
+        self._writer = SummaryWriter(str(context.run_folder / folder), purge_step=purge)
 
     def write(self, step: int, kind: Kind, metrics: Metrics) -> None:
+        """Write one record."""
         for name, value in metrics.items():
             if not isinstance(value, str):
                 self._writer.add_scalar(f"{kind}/{name}", value, steps_done(kind, step))
         self._writer.flush()
 
     def close(self) -> None:
+        """Close the event file."""
         self._writer.close()
 
 
 class WandbSink:
-    """A Weights & Biases run of the run folder's name. A resumed run continues it."""
+    """Writes to a Weights & Biases run of the run folder's name in `project`. A resumed run continues it."""
 
-    def __init__(self, wandb: Any, project: str, run_folder: Path, config: Mapping[str, Any]) -> None:
-        id_file = run_folder / "wandb_id"
+    def __init__(self, context: SinkContext, project: str) -> None:
+        wandb: Any = import_module("wandb")
+        id_file = context.run_folder / "wandb_id"
         run_id = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
         self._run = wandb.init(
             project=project,
-            name=run_folder.name,
-            dir=str(run_folder),
-            config=dict(config),
+            name=context.run_folder.name,
+            dir=str(context.run_folder),
+            config=dict(context.config),
             id=run_id,
             resume="allow",
         )
         id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
 
+    @staticmethod
+    def check_installed() -> None:
+        """Raise ValueError when the wandb package is missing."""
+        if find_spec("wandb") is None:
+            raise ValueError(
+                "telemetry.wandb_project is set but the wandb package is missing; run `pip install wandb`, or unset it"
+            )
+
     def write(self, step: int, kind: Kind, metrics: Metrics) -> None:
+        """Write one record."""
         # Evaluation and training share step numbers, which W&B's own counter refuses to see twice.
         done = steps_done(kind, step)
         self._run.log({f"{kind}/step": done, **{f"{kind}/{name}": value for name, value in metrics.items()}})
 
     def close(self) -> None:
+        """Finish the W&B run."""
         self._run.finish()
 
 
-def _import_wandb() -> Any:
-    if find_spec("wandb") is None:
-        raise ValueError(
-            "telemetry.wandb_project is set but the wandb package is missing; run `pip install wandb`, or unset it"
-        )
-    return import_module("wandb")
+class OptionalSink:
+    """Writes to a sink whose errors must not stop the run: the first is reported on stderr, all are counted."""
+
+    def __init__(self, name: str, sink: Sink) -> None:
+        self._name, self._sink = name, sink
+        self._written = self._lost = 0
+
+    def write(self, step: int, kind: Kind, metrics: Metrics) -> None:
+        """Write one record, or report why not."""
+        self._written += 1
+        try:
+            self._sink.write(step, kind, metrics)
+        except Exception as error:  # somebody else's sink raises what it likes
+            self._lost += 1
+            if self._lost == 1:
+                self._report(
+                    f"did not take the record {kind} {step} ({_cause(error)}). Training goes on, and {METRICS_FILE} "
+                    "has all records. Further errors are counted and reported at the end"
+                )
+
+    def close(self) -> None:
+        """Close the sink, and report how many records it did not take."""
+        if self._lost:
+            self._report(f"did not take {self._lost} of {self._written} records")
+        try:
+            self._sink.close()
+        except Exception as error:
+            self._report(f"could not be closed ({_cause(error)}); its last records may be missing")
+
+    def _report(self, text: str) -> None:
+        print(f"WARNING: the metrics sink {self._name} {text}", file=sys.stderr, flush=True)
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 class Sinks:
-    """Several sinks as one."""
+    """Writes to several sinks as to one."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = tuple(sinks)
@@ -164,7 +261,7 @@ class Sinks:
             sink.write(step, kind, metrics)
 
     def close(self) -> None:
-        """Close every sink, also when one fails."""
+        """Close every sink, also when one fails; the first error is raised afterwards."""
         errors = []
         for sink in self._sinks:
             try:
@@ -174,11 +271,27 @@ class Sinks:
         if errors:
             raise errors[0]
 
-    def __enter__(self) -> "Sinks":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+def check_sinks(config: "Config") -> None:
+    """Raise PluginError when a sink cannot be found, lacks a method, or does not take its options.
+
+    This makes no sink and connects to no service.
+    """
+    for sink in config.telemetry.all_sinks():
+        _find(sink)
+
+
+def _find(sink: PluginConfig) -> Plugin:
+    plugin = plugins.find("sinks", sink.use, SETTING)
+    plugins.require(plugin, ("write", "close"), SETTING)
+    plugins.check_options(plugin, sink.options, SETTING, given=("context",))
+    plugins.check_version(plugin, sink.version, SETTING)
+    if plugin.target is WandbSink:
+        try:
+            WandbSink.check_installed()
+        except ValueError as error:
+            raise PluginError(str(error)) from error
+    return plugin
 
 
 def open_sinks(
@@ -191,18 +304,22 @@ def open_sinks(
     kinds: Collection[Kind] = ("train", "eval"),
     config: Mapping[str, Any] | None = None,
 ) -> Sinks:
-    """All sinks of a run, on the one rank that logs.
+    """Open all sinks of a run, on the one rank that logs. Close them when done (`contextlib.closing`).
 
     `first_step` is the step that runs next (0 for a fresh run): later records of `kinds` are removed from
-    metrics.jsonl. `title` and `total_steps` are for the progress bar, `config` is for W&B.
+    metrics.jsonl. `title` and `total_steps` are for the progress bar, `config` is for services that store it. Raises
+    PluginError before anything is written when a sink cannot be used.
     """
-    wandb = _import_wandb() if settings.wandb_project else None
+    context = SinkContext(run_folder, first_step, total_steps, config or {})
+    found = [(sink, _find(sink)) for sink in settings.all_sinks()]
     path = run_folder / METRICS_FILE
     drop_records(path, first_step, kinds)
-    sinks: list[Sink] = [JsonlSink(path)]
-    if settings.tensorboard:
-        sinks.append(TensorBoardSink(run_folder / "tensorboard", first_step))
-    if settings.wandb_project:
-        sinks.append(WandbSink(wandb, settings.wandb_project, run_folder, config or {}))
-    sinks.append(Console(title, total_steps=total_steps, first_step=first_step))
-    return Sinks(sinks)
+    console = Console(title, total_steps=total_steps, first_step=first_step)
+    opened: list[Sink] = [JsonlSink(path), console]
+    try:
+        for sink, plugin in found:
+            opened.insert(-1, OptionalSink(sink.use, plugin.target(context, **sink.options)))
+    except BaseException:
+        Sinks(opened).close()
+        raise
+    return Sinks(opened)

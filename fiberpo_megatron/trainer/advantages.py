@@ -1,17 +1,108 @@
-"""Group-relative advantages."""
+"""Advantage estimators: what a trajectory's reward is compared with.
 
-from typing import Literal
+An estimator is any object that turns a step's rollouts into advantages:
+
+    class LengthNormalised:
+        least_samples = 2  # the fewest trajectories of a prompt that it can compare
+
+        def __init__(self, scale: float = 1.0) -> None: ...
+
+        def __call__(self, rollouts: RolloutBatch) -> NDArray[np.float32]:  # [B]
+            mean = group_advantages(rollouts.rewards, rollouts.groups, "group-mean", normalise_std=False)
+            return mean / rollouts.response_lengths
+
+`algorithm.advantage` names it by import path, with the arguments of its constructor as `options`. `rollouts` is equal
+on every rank, so that an estimator that is a function of it gives every rank the same advantages.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fiberpo_megatron.interfaces import AdvantageEstimator
+from fiberpo_megatron.types import RolloutBatch
+
 Baseline = Literal["group-mean", "leave-one-out", "none"]
+
+
+@dataclass(frozen=True)
+class _Baseline:
+    """Computes `group_advantages` with one baseline.
+
+    A trajectory that is alone in its group, because the others were dropped, gets advantage 0 from an estimator that
+    compares within a group: from every one but `NoBaseline` without normalisation.
+    """
+
+    normalise_std: bool = True
+    """Whether the advantage is divided by the group's sample standard deviation + 1e-6; arXiv:2503.20783 argues for
+    leaving it out."""
+
+    baseline: ClassVar[Baseline]
+
+    @property
+    def least_samples(self) -> int:
+        """Fewest trajectories per prompt that leave something to compare with."""
+        return 2 if self.baseline != "none" or self.normalise_std else 1
+
+    def __call__(self, rollouts: RolloutBatch) -> NDArray[np.float32]:
+        """Return the advantage of each trajectory, [B]."""
+        if self.least_samples == 1:
+            return group_advantages(rollouts.rewards, rollouts.groups, self.baseline, self.normalise_std)
+        advantages = np.zeros(len(rollouts.rewards), np.float32)
+        compared = np.bincount(rollouts.groups)[rollouts.groups] > 1
+        rewards, groups = rollouts.rewards[compared], rollouts.groups[compared]
+        advantages[compared] = group_advantages(rewards, groups, self.baseline, self.normalise_std)
+        return advantages
+
+
+@dataclass(frozen=True)
+class GroupMean(_Baseline):
+    """Subtracts the mean reward of the trajectory's group (GRPO, arXiv:2402.03300, section 4.1)."""
+
+    baseline = "group-mean"
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(_Baseline):
+    """Subtracts the mean reward of the other trajectories of the group (RLOO, arXiv:2402.14740, equation 4)."""
+
+    baseline = "leave-one-out"
+
+
+@dataclass(frozen=True)
+class NoBaseline(_Baseline):
+    """Takes the reward itself as the advantage."""
+
+    baseline = "none"
+
+
+def estimate(estimator: AdvantageEstimator, rollouts: RolloutBatch) -> NDArray[np.float32]:
+    """Return an estimator's advantages, [B].
+
+    Raises ValueError, naming the estimator, unless it returns one finite number for each trajectory.
+    """
+    count, name = len(rollouts.rewards), type(estimator).__qualname__
+    advantages = np.asarray(estimator(rollouts))
+    if advantages.shape != (count,) or not np.issubdtype(advantages.dtype, np.number):
+        raise ValueError(
+            f"the advantage estimator {name} returned {advantages.dtype} of shape {advantages.shape} for {count} "
+            f"trajectories; return one number per trajectory, as float32 [{count}]"
+        )
+    if not np.isfinite(advantages).all():
+        at = int(np.flatnonzero(~np.isfinite(advantages))[0])
+        raise ValueError(
+            f"the advantage estimator {name} returned {advantages[at]} for trajectory {at} (reward "
+            f"{rollouts.rewards[at]}); return finite numbers, such as 0 where there is nothing to compare with"
+        )
+    return advantages.astype(np.float32)
 
 
 def group_advantages(
     rewards: NDArray[np.float32], groups: NDArray[np.int64], baseline: Baseline, normalise_std: bool
 ) -> NDArray[np.float32]:
-    """[B] advantages from [B] rewards and [B] dense group ids.
+    """Return [B] advantages from [B] rewards and [B] dense group ids.
 
     group-mean: r - mean of its group (GRPO, arXiv:2402.03300 section 4.1); leave-one-out: r - mean of the others
     (RLOO, arXiv:2402.14740 equation 4); none: r. `normalise_std` divides by the group's sample standard deviation

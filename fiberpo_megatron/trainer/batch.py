@@ -9,21 +9,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fiberpo_megatron.data.packing import PackingEfficiency, assign_rows, pack, packing_efficiency, padded_lengths
+from fiberpo_megatron.interfaces import Layout
 from fiberpo_megatron.telemetry.metrics import combine
 from fiberpo_megatron.trainer.settings import BatchConfig
-from fiberpo_megatron.types import (
-    Layout,
-    MicroBatch,
-    RolloutBatch,
-    RolloutGroup,
-    Trajectory,
-    concatenated_response_tokens,
-)
+from fiberpo_megatron.types import MicroBatch, RolloutBatch, concatenated_response_tokens
+
+SUPPLIED_KEYS = ("turn", "trajectory", "prompt_group", "domain", "weight_version", "engine")
+"""Keys by which an objective may group tokens. Expert partitions are no key: a token belongs to several of them."""
 
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """One optimiser step's trajectories as this rank holds them; n local response tokens."""
+    """It is one optimiser step's trajectories as this rank holds them; n local response tokens."""
 
     micro_batches: list[MicroBatch]
     packing: PackingEfficiency
@@ -32,55 +29,13 @@ class MiniBatch:
     weights: Tensor
     """float64 [n] mu: positive, summing to 1 over the mini-batch, over all ranks."""
     keys: dict[str, Tensor]
-    """int64 [n] per key (trajectory, prompt_group, domain): dense ids inside the mini-batch."""
+    """int64 [n] per key (SUPPLIED_KEYS): dense ids inside the mini-batch."""
     counts: dict[str, int]
     """Number of ids of each key over all ranks."""
     rollout_log_probs: Tensor
     """float32 [n]"""
     expert_share: Tensor | None = None
     """float64 [n, P] omega: share of each token's routed (layer, slot) pairs in each expert partition."""
-
-
-def flatten(groups: Sequence[RolloutGroup]) -> RolloutBatch:
-    """Flat arrays of a leader's groups, numbered from 0."""
-    trajectories = [t for group in groups for t in group.trajectories]
-    ids = [g for g, group in enumerate(groups) for _ in group.trajectories]
-
-    def joined(parts: list[NDArray], dtype: type) -> NDArray:
-        return np.concatenate([*parts, np.zeros(0)]).astype(dtype)
-
-    return RolloutBatch(
-        tokens=joined([np.array([*t.prompt.token_ids, *t.completion.token_ids]) for t in trajectories], np.int64),
-        response_mask=joined([_response_mask(t) for t in trajectories], np.bool_),
-        rollout_log_probs=joined(
-            [np.concatenate([np.zeros(len(t.prompt.token_ids)), t.completion.log_probs]) for t in trajectories],
-            np.float32,
-        ),
-        lengths=np.array([len(t.prompt.token_ids) + len(t.completion.token_ids) for t in trajectories], np.int64),
-        rewards=np.array([t.reward for t in trajectories], np.float32),
-        correct=np.array([t.correct for t in trajectories], np.bool_),
-        groups=np.array(ids, np.int64),
-        domains=np.array([t.prompt.domain for t in trajectories], np.int64),
-        truncated=np.array([t.completion.finish_reason == "length" for t in trajectories], np.bool_),
-        routed_experts=_routed_experts(trajectories),
-    )
-
-
-def _routed_experts(trajectories: Sequence[Trajectory]) -> NDArray[np.int16]:
-    """[N, MoE layers, top_k], -1 for the last token of each trajectory; empty when the engine was not asked."""
-    rows: list[NDArray[np.int16]] = []
-    for trajectory in trajectories:
-        experts = trajectory.completion.routed_experts
-        if experts is None:
-            return np.zeros((0, 0, 0), np.int16)
-        rows += [experts.astype(np.int16), np.full((1, *experts.shape[1:]), -1, np.int16)]
-    return np.concatenate(rows) if rows else np.zeros((0, 0, 0), np.int16)
-
-
-def _response_mask(trajectory: Trajectory) -> NDArray[np.bool_]:
-    completion = trajectory.completion
-    sampled = np.ones(len(completion.token_ids), np.bool_) if completion.loss_mask is None else completion.loss_mask
-    return np.concatenate([np.zeros(len(trajectory.prompt.token_ids), np.bool_), sampled])
 
 
 def mini_batches(
@@ -120,20 +75,38 @@ def _mini_batch(
     tokens = concatenated_response_tokens(micro_batches).numpy()
     trajectory = np.searchsorted(rollouts.offsets, tokens, side="right") - 1
     weights = token_weights(rollouts.response_lengths[first:last], weighting)
-    group = rollouts.groups - rollouts.groups[first]
+    keys = token_keys(rollouts, first, last, domains)
     return MiniBatch(
         micro_batches=micro_batches,
         packing=efficiency,
         advantages=torch.from_numpy(advantages[trajectory]),
         weights=torch.from_numpy(weights[trajectory - first]),
-        keys={
-            "trajectory": torch.from_numpy(trajectory - first),
-            "prompt_group": torch.from_numpy(group[trajectory]),
-            "domain": torch.from_numpy(rollouts.domains[trajectory]),
-        },
-        counts={"trajectory": last - first, "prompt_group": int(group[last - 1]) + 1, "domain": domains},
+        keys={name: torch.from_numpy(ids[tokens]) for name, (ids, _) in keys.items()},
+        counts={name: count for name, (_, count) in keys.items()},
         rollout_log_probs=torch.from_numpy(rollouts.rollout_log_probs[tokens]),
     )
+
+
+def token_keys(rollouts: RolloutBatch, first: int, last: int, domains: int) -> dict[str, tuple[NDArray[np.int64], int]]:
+    """Return per key (dense ids of all tokens [N], number of ids) of the mini-batch of trajectories [first, last).
+
+    Ids of tokens outside the mini-batch, and of tokens that are no response tokens, mean nothing.
+    """
+    trajectory = np.repeat(np.arange(len(rollouts.lengths)), rollouts.lengths)
+    group = rollouts.groups - rollouts.groups[first]
+    begin, end = rollouts.offsets[first], rollouts.offsets[last]
+    turn = np.cumsum(rollouts.turn_begins) - 1
+    turns_before = int(rollouts.turns[:first].sum())
+    keys = {
+        "turn": (turn - turns_before, int(rollouts.turns[first:last].sum())),
+        "trajectory": (trajectory - first, last - first),
+        "prompt_group": (group[trajectory], int(group[last - 1]) + 1),
+        "domain": (rollouts.domains[trajectory], domains),
+    }
+    for name, values in (("weight_version", rollouts.weight_versions), ("engine", rollouts.engines)):
+        seen = np.unique(values[begin:end][rollouts.response_mask[begin:end]])
+        keys[name] = (np.searchsorted(seen, values).clip(max=len(seen) - 1), len(seen))
+    return {name: (ids.astype(np.int64), count) for name, (ids, count) in keys.items()}
 
 
 def pack_share(

@@ -51,17 +51,9 @@ def compare(config: Config) -> None:
 
 
 def _one_trajectory(tokens: Tensor) -> RolloutBatch:
-    one, count = np.zeros(1), len(tokens)
-    return RolloutBatch(
-        tokens=tokens.numpy(),
-        response_mask=np.arange(count) > 0,
-        rollout_log_probs=np.zeros(count, dtype=np.float32),
-        lengths=np.array([count], dtype=np.int64),
-        rewards=one.astype(np.float32),
-        correct=one.astype(bool),
-        groups=one.astype(np.int64),
-        domains=one.astype(np.int64),
-        truncated=one.astype(bool),
+    count = len(tokens)
+    return RolloutBatch.filled(
+        tokens=tokens.numpy(), response_mask=np.arange(count) > 0, lengths=np.array([count]), groups=np.zeros(1)
     )
 
 

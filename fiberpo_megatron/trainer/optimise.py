@@ -7,44 +7,17 @@ Whatever the objective, the policy minimises -sum_j c_j log pi(a_j) with c_j = d
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fiberpo_megatron.interfaces import Layout, Objective, Passes
 from fiberpo_megatron.telemetry.metrics import combine
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.batch import MiniBatch, packing_metrics
 from fiberpo_megatron.trainer.step_routing import StepRouting
-from fiberpo_megatron.types import Coefficients, Layout, OptimizerStep, Policy, TokenScores
-
-
-class Objective(Protocol):
-    """A built objective of `fiberpo_megatron.fibration`."""
-
-    @property
-    def uses_experts(self) -> bool:
-        """Whether it needs the tokens' expert shares."""
-        ...
-
-    @property
-    def spans_micro_batches(self) -> bool:
-        """Whether a token's coefficient depends on tokens of other trajectories."""
-        ...
-
-    def __call__(
-        self,
-        log_ratio: Tensor,
-        advantages: Tensor,
-        weights: Tensor,
-        *,
-        keys: Mapping[str, Tensor],
-        counts: Mapping[str, int],
-        expert_share: Tensor | None,
-        reduce: Callable[[Tensor], Tensor] | None,
-        metrics: bool,
-        kernels: bool | None,
-    ) -> Any: ...
+from fiberpo_megatron.types import Coefficients, OptimizerStep, TokenScores
 
 
 @dataclass
@@ -57,8 +30,6 @@ class ObjectiveGate:
     """float32 [n]"""
     reduce: Callable[[Tensor], Tensor] | None
     """Sum over the ranks that hold the other tokens; None while a call sees whole trajectories only."""
-    kernels: bool | None = None
-    """`algorithm.kernels`."""
     seen: list[Tensor] = field(default_factory=list)
     """Log-probs of the calls so far, in order."""
     seconds: float = 0.0
@@ -83,19 +54,18 @@ class ObjectiveGate:
         began = time.perf_counter()
         share = batch.expert_share
 
-        def there(tensor: Tensor) -> Tensor:
+        def on_device(tensor: Tensor) -> Tensor:
             return tensor[part].to(device, non_blocking=True)  # the host need not wait for each copy
 
         out = self.objective(
-            log_probs.detach() - there(self.old_log_probs),
-            there(batch.advantages),
-            there(batch.weights),
-            keys={key: there(ids) for key, ids in batch.keys.items()},
+            log_probs.detach() - on_device(self.old_log_probs),
+            on_device(batch.advantages),
+            on_device(batch.weights),
+            keys={key: on_device(ids) for key, ids in batch.keys.items()},
             counts=batch.counts,
-            expert_share=None if share is None else there(share),
+            expert_share=None if share is None else on_device(share),
             reduce=None if reduce is None else self._timed(reduce),
             metrics=metrics,
-            kernels=self.kernels,
         )
         self.seconds += time.perf_counter() - began
         return out
@@ -111,7 +81,7 @@ class ObjectiveGate:
 
 
 def optimise(
-    policy: Policy,
+    policy: Passes,
     objective: Objective,
     parts: Sequence[MiniBatch],
     routing: StepRouting,
@@ -119,7 +89,6 @@ def optimise(
     epochs: int,
     temperature: float,
     timers: PhaseTimers,
-    kernels: bool | None = None,
 ) -> dict[str, float]:
     """Take len(parts) x epochs optimiser steps; metrics are complete on last-stage ranks."""
     layout = policy.layout
@@ -133,27 +102,26 @@ def optimise(
         for epoch in range(epochs):
             for index, (part, old) in enumerate(zip(parts, scores)):
                 fresh = epoch == 0 and index == 0
-                steps.append(_step(policy, objective, part, old, temperature, fresh, kernels))
+                steps.append(_step(policy, objective, part, old, temperature, fresh))
     timers.add("gate", sum(gate.seconds for _, gate, _ in steps))
     timers.add("gate_reduce", sum(gate.reduce_seconds for _, gate, _ in steps))
-    return metrics | _summary([(outcome, told) for outcome, _, told in steps], parts)
+    return metrics | _summary([(outcome, recorded) for outcome, _, recorded in steps], parts)
 
 
 def _step(
-    policy: Policy,
+    policy: Passes,
     objective: Objective,
     part: MiniBatch,
     old: TokenScores | None,
     temperature: float,
     fresh: bool,
-    kernels: bool | None,
 ) -> tuple[OptimizerStep, ObjectiveGate, Mapping[str, float]]:
     """One optimiser step. `fresh`: the weights have not moved since the old log-probs, so x = 0 by definition and
     no extra forward is needed; nor is it where every level lies inside one micro-batch."""
     layout = policy.layout
     old_log_probs = old.log_probs if old is not None else torch.zeros(0)
     single_pass = not fresh and not objective.spans_micro_batches and layout.context_size == 1
-    gate = ObjectiveGate(objective, part, old_log_probs, None if single_pass else layout.sum_over_tokens, kernels)
+    gate = ObjectiveGate(objective, part, old_log_probs, None if single_pass else layout.sum_over_tokens)
     outcome = policy.step(
         part.micro_batches,
         gate,

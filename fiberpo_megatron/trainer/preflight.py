@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from fiberpo_megatron.config import Config, ConfigError
-from fiberpo_megatron.fibration import Objective, build_objective
 from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.parallel.checks import check_layout, check_routers
 from fiberpo_megatron.mcore.weights.files import stored_tensors
 from fiberpo_megatron.rollout.dump import RolloutDump
+from fiberpo_megatron.sources.stored import DUMP, dump_of
 from fiberpo_megatron.trainer.fp8 import missing_for_fp8
-from fiberpo_megatron.trainer.stored import DUMP, dump_of
+from fiberpo_megatron.trainer.plugin_checks import check_plugins, make_advantage
 
 
 def preflight(config: Config, command: str, resume: bool, world_size: int, here: bool = True) -> None:
@@ -31,25 +31,19 @@ def preflight(config: Config, command: str, resume: bool, world_size: int, here:
             'routing to replay; set it to "none"'
         )
     _check_colocated(config)
+    if command in ("train", "dump", "eval"):
+        _check_routing(config)
     if command == "train":
-        make_objective(config)
         _check_advantages(config)
+    check_plugins(config, resume, environments=here)
 
 
 def _check_colocated(config: Config) -> None:
-    if config.rollout.engine.colocated and config.weight_sync.method == "distributed" and torch.cuda.is_available():
+    if config.rollout.engine.colocated and config.weight_sync.method.use == "distributed" and torch.cuda.is_available():
         raise ConfigError(
             'weight_sync.method = "distributed" needs different GPUs for rank 0 and the engines (NCCL), but '
             'rollout.engine.colocated = true; set weight_sync.method = "disk", with weight_sync.folder in /dev/shm'
         )
-
-
-def make_objective(config: Config) -> Objective:
-    """The objective of [algorithm]. Raises ConfigError."""
-    try:
-        return build_objective(config.algorithm.objective, **config.algorithm.objective_options())  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ConfigError(f"[algorithm]: {error}") from error
 
 
 def _check_model(config: Config, command: str) -> None:
@@ -111,15 +105,15 @@ def _check_folder(config: Config, command: str, resume: bool) -> None:
 
 
 def _check_rollouts(config: Config, command: str, resume: bool) -> None:
-    replay, own = config.rollouts.replay, config.run.folder / DUMP
+    replay, own = config.storage.replay, config.run.folder / DUMP
     if replay is not None and command != "train":
-        raise ConfigError(f"rollouts.replay = {replay}: `fiberpo {command}` replays nothing; leave it out")
+        raise ConfigError(f"storage.replay = {replay}: `fiberpo {command}` replays nothing; leave it out")
     if replay is not None and not dump_of(replay).steps():
         raise ConfigError(
-            f"rollouts.replay = {replay}: there are no rollouts (step_*.npz); name a run folder or a dump written by "
-            "`fiberpo dump` or a run with --rollouts.dump true"
+            f"storage.replay = {replay}: there are no rollouts (step_*.npz); name a run folder or a dump written by "
+            "`fiberpo dump` or a run with --storage.dump true"
         )
-    if (command == "dump" or config.rollouts.dump) and not resume and RolloutDump(own).steps():
+    if (command == "dump" or config.storage.dump) and not resume and RolloutDump(own).steps():
         raise ConfigError(
             f"run.folder = {config.run.folder} already holds rollouts ({own}); continue with --resume, or choose "
             "another folder with --run.folder"
@@ -128,9 +122,26 @@ def _check_rollouts(config: Config, command: str, resume: bool) -> None:
 
 def _check_advantages(config: Config) -> None:
     algorithm, count = config.algorithm, config.batch.samples_per_prompt
-    if count == 1 and (algorithm.advantage != "none" or algorithm.normalise_std):
+    least = getattr(make_advantage(config), "least_samples", 1)
+    if count < least:
         raise ConfigError(
-            f"batch.samples_per_prompt = 1 leaves nothing to compare a trajectory with (algorithm.advantage = "
-            f'"{algorithm.advantage}", normalise_std = {str(algorithm.normalise_std).lower()}); raise it to 2 or more, '
-            'or set algorithm.advantage = "none" and algorithm.normalise_std = false'
+            f"batch.samples_per_prompt = {count} leaves nothing to compare a trajectory with (algorithm.advantage = "
+            f'"{algorithm.advantage.use}", normalise_std = {str(algorithm.normalise_std).lower()}); raise it to {least} '
+            'or more, or set algorithm.advantage = "none" and algorithm.normalise_std = false'
+        )
+
+
+def _check_routing(config: Config) -> None:
+    """Refuse models whose routing the engine cannot return in a usable form."""
+    if not config.needs_rollout_routing:
+        return
+    architecture = read_architecture(json.loads((config.model.path / "config.json").read_text()))
+    if architecture.experts is None:
+        raise ConfigError(f"routing was asked for, but a {architecture.model_type} model has no experts")
+    dense = list(architecture.experts.dense_layers)
+    if dense:
+        raise ConfigError(
+            f"routing was asked of the engine, but layers {dense} of the model have no experts, and nothing marks them "
+            "in what an engine reports; set rollout.return_routing = false and algorithm.expert_routing and "
+            'routing_replay to anything but "rollout"'
         )

@@ -1,17 +1,23 @@
 """The run folder as the loop writes it: metrics, samples, checkpoints."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fiberpo_megatron.config import Config
+from fiberpo_megatron.interfaces import Layout, PendingSave, Policy
 from fiberpo_megatron.mcore import checkpoint
+from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.gpu import GpuMonitor, gpu_metrics
 from fiberpo_megatron.telemetry.metrics import Kind
 from fiberpo_megatron.telemetry.rollout_log import write_rollouts
-from fiberpo_megatron.telemetry.sinks import Sinks
+from fiberpo_megatron.telemetry.sinks import Sinks, open_sinks
+from fiberpo_megatron.together import together
 from fiberpo_megatron.trainer.settings import CheckpointConfig
-from fiberpo_megatron.trainer.together import together
-from fiberpo_megatron.types import Layout, PendingSave, Policy, RolloutGroup
+from fiberpo_megatron.types import RolloutGroup
 
 
 @dataclass(frozen=True)
@@ -85,3 +91,59 @@ class RunCheckpoints:
             name, mode = self._settings.keep_best_metric, self._settings.keep_best_mode
             best = checkpoint.best(self.folder, name, mode) if name else None
             checkpoint.prune(self.folder, self._settings.keep, spare=[best] if best else [])
+
+
+@contextmanager
+def open_recorder(
+    config: Config,
+    layout: Layout,
+    domains: Sequence[str],
+    start: int,
+    steps: int,
+    kinds: Sequence[Kind],
+    title: str,
+) -> Iterator[RunRecorder]:
+    """Yield a recorder that writes records of `kinds` to the run folder; with none of them, only to the console."""
+    with ExitStack() as stack:
+        sinks = None
+        if layout.is_logger and kinds:
+            sinks = open_sinks(
+                config.run.folder,
+                config.telemetry,
+                title=title,
+                first_step=start,
+                total_steps=steps,
+                kinds=kinds,
+                config=config.model_dump(mode="json"),
+            )
+        elif layout.is_logger:
+            sinks = Sinks([Console(title, total_steps=steps)])
+        if sinks is not None:
+            stack.enter_context(closing(sinks))
+        samples = config.telemetry.rollouts_per_step
+        yield RunRecorder(config.run.folder, layout, sinks, GpuMonitor(), domains, samples)
+
+
+def restore(policy: Policy, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Load the newest whole checkpoint of a run and return the state that it holds; empty where there is none.
+
+    Damaged checkpoints are reported and skipped. Raises CheckpointError when all are damaged.
+    """
+    layout = policy.layout
+    found = [str(folder) for folder in reversed(checkpoint.complete_steps(root))] if layout.rank == 0 else None
+    paths = json.loads(layout.share_text(json.dumps(found) if found is not None else None))
+    for path in paths:
+        try:
+            state = policy.load(path)
+        except checkpoint.DamagedCheckpoint as error:
+            say(f"WARNING: {error}")
+            continue
+        say(f"Resumed from {path}")
+        return state
+    if paths:
+        raise checkpoint.CheckpointError(
+            f"none of the {len(paths)} checkpoints in {root} is whole; restore one from a backup, or start again "
+            "without --resume in another run folder"
+        )
+    say(f"No complete checkpoint in {root}: starting from the beginning")
+    return {}

@@ -1,10 +1,10 @@
 """Settings of the training loop: [algorithm], [batch], [evaluation], [checkpoint], [trainer] and [sft]."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from fiberpo_megatron.settings import Section
+from fiberpo_megatron.settings import PluginConfig, Section, as_plugin
 
 Budget = tuple[float, float]
 Membership = Literal["soft", "hard"]
@@ -13,12 +13,15 @@ Membership = Literal["soft", "hard"]
 class AlgorithmConfig(Section):
     """The objective and the advantages. Mathematics: docs/fibration.md."""
 
-    objective: str = "fiberpo"
-    """fiberpo, fiberpo-domain, fiberpo-expert, fiberpo-expert-global, ppo, grpo, dapo, gspo, cispo, apc or
-    reinforce."""
+    objective: PluginConfig = PluginConfig(use="fiberpo")
+    """What is maximised: fiberpo, fiberpo-domain, fiberpo-expert, fiberpo-expert-global, ppo, grpo, dapo, gspo, cispo,
+    apc, reinforce, or the import path of an objective of yours (docs/extending.md). `{use = "...", options = {...}}`
+    gives it options."""
     epsilon: float | tuple[float, float] | None = None
     """Token-level clip width (log ratio for fiberpo). A pair is (positive, non-positive advantage). Unset: the
     objective's default."""
+    epsilon_high: float | None = None
+    """Upper clip width of ppo, grpo, dapo, gspo and cispo; `epsilon` is then the lower one."""
     budgets: dict[str, Budget] | None = None
     """(C+, C-) of each level, by the level's name (its keys joined by '+'). Unset: the preset's defaults."""
     levels: list[list[str]] | None = None
@@ -33,10 +36,11 @@ class AlgorithmConfig(Section):
     """Overlay: tokens with A > 0 and x < 0 use r A."""
     weighting: Literal["seq-mean", "token-mean"] = "seq-mean"
     """mu of a token: 1/(trajectories x its trajectory's tokens), or 1/tokens."""
-    advantage: Literal["group-mean", "leave-one-out", "none"] = "group-mean"
-    """Baseline subtracted from a reward: the group's mean, the mean of the others, or none."""
+    advantage: PluginConfig = PluginConfig(use="group-mean")
+    """Baseline that is subtracted from a reward: group-mean (the group's mean), leave-one-out (the mean of the others),
+    none, or the import path of an estimator of yours."""
     normalise_std: bool = True
-    """Divide by the group's reward standard deviation (+1e-6)."""
+    """Divide by the group's reward standard deviation (+1e-6). Read by the three built-in baselines."""
     expert_routing: Literal["old", "rollout"] = "old"
     """Whose routing says which expert partitions a token belongs to: the old policy's, recorded in the
     old-log-prob pass, or the engine's."""
@@ -46,13 +50,22 @@ class AlgorithmConfig(Section):
     kernels: bool | None = None
     """The objective in fused Triton kernels (true), in torch (false), or, unset, in the kernels where they can run."""
 
-    def objective_options(self) -> dict[str, object]:
-        """Options that are set, as keyword arguments of `build_objective`."""
-        names = ("epsilon", "budgets", "levels", "expert_membership", "dual_clip")
-        options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    @field_validator("objective", "advantage", mode="before")
+    @classmethod
+    def as_plugins(cls, value: object) -> object:
+        """Take a string for a table with that `use`."""
+        return as_plugin(value)
+
+    def objective_options(self) -> dict[str, Any]:
+        """Return the objective's options that are set: the flat ones of [algorithm], then those of its table."""
+        names = ("epsilon", "epsilon_high", "budgets", "levels", "expert_membership", "dual_clip")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.unclip_positive:
             options["unclip_positive"] = True
-        return options
+        twice = sorted(options.keys() & self.objective.options.keys())
+        if twice:
+            raise ValueError(f"algorithm.{twice[0]} is set and also an option of algorithm.objective; keep one of them")
+        return options | self.objective.options
 
 
 class BatchConfig(Section):

@@ -1,44 +1,34 @@
 """Supervised warm-up with the RL policy's own code: coefficients 1/tokens instead of an objective's."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fiberpo_megatron.config import Config
-from fiberpo_megatron.data.prompts import Example
+from fiberpo_megatron.data.encoding import Example
+from fiberpo_megatron.interfaces import Checkpoints, Policy, Recorder
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.batch import pack_share, packing_metrics
-from fiberpo_megatron.trainer.loop import Checkpoints, Recorder
 from fiberpo_megatron.trainer.stop import Stopped, never
-from fiberpo_megatron.types import Coefficients, Policy, RolloutBatch
+from fiberpo_megatron.types import Coefficients, RolloutBatch, flatten
 
-
-class Examples(Protocol):
-    """Supervised examples: a pure function of the step."""
-
-    def examples_at(self, seed: int, step: int, count: int) -> list[Example]: ...
+Examples = Callable[[int, int, int], RolloutBatch]
+"""(seed, step, count) -> the step's examples as trajectories, equal on every rank."""
 
 
 def supervised_batch(examples: Sequence[Example]) -> RolloutBatch:
     """Examples as trajectories whose response is the target."""
-    count = len(examples)
+    if not examples:
+        return flatten([])
     prompts = [example.prompt.token_ids for example in examples]
     targets = [example.target_ids for example in examples]
-    tokens = np.concatenate([np.array([*p, *t]) for p, t in zip(prompts, targets)]).astype(np.int64)
-    mask = np.concatenate([[False] * len(p) + [True] * len(t) for p, t in zip(prompts, targets)])
-    return RolloutBatch(
-        tokens=tokens,
-        response_mask=mask.astype(np.bool_),
-        rollout_log_probs=np.zeros(len(tokens), np.float32),
-        lengths=np.array([len(p) + len(t) for p, t in zip(prompts, targets)], np.int64),
-        rewards=np.zeros(count, np.float32),
-        correct=np.ones(count, np.bool_),
-        groups=np.arange(count, dtype=np.int64),
-        domains=np.zeros(count, np.int64),
-        truncated=np.zeros(count, np.bool_),
+    return RolloutBatch.filled(
+        tokens=np.concatenate([np.array([*p, *t]) for p, t in zip(prompts, targets)]),
+        response_mask=np.concatenate([[False] * len(p) + [True] * len(t) for p, t in zip(prompts, targets)]),
+        lengths=np.array([len(p) + len(t) for p, t in zip(prompts, targets)]),
+        groups=np.arange(len(examples)),
     )
 
 
@@ -57,7 +47,7 @@ def fine_tune(
     Raises Stopped, after saving, when any rank was asked to stop.
     """
     for step in range(start, config.sft.steps):
-        batch = supervised_batch(examples.examples_at(config.run.seed, step, config.sft.examples))
+        batch = examples(config.run.seed, step, config.sft.examples)
         metrics = _step(config, policy, batch)
         seconds = timers.read()
         metrics["tokens_per_second"] = len(batch.tokens) / seconds["seconds/total"]

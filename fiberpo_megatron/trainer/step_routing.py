@@ -7,16 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fiberpo_megatron.interfaces import Passes
 from fiberpo_megatron.trainer.batch import MiniBatch
 from fiberpo_megatron.trainer.settings import AlgorithmConfig
-from fiberpo_megatron.types import Policy, RolloutBatch, RoutingMode, concatenated_response_tokens
+from fiberpo_megatron.types import RolloutBatch, RoutingMode, concatenated_response_tokens
 
 
 @dataclass(frozen=True)
 class StepRouting:
     """The routing of one training step, in the order of use: `begin`, the old-log-prob pass in `mode`, `attach`."""
 
-    policy: Policy
+    policy: Passes
     algorithm: AlgorithmConfig
     uses_experts: bool
     """Whether the objective has an expert level."""

@@ -1,1 +1,1 @@
-"""Carries the trainer's weights to the rollout engines: a base, one file per way, and the check after it."""
+"""Carrying the trainer's weights to the engines: a base class, one file for each way, and the check afterwards."""

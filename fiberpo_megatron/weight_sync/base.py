@@ -1,29 +1,47 @@
-"""What all ways of publishing share: who talks to the engines, the pause around an update, the checks."""
+"""The base classes of publishers: what a run gives them, the pause around an update, the check afterwards.
 
-import asyncio
+A way of your own to carry weights is one class in a file of yours. This one hands every rank's own part to the engines
+through a shared folder:
+
+    from fiberpo_megatron.weight_sync.base import Publisher, PublisherContext
+
+    class PerRankFiles(Publisher):
+        '''Every rank writes its part, and rank 0 has the engines load the parts.'''
+
+        def __init__(self, context: PublisherContext, folder: str) -> None:
+            super().__init__(context)
+            self.folder = Path(folder)
+
+        def publish(self, source, version):
+            save_file({shard.name: shard.tensor for shard in source.local()}, self.folder / f"{self.context.rank}")
+            torch.distributed.barrier()
+            if self.context.rank == 0:
+                with self.paused():
+                    ...  # self.engines has the addresses and clients
+                self.check_version(version)
+
+The config names it by its import path, and `options` are the arguments after `context`:
+
+    [weight_sync]
+    method = {use = "my_package.per_rank:PerRankFiles", options = {folder = "/dev/shm/weights"}}
+"""
+
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
 
-import httpx
 from torch import Tensor
 
-from fiberpo_megatron.engines.background import BackgroundLoop
-from fiberpo_megatron.engines.client import EngineAddress, EngineClient
 from fiberpo_megatron.engines.errors import EngineError
+from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.interfaces import WeightSource
 from fiberpo_megatron.weight_sync.manifest import Manifest
 
 Weights = Iterator[tuple[str, Tensor]]
-"""Hugging Face names and full tensors. Every rank iterates it to the end (gathering a tensor is collective);
-only rank 0 gets tensors that are not empty."""
-
-Result = TypeVar("Result")
-Call = Callable[[EngineClient], Awaitable[Result]]
+"""Hugging Face names and full tensors, as `WeightSource.full` yields them."""
 
 
 class Deadline:
@@ -33,73 +51,65 @@ class Deadline:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds until then; never quite 0, so that a wait with it fails by its own rules."""
+        """Return the seconds until then. It is never quite 0, so that a wait with it fails by its own rules."""
         return max(self._end - time.monotonic(), 0.001)
 
 
-class Publisher(ABC):
-    """Publishes weights to all engines. Every rank calls `publish`; only the leader (rank 0) talks to them.
+@dataclass(frozen=True)
+class PublisherContext:
+    """Holds what a run gives to its publisher."""
 
-    `model`: Hugging Face folder whose tensors a publication must have. `timeout_s`: bound of one publication.
-    `transport`: the network seam for tests.
+    engines: EnginePool
+    """The engines, with their clients and the thread for the network. A publisher must not close the pool."""
+    model: Path
+    """Hugging Face folder of the model: config.json, tokenizer, and the names and shapes that tensors must have."""
+    rank: int
+    """This process among `world_size` training ranks. Each constructs a publisher and calls `publish`."""
+    world_size: int
+    run_folder: Path
+    """Folder of the run, the same on all ranks."""
+    timeout_s: float
+    """Seconds that one publication may take (`weight_sync.timeout_s`)."""
+
+
+class Publisher(ABC):
+    """Carries weights to all engines of a run. Subclass it for a way of your own; the module's docstring shows how.
+
+    Every rank constructs one with the context, followed by the options of the config as keywords.
     """
 
-    def __init__(
-        self,
-        engines: Sequence[EngineAddress],
-        *,
-        model: Path,
-        leader: bool,
-        timeout_s: float,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        if leader and not engines:
-            raise ValueError("no engines to publish to; give rollout.engine.urls or let the run start some")
-        self.leader, self.timeout_s = leader, timeout_s
-        self.clients = [EngineClient(e, timeout_s, transport=transport) for e in engines] if leader else []
-        self._manifest = Manifest(model) if leader else None
-        self._loop = BackgroundLoop("weight-sync") if leader else None
-
-    def publish(self, weights: Weights, version: str) -> None:
-        """Load `weights` into every engine as `version`; running requests go on with the new weights.
-
-        Raises EngineError naming the engine, ValueError for weights that are not the model's. The weights
-        are drained on every rank in any case, so that no rank waits in a gather for one that failed.
-        """
-        try:
-            if self._manifest is not None:
-                self._send(self._manifest.checked(weights), version, Deadline(self.timeout_s))
-                self._check_version(version)
-        finally:
-            for _ in weights:
-                pass
+    def __init__(self, context: PublisherContext) -> None:
+        self.context = context
+        self.engines = context.engines
 
     @abstractmethod
-    def _send(self, weights: Weights, version: str, deadline: Deadline) -> None:
-        """The leader's part."""
+    def publish(self, source: WeightSource, version: str) -> None:
+        """Load the weights of `source` into every engine as `version`. Every rank calls it.
 
-    def close(self) -> None:
-        """Release connections and threads; idempotent."""
-        if self._loop is not None:
-            self._on_all(lambda client: client.close())
-            self._loop.close()
-            self._loop = None
+        `source.full()` is collective: a rank that begins it must iterate to the end, even after an error.
+        `source.local()` yields the shards that this rank holds, without communication. When this returns on rank 0,
+        every engine must sample with the new weights and report `version`. Raise an error that names the engine.
+        """
+
+    def close(self) -> None:  # noqa: B027 - a publisher may have nothing to release
+        """Release what the publisher made. A second call must do nothing. The default releases nothing."""
 
     @contextmanager
-    def _paused(self) -> Iterator[None]:
-        """No engine generates inside; running requests are put back into the queue and go on afterwards."""
-        self._on_all(lambda client: client.pause("retract"))
+    def paused(self) -> Iterator[None]:
+        """Keep all engines from generating in the block. Their running requests are put back into the queue and go on
+        afterwards, with the new weights."""
+        self.engines.on_all(lambda client: client.pause("retract"))
         try:
             yield
         except BaseException:
             with suppress(EngineError):  # the first error is the one to raise
-                self._on_all(lambda client: client.resume())
+                self.engines.on_all(lambda client: client.resume())
             raise
-        self._on_all(lambda client: client.resume())
+        self.engines.on_all(lambda client: client.resume())
 
-    def _check_version(self, version: str) -> None:
-        """Every engine must now name `version`."""
-        for client, info in zip(self.clients, self._on_all(lambda client: client.model_info())):
+    def check_version(self, version: str) -> None:
+        """Raise EngineError when an engine does not report `version` as that of its weights."""
+        for client, info in zip(self.engines.clients, self.engines.on_all(lambda client: client.model_info())):
             if info.weight_version != version:
                 raise EngineError(
                     client.url,
@@ -108,30 +118,29 @@ class Publisher(ABC):
                     client.address.log,
                 )
 
-    def _on_all(self, call: Call[Result]) -> list[Result]:
-        """The call's result from every engine; the first error is raised when all have answered."""
 
-        async def all_engines() -> list[Result]:
-            found = await asyncio.gather(*(call(c) for c in self.clients), return_exceptions=True)
-            return [_raised(item) for item in found]
+class LeaderPublisher(Publisher):
+    """Publishes full tensors from rank 0, which alone talks to the engines; subclasses define `send`."""
 
-        return self._submit(all_engines()).result()
+    def __init__(self, context: PublisherContext) -> None:
+        super().__init__(context)
+        self._manifest = Manifest(context.model) if context.rank == 0 else None
 
-    def _submit(self, work: Coroutine[Any, Any, Result]) -> "Future[Result]":
-        """Start `work` in the network thread."""
-        assert self._loop is not None, "only the leader talks to engines, and only until close()"
-        return self._loop.submit(work)
+    def publish(self, source: WeightSource, version: str) -> None:
+        """Load the weights into every engine as `version`; running requests go on with the new weights.
 
-    def __enter__(self) -> Self:
-        return self
+        Raises EngineError that names the engine, and ValueError for weights that are not the model's. Every rank
+        iterates over the weights to the end in any case, so that none waits for one that failed.
+        """
+        weights = source.full()
+        try:
+            if self._manifest is not None:
+                self.send(self._manifest.checked(weights), version, Deadline(self.context.timeout_s))
+                self.check_version(version)
+        finally:
+            for _ in weights:
+                pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _raised(item: Result | BaseException) -> Result:
-    if isinstance(item, BaseException):
-        raise item
-    return item
+    @abstractmethod
+    def send(self, weights: Weights, version: str, deadline: Deadline) -> None:
+        """Bring full tensors to the engines. Rank 0 alone calls it. The weights are checked while they are iterated."""

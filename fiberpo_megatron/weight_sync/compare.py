@@ -1,11 +1,11 @@
-"""Does an engine compute with the trainer's weights? Compares both sides' log-probs of the same tokens."""
+"""Comparing the log-probs of trainer and engine on the same tokens: does the engine compute with these weights?"""
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 
 class WeightMismatch(RuntimeError):
-    """Engine and trainer disagree about log-probs after a publication."""
+    """This is raised when engine and trainer disagree about log-probs after a publication."""
 
 
 def compare_log_probs(
@@ -17,7 +17,7 @@ def compare_log_probs(
     version: str,
     reported_version: str | None = None,
 ) -> float:
-    """Mean absolute difference of two [n] log-prob arrays of the same tokens, at the same temperature.
+    """Return the mean absolute difference of two [n] log-prob arrays of the same tokens, at the same temperature.
 
     Raises WeightMismatch, with both figures, when it exceeds `tolerance`, when a value is not finite, or when
     the engine's `reported_version` is not `version`; ValueError when the shapes differ or are empty.

@@ -3,53 +3,46 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fiberpo_megatron.engines.client import EngineAddress
-from fiberpo_megatron.weight_sync.base import Deadline, Publisher, Weights
+from fiberpo_megatron.weight_sync.base import Deadline, LeaderPublisher, PublisherContext, Weights
 
 SHARD_BYTES = 4 * 1024**3
 MARKER = ".published"
-"""Marks folders that were written here and may be removed again."""
+"""This file marks the folders that a publisher wrote and may remove."""
 CONFIGURATION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py"}
 
 
-class DiskPublisher(Publisher):
+class DiskPublisher(LeaderPublisher):
     """Writes <folder>/<version>/ in one move, has every engine load it, and removes older versions.
 
-    Configuration and tokenizer files are copied from `model`. `shard_bytes`: size of one
-    safetensors file.
+    `folder` must be readable by every engine; by default it is <run folder>/published. Configuration and tokenizer
+    files are copied from the model's folder. `shard_bytes` is about the size of one safetensors file.
     """
 
     def __init__(
-        self,
-        engines: Sequence[EngineAddress],
-        *,
-        model: Path,
-        folder: Path,
-        leader: bool,
-        timeout_s: float,
-        shard_bytes: int = SHARD_BYTES,
-        transport: httpx.AsyncBaseTransport | None = None,
+        self, context: PublisherContext, folder: str | Path | None = None, shard_bytes: int = SHARD_BYTES
     ) -> None:
-        super().__init__(engines, model=model, leader=leader, timeout_s=timeout_s, transport=transport)
-        self.model, self.folder, self.shard_bytes = model, folder.resolve(), shard_bytes
+        super().__init__(context)
+        if shard_bytes < 1:
+            raise ValueError(f"shard_bytes = {shard_bytes} must be at least 1")
+        self.folder = Path(folder or context.run_folder / "published").resolve()
+        self.shard_bytes = shard_bytes
 
-    def _send(self, weights: Weights, version: str, deadline: Deadline) -> None:
+    def send(self, weights: Weights, version: str, deadline: Deadline) -> None:
+        """Write the folder and have the engines load it."""
         written = self._write(weights, version)
-        with self._paused():
-            self._on_all(lambda client: client.update_weights_from_disk(written, version, deadline.left()))
+        with self.paused():
+            self.engines.on_all(lambda client: client.update_weights_from_disk(written, version, deadline.left()))
         for old in self.folder.iterdir():
             if old != written and (old / MARKER).exists():
                 shutil.rmtree(old)
 
     def _write(self, weights: Weights, version: str) -> Path:
-        """The complete folder of this version."""
+        """Write the complete folder of this version and return its path."""
         final, partial = self.folder / version, self.folder / f"{version}.partial"
         for stale in (final, partial):
             if stale.exists() and not (stale / MARKER).exists():
@@ -57,7 +50,7 @@ class DiskPublisher(Publisher):
             shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
         (partial / MARKER).touch()
-        for source in self.model.iterdir():
+        for source in self.context.model.iterdir():
             if source.suffix in CONFIGURATION_SUFFIXES and not source.name.endswith(".index.json"):
                 shutil.copyfile(source, partial / source.name)
         write_shards(weights, partial, self.shard_bytes)
@@ -66,8 +59,10 @@ class DiskPublisher(Publisher):
 
 
 def save_readable(tensors: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file with the mode that the umask gives: safetensors itself makes one that only its owner reads,
-    and an engine may run as another user."""
+    """Write a safetensors file with the mode that the umask gives.
+
+    safetensors itself makes a file that only its owner can read, and an engine may run as another user.
+    """
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
@@ -75,7 +70,7 @@ def save_readable(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def write_shards(weights: Weights, folder: Path, shard_bytes: int) -> None:
-    """Safetensors files of about `shard_bytes` and the index that Hugging Face loaders read."""
+    """Write safetensors files of about `shard_bytes` each, and the index that Hugging Face loaders read."""
     places: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
     total = size = 0

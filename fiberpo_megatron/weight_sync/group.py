@@ -1,7 +1,7 @@
 """The process group of trainer rank 0 and the engines, outside torch's default group.
 
-It is built from torch's backend class alone and registered nowhere: the trainer's own groups (and Megatron's)
-stay untouched, and an eagerly initialised default group is not split for it. The store prefixes are those
+It is built from torch's backend class alone and is registered nowhere. The trainer's own groups (and Megatron's) stay
+untouched, and an eagerly initialised default group is not split for it. The store prefixes are those
 under which SGLang (`init_custom_process_group`) and torch (`_new_process_group_helper`) look for the others.
 """
 
@@ -17,7 +17,7 @@ from fiberpo_megatron.rendezvous import store_on
 
 
 class UpdateGroup:
-    """Rank 0 of `size` ranks; the engines are the others.
+    """This is rank 0 of a group of `size` ranks; the engines are the others.
 
     `connect` blocks until all have joined (gloo), or returns at once and the first broadcast waits (NCCL).
     """
@@ -31,11 +31,11 @@ class UpdateGroup:
 
     @property
     def port(self) -> int:
-        """Port of the rendezvous store."""
+        """Return the port of the rendezvous store."""
         return int(self._store.port)
 
     def connect(self) -> None:
-        """Join as rank 0."""
+        """Join the group as rank 0."""
         device = next(iter(BackendConfig(dist.Backend(self.backend)).get_device_backend_map()))
         store: Any = self._store
         for prefix in (self.name, f"{self.name}/", f"{device}/"):
@@ -52,10 +52,10 @@ class UpdateGroup:
             self._group = kind(store, 0, self.size, gloo)
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Send `tensor`; returns when it was sent.
+        """Send `tensor` to all engines and return when it was sent.
 
-        Without the others it blocks for the group's timeout, and then raises RuntimeError; so call it from a
-        thread that may be left behind.
+        When the others do not take part it blocks for the group's timeout and then raises RuntimeError, so call it from
+        a thread that may be left behind.
         """
         group = self._group  # keeps it alive while it is used: gloo's destructor waits for pending operations
         options = dist.BroadcastOptions()

@@ -1,6 +1,7 @@
 """Which tensors a publication must have.
 
-SGLang takes a missing or an unknown one without a word, and a wrong shape ends its process: this side checks.
+The trainer's side checks this, because SGLang accepts missing and unknown tensors silently, and a wrong shape ends its
+process.
 """
 
 import json
@@ -15,17 +16,17 @@ TIED = "lm_head.weight"
 
 
 class Manifest:
-    """Names and shapes of a model's tensors: those of its safetensors, or else of the first publication."""
+    """Holds names and shapes of a model's tensors: those of its safetensors, or else of the first publication."""
 
     def __init__(self, model: Path) -> None:
         self.shapes: Mapping[str, Shape] | None = folder_shapes(model) or None
         self.source = str(model)
         configuration = json.loads((model / "config.json").read_text())
         self.tied = bool(configuration.get("tie_word_embeddings", False))
-        """The output layer shares the embedding's weight and may be left out."""
+        """Whether the output layer shares the embedding's weight, so that it may be left out."""
 
     def checked(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same weights; ValueError at the first that does not belong, or at the end if one is missing."""
+        """Yield the same weights. Raises ValueError at the first that is unknown, or at the end if one is missing."""
         seen: dict[str, Shape] = {}
         for name, tensor in weights:
             if name in seen:
@@ -60,7 +61,7 @@ class Manifest:
 
 
 def folder_shapes(folder: Path) -> dict[str, Shape]:
-    """Names and shapes in a folder's safetensors files, from their headers."""
+    """Return names and shapes in a folder's safetensors files, read from their headers."""
     shapes: dict[str, Shape] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:

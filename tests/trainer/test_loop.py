@@ -1,7 +1,7 @@
 """The whole loop with a toy policy and a fake engine."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -9,14 +9,22 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.config import Config
-from fiberpo_megatron.fibration import build_objective
-from fiberpo_megatron.rewards import Score
+from fiberpo_megatron.fibration import OBJECTIVES, build_objective
+from fiberpo_megatron.sources.device_sharing import SharedDevices
+from fiberpo_megatron.sources.engine import EngineSource
 from fiberpo_megatron.telemetry.timers import PhaseTimers
-from fiberpo_megatron.trainer.generation import Generator
 from fiberpo_megatron.trainer.loop import Training, train
-from fiberpo_megatron.trainer.memory import SharedDevices
-from fiberpo_megatron.types import Prompt, RolloutGroup
-from tests.trainer.toy import CountingPrompts, FakeEngine, NothingStored, TablePolicy
+from fiberpo_megatron.trainer.plugin_checks import make_advantage
+from fiberpo_megatron.types import RolloutGroup
+from tests.trainer.toy import (
+    CountingPrompts,
+    FakeEngine,
+    FirstToken,
+    NothingStored,
+    TablePolicy,
+    generator,
+    read,
+)
 
 
 @dataclass
@@ -45,24 +53,13 @@ class Memory:
         return [metrics[name] for k, _, metrics in self.records if k == kind]
 
 
-class FirstToken:
-    """Right when the first response token is the wanted one."""
-
-    def score(self, prompt: Prompt, response: str, sample: int = 0) -> Score:
-        right = response.split()[0] == prompt.answer
-        return Score(float(right), right)
-
-    def close(self) -> None:
-        pass
-
-
 def training(
     objective: str = "fiberpo", *, engine: FakeEngine | None = None, **sections: object
 ) -> tuple[Training, Memory]:
     config = Config.model_validate(
         {
             "model": {"path": Path("unused")},
-            "data": {"tasks": [{"kind": "addition"}]},
+            "environments": [{"name": "addition", "use": "unused:Unused"}],
             "trainer": {"steps": 3},
             "batch": {
                 "prompts": 12,
@@ -75,19 +72,39 @@ def training(
             **sections,
         }
     )
-    memory, engine = Memory(), engine or FakeEngine(seed=0)
-    generator = Generator(engine, lambda ids: " ".join(map(str, ids)), FirstToken(), seed=0)
+    memory, engine, policy = Memory(), engine or FakeEngine(seed=0), TablePolicy(30.0)
+    timers = PhaseTimers()
+    source = EngineSource(
+        policy=policy,
+        prompts=CountingPrompts(),
+        read=read,
+        generator=generator(engine, FirstToken()),
+        sampler=engine,
+        publisher=engine,
+        store=NothingStored(),
+        recorder=memory,
+        timers=timers,
+        weight_sync=config.weight_sync,
+        seed=config.run.seed,
+        prompts_per_step=config.batch.prompts,
+        samples_per_prompt=config.batch.samples_per_prompt,
+        held_out_prompts=config.evaluation.prompts,
+        held_out_samples=config.evaluation.samples_per_prompt,
+    )
     run = Training(
-        config,
-        TablePolicy(30.0),
-        CountingPrompts(),
-        generator,
-        build_objective(objective),
-        engine,
+        policy,
+        source,
+        build_objective(objective, kernels=config.algorithm.kernels),
+        make_advantage(config),
         memory,
         memory,
-        PhaseTimers(),
-        NothingStored(),
+        timers,
+        config.batch,
+        config.algorithm,
+        config.rollout.temperature,
+        config.trainer.steps,
+        config.evaluation.every_steps,
+        config.checkpoint.every_steps,
     )
     return run, memory
 
@@ -98,7 +115,7 @@ def test_kernels_that_cannot_run_here_are_not_replaced_in_silence():
         train(run)
 
 
-@pytest.mark.parametrize("objective", ["fiberpo", "grpo", "ppo", "gspo", "fiberpo-domain"])
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if "expert" not in name])
 def test_every_objective_learns_the_toy_task(objective: str):
     run, memory = training(objective, trainer={"steps": 25})
     train(run)
@@ -160,7 +177,7 @@ def test_rollouts_of_a_version_that_was_not_published_last_are_refused():
     engine = FakeEngine(seed=0)
     run, _ = training(engine=engine)
     publish = engine.publish
-    engine.publish = lambda weights, version: publish(weights, "stale")
+    engine.publish = lambda source, version: publish(source, "stale")
     with pytest.raises(RuntimeError, match=r"sampled with weights \['stale'\], but '0' was published last"):
         train(run)
 
@@ -209,7 +226,8 @@ def test_shared_devices_take_turns_and_change_nothing():
     run, found = training(engine=engine)
     turns = SharedDevices(run.policy)
     turns.attach(engine)
-    train(replace(run, turns=turns))
+    run.source.devices = turns
+    train(run)
     assert torch.equal(run.policy.table, alone.policy.table)
     assert found.values("eval", "accuracy") == wanted.values("eval", "accuracy")
     assert engine.released == [("kv_cache", "weights"), ("kv_cache",)] * 3

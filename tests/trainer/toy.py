@@ -1,13 +1,45 @@
 """A policy of one table and an engine that samples from what was published: the loop's collaborators without
 Megatron and SGLang. The real ones are in tests/distributed and tests/end_to_end."""
 
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fiberpo_megatron.data.prompts import Domain, Place, PromptSets
+from fiberpo_megatron.engines.background import BackgroundLoop
+from fiberpo_megatron.environments import (
+    Conversation,
+    Environment,
+    Message,
+    Outcome,
+    SingleTurn,
+    Split,
+    Task,
+    Turn,
+)
+from fiberpo_megatron.environments import Trajectory as EnvironmentTrajectory
+from fiberpo_megatron.environments.host import Description, Failure
+from fiberpo_megatron.environments.jobs import Say
+from fiberpo_megatron.environments.settings import EnvironmentConfig
+from fiberpo_megatron.interfaces import (
+    ConversationEncoder,
+    Layout,
+    LocalShard,
+    Policy,
+    Publisher,
+    Sampler,
+    WeightSource,
+)
+from fiberpo_megatron.rollout.environments import RunningEnvironment, Workers
+from fiberpo_megatron.rollout.generator import Generator
+from fiberpo_megatron.sources.device_sharing import EngineMemory
+from fiberpo_megatron.sources.engine import Store
 from fiberpo_megatron.types import (
     Coefficients,
     Completion,
@@ -42,6 +74,9 @@ class SingleLayout:
         assert share is not None
         return share
 
+    def gather_json(self, value: Any) -> list[Any]:
+        return [json.loads(json.dumps(value))]
+
     def share_text(self, text: str | None) -> str:
         assert text is not None
         return text
@@ -62,6 +97,7 @@ class TablePolicy:
 
     def __init__(self, learning_rate: float) -> None:
         self.layout = SingleLayout()
+        self.routing = NoRouting()
         self.table = torch.zeros(VOCABULARY, VOCABULARY, requires_grad=True)
         self.learning_rate = learning_rate
         self.forwards = 0
@@ -109,8 +145,9 @@ class TablePolicy:
             self.table += self.learning_rate * gradient
         return OptimizerStep(gradient.norm().item(), self.learning_rate, tuple(outcomes), extra)
 
-    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield "table", self.table.detach().clone()
+    @property
+    def weights(self) -> "TableWeights":
+        return TableWeights(self.table)
 
     def release_memory(self) -> None:
         self.released = True
@@ -122,11 +159,54 @@ class TablePolicy:
         assert not self.released
         torch.save({"table": self.table.detach(), "state": dict(state)}, folder)
 
+    def begin_save(self, folder: str, state: Mapping[str, object]) -> "Written":
+        self.save(folder, state)
+        return Written()
+
     def load(self, folder: str) -> dict[str, object]:
         saved = torch.load(folder)
         with torch.no_grad():
             self.table.copy_(saved["table"])
-        return saved["state"]
+        return dict(saved["state"])
+
+
+class Written:
+    """A checkpoint that was written at once."""
+
+    def written(self) -> bool:
+        return True
+
+    def finish(self) -> None:
+        pass
+
+
+class NoRouting:
+    """A model without experts."""
+
+    num_experts = 0
+
+    def clear(self) -> None:
+        pass
+
+    def fill(self, experts: Tensor) -> None:
+        raise AssertionError("a table has no experts")
+
+    def expert_counts(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        raise AssertionError("a table has no experts")
+
+    def agreement(self, micro_batches: Sequence[MicroBatch], experts: Tensor) -> Tensor:
+        raise AssertionError("a table has no experts")
+
+
+class TableWeights:
+    def __init__(self, table: Tensor) -> None:
+        self.table = table.detach().clone()
+
+    def full(self) -> Iterator[tuple[str, Tensor]]:
+        yield "table", self.table
+
+    def local(self) -> Iterator[LocalShard]:
+        yield LocalShard("table", self.table, tuple(self.table.shape), (0, 0))
 
 
 class FakeEngine:
@@ -149,19 +229,23 @@ class FakeEngine:
     def resume_memory(self, tags: Sequence[str]) -> None:
         self.missing -= {f"{tag} memory" for tag in tags}
 
-    def publish(self, weights: Iterator[tuple[str, Tensor]], version: str) -> None:
+    def publish(self, source: WeightSource, version: str) -> None:
         assert self.missing <= {"weights"}
         self.missing = set()
-        for _, tensor in weights:
+        for _, tensor in source.full():
             self.table = tensor + self.corrupt * torch.eye(VOCABULARY)
         self.version = version
 
-    def sample(
-        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int], stop: Callable[[], bool]
-    ) -> Iterator[tuple[int, list[Completion]]]:
+    async def sample(
+        self,
+        prompt: Sequence[int],
+        seeds: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+    ) -> list[Completion]:
         assert not self.missing
-        for index, prompt in enumerate(prompts):
-            yield index, [self._one(prompt[-1]) for _ in range(count)]
+        return [self._one(prompt[-1]) for _ in seeds]
 
     def _one(self, token: int) -> Completion:
         tokens, log_probs = [], []
@@ -197,23 +281,161 @@ class NothingStored:
         pass
 
 
-class CountingPrompts:
+class CountingPrompts(PromptSets):
+    """Places of prompts that count up from the seed; two domains, in turn."""
+
+    def __init__(self) -> None:
+        super().__init__([Domain("counting", 1.0, 10**6, 10**6), Domain("other", 1.0, 10**6, 10**6)])
+
+    def prompts_at(self, seed: int, step: int, count: int) -> list[Place]:
+        return [Place(i % 2, "train", i) for i in range(seed + step * count, seed + (step + 1) * count)]
+
+    def held_out(self, count: int) -> list[Place]:
+        return [Place(i % 2, "held_out", i) for i in range(count)]
+
+
+def read(places: Sequence[Place]) -> list[Prompt]:
     """Prompt p wants a response full of token p + 1 (mod the vocabulary)."""
+    return [one_prompt(place.index, place.domain, place.split) for place in places]
 
-    domains = ("counting", "other")
 
-    def _prompt(self, index: int) -> Prompt:
-        token = index % VOCABULARY
-        return Prompt(index, token % 2, (token,), f"<{token}>", str((token + 1) % VOCABULARY))
+def one_prompt(index: int, domain: int = 0, split: Split = "train") -> Prompt:
+    token = index % VOCABULARY
+    task = Task(f"<{token}>", str((token + 1) % VOCABULARY))
+    return Prompt(index, domain, (token,), f"<{token}>", task, split)
 
-    def prompts_at(self, seed: int, step: int, count: int) -> list[Prompt]:
-        return [self._prompt(seed + step * count + i) for i in range(count)]
 
-    def held_out(self, count: int) -> list[Prompt]:
-        return [self._prompt(i) for i in range(count)]
+class Words:
+    """Encodes no text; what the policy says is read as its token ids."""
 
-    def observe(self, rollouts: RolloutBatch) -> dict[str, float]:
-        return {}
+    def __init__(self, between: tuple[int, ...] = ()) -> None:
+        self.between = between
 
-    def state(self) -> dict[str, object]:
-        return {}
+    def first(
+        self, prompt: Prompt, new: str | Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[int, ...]:
+        return prompt.token_ids
+
+    def following(
+        self,
+        prompt: Prompt,
+        response_ids: Sequence[int],
+        new: str | Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> tuple[int, ...]:
+        return self.between
+
+    def text(self, token_ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+        return " ".join(map(str, token_ids))
+
+    def tokens_with(self, characters: Sequence[str]) -> tuple[int, ...]:
+        return ()
+
+
+class InProcess:
+    """The work of an environment's object in this process, for what does not depend on workers."""
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self.counts: Counter[str] = Counter()
+
+    async def tasks(self, split: Split, indices: Sequence[int]) -> list[Task]:
+        get = self.environment.train if split == "train" else self.environment.held_out
+        return [get(index) for index in indices]
+
+    async def score(self, task: Task, turn: Turn, *, seed: int) -> Outcome | Failure:
+        assert isinstance(self.environment, SingleTurn)
+        try:
+            result = self.environment.score(task, turn)
+        except Exception as error:
+            self.counts["failures"] += 1
+            return Failure("exception", str(error))
+        return result if isinstance(result, Outcome) else Outcome(result)
+
+    async def run(self, task: Task, converse: Callable[[], Say], *, seed: int) -> Outcome | Failure:
+        try:
+            return await self.environment.run(task, Speaker(converse(), seed))
+        except ArithmeticError as error:
+            self.counts["failures"] += 1
+            return Failure("exception", str(error))
+
+    async def score_group(
+        self, task: Task, trajectories: Sequence[EnvironmentTrajectory], *, seed: int
+    ) -> list[Outcome] | Failure:
+        return list(self.environment.score_group(task, trajectories))  # type: ignore[attr-defined]
+
+    def take_counts(self) -> Mapping[str, int]:
+        counts, self.counts = self.counts, Counter()
+        return counts
+
+    async def close(self) -> None:
+        pass
+
+
+class Speaker:
+    """A conversation around a Say."""
+
+    def __init__(self, say: Say, seed: int) -> None:
+        self._say, self.seed = say, seed
+
+    async def say(
+        self,
+        new: str | Message | Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
+    ) -> Turn:
+        words = new if isinstance(new, str) else [new] if isinstance(new, Mapping) else list(new)
+        return await self._say(words, tools, max_tokens, stop)
+
+
+class FirstToken(SingleTurn):
+    """Right when the first response token is the wanted one."""
+
+    train_size = held_out_size = 10**6
+
+    def score(self, task: Task, turn: Turn) -> Outcome:
+        right = turn.text.split()[0] == task.answer
+        return Outcome(float(right), correct=right)
+
+
+def running(environment: Environment, **settings: Any) -> RunningEnvironment:
+    """The environment as the trainer sees it, with its work done in this process."""
+    description = Description(
+        path="tests:toy",
+        version=None,
+        train_size=environment.train_size,
+        held_out_size=environment.held_out_size,
+        single_turn=isinstance(environment, SingleTurn),
+        scores=True,
+        scores_groups=hasattr(environment, "score_group"),
+        deterministic=environment.deterministic,
+        check_all_tasks=False,
+        chat_template_kwargs={},
+    )
+    config = EnvironmentConfig(name="toy", use="tests:toy", **settings)
+    return RunningEnvironment(config, description, InProcess(environment))
+
+
+LOOP = BackgroundLoop("toy")
+"""One for all tests of a process."""
+
+
+def generator(
+    sampler: Sampler, environment: Environment, *, encoder: Words | None = None, **settings: Any
+) -> Generator:
+    """A generator whose two domains are the same environment."""
+    one = running(environment, **settings)
+    return Generator(sampler, [one, one], encoder or Words(), LOOP, seed=0)
+
+
+if TYPE_CHECKING:  # mypy compares the fakes with what they stand for
+    _layout: Layout = SingleLayout()
+    _policy: Policy = TablePolicy(1.0)
+    _sampler: Sampler = FakeEngine(0)
+    _publisher: Publisher = FakeEngine(0)
+    _memory: EngineMemory = FakeEngine(0)
+    _store: Store = NothingStored()
+    _words: ConversationEncoder = Words()
+    _workers: Workers = InProcess(FirstToken())
+    _speaker: Conversation = Speaker(cast(Say, None), 0)

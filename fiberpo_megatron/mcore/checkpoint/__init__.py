@@ -35,6 +35,7 @@ from fiberpo_megatron.mcore.checkpoint.state import (
     sharded_state,
 )
 from fiberpo_megatron.mcore.families import read_architecture
+from fiberpo_megatron.mcore.optimizers import Optimizer, optimizer_name
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 
 __all__ = [
@@ -60,6 +61,7 @@ class CheckpointedPolicy(Protocol):
     hf_config: Mapping[str, Any]
     models: list[Any]
     optimizer: Any
+    optimizer_kind: Optimizer
     scheduler: Any
 
 
@@ -153,6 +155,7 @@ def _model_fields(policy: CheckpointedPolicy) -> dict[str, object]:
         fields.pop(free)
     fields["dtype"] = str(next(policy.models[0].parameters()).dtype).removeprefix("torch.")
     fields["distributed_optimizer"] = policy.layout.parallel.distributed_optimizer
+    fields["optimizer"] = optimizer_name(policy.optimizer_kind)
     return fields
 
 
@@ -167,10 +170,11 @@ def _flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
 
 def _other_model(description: Description, policy: CheckpointedPolicy, folder: Path) -> str | None:
     ours = _model_fields(policy)
+    theirs = {"optimizer": "adam", **description.model}  # earlier versions had no other, and did not record it
     differing = [
-        f"{key} {description.model.get(key)} (this run: {ours.get(key)})"
-        for key in sorted(ours.keys() | description.model.keys())
-        if description.model.get(key) != ours.get(key)
+        f"{key} {theirs.get(key)} (this run: {ours.get(key)})"
+        for key in sorted(ours.keys() | theirs.keys())
+        if theirs.get(key) != ours.get(key)
     ]
     if not differing:
         return None

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of one rank: sharded model and optimizer, random number generators."""
+"""What one rank contributes to a checkpoint: sharded model and optimizer, random number generators."""
 
 import gc
 import random
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.dist_checkpointing import ShardedObject
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from fiberpo_megatron.mcore.optimizers.build import optimizer_parts
@@ -22,8 +21,8 @@ SHARDING = {
 
 
 def sharded_state(policy: Any, is_loading: bool) -> dict[str, Any]:
-    """Megatron's sharded state dict of model and optimizer; `is_loading` allocates what is read into."""
-    create_adam_state(policy.optimizer)
+    """Return Megatron's sharded state dict of model and optimizer. `is_loading` allocates the tensors to read into."""
+    _create_state(policy)
     models = {
         _model_key(index): model.sharded_state_dict(metadata=dict(SHARDING))
         for index, model in enumerate(policy.models)
@@ -35,8 +34,11 @@ def sharded_state(policy: Any, is_loading: bool) -> dict[str, Any]:
 
 @contextmanager
 def _cheap_collections() -> Iterator[None]:
-    """Megatron calls gc.collect() for each of its optimizers: half a second of a small model's save, if it
-    walks over everything that was imported."""
+    """Keep garbage collections cheap in the block.
+
+    Megatron calls gc.collect() for each of its optimizers. That takes half a second of a small model's save if it walks
+    over everything that was imported.
+    """
     gc.freeze()
     try:
         yield
@@ -47,7 +49,8 @@ def _cheap_collections() -> Iterator[None]:
 def restore_state(policy: Any, loaded: dict[str, Any]) -> None:
     """Put a loaded state dict into the policy.
 
-    Learning rates, decay and betas stay those of this run's config; the schedule continues at the saved step.
+    Learning rates, weight decay and the optimizer's options stay those of this run's config; the schedule continues at
+    the saved step.
     """
     for index, model in enumerate(policy.models):
         model.load_state_dict(loaded[_model_key(index)])
@@ -55,7 +58,7 @@ def restore_state(policy: Any, loaded: dict[str, Any]) -> None:
     policy.optimizer.load_state_dict(loaded["optimizer"])
     for group, before in zip(policy.optimizer.param_groups, configured, strict=True):
         group.update({key: value for key, value in before.items() if key not in ("params", "step")})
-    create_adam_state(policy.optimizer)
+    _create_state(policy)
     policy.scheduler.num_steps = 0
     policy.scheduler.step(loaded["scheduler"]["num_steps"])
 
@@ -64,27 +67,18 @@ def _model_key(index: int) -> str:
     return f"model{index}"
 
 
-def create_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give Adam the state that it makes at its first step, where it is missing.
+def _create_state(policy: Any) -> None:
+    """Give the optimizer the state that it makes at its first step, where it is missing.
 
-    Megatron reads moments and step counts when it saves and before it loads; a fresh optimizer has none.
+    Megatron reads the state when it saves and before it loads; a fresh optimizer has none.
     """
-    for part in optimizer_parts(optimizer):
-        adam = part.optimizer
-        if adam is None:
-            continue
-        for group in adam.param_groups:
-            for parameter in group["params"]:
-                state = adam.state[parameter]
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    if moment not in state:
-                        state[moment] = torch.zeros_like(parameter)
-                if isinstance(adam, torch.optim.Adam | torch.optim.AdamW) and "step" not in state:
-                    state["step"] = torch.tensor(0.0)
+    for part in optimizer_parts(policy.optimizer):
+        if part.optimizer is not None:
+            policy.optimizer_kind.create_state(part.optimizer)
 
 
 def random_state(rank: int, world_size: int, with_data: bool) -> ShardedObject:
-    """This rank's generators, for a checkpoint; without data it names what is to be loaded."""
+    """Return this rank's generators for a checkpoint; without data, the name of what is to be loaded."""
     return ShardedObject("random_state", _generators() if with_data else None, (world_size,), (rank,))
 
 
@@ -101,6 +95,7 @@ def _generators() -> dict[str, Any]:
 
 
 def restore_random_state(states: dict[str, Any]) -> None:
+    """Set this process's random number generators to saved states."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])

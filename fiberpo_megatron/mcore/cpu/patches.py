@@ -228,23 +228,6 @@ def _latent_attention_without_transformer_engine() -> Undo:
     return _replace(latent, HAVE_TE=False, Linear=Linear)
 
 
-def _adam_step_of_loaded_checkpoint() -> Undo:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    restore = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    @torch.no_grad()
-    def restore_with_step(self: Any, model_param: Any, tensors: Any) -> None:
-        group, index = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
-        if "step" in state:
-            state["step"] = state["step"].clone()
-            tensors = {**tensors, "step": state["step"]}
-        restore(self, model_param, tensors)
-
-    return _replace(DistributedOptimizer, _set_main_param_and_optimizer_states=restore_with_step)
-
-
 PATCHES: tuple[Patch, ...] = (
     Patch(
         "current_device",
@@ -301,11 +284,5 @@ PATCHES: tuple[Patch, ...] = (
         "uneven_gloo",
         "gloo takes no all-gather or reduce-scatter of unequal parts; experts with tensor parallelism need them",
         _uneven_gloo,
-    ),
-    Patch(
-        "adam_step_of_loaded_checkpoint",
-        "torch's AdamW keeps `step` per parameter; loading a distributed-optimizer checkpoint looks for it among "
-        "the saved tensors and would leave one shared tensor that AdamW counts up once per parameter",
-        _adam_step_of_loaded_checkpoint,
     ),
 )

@@ -1,4 +1,4 @@
-"""Data-parallel wrapping, Megatron's optimizer and its learning-rate schedule."""
+"""Building what trains: data-parallel wrapping, Megatron's optimizer and its learning-rate schedule."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +14,14 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fiberpo_megatron.mcore.model import PolicyModel
+from fiberpo_megatron.mcore.optimizers.adam import Adam
+from fiberpo_megatron.mcore.optimizers.base import Optimizer
 from fiberpo_megatron.mcore.optimizers.settings import OptimizerConfig
 from fiberpo_megatron.mcore.transformer_config import DTYPES
 
 
 def wrap_data_parallel(chunks: Sequence[PolicyModel], distributed_optimizer: bool) -> list[DistributedDataParallel]:
-    """DDP around every chunk; gradients are summed over ranks in float32, never averaged."""
+    """Wrap every chunk for data parallelism. Gradients are summed over ranks in float32 and never averaged."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed_optimizer,
@@ -35,43 +37,34 @@ def wrap_data_parallel(chunks: Sequence[PolicyModel], distributed_optimizer: boo
 
 
 def _sum_gradients(chunks: list[torch.nn.Module], num_tokens: torch.Tensor | None, **kwargs: Any) -> None:
-    """Megatron's reduction of gradients without its division by the number of tokens."""
+    """Reduce the gradients as Megatron does, without its division by the number of tokens."""
     finalize_model_grads(chunks, None, **kwargs)
 
 
 def build_optimizer(
     chunks: list[DistributedDataParallel],
-    optimizer: OptimizerConfig,
+    optimizer: Optimizer,
+    settings: OptimizerConfig,
     *,
     dtype: str,
-    distributed_optimizer: bool,
+    distributed: bool,
     total_steps: int,
-) -> tuple[Any, OptimizerParamScheduler]:
-    """Adam with decoupled weight decay and float32 master weights, and the schedule over `total_steps` steps."""
-    config = MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=optimizer.learning_rate,
-        min_lr=optimizer.min_learning_rate,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
-        adam_eps=optimizer.eps,
-        bf16=DTYPES[dtype] is torch.bfloat16,
-        params_dtype=DTYPES[dtype],
-        use_distributed_optimizer=distributed_optimizer,
-        clip_grad=optimizer.clip_grad or float("inf"),  # 0 would also leave the norm uncomputed
-    )
-    built = get_megatron_optimizer(config, chunks)
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Return Megatron's optimizer with float32 master weights, and the learning-rate schedule over `total_steps` steps.
+
+    `dtype` is the parameters' type; `distributed` shards the optimizer's state over the data-parallel ranks.
+    """
+    built = optimizer.build(chunks, settings, dtype=dtype, distributed=distributed)
     scheduler = OptimizerParamScheduler(
         built,
         init_lr=0.0,
-        max_lr=optimizer.learning_rate,
-        min_lr=optimizer.min_learning_rate,
-        lr_warmup_steps=min(optimizer.warmup_steps, total_steps - 1),
+        max_lr=settings.learning_rate,
+        min_lr=settings.min_learning_rate,
+        lr_warmup_steps=min(settings.warmup_steps, total_steps - 1),
         lr_decay_steps=total_steps,
-        lr_decay_style=optimizer.schedule,
-        start_wd=optimizer.weight_decay,
-        end_wd=optimizer.weight_decay,
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
         wd_incr_steps=total_steps,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
@@ -80,13 +73,39 @@ def build_optimizer(
     return built, scheduler
 
 
+def megatron_adam(
+    chunks: list[DistributedDataParallel],
+    settings: OptimizerConfig,
+    adam: Adam | None = None,
+    *,
+    dtype: str,
+    distributed: bool,
+) -> MegatronOptimizer:
+    """Return Megatron's Adam with decoupled weight decay and float32 master weights. `adam` has its numbers."""
+    adam = adam or Adam()
+    config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=settings.learning_rate,
+        min_lr=settings.min_learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta1=adam.beta1,
+        adam_beta2=adam.beta2,
+        adam_eps=adam.eps,
+        bf16=DTYPES[dtype] is torch.bfloat16,
+        params_dtype=DTYPES[dtype],
+        use_distributed_optimizer=distributed,
+        clip_grad=settings.clip_grad or float("inf"),  # 0 would also leave the norm uncomputed
+    )
+    return get_megatron_optimizer(config, chunks)
+
+
 def optimizer_parts(optimizer: MegatronOptimizer) -> Sequence[Any]:
-    """Megatron's optimizers behind one: of dense and expert parameters, and of every model chunk."""
+    """Return the optimizers that Megatron chains: those of dense and of expert parameters."""
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
 def non_finite_gradient(chunks: Sequence[DistributedDataParallel]) -> str | None:
-    """Name of a parameter of this rank whose gradient is not finite, or None."""
+    """Return the name of a parameter of this rank whose gradient is not finite, or None."""
     for chunk in chunks:
         if all(buffer.grad_data.isfinite().all() for buffer in chunk.buffers + chunk.expert_parallel_buffers):
             continue

@@ -1,7 +1,7 @@
-"""Leaves the device to somebody else between optimiser steps: gradients are dropped, the optimizer's state is parked.
+"""Frees the device's memory between optimiser steps: gradients are dropped, the optimizer's state moves to the host.
 
-Parameters stay: log-probs, exports and publications need them. Storages are emptied in place, so that every tensor
-and view keeps its identity, Megatron's flat buffers and their shards included. (Megatron's own
+Parameters stay, because log-probs, exports and publications need them. Storages are emptied in place, so that every
+tensor and view keeps its identity, Megatron's flat buffers and their shards included. (Megatron's own
 `MegatronOptimizer.offload_to_cpu` gives tensors new storages instead: float32 masters that are views of the
 parameters would then no longer be the parameters.)
 """
@@ -18,10 +18,10 @@ from fiberpo_megatron.mcore.optimizers.build import optimizer_parts
 
 
 class TrainingMemory:
-    """What training keeps on the device besides the parameters: gradient buffers, and the optimizer's state (float32
-    master weights and Adam's moments).
+    """Manages what training keeps on the device besides the parameters: gradient buffers, and the optimizer's state
+    (float32 master weights, and what the optimizer keeps for each parameter, such as Adam's moments).
 
-    `offload`: the state is on the device only inside `state`.
+    With `offload` the state is on the device only inside `state`.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class TrainingMemory:
 
     @contextmanager
     def state(self, action: str) -> Iterator[None]:
-        """The optimizer's state is on the device inside. RuntimeError while released."""
+        """Bring the optimizer's state to the device for the block. Raises RuntimeError while the memory is released."""
         self.require(action)
         self._unpark()
         yield
@@ -46,7 +46,7 @@ class TrainingMemory:
             self._park()
 
     def release(self) -> None:
-        """Free the gradient buffers and move the optimizer's state to host memory; idempotent."""
+        """Free the gradient buffers and move the optimizer's state to host memory. A second call changes nothing."""
         if self.released:
             return
         self._optimizer.zero_grad()  # the masters' .grad are views of the buffers
@@ -58,7 +58,7 @@ class TrainingMemory:
             torch.cuda.empty_cache()
 
     def restore(self) -> None:
-        """Bring everything back, bit by bit the same (gradients: zero); idempotent."""
+        """Bring the state back bit by bit, and the gradient buffers as zeros. A second call changes nothing."""
         if not self.released:
             return
         if not self._offload:
@@ -69,14 +69,14 @@ class TrainingMemory:
         self.released = False
 
     def require(self, action: str) -> None:
-        """RuntimeError while released: `action` would read memory that is not there."""
+        """Raise RuntimeError while the memory is released: `action` would read memory that does not exist."""
         if self.released:
             raise RuntimeError(
                 f"{action} needs the optimizer's memory, which was released; call restore_memory() first"
             )
 
     def _park(self) -> None:
-        """Move the optimizer's state to the host; nothing where it is there already."""
+        """Move the optimizer's state to the host, unless it is there already."""
         if self._parked:
             return
         for tensor in self._state():
@@ -96,7 +96,7 @@ class TrainingMemory:
         self._parked = []
 
     def _host_copy(self, storage: torch.UntypedStorage) -> Tensor:
-        """Host memory for a storage. Pinned memory is kept: to allocate it takes longer than to copy."""
+        """Return host memory for a storage. Pinned memory is kept: allocating it takes longer than copying."""
         if storage.device.type == "cpu":
             return torch.empty(storage.nbytes(), dtype=torch.uint8)
         copy = self._pinned.get(storage._cdata)
@@ -106,12 +106,12 @@ class TrainingMemory:
         return copy
 
     def device_bytes(self) -> int:
-        """Bytes of gradient buffers and optimizer state that are allocated now."""
+        """Return the bytes of gradient buffers and optimizer state that are allocated on the device now."""
         tensors = [*self._gradient_buffers(), *self._state()]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def host_bytes(self) -> int:
-        """Bytes of the optimizer's state that wait in host memory now."""
+        """Return the bytes of the optimizer's state that wait in host memory now."""
         return sum(copy.nbytes for _, copy in self._parked)
 
     def _gradient_buffers(self) -> Iterator[Tensor]:
@@ -120,7 +120,7 @@ class TrainingMemory:
                 yield buffer.grad_data
 
     def _state(self) -> list[Tensor]:
-        """Tensors with a storage of their own on the training device, parameters left out; each storage once."""
+        """Return the optimizer's tensors on the training device that share no parameter's storage, one a storage."""
         parameters = [p for chunk in self._chunks for p in chunk.parameters()]
         device = parameters[0].device
         seen = {p.untyped_storage()._cdata for p in parameters}

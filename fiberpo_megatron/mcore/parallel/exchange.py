@@ -2,8 +2,6 @@
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,67 +10,38 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fiberpo_megatron.types import RolloutBatch
-
-_ARRAYS = tuple(field.name for field in fields(RolloutBatch))
-_DTYPES = {
-    "tokens": np.int64,
-    "response_mask": np.bool_,
-    "rollout_log_probs": np.float32,
-    "lengths": np.int64,
-    "rewards": np.float32,
-    "correct": np.bool_,
-    "groups": np.int64,
-    "domains": np.int64,
-    "truncated": np.bool_,
-    "routed_experts": np.int16,
-}
-_DIMS = 3
-"""Most dimensions of an array; shapes travel padded with ones."""
+from fiberpo_megatron.types import RolloutBatch, batch_of, named_arrays
 
 
 def encode(batch: RolloutBatch) -> Tensor:
-    """uint8 [..]: the shape of every array, then their bytes."""
-    arrays: list[NDArray[Any]] = [np.ascontiguousarray(getattr(batch, name), dtype=_DTYPES[name]) for name in _ARRAYS]
-    header = np.array([array.shape + (1,) * (_DIMS - array.ndim) for array in arrays], dtype=np.int64)
-    return torch.frombuffer(bytearray(b"".join(x.tobytes() for x in (header, *arrays))), dtype=torch.uint8)
+    """Return uint8 [..]: the length of a JSON header (8 bytes), the header with dtype and shape of every array, then
+    the arrays' bytes."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in named_arrays(batch).items()}
+    header = json.dumps({name: [array.dtype.str, array.shape] for name, array in arrays.items()}).encode()
+    parts = [len(header).to_bytes(8, "little"), header, *(array.tobytes() for array in arrays.values())]
+    return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
 
 
 def decode(message: Tensor) -> RolloutBatch:
-    """The inverse of `encode`."""
+    """Return the batch of an encoded message."""
     data = message.numpy().tobytes()
-    shapes = np.frombuffer(data, dtype=np.int64, count=_DIMS * len(_ARRAYS)).reshape(-1, _DIMS)
-    offset = shapes.nbytes
-    arrays: dict[str, Any] = {}
-    for name, shape in zip(_ARRAYS, shapes.tolist()):
-        dtype, count = np.dtype(_DTYPES[name]), math.prod(shape)
-        array = np.frombuffer(data, dtype=dtype, count=count, offset=offset).copy()
-        arrays[name] = array.reshape(shape) if name == "routed_experts" else array
-        offset += array.nbytes
-    return RolloutBatch(**arrays)
-
-
-def join(shares: Sequence[RolloutBatch]) -> RolloutBatch:
-    """One batch of all shares in order; groups are numbered 0, 1, ... through all of them."""
-    groups = []
-    seen = 0
-    for share in shares:
-        labels, dense = np.unique(share.groups, return_inverse=True)
-        groups.append(dense.astype(np.int64) + seen)
-        seen += len(labels)
-    filled = [share for share in shares if len(share.tokens)] or list(shares)
-    joined = {name: np.concatenate([getattr(share, name) for share in filled]) for name in _ARRAYS}
-    return replace(RolloutBatch(**joined), groups=np.concatenate(groups))
+    begin = 8 + int.from_bytes(data[:8], "little")
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, (kind, shape) in json.loads(data[8:begin]).items():
+        count = math.prod(shape)
+        arrays[name] = np.frombuffer(data, dtype=kind, count=count, offset=begin).copy().reshape(shape)
+        begin += arrays[name].nbytes
+    return batch_of(arrays)
 
 
 def text_to_bytes(text: str) -> Tensor:
-    """uint8 [..] of a text."""
+    """Return uint8 [..] of a text."""
     data = bytearray(text.encode())
     return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def bytes_to_text(message: Tensor) -> str:
-    """The inverse of `text_to_bytes`."""
+    """Return the text of a message."""
     return message.numpy().tobytes().decode()
 
 

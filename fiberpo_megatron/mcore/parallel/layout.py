@@ -20,7 +20,7 @@ from fiberpo_megatron.mcore.parallel.checks import check_layout
 from fiberpo_megatron.mcore.platform import activate
 from fiberpo_megatron.mcore.settings import ParallelConfig
 from fiberpo_megatron.rendezvous import ranks_store
-from fiberpo_megatron.types import RolloutBatch
+from fiberpo_megatron.types import RolloutBatch, join_batches
 
 __all__ = ["ParallelLayout", "check_layout", "launched_world_size", "start_layout", "stop_layout"]
 
@@ -134,9 +134,13 @@ class ParallelLayout:
         if self.is_leader:
             assert share is not None, "the leader of a data-parallel replica brings its share"
             parts = exchange.all_gather_bytes(exchange.encode(share), self._leader_group)
-            joined = exchange.encode(exchange.join([exchange.decode(part) for part in parts]))
+            joined = exchange.encode(join_batches([exchange.decode(part) for part in parts]))
         leader = self._leaders[self.data_rank]
         return exchange.decode(exchange.broadcast_bytes(joined, leader, self._replica_group))
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return every rank's JSON value, in rank order. Every rank calls it."""
+        return exchange.all_gather_json(value, self.host_group)
 
     def share_text(self, text: str | None) -> str:
         """Rank 0's text on every rank; others pass None."""

@@ -1,18 +1,18 @@
-"""After a publication: does the engine compute with the weights that the trainer has?"""
+"""The check after a publication: does every engine compute with the weights that the trainer has?"""
 
 import numpy as np
 import torch
 
 from fiberpo_megatron.data.packing import pack
-from fiberpo_megatron.trainer.generation import Sampler
-from fiberpo_megatron.trainer.together import together
-from fiberpo_megatron.types import Policy, RolloutBatch, concatenated_response_tokens
+from fiberpo_megatron.interfaces import Passes, Sampler
+from fiberpo_megatron.together import together
+from fiberpo_megatron.types import RolloutBatch, concatenated_response_tokens
 from fiberpo_megatron.weight_sync.compare import compare_log_probs
 from fiberpo_megatron.weight_sync.settings import WeightSyncConfig
 
 
 def verify_publication(
-    policy: Policy, sampler: Sampler, rollouts: RolloutBatch, settings: WeightSyncConfig, version: int
+    policy: Passes, sampler: Sampler, rollouts: RolloutBatch, settings: WeightSyncConfig, version: int
 ) -> None:
     """Score the step's longest trajectory in every engine and in the trainer, at temperature 1.
 

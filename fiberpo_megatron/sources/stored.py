@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fiberpo_megatron.config import Config
+from fiberpo_megatron.interfaces import Layout
 from fiberpo_megatron.rollout.dump import DumpError, Origin, RolloutDump, prompts_digest
 from fiberpo_megatron.rollout.finished import FinishedGroups, origins
-from fiberpo_megatron.trainer.batch import flatten
-from fiberpo_megatron.trainer.together import together
-from fiberpo_megatron.types import Layout, Prompt, RolloutBatch, RolloutGroup
+from fiberpo_megatron.together import together
+from fiberpo_megatron.types import Prompt, RolloutBatch, RolloutGroup, flatten
 
 DUMP = "dump"
 """Folder of a run's stored rollouts."""
@@ -31,18 +31,18 @@ class StoredRollouts:
     """Implements the loop's Store. Every rank calls its methods; the first leader reads and writes whole steps, every
     leader the groups of a step that it generates.
 
-    A step's trajectories stay on disk until a checkpoint holds the step (`rollouts.unfinished`) or for good
-    (`rollouts.dump`). Those of an interrupted run are used again where a version of the weights means the same weights:
+    A step's trajectories stay on disk until a checkpoint holds the step (`storage.unfinished`) or for good
+    (`storage.dump`). Those of an interrupted run are used again where a version of the weights means the same weights:
     either this run has loaded them, or the run that made them trained with the same configuration and layout.
     """
 
     def __init__(self, config: Config, vocabulary: int, layout: Layout, start: int, resume: bool) -> None:
-        self._config = config.rollouts
+        self._config = config.storage
         self._needs_routing = config.needs_rollout_routing
         self._layout = layout
         self._own = RolloutDump(config.run.folder / DUMP)
-        self._replayed = dump_of(config.rollouts.replay) if config.rollouts.replay else None
-        self._writes = self._replayed is None and (config.rollouts.dump or config.rollouts.unfinished)
+        self._replayed = dump_of(config.storage.replay) if config.storage.replay else None
+        self._writes = self._replayed is None and (config.storage.dump or config.storage.unfinished)
         self._dropped = 0
         self._settings = shared_settings(config, vocabulary)
         self._start = start
@@ -174,7 +174,7 @@ def shared_settings(config: Config, vocabulary: int) -> dict[str, Any]:
         "batch.samples_per_prompt": config.batch.samples_per_prompt,
         "rollout.temperature": config.rollout.temperature,
         "data.curriculum": config.data.curriculum,
-        "data.tasks": [task.name for task in config.data.tasks],
+        "data.tasks": [environment.name for environment in config.environments],  # the name that stored files have
         "model vocabulary": vocabulary,
     }
 
@@ -197,7 +197,9 @@ def _check_settings(dump: RolloutDump, step: int, ours: Mapping[str, Any]) -> No
 def _digests(config: Config, world_size: int) -> tuple[str, str]:
     """16 hex digits of every setting that decides the weights, with the number of ranks, and of those that decide what
     is sampled from given weights."""
-    told = config.model_dump(mode="json", include={"model": True, "rollout": True, "data": True, "run": {"seed"}})
+    told = config.model_dump(
+        mode="json", include={"model": True, "rollout": True, "data": True, "environments": True, "run": {"seed"}}
+    )
     told["rollout"]["engine"] = config.rollout.engine.dtype  # the servers' addresses and sizes decide nothing
     del told["rollout"]["max_concurrent_requests"]
     training = config.model_dump(mode="json", include={"parallel", "optimizer", "algorithm", "batch", "trainer"})

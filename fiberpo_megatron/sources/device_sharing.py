@@ -4,30 +4,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
-from fiberpo_megatron.trainer.together import together
-from fiberpo_megatron.types import Policy
+from fiberpo_megatron.interfaces import Policy
+from fiberpo_megatron.together import together
 
 KV_CACHE, WEIGHTS = "kv_cache", "weights"
 
 
-class Turns(Protocol):
-    """Engines have the memory, except inside `training`."""
+class DeviceSharing(Protocol):
+    """It gives the devices' memory to the engines, except inside `training`."""
 
     def training(self, *, publishes: bool) -> AbstractContextManager[None]:
-        """Optimiser steps and saves are possible inside. `publishes`: the engines get weights before they generate
-        again, so they need not keep theirs."""
+        """Make optimiser steps and saves possible inside. `publishes` says that the engines get weights before they
+        generate again, so that they need not keep theirs."""
         ...
 
 
-class OwnDevices:
-    """Engines and training ranks have GPUs of their own: nothing to do."""
+class SeparateDevices:
+    """Engines and training ranks have GPUs of their own, so that there is nothing to do."""
 
     def training(self, *, publishes: bool) -> AbstractContextManager[None]:
         return nullcontext()
 
 
 class EngineMemory(Protocol):
-    """All engines; `rollout.generate.EngineSampler` is one."""
+    """It is the memory of all engines; `engines.pool.EnginePool` implements it."""
 
     def release_memory(self, tags: Sequence[str]) -> None: ...
 
@@ -47,7 +47,7 @@ class SharedDevices:
         policy.layout.barrier()  # an engine that starts measures the memory that is free
 
     def attach(self, engines: EngineMemory) -> None:
-        """The engines, once they run."""
+        """Take the engines, once they run."""
         self._engines = engines
 
     @contextmanager

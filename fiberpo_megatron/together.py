@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fiberpo_megatron.types import Layout
+from fiberpo_megatron.interfaces import Layout
 
 
 @contextmanager

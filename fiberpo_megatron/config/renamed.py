@@ -1,0 +1,63 @@
+"""Configs written for earlier versions: what was renamed is translated, with a warning that shows the new text."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+DEMO = "examples.demo.environments"
+"""Where the built-in tasks of earlier versions live now."""
+_TASK_CLASSES = {"addition": f"{DEMO}:Addition", "sort": f"{DEMO}:Sort", "jsonl": "jsonl"}
+_ALL = ("kind", "name", "weight")
+
+
+def translated(values: Mapping[str, Any], source: Path | str) -> dict[str, Any]:
+    """Return the config's values under today's names; a UserWarning shows the text that takes the old one's place.
+
+    Raises ValueError when a section stands under its old and its new name.
+    """
+    values = dict(values)
+    new: dict[str, Any] = {}
+    if "rollouts" in values:
+        if "storage" in values:
+            raise ValueError("[rollouts] is the old name of [storage]; keep [storage] alone")
+        new["storage"] = values["storage"] = values.pop("rollouts")
+    data = values.get("data")
+    if isinstance(data, Mapping) and "tasks" in data:
+        if "environments" in values:
+            raise ValueError("data.tasks is the old name of [[environments]]; keep [[environments]] alone")
+        values["data"] = {key: value for key, value in data.items() if key != "tasks"}
+        tasks = data["tasks"] if isinstance(data["tasks"], list) else [data["tasks"]]
+        new["environments"] = values["environments"] = [_environment(task) for task in tasks]
+    if new:
+        warnings.warn(
+            f"{source} uses names of an earlier version; write instead of [rollouts] and data.tasks:\n\n"
+            f"{tomli_w.dumps(_writable(new))}",
+            stacklevel=2,
+        )
+    return values
+
+
+def _environment(task: Any) -> Any:
+    """An entry of data.tasks as one of [[environments]]."""
+    if not isinstance(task, Mapping) or task.get("kind") not in _TASK_CLASSES:
+        kinds = ", ".join(_TASK_CLASSES)
+        raise ValueError(f"data.tasks: {task!r} has no `kind` among {kinds}; write it as an entry of [[environments]]")
+    kind = task["kind"]
+    name = task.get("name", kind)
+    options = {key: value for key, value in task.items() if key not in _ALL}
+    if kind == "jsonl":
+        options["name"] = name
+    weight = {"weight": task["weight"]} if "weight" in task else {}
+    return {"name": name, "use": _TASK_CLASSES[kind], **weight, "options": options}
+
+
+def _writable(value: Any) -> Any:
+    """The value with paths as text, for TOML."""
+    if isinstance(value, Mapping):
+        return {key: _writable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_writable(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

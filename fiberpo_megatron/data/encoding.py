@@ -1,0 +1,190 @@
+"""This stands between tasks and tokens: prompts, supervised examples, the next turn, the text of a response."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from fiberpo_megatron.data.chat import ChatTemplate, Message, Tools
+from fiberpo_megatron.data.prompts import Place
+from fiberpo_megatron.data.tokenizer import Tokenizer, response_text, stop_token_ids, tokens_with
+from fiberpo_megatron.environments import Task
+from fiberpo_megatron.types import Prompt
+
+
+@dataclass(frozen=True)
+class Example:
+    """It is a prompt with its right answer, for supervised warm-up."""
+
+    prompt: Prompt
+    target_ids: tuple[int, ...]
+    """Tokens of the answer, then the one that ends it: the chat template's end of turn, or the end of the sequence."""
+
+
+class Encoder:
+    """It turns tasks into tokens and responses into text, with one chat template for each environment.
+
+    `chat_options`: variables of the chat template by environment. `stop`: `rollout.stop`. `vocabulary`: number of token
+    ids of the model. `model`: the folder whose files name the tokens that end a text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        names: Sequence[str],
+        chat_options: Sequence[Mapping[str, Any]],
+        *,
+        model: Path,
+        vocabulary: int,
+        max_prompt_tokens: int,
+        stop: Sequence[str] = (),
+    ) -> None:
+        self.tokenizer, self.names, self.vocabulary = tokenizer, tuple(names), vocabulary
+        self._model, self._max_prompt_tokens, self._stop = model, max_prompt_tokens, tuple(stop)
+        self._chats = [
+            ChatTemplate(tokenizer, options) if tokenizer.chat_template else None for options in chat_options
+        ]
+        self.uses_chat = [False] * len(self.names)
+        """By environment: whether a chat template wrote one of its prompts so far."""
+
+    def prompt(self, place: Place, task: Task) -> Prompt:
+        """Return the task with its tokens. ValueError names the task, with file and line where it has them."""
+        is_chat = not isinstance(task.prompt, str)
+        text = task.prompt if isinstance(task.prompt, str) else self._render(place.domain, task)
+        self.uses_chat[place.domain] |= is_chat
+        # A chat template writes its own special tokens; plain text gets the tokenizer's (such as BOS).
+        ids = self.tokenizer.encode(text, add_special_tokens=not is_chat)
+        self._check_length(ids, text, _source(task))
+        if not is_chat:
+            self._check_characters(ids, text, place.domain)
+        return Prompt(place.index, place.domain, tuple(ids), text, task, place.split)
+
+    def example(self, prompt: Prompt) -> Example:
+        """Return the prompt with its right answer, ended as the model is to end it."""
+        answer = prompt.task.answer
+        if not isinstance(answer, str):
+            raise ValueError(
+                f"{_source(prompt.task)}: the answer is {answer!r}; supervised training needs a string as Task.answer"
+            )
+        chat = self._chats[prompt.domain]
+        end = chat.end_of_turn if chat and not isinstance(prompt.task.prompt, str) else None
+        end = self.tokenizer.eos_token_id if end is None else end
+        if end is None:
+            raise ValueError("the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+        return Example(prompt, (*self.tokenizer.encode(answer, add_special_tokens=False), end))
+
+    def first(self, prompt: Prompt, new: str | Sequence[Message], tools: Tools) -> tuple[int, ...]:
+        """Return the tokens with which a conversation begins, when its first words are `new`."""
+        if not tools and _same(new, prompt.task.prompt):
+            return prompt.token_ids
+        if isinstance(new, str):
+            ids, text = self.tokenizer.encode(new, add_special_tokens=True), new
+        else:
+            text = self._chat(prompt.domain, _source(prompt.task)).prompt(new, tools)
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+        self._check_length(ids, text, _source(prompt.task))
+        return tuple(ids)
+
+    def following(
+        self, prompt: Prompt, response_ids: Sequence[int], new: str | Sequence[Message], tools: Tools
+    ) -> tuple[int, ...]:
+        """Return the tokens between the response so far and the policy's next turn.
+
+        A string is appended as it is; messages are written by the chat template. ValueError when they cannot follow.
+        """
+        if isinstance(new, str):
+            return tuple(self.tokenizer.encode(new, add_special_tokens=False))
+        chat = self._chat(prompt.domain, _source(prompt.task))
+        tokens = chat.continuation(response_ids, new, tools)
+        if tokens is None:
+            raise ValueError(
+                "the policy did not end its turn (it was cut, or ended the whole text), so that no message can follow; "
+                'end the conversation when turn.finish_reason is not "stop"'
+            )
+        return tokens
+
+    def check_conversations(self, domain: int) -> None:
+        """Raise ValueError, naming the environment, when its conversations cannot be continued token by token."""
+        chat = self._chats[domain]
+        if chat is None:
+            return
+        try:
+            chat.check_turns()
+        except Exception as error:  # templates are programs of the model's makers and raise what they like
+            raise ValueError(f"environment {self.names[domain]!r} holds conversations, but {error}") from error
+
+    @property
+    def ends_of_turn(self) -> tuple[int, ...]:
+        """These tokens end an answer by the chat templates in use."""
+        chats = (chat for chat, used in zip(self._chats, self.uses_chat) if chat and used)
+        return tuple(sorted({end for chat in chats if (end := chat.end_of_turn) is not None}))
+
+    @cached_property
+    def _ends_of_text(self) -> tuple[int, ...]:
+        return stop_token_ids(self._model, self.tokenizer)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """At these tokens a response ends, those with a character of `rollout.stop` included."""
+        return (*self._ends_of_text, *self.ends_of_turn, *self.tokens_with(self._stop))
+
+    def tokens_with(self, characters: Sequence[str]) -> tuple[int, ...]:
+        """Return the ids of all tokens that contain one of these characters."""
+        return _tokens_with(self.tokenizer, tuple(characters), self.vocabulary)
+
+    def text(self, token_ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+        """Return a response's text for the environment, without the token or character that ended it."""
+        ends = (*self._ends_of_text, *self.ends_of_turn)
+        return response_text(self.tokenizer, token_ids, stop_ids=ends, stop=(*self._stop, *stop))
+
+    def _chat(self, domain: int, source: str) -> ChatTemplate:
+        chat = self._chats[domain]
+        if chat is None:
+            raise ValueError(
+                f"{source}: the prompt needs a chat template but the tokenizer has none; write prompts as plain "
+                f"strings (a jsonl environment: set `chat_template = false` in the options of {self.names[domain]!r}), "
+                "or add a chat_template to the model's tokenizer_config.json"
+            )
+        return chat
+
+    def _render(self, domain: int, task: Task) -> str:
+        chat = self._chat(domain, _source(task))
+        assert not isinstance(task.prompt, str)
+        try:
+            return chat.prompt(task.prompt)
+        except Exception as error:  # templates are programs of the model's makers and raise what they like
+            raise ValueError(f"{_source(task)}: the chat template refuses the prompt: {error}") from error
+
+    def _check_length(self, ids: Sequence[int], text: str, source: str) -> None:
+        if not 1 <= len(ids) <= self._max_prompt_tokens:
+            raise ValueError(
+                f"{source}: the prompt has {len(ids)} tokens, allowed are 1 to data.max_prompt_tokens = "
+                f"{self._max_prompt_tokens}; shorten it or raise the limit: {text[:80]!r}"
+            )
+
+    def _check_characters(self, ids: Sequence[int], text: str, domain: int) -> None:
+        """ValueError for the first raw prompt of which the tokenizer loses characters."""
+        seen = self.tokenizer.decode(ids, skip_special_tokens=True)
+        lost = set("".join(text.split())) - set(seen)
+        if lost and not any(character in seen.lower() for character in "".join(lost).lower()):
+            raise ValueError(
+                f"environment {self.names[domain]!r}: the tokenizer turns {text!r} into {seen!r}; use one that has the "
+                f"characters {''.join(sorted(lost))!r}"
+            )
+
+
+@lru_cache(maxsize=64)  # a walk over the vocabulary; the tokenizers of a process are few
+def _tokens_with(tokenizer: Tokenizer, characters: tuple[str, ...], vocabulary: int) -> tuple[int, ...]:
+    return tokens_with(tokenizer, characters, vocabulary)
+
+
+def _source(task: Task) -> str:
+    """Where the task came from, for messages: file and line, or its id."""
+    return str(task.metadata.get("source") or f"task {task.id}")
+
+
+def _same(new: str | Sequence[Message], prompt: str | Sequence[Message]) -> bool:
+    if isinstance(new, str) or isinstance(prompt, str):
+        return new == prompt
+    return [dict(message) for message in new] == [dict(message) for message in prompt]

@@ -1,0 +1,380 @@
+"""The protocols by which the parts of a run know each other, each once.
+
+The training loop depends on these and on nothing behind them; the fakes of the tests are checked against them by mypy.
+B trajectories, N tokens of all trajectories, n local response tokens, as in `types`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from fiberpo_megatron.environments import Message
+from fiberpo_megatron.types import (
+    Completion,
+    Gate,
+    MicroBatch,
+    OptimizerStep,
+    Prompt,
+    RolloutBatch,
+    RolloutGroup,
+    RoutingMode,
+    TokenScores,
+)
+
+
+class Layout(Protocol):
+    """This is where a process stands in the parallel layout, and how its ranks agree. The trainer asks nothing else."""
+
+    rank: int
+    world_size: int
+    data_rank: int
+    data_size: int
+    context_rank: int
+    context_size: int
+    expert_size: int
+    is_leader: bool
+    """Whether it is the first rank of its data-parallel replica: it generates that replica's share of the prompts."""
+    is_last_stage: bool
+    """Whether it holds the log-probs."""
+    is_logger: bool
+    """Whether it is the one rank that writes metrics: last pipeline stage, first in every other dimension."""
+    sequence_multiple: int
+    """Every packed sequence is padded to a multiple of this."""
+    micro_batch_multiple: int
+    """The number of micro-batches of a step should be a multiple of this (interleaved pipeline). Missing ones are made
+    of padding."""
+
+    def sum_over_tokens(self, x: Tensor) -> Tensor:
+        """Sum a float64 tensor over the data x context parallel ranks."""
+        ...
+
+    def max_over_tokens(self, x: Tensor) -> Tensor:
+        """Maximum of a float64 tensor over the data x context parallel ranks."""
+        ...
+
+    def gather_rollouts(self, share: RolloutBatch | None) -> RolloutBatch:
+        """Join the leaders' shares in data-parallel order. Every rank calls it, the leaders with their share."""
+        ...
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return every rank's JSON value, in rank order. Every rank calls it."""
+        ...
+
+    def share_text(self, text: str | None) -> str:
+        """Return rank 0's text on every rank; the others pass None."""
+        ...
+
+    def agree(self, error: str | None, where: str, reraise: bool = True) -> None:
+        """Let all ranks fail together. Every rank calls it with its error or None. If any rank passed one, those with
+        `reraise` raise one RuntimeError that names the first failing rank, `where` and the error."""
+        ...
+
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether any rank passed True. Every rank calls it and gets the same answer."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        ...
+
+
+class Routing(Protocol):
+    """It holds the experts of every token of a step, as the policy recorded them or as they were filled in."""
+
+    num_experts: int
+    """Experts of a MoE layer; 0 in a dense model."""
+
+    def clear(self) -> None:
+        """Forget the records."""
+        ...
+
+    def fill(self, experts: Tensor) -> None:
+        """Take [N, MoE layers, top_k] by flat token index, -1 where there is none."""
+        ...
+
+    def expert_counts(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Return float32 [n, experts]: the routed (layer, slot) pairs of the position that predicts each token."""
+        ...
+
+    def agreement(self, micro_batches: Sequence[MicroBatch], experts: Tensor) -> Tensor:
+        """Return float64 [MoE layers, 2] over all ranks: tokens whose expert set equals the record's, and tokens
+        compared."""
+        ...
+
+
+class PendingSave(Protocol):
+    """It is a checkpoint that is being written. Every rank calls the methods."""
+
+    def written(self) -> bool:
+        """Return whether `finish` would not wait; the same on every rank."""
+        ...
+
+    def finish(self) -> None:
+        """Complete the checkpoint. Raises on every rank, with the cause, when a file could not be written."""
+        ...
+
+
+class Passes(Protocol):
+    """It computes log-probs and takes optimiser steps: the policy as the training loop needs it."""
+
+    @property
+    def routing(self) -> Routing: ...
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def log_probs(
+        self, micro_batches: Sequence[MicroBatch], temperature: float, *, routing: RoutingMode = "off"
+    ) -> TokenScores | None:
+        """Run a forward pass without gradient; return scores on the last pipeline stage, None elsewhere.
+
+        `routing` says whether the experts of every token are recorded, or taken from the record.
+        """
+        ...
+
+    def step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        gate: Gate,
+        temperature: float,
+        *,
+        log_probs: Tensor | None = None,
+        single_pass: bool = False,
+    ) -> OptimizerStep:
+        """Take one optimiser step that maximises the gate's objective.
+
+        `log_probs` are this rank's current ones when they are already known (the first step on a fresh batch; empty
+        on ranks that are not on the last stage). The pass without gradient is then skipped. It is also skipped with
+        `single_pass`, where the gate sees one micro-batch at a time. Raises FloatingPointError before the weights move
+        when a gradient is not finite.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """This rank's part of one tensor of the Hugging Face folder."""
+
+    name: str
+    """Hugging Face name of the full tensor."""
+    tensor: Tensor
+    """The values that this rank holds, without a copy where the layouts agree."""
+    shape: tuple[int, ...]
+    """Shape of the full tensor."""
+    offset: tuple[int, ...]
+    """Where the values begin in the full tensor, by dimension."""
+
+
+class WeightSource(Protocol):
+    """It hands out the policy's current weights under their Hugging Face names."""
+
+    def full(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield names and full tensors, one at a time. Gathering a tensor is collective: every rank iterates to the
+        end. Rank 0 gets the tensors, other ranks get empty ones."""
+        ...
+
+    def local(self) -> Iterator[LocalShard]:
+        """Yield the parts that this rank holds, without communication."""
+        ...
+
+
+class WeightExport(Protocol):
+    """It gives the weights to whoever publishes or saves them."""
+
+    @property
+    def weights(self) -> WeightSource: ...
+
+
+class Checkpointing(Protocol):
+    """It saves and restores everything that training changes, and lends the device's memory."""
+
+    def release_memory(self) -> None:
+        """Leave the device's memory, except for the parameters, to somebody else. No step and no save is possible
+        until it is restored."""
+        ...
+
+    def restore_memory(self) -> None:
+        """Undo `release_memory` without a trace in the results."""
+        ...
+
+    def save(self, folder: str, state: Mapping[str, object]) -> None:
+        """Write a checkpoint with the caller's JSON values `state`. Every rank calls it."""
+        ...
+
+    def begin_save(self, folder: str, state: Mapping[str, object]) -> PendingSave:
+        """Save as `save` does, but a thread writes beside the training until `finish` is called."""
+        ...
+
+    def load(self, folder: str) -> dict[str, object]:
+        """Restore a checkpoint and return the `state` that was saved with it."""
+        ...
+
+
+class Policy(Passes, WeightExport, Checkpointing, Protocol):
+    """It is the whole model with its optimizer; `mcore.policy.MegatronPolicy` is the real one."""
+
+
+class Objective(Protocol):
+    """It turns log ratios into coefficients; `fibration.Objective` is the real one."""
+
+    @property
+    def uses_experts(self) -> bool:
+        """Whether it needs the tokens' expert shares."""
+        ...
+
+    @property
+    def spans_micro_batches(self) -> bool:
+        """Whether a token's coefficient depends on tokens of other trajectories."""
+        ...
+
+    def __call__(
+        self,
+        log_ratio: Tensor,
+        advantages: Tensor,
+        weights: Tensor,
+        *,
+        keys: Mapping[str, Tensor],
+        counts: Mapping[str, int],
+        expert_share: Tensor | None,
+        reduce: Callable[[Tensor], Tensor] | None,
+        metrics: bool,
+    ) -> Any:
+        """Return an output with `gradient` [n] and, when asked, `metrics` (see `fibration.Objective`)."""
+        ...
+
+
+class AdvantageEstimator(Protocol):
+    """It gives every trajectory of a step its advantage."""
+
+    def __call__(self, rollouts: RolloutBatch) -> NDArray[np.float32]:
+        """Return [B] advantages."""
+        ...
+
+
+class ConversationEncoder(Protocol):
+    """It turns what an environment says into tokens, and what the policy says into text; `data.encoding.Encoder` is the
+    real one."""
+
+    def first(
+        self, prompt: Prompt, new: str | Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[int, ...]:
+        """Return the tokens with which a conversation begins, when its first words are `new`."""
+        ...
+
+    def following(
+        self,
+        prompt: Prompt,
+        response_ids: Sequence[int],
+        new: str | Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> tuple[int, ...]:
+        """Return the tokens between the response so far and the next turn. ValueError when nothing can follow."""
+        ...
+
+    def text(self, token_ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+        """Return a turn's text, without the token or character that ended it."""
+        ...
+
+    def tokens_with(self, characters: Sequence[str]) -> tuple[int, ...]:
+        """Return the ids of all tokens that contain one of these characters."""
+        ...
+
+
+class Sampler(Protocol):
+    """It samples from the policy that was published last, and scores tokens with it."""
+
+    async def sample(
+        self,
+        prompt: Sequence[int],
+        seeds: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+    ) -> list[Completion]:
+        """Return one response to the prompt (token ids) for each seed. The limits narrow those of the run."""
+        ...
+
+    def score(self, token_ids: Sequence[int]) -> Sequence[ArrayLike]:
+        """Return per engine the log-probs [len - 1] of token_ids[1:] at temperature 1."""
+        ...
+
+
+class Publisher(Protocol):
+    """It carries weights to the engines."""
+
+    def publish(self, source: WeightSource, version: str) -> None:
+        """Load the source's weights into every engine as `version`. Every rank calls it."""
+        ...
+
+
+class RolloutSource(Protocol):
+    """It gives each step its trajectories, and takes the weights that the step made. Every rank calls all methods."""
+
+    def take(self, step: int, version: int | None = None) -> RolloutBatch | None:
+        """Return the trajectories of training step `step`, equal on every rank; None, on every rank, when any rank was
+        asked to stop before they were complete. `version`: that of the weights, where it is not `step`."""
+        ...
+
+    def training(self, *, publishes: bool) -> AbstractContextManager[None]:
+        """Let training have the devices' memory inside. `publishes` says that the engines get weights before they
+        generate again, so that they need not keep theirs."""
+        ...
+
+    def publish(self, version: int) -> None:
+        """Hand over the policy's current weights as `version`: the number of steps that made them."""
+        ...
+
+    def held_out(self, version: int) -> RolloutBatch | None:
+        """Return trajectories on the held-out prompts, sampled with the weights `version`; None where there are no
+        held-out prompts or no engines."""
+        ...
+
+    def observe(self, rollouts: RolloutBatch) -> Mapping[str, float]:
+        """Look at a step's trajectories, which may move a curriculum; return metrics."""
+        ...
+
+    def saved(self, done: int) -> None:
+        """Note that a checkpoint holds the first `done` steps: what was kept for a resume is no longer needed."""
+        ...
+
+    def state(self) -> Mapping[str, object]:
+        """Return what a resumed run needs beside the step, as JSON values."""
+        ...
+
+    @property
+    def domains(self) -> Sequence[str]:
+        """Names of the environments, in the order of `RolloutBatch.domains`."""
+        ...
+
+
+class Recorder(Protocol):
+    """It writes metrics and samples. It is called on every rank and writes on those that should."""
+
+    def record(self, kind: Any, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one record. In "train" and "sft" records `step` is the step's index from 0, in "eval" records the
+        number of steps done."""
+        ...
+
+    def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        """Write a few trajectories of a step for people to read."""
+        ...
+
+
+class Checkpoints(Protocol):
+    """It keeps the run's checkpoints."""
+
+    def save(self, policy: Policy, step: int, *, prompts: Mapping[str, object], measured: Mapping[str, float]) -> None:
+        """Begin to save the state after `step` steps. `measured` holds the step's metrics as "train/..." and
+        "eval/..."."""
+        ...
+
+    def complete(self, wait: bool) -> int:
+        """Finish what an asynchronous save has written or, if asked, wait for it. Every rank calls it.
+
+        Returns the last step of this run that a checkpoint holds, 0 if none does."""
+        ...

@@ -1,0 +1,118 @@
+"""The distributed optimizer: each data-parallel rank keeps the state of its shard of every parameter, and updates it.
+
+Megatron-Core's class is used for everything but checkpoints, for two reasons. It knows the names of Adam's moments
+only. And where a buffer has several buckets, as that of a model with tied embeddings on pipeline stages has, it
+mistakes the place of all parameters behind the first bucket's padding (megatron-core 0.16.1 warns that they are "padded
+with zeros"): a resumed run would go on with other weights and moments.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
+from torch import Tensor
+
+from fiberpo_megatron.mcore.optimizers.base import Optimizer
+from fiberpo_megatron.mcore.optimizers.build import optimizer_parts
+
+
+def sharded(built: MegatronOptimizer, optimizer: Optimizer) -> MegatronOptimizer:
+    """Return `built` with a `ShardedOptimizer` in place of each distributed optimizer of Megatron."""
+    return ChainedOptimizer(
+        [
+            ShardedOptimizer(part, optimizer)
+            if isinstance(part, DistributedOptimizer) and part.optimizer is not None
+            else part
+            for part in optimizer_parts(built)
+        ]
+    )
+
+
+class ShardedOptimizer(DistributedOptimizer):  # type: ignore[misc]  # Megatron has no types
+    """Shards any element-wise torch optimizer as Megatron's distributed optimizer does.
+
+    Checkpoints have Megatron's format "fully_reshardable": whole tensors under the parameters' names, which any layout
+    can load. `built` has the torch optimizer and is not to be used afterwards. `optimizer` names its state.
+    """
+
+    def __init__(self, built: DistributedOptimizer, optimizer: Optimizer) -> None:
+        self.__dict__.update(built.__dict__)  # Megatron's constructor accepts Adam alone
+        fresh = optimizer.fresh_state(torch.empty(1, device="meta"))
+        self._counts_per_parameter = "step" in fresh
+        self._types = {"param": torch.float32, **{k: v.dtype for k, v in fresh.items() if k != "step"}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the parameter groups with the number of steps, without parameters and their state."""
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        counted = [float(state["step"]) for state in self.optimizer.state.values() if "step" in state]
+        counted += [
+            float(group["step"]) for group in self.optimizer.param_groups if group["params"] and "step" in group
+        ]
+        if len(set(counted)) > 1:
+            raise RuntimeError(f"the parameters have taken different numbers of steps, {sorted(set(counted))}")
+        if counted:
+            groups = [{**group, "step": counted[0]} for group in groups]
+        return {"optimizer": {"param_groups": groups}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over parameter groups, number of steps and, where it is included, the parameters' state."""
+        saved = {_identity(group): group for group in state_dict["optimizer"]["param_groups"]}
+        for group in self.optimizer.param_groups:
+            found = saved[_identity(group)]
+            group.update({k: v for k, v in found.items() if k not in ("params", "step")})
+            if "step" not in found:
+                continue
+            if not self._counts_per_parameter:
+                group["step"] = int(found["step"])
+            for parameter in group["params"] if self._counts_per_parameter else ():
+                self.optimizer.state[parameter]["step"].fill_(found["step"])
+        if "param_state" in state_dict:
+            self.load_parameter_state_from_fully_reshardable(state_dict["param_state"])
+
+    def get_parameter_state_dp_zero(
+        self, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
+    ) -> dict[int, dict[Any, dict[str, Tensor]]]:
+        """Return master weights and state of all data-parallel ranks, by buffer, type of the buffer and name.
+
+        Each is a tensor on the host with an element for each of the buffer's, padding included. With `empty_data` the
+        elements are zero. Every rank gets everything, as this package's checkpoints ask for.
+        """
+        if use_gloo_comm or not return_on_all_ranks:
+            raise NotImplementedError("this optimizer is saved on all ranks, in the format fully_reshardable")
+        found: dict[int, dict[Any, dict[str, Tensor]]] = {}
+        for index, ranges in enumerate(self.gbuf_ranges):
+            ((dtype, buckets),) = ranges.items()
+            sizes = [bucket.grad_data.numel() for bucket in self.buffers[index].buckets]
+            world = {name: torch.zeros(sum(sizes), dtype=kind) for name, kind in self._types.items()}
+            start = 0
+            for bucket, size in zip(buckets, sizes, strict=True):
+                for name, target in world.items() if not empty_data else ():
+                    target[start : start + size] = self._gathered(bucket["param_map"], name, size)
+                start += size
+            found[index] = {dtype: world}
+        return found
+
+    def _gathered(self, shards: dict[Any, Any], name: str, size: int) -> Tensor:
+        """Return one state of all parameters of a bucket, the shards of all data-parallel ranks together."""
+        ranks = self.data_parallel_group.size()
+        device = self.buffers[0].grad_data.device
+        mine = torch.zeros(size // ranks, dtype=self._types[name], device=device)
+        for parameter, place in shards.items():
+            at = place["gbuf_local"]
+            mine[at.start : at.end] = self._get_main_param_and_optimizer_states(parameter)[name].detach()
+        everyone = [torch.empty_like(mine) for _ in range(ranks)]
+        torch.distributed.all_gather(everyone, mine, group=self.data_parallel_group)
+        return torch.cat(everyone).cpu()
+
+    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Tensor]) -> None:
+        """Copy a loaded shard into the master weight and the state of a parameter."""
+        mine = self._get_main_param_and_optimizer_states(model_param)
+        for name in self._types:
+            mine[name].detach().copy_(tensors[name])
+
+
+def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what tells a parameter group from the others, in every layout."""
+    return tuple(group[key] for key in param_group_identifier_keys)

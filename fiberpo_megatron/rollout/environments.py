@@ -1,0 +1,139 @@
+"""The environments of a run as the trainer sees them: their worker processes, and their tasks as prompts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fiberpo_megatron.config import ConfigError
+from fiberpo_megatron.data.encoding import Encoder, Example
+from fiberpo_megatron.data.prompts import Domain, Place
+from fiberpo_megatron.engines.background import BackgroundLoop
+from fiberpo_megatron.environments import Outcome, Split, Task, Trajectory, Turn
+from fiberpo_megatron.environments.host import Description, EnvironmentPool, Failure
+from fiberpo_megatron.environments.jobs import Say
+from fiberpo_megatron.environments.settings import EnvironmentConfig
+from fiberpo_megatron.types import Prompt
+
+BATCH = 256
+"""Tasks that are asked for at once."""
+
+
+@dataclass(frozen=True)
+class EnvironmentFacts:
+    """These facts about an environment every rank knows."""
+
+    train_size: int
+    held_out_size: int
+    chat_template_kwargs: Mapping[str, Any]
+    path: str
+    version: str | None
+
+    def domain(self, config: EnvironmentConfig) -> Domain:
+        """Return what the stream of prompts has to know."""
+        return Domain(config.name, config.weight, self.train_size, self.held_out_size)
+
+
+class Workers(Protocol):
+    """They do an environment's work; `environments.host.EnvironmentPool` is the real one."""
+
+    async def tasks(self, split: Split, indices: Sequence[int]) -> list[Task]: ...
+
+    async def score(self, task: Task, turn: Turn, *, seed: int) -> Outcome | Failure: ...
+
+    async def run(self, task: Task, converse: Callable[[], Say], *, seed: int) -> Outcome | Failure: ...
+
+    async def score_group(
+        self, task: Task, trajectories: Sequence[Trajectory], *, seed: int
+    ) -> list[Outcome] | Failure: ...
+
+    def take_counts(self) -> Mapping[str, int]: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunningEnvironment:
+    """It is an environment whose workers run."""
+
+    config: EnvironmentConfig
+    description: Description
+    pool: Workers
+
+
+class Environments:
+    """The workers of all environments, on one data-parallel leader. Close it when done.
+
+    `folder`: gets their logs and the records of failures. `rank`: this process, for the names of the files.
+    """
+
+    def __init__(self, configs: Sequence[EnvironmentConfig], *, folder: Path | None, rank: int) -> None:
+        self.loop = BackgroundLoop("environments")
+        self.running: list[RunningEnvironment] = []
+        try:
+            for config in configs:
+                pool = EnvironmentPool(config, folder=folder, rank=rank)
+                self.running.append(RunningEnvironment(config, self.loop.run(pool.start()), pool))
+                if self.running[-1].description.train_size < 1:
+                    raise ConfigError(f"environments: {config.name!r} has no training task (train_size is below 1)")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def facts(self) -> list[EnvironmentFacts]:
+        """What every rank has to know, by environment."""
+        return [
+            EnvironmentFacts(d.train_size, d.held_out_size, dict(d.chat_template_kwargs), d.path, d.version)
+            for d in (environment.description for environment in self.running)
+        ]
+
+    def tasks(self, places: Sequence[Place]) -> list[Task]:
+        """Return the tasks at these places, in order."""
+        wanted: dict[tuple[int, Split], list[int]] = {}
+        for place in places:
+            wanted.setdefault((place.domain, place.split), []).append(place.index)
+        found: dict[Place, Task] = {}
+        for (domain, split), indices in wanted.items():
+            different = sorted(set(indices))
+            for begin in range(0, len(different), BATCH):
+                part = different[begin : begin + BATCH]
+                tasks = self.loop.run(self.running[domain].pool.tasks(split, part))
+                found |= {Place(domain, split, index): task for index, task in zip(part, tasks, strict=True)}
+        return [found[place] for place in places]
+
+    def prompts(self, places: Sequence[Place], encoder: Encoder) -> list[Prompt]:
+        """Return the prompts at these places, in order."""
+        return [encoder.prompt(place, task) for place, task in zip(places, self.tasks(places), strict=True)]
+
+    def examples(self, places: Sequence[Place], encoder: Encoder) -> list[Example]:
+        """Return supervised examples at these places, in order."""
+        return [encoder.example(prompt) for prompt in self.prompts(places, encoder)]
+
+    def check(self, encoder: Encoder) -> None:
+        """Read tasks and tokenise their prompts, so that what would fail at some later step fails now.
+
+        Environments whose tasks stand in files (`check_all_tasks`) are read to the end, of others the first task.
+        """
+        for domain, found in enumerate(environment.description for environment in self.running):
+            for split, size in (("train", found.train_size), ("held_out", found.held_out_size)):
+                count = size if found.check_all_tasks else min(1, size)
+                for begin in range(0, count, BATCH):
+                    indices = range(begin, min(begin + BATCH, count))
+                    self.prompts([Place(domain, split, index) for index in indices], encoder)  # type: ignore[arg-type]
+            if not found.single_turn:
+                encoder.check_conversations(domain)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return counts since the last call, as metrics: failures by kind, and trajectories that started again."""
+        return {
+            f"environment/{environment.config.name}/{name}": float(count)
+            for environment in self.running
+            for name, count in environment.pool.take_counts().items()
+        }
+
+    def close(self) -> None:
+        """End the workers; idempotent."""
+        while self.running:
+            self.loop.run(self.running.pop().pool.close())
+        self.loop.close()

@@ -1,0 +1,236 @@
+"""Prompts in, scored groups out: sampling, the environments' work, and what follows from their failures."""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from fiberpo_megatron.engines.background import BackgroundLoop
+from fiberpo_megatron.environments import Outcome, Turn
+from fiberpo_megatron.environments import Trajectory as EnvironmentTrajectory
+from fiberpo_megatron.environments.host import EnvironmentFailed, Failure
+from fiberpo_megatron.interfaces import ConversationEncoder, Sampler
+from fiberpo_megatron.rollout.conversation import ParseTools, PolicyConversation, response_seeds
+from fiberpo_megatron.rollout.environments import RunningEnvironment
+from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory
+
+STOP_POLL_S = 0.5
+"""How often a request to stop is looked for while no group ends."""
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One trajectory before its group is complete."""
+
+    prompt: Prompt
+    completion: Completion | None
+    """None where the environment failed before the policy said anything."""
+    text: str
+    turns: tuple[Turn, ...]
+    result: Outcome | Failure
+
+
+@dataclass(frozen=True)
+class Generator:
+    """It has prompts sampled by the engines and worked on by their environments.
+
+    All of it runs on `loop`, where the clients of the engines and the pools of the environments live.
+    """
+
+    sampler: Sampler
+    environments: Sequence[RunningEnvironment]
+    encoder: ConversationEncoder
+    loop: BackgroundLoop
+    seed: int
+    """Sampling depends on it, on the weights' version and on the prompt, not on which rank asks."""
+    random_reward: bool = False
+    """`data.random_reward`."""
+    parse_tools: ParseTools | None = None
+
+    def groups(
+        self, prompts: Sequence[Prompt], count: int, version: str, stop: Callable[[], bool]
+    ) -> Iterator[tuple[int, RolloutGroup]]:
+        """Yield (index of a prompt, its scored trajectories), each prompt once, as they are finished.
+
+        All are sampled with weights `version`. A group has `count` trajectories, or fewer where its environment failed
+        and drops them. There are fewer prompts where `stop` says so before the last has ended.
+
+        Raises EnvironmentFailed for a failure with `on_failure = "error"`, and RuntimeError when an engine answered
+        with other weights: this source is synchronous, so that would mean that a publication was lost.
+        """
+        came: SimpleQueue[tuple[int, RolloutGroup] | None] = SimpleQueue()  # None: there is no more
+
+        async def all_groups() -> None:
+            async with asyncio.TaskGroup() as tasks:
+                for index, prompt in enumerate(prompts):
+                    tasks.create_task(one(index, prompt))
+
+        async def one(index: int, prompt: Prompt) -> None:
+            came.put((index, await self.group(prompt, count, version)))
+
+        work = self.loop.submit(all_groups())
+        work.add_done_callback(lambda _: came.put(None))
+        try:
+            while True:  # not for ever: every request and every environment has its deadline
+                try:
+                    item = came.get(timeout=0 if stop() else STOP_POLL_S)
+                except Empty:
+                    if stop():
+                        return
+                    continue
+                if item is None:
+                    break
+                yield item
+            try:
+                work.result()
+            except BaseExceptionGroup as errors:
+                raise _first(errors) from None
+        finally:
+            work.cancel()
+
+    async def group(self, prompt: Prompt, count: int, version: str) -> RolloutGroup:
+        """Return the `count` scored trajectories of one prompt."""
+        environment = self.environments[prompt.domain]
+        if environment.description.single_turn:
+            samples = await self._single_turns(environment, prompt, count, version)
+        else:
+            samples = list(
+                await asyncio.gather(*(self._conversation(environment, prompt, i, version) for i in range(count)))
+            )
+        if environment.description.scores_groups:
+            samples = await self._score_group(environment, prompt, samples)
+        trajectories = [self._trajectory(environment, sample, i) for i, sample in enumerate(samples)]
+        return RolloutGroup(prompt, tuple(t for t in trajectories if t is not None))
+
+    async def _single_turns(
+        self, environment: RunningEnvironment, prompt: Prompt, count: int, version: str
+    ) -> list[_Sample]:
+        """One request for all answers, as engines share the work on a prompt; then the scores."""
+        completions = await self.sampler.sample(prompt.token_ids, response_seeds(self._seed(prompt, version), count))
+        if len(completions) != count:
+            raise ValueError(f"the engine gave {len(completions)} answers to prompt {prompt.text!r}, not {count}")
+        turns = []
+        for completion in completions:
+            self._check(version, prompt, completion)
+            turns.append(Turn(self.encoder.text(completion.token_ids), completion.finish_reason, completion.token_ids))
+        scored: Sequence[Outcome | Failure] = [Outcome(0.0)] * count
+        if environment.description.scores:
+            seeds = (self._environment_seed(prompt, i) for i in range(count))
+            scored = await asyncio.gather(
+                *(environment.pool.score(prompt.task, turn, seed=seed) for turn, seed in zip(turns, seeds))
+            )
+        return [_Sample(prompt, c, t.text, (t,), r) for c, t, r in zip(completions, turns, scored)]
+
+    async def _conversation(
+        self, environment: RunningEnvironment, prompt: Prompt, sample: int, version: str
+    ) -> _Sample:
+        seed = self._seed(prompt, version)
+        conversations: list[PolicyConversation] = []
+        turns: list[list[Turn]] = []
+
+        def begin() -> Callable[..., object]:
+            """A conversation from the start; an environment whose worker died gets another one."""
+            check = partial(self._check, version)
+            conversation = PolicyConversation(prompt, sample, seed, self.encoder, self.sampler, check, self.parse_tools)
+            conversations.append(conversation)
+            turns.append([])
+
+            async def say(*args: object, **options: object) -> Turn:
+                turn = await conversation.say(*args, **options)  # type: ignore[arg-type]
+                turns[-1].append(turn)
+                return turn
+
+            return say
+
+        result = await environment.pool.run(prompt.task, begin, seed=self._environment_seed(prompt, sample))  # type: ignore[arg-type]
+        if not conversations or not conversations[-1].turns:
+            if isinstance(result, Outcome):
+                result = Failure("invalid", "run() returned an outcome before it let the policy say anything")
+            return _Sample(prompt, None, "", (), result)
+        last = conversations[-1]
+        asked = prompt if last.prompt_ids == prompt.token_ids else replace(prompt, token_ids=last.prompt_ids)
+        return _Sample(asked, last.completion, last.text, tuple(turns[-1]), result)
+
+    async def _score_group(
+        self, environment: RunningEnvironment, prompt: Prompt, samples: Sequence[_Sample]
+    ) -> list[_Sample]:
+        """The samples with the outcomes that their group gave them."""
+        whole = [i for i, sample in enumerate(samples) if isinstance(sample.result, Outcome)]
+        if not whole:
+            return list(samples)
+        seen = [EnvironmentTrajectory(samples[i].turns, samples[i].result) for i in whole]  # type: ignore[arg-type]
+        found = await environment.pool.score_group(prompt.task, seen, seed=self._environment_seed(prompt, -1))
+        results = [found] * len(whole) if isinstance(found, Failure) else found
+        scored = dict(zip(whole, results, strict=True))
+        return [replace(sample, result=scored.get(i, sample.result)) for i, sample in enumerate(samples)]
+
+    def _trajectory(self, environment: RunningEnvironment, sample: _Sample, number: int) -> Trajectory | None:
+        """The sample as a trajectory; None where it is dropped."""
+        failure = sample.result if isinstance(sample.result, Failure) else None
+        if failure is not None and environment.config.on_failure == "error":
+            raise EnvironmentFailed(
+                f"environment {environment.config.name!r} failed on task {sample.prompt.task.id} ({failure.kind}: "
+                f'{failure.message}); correct it, or set its on_failure to "zero" or "drop"'
+            )
+        if sample.completion is None or (failure is not None and environment.config.on_failure == "drop"):
+            return None
+        outcome = sample.result if isinstance(sample.result, Outcome) else Outcome(0.0, correct=False)
+        correct = outcome.reward > 0 if outcome.correct is None else outcome.correct
+        reward = self._coin(sample.prompt, number) if self.random_reward else float(outcome.reward)
+        return Trajectory(
+            sample.prompt,
+            sample.completion,
+            sample.text,
+            reward,
+            correct,
+            outcome.rewards,
+            outcome.metrics,
+            None if failure is None else f"{failure.kind}: {failure.message}",
+        )
+
+    def _check(self, version: str, prompt: Prompt, completion: Completion) -> None:
+        """RuntimeError for a response of other weights, or one without tokens."""
+        seen = {span.version for span in completion.weight_spans}
+        if seen - {version}:
+            raise RuntimeError(
+                f"a rollout of prompt {prompt.text!r} was sampled with weights {sorted(seen)}, but {version!r} was "
+                "published last; check that nobody else publishes to these engines"
+            )
+        if not completion.token_ids:
+            raise RuntimeError(
+                f"the engine returned an empty response to prompt {prompt.text!r} "
+                f"(finish reason {completion.finish_reason!r}); raise rollout.max_response_tokens"
+            )
+
+    def _seed(self, prompt: Prompt, version: str) -> int:
+        name = f"{self.seed} {version} {prompt.domain} {prompt.number}".encode()
+        return int.from_bytes(blake2b(name, digest_size=4).digest(), "big") >> 1  # engines take 31 bits
+
+    def _environment_seed(self, prompt: Prompt, sample: int) -> int:
+        name = f"environment {self.seed} {prompt.domain} {prompt.split} {prompt.number} {sample}".encode()
+        return int.from_bytes(blake2b(name, digest_size=4).digest(), "big") >> 1
+
+    def _coin(self, prompt: Prompt, sample: int) -> float:
+        """A fair coin that ignores the response, for the control experiment. `correct` stays true, so that accuracy
+        shows what such a run really learns: nothing."""
+        message = repr((self.seed, prompt.domain, prompt.number, sample)).encode()
+        return float(blake2b(message, digest_size=1).digest()[0] & 1)
+
+
+def share(items: Sequence[Item], data_rank: int, data_size: int) -> Sequence[Item]:
+    """Return the contiguous share of a data-parallel rank. Joined in rank order the shares are the step's prompts
+    again, so that the batch does not depend on the layout."""
+    return items[len(items) * data_rank // data_size : len(items) * (data_rank + 1) // data_size]
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error that is not the cancellation of another."""
+    found: list[BaseException] = []
+    for error in errors.exceptions:
+        found.append(_first(error) if isinstance(error, BaseExceptionGroup) else error)
+    return next((e for e in found if not isinstance(e, (asyncio.CancelledError, CancelledError))), found[0])

@@ -1,0 +1,125 @@
+"""Spreads the requests of generation over the engines."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fiberpo_megatron.engines.client import Sampling
+from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.types import Completion
+
+
+class EngineSampler:
+    """It samples from the engines of a pool, and implements `interfaces.Sampler`.
+
+    `max_concurrent`: responses in flight, all engines together (one request's at least). `vocabulary`: token ids of a
+    prompt must lie below it (without tokenizer, others kill SGLang's scheduler). `routed_experts`: (MoE layers, top_k)
+    when the experts of every token are asked for.
+
+        sampler = EngineSampler(pool, Sampling(max_response_tokens=64), max_concurrent=256, vocabulary=151936)
+        completions = pool.run(sampler.sample([1, 2, 3], seeds=[7, 8]))
+    """
+
+    def __init__(
+        self,
+        engines: EnginePool,
+        sampling: Sampling,
+        *,
+        max_concurrent: int,
+        vocabulary: int,
+        routed_experts: tuple[int, int] | None = None,
+    ) -> None:
+        self.engines, self.sampling, self.vocabulary = engines, sampling, vocabulary
+        self.routed_experts = routed_experts
+        self._slots = _Slots(max_concurrent)
+        self._in_flight = [0] * len(engines.clients)
+
+    async def sample(
+        self,
+        prompt: Sequence[int],
+        seeds: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+    ) -> list[Completion]:
+        """Return one response to the prompt for each seed, all from the engine with the fewest responses in flight.
+
+        The same seed, weights and sampling give the same response, whatever else the engines do, where the servers
+        honour seeds. `max_tokens` and `stop_token_ids` narrow the run's sampling.
+        """
+        self._check_tokens(prompt, "a prompt")
+        sampling = self.sampling
+        if max_tokens is not None or stop_token_ids:
+            limit = min(sampling.max_response_tokens, max_tokens or sampling.max_response_tokens)
+            ends = (*sampling.stop_token_ids, *stop_token_ids)
+            sampling = replace(sampling, max_response_tokens=limit, stop_token_ids=ends)
+        async with self._slots.taken(len(seeds)):
+            engine = self._in_flight.index(min(self._in_flight))
+            self._in_flight[engine] += len(seeds)
+            try:
+                completions = await self.engines.clients[engine].generate(
+                    [prompt] * len(seeds), sampling, seeds=seeds, routed_experts=self.routed_experts
+                )
+            finally:
+                self._in_flight[engine] -= len(seeds)
+        return [replace(c, engines=np.full(len(c.token_ids), engine, np.int16)) for c in completions]
+
+    def score(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
+        """Return per engine [len - 1] log-probs of token_ids[1:] at temperature 1."""
+        self._check_tokens(token_ids, "the text to score")
+        return self.engines.on_all(lambda client: client.score(token_ids))
+
+    def _check_tokens(self, token_ids: Sequence[int], what: str) -> None:
+        if not token_ids:
+            raise ValueError(f"{what} has no tokens; an engine cannot start from nothing")
+        low, high = min(token_ids), max(token_ids)
+        if low < 0 or high >= self.vocabulary:
+            raise ValueError(
+                f"{what} has token {low if low < 0 else high}, but the model's vocabulary is 0 .. "
+                f"{self.vocabulary - 1}; tokenizer and model do not belong together"
+            )
+
+
+class _Slots:
+    """Places for responses in flight, given out in the order in which they were asked for. A request that wants more
+    than there are waits until it is alone."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._taken = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @asynccontextmanager
+    async def taken(self, count: int) -> AsyncIterator[None]:
+        if self._waiting or not self._fits(count):
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append((count, turn))
+            try:
+                await turn  # bounded by the deadlines of the requests that hold the slots
+            except BaseException:
+                if turn.done() and not turn.cancelled():
+                    self._taken -= count  # the slots were given just before the wait was cancelled
+                self._wake()
+                raise
+        else:
+            self._taken += count
+        try:
+            yield
+        finally:
+            self._taken -= count
+            self._wake()
+
+    def _fits(self, count: int) -> bool:
+        return self._taken == 0 or self._taken + count <= self._total
+
+    def _wake(self) -> None:
+        while self._waiting and (self._waiting[0][1].done() or self._fits(self._waiting[0][0])):
+            count, turn = self._waiting.popleft()
+            if not turn.done():
+                self._taken += count
+                turn.set_result(None)

@@ -1,0 +1,216 @@
+"""Makes the source of rollouts that a config asks for: engines with what samples from them, or a replay."""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from fiberpo_megatron.config import Config
+from fiberpo_megatron.data.encoding import Encoder
+from fiberpo_megatron.data.prompts import PromptSets
+from fiberpo_megatron.engines.api_key import new_key, read_key
+from fiberpo_megatron.engines.client import EngineAddress, Sampling
+from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.engines.registry import SLACK_S, Registry
+from fiberpo_megatron.engines.servers import check_reachable, engines
+from fiberpo_megatron.engines.settings import EngineConfig
+from fiberpo_megatron.interfaces import Policy, Recorder, RolloutSource
+from fiberpo_megatron.mcore.families import read_architecture
+from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
+from fiberpo_megatron.rendezvous import master_address
+from fiberpo_megatron.rollout.conversation import ParseTools
+from fiberpo_megatron.rollout.environments import Environments
+from fiberpo_megatron.rollout.generator import Generator
+from fiberpo_megatron.rollout.sampler import EngineSampler
+from fiberpo_megatron.sources.device_sharing import SeparateDevices, SharedDevices
+from fiberpo_megatron.sources.engine import EngineSource
+from fiberpo_megatron.sources.replay import ReplaySource
+from fiberpo_megatron.sources.stored import StoredRollouts
+from fiberpo_megatron.telemetry.timers import PhaseTimers
+from fiberpo_megatron.together import together
+from fiberpo_megatron.weight_sync.choose import make_publisher
+
+
+@dataclass(frozen=True)
+class SourceParts:
+    """It is what a source of rollouts is made of, on every rank."""
+
+    config: Config
+    hf_config: Mapping[str, Any]
+    layout: ParallelLayout
+    prompts: PromptSets
+    encoder: Encoder
+    environments: Environments | None
+    """None on ranks that lead no data-parallel replica."""
+    timers: PhaseTimers
+    stop: Callable[[], bool]
+    registry: Registry | None
+    """Where the job's engines register; None where the run starts them or has their addresses."""
+    say: Callable[[str], None]
+    """Writes one line for the person at the terminal."""
+
+
+@contextmanager
+def rollout_source(
+    parts: SourceParts, policy: Policy, recorder: Recorder, start: int, resume: bool
+) -> Iterator[RolloutSource]:
+    """Yield the source of a run that begins at step `start`; engines that were started here end with it."""
+    config, environments = parts.config, parts.environments
+    store = StoredRollouts(config, int(parts.hf_config["vocab_size"]), parts.layout, start, resume)
+
+    def read(places: Any) -> Any:
+        assert environments is not None, "leaders have environments"
+        return environments.prompts(places, parts.encoder)
+
+    if config.storage.replay is not None:
+        parts.say(f"Rollouts come from {config.storage.replay}: no engine, no publication, no held-out evaluation")
+        yield ReplaySource(
+            parts.layout, parts.prompts, read, store, parts.timers, config.run.seed, config.batch.prompts
+        )
+        return
+    with ExitStack() as stack:
+        shared = SharedDevices(policy) if config.rollout.engine.colocated else None
+        pool = stack.enter_context(engine_pool(parts))
+        if shared is not None:
+            with together(parts.layout, "checking the engines"):
+                if parts.layout.rank == 0 and parts.layout.device.type == "cuda":
+                    pool.require_memory_saver()
+            shared.attach(pool)
+        sampler = make_sampler(config, parts.hf_config, parts.encoder, pool)
+        publisher = stack.enter_context(
+            closing(make_publisher(config, pool, parts.layout.rank, parts.layout.world_size))
+        )
+        yield EngineSource(
+            policy=policy,
+            prompts=parts.prompts,
+            read=read,
+            generator=None if environments is None else _generator(config, environments, sampler, parts.encoder, pool),
+            sampler=sampler,
+            publisher=publisher,
+            store=store,
+            recorder=recorder,
+            timers=parts.timers,
+            weight_sync=config.weight_sync,
+            seed=config.run.seed,
+            prompts_per_step=config.batch.prompts,
+            samples_per_prompt=config.batch.samples_per_prompt,
+            held_out_prompts=config.evaluation.prompts,
+            held_out_samples=config.evaluation.samples_per_prompt,
+            stop=parts.stop,
+            devices=shared or SeparateDevices(),
+            counts=dict if environments is None else environments.take_metrics,
+        )
+
+
+def make_sampler(config: Config, hf_config: Mapping[str, Any], encoder: Encoder, pool: EnginePool) -> EngineSampler:
+    """Return a sampler with the settings of [rollout]."""
+    rollout = config.rollout
+    return EngineSampler(
+        pool,
+        Sampling(
+            max_response_tokens=rollout.max_response_tokens,
+            stop_token_ids=encoder.stop_ids,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+        ),
+        max_concurrent=rollout.max_concurrent_requests,
+        vocabulary=int(hf_config["vocab_size"]),
+        routed_experts=_routing_shape(hf_config) if config.needs_rollout_routing else None,
+    )
+
+
+def _generator(
+    config: Config, environments: Environments, sampler: EngineSampler, encoder: Encoder, pool: EnginePool
+) -> Generator:
+    parser = config.rollout.tool_call_parser
+    parse: ParseTools | None = partial(pool.clients[0].parse_tool_calls, parser=parser) if parser else None
+    return Generator(
+        sampler,
+        environments.running,
+        encoder,
+        environments.loop,
+        config.run.seed,
+        config.data.random_reward,
+        parse,
+    )
+
+
+def _routing_shape(hf_config: Mapping[str, Any]) -> tuple[int, int]:
+    """(MoE layers, top_k) of the engine's answers; preflight has refused models that have none."""
+    architecture = read_architecture(hf_config)
+    assert architecture.experts is not None
+    return architecture.layers, architecture.experts.per_token
+
+
+@contextmanager
+def engine_pool(parts: SourceParts) -> Iterator[EnginePool]:
+    """Yield the pool of the run's engines on every rank. Rank 0 waits for those of the job, or starts servers when no
+    addresses are given; they end with the pool."""
+    config, layout = parts.config, parts.layout
+    with ExitStack() as stack:
+        addresses: list[EngineAddress] = []
+        if parts.registry is not None:
+            parts.say(f"Waiting for the engines of {', '.join(parts.registry.hosts())} ...")
+        elif not config.rollout.engine.urls:
+            parts.say(f"Starting SGLang (log: {config.run.folder / 'engines'}/engine_0.log) ...")
+        with together(layout, "starting the rollout engines"):
+            if layout.rank == 0 and parts.registry is not None:
+                addresses = parts.registry.wait(config.rollout.engine.start_timeout_s + SLACK_S)
+                for address in addresses:
+                    check_reachable(address)
+            elif layout.rank == 0:
+                addresses = stack.enter_context(_started(config, layout))
+        shared = layout.share_text(json.dumps([[a.url, a.api_key] for a in addresses]) if layout.rank == 0 else None)
+        addresses = addresses or [EngineAddress(url, api_key=key) for url, key in json.loads(shared)]
+        yield stack.enter_context(
+            EnginePool(
+                addresses,
+                timeout_s=config.rollout.engine.request_timeout_s,
+                max_concurrent=config.rollout.max_concurrent_requests,
+                loop=None if parts.environments is None else parts.environments.loop,
+            )
+        )
+
+
+def _started(config: Config, layout: ParallelLayout) -> Any:
+    """Servers on this machine, or the given ones; a context manager."""
+    engine = config.rollout.engine
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
+    return engines(
+        engine,
+        config.model.path,
+        config.run.folder / "engines",
+        dtype=config.model.dtype,
+        seed=config.run.seed,
+        host="127.0.0.1" if local_ranks == layout.world_size else master_address() or socket.gethostname(),
+        routed_experts=config.needs_rollout_routing,
+        first_gpu=_first_engine_gpu(engine, local_ranks),
+        api_key=_api_key(engine),
+    )
+
+
+def _api_key(engine: EngineConfig) -> str | None:
+    """For given servers: what their file says, if anything; else a fresh one."""
+    if engine.api_key_file is not None:
+        return read_key(engine.api_key_file)
+    return None if engine.urls else new_key()
+
+
+def _first_engine_gpu(engine: EngineConfig, local_ranks: int) -> int:
+    """Index of the first GPU of the engines that are started here: on the training ranks' GPUs, or behind them."""
+    if engine.colocated or engine.urls or not torch.cuda.is_available():
+        return 0
+    available, needed = torch.cuda.device_count(), local_ranks + engine.count * engine.tensor
+    if available < needed:
+        raise ValueError(
+            f"{local_ranks} training ranks and {engine.count} engines of {engine.tensor} GPUs need {needed} GPUs on "
+            f"this machine, which has {available}; start fewer, or let them share with rollout.engine.colocated = true"
+        )
+    return local_ranks

@@ -1,0 +1,180 @@
+"""Rollouts from the engines, in step with the training: each step is sampled with the weights of the step before."""
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fiberpo_megatron.data.prompts import Place, PromptSets
+from fiberpo_megatron.interfaces import Policy, Publisher, Recorder, Sampler
+from fiberpo_megatron.rollout.generator import Generator, share
+from fiberpo_megatron.sources.device_sharing import DeviceSharing, SeparateDevices
+from fiberpo_megatron.sources.publication_check import verify_publication
+from fiberpo_megatron.telemetry.timers import PhaseTimers
+from fiberpo_megatron.together import together
+from fiberpo_megatron.types import Prompt, RolloutBatch, RolloutGroup, flatten
+from fiberpo_megatron.weight_sync.settings import WeightSyncConfig
+
+Read = Callable[[Sequence[Place]], list[Prompt]]
+"""The prompts at some places; called on leaders only."""
+
+
+class Store(Protocol):
+    """It keeps rollouts on disk. Every rank calls it; `unfinished` is for leaders alone."""
+
+    def load(self, step: int, prompts: Sequence[Prompt], weights: str) -> RolloutBatch | None:
+        """Return the step's trajectories, equal on every rank, where they need not be generated. Raises when they are
+        to be replayed and cannot be."""
+        ...
+
+    def save(self, step: int, prompts: Sequence[Prompt], weights: str, batch: RolloutBatch) -> None:
+        """Keep trajectories that were just generated."""
+        ...
+
+    def unfinished(
+        self, step: int, prompts: Sequence[Prompt], weights: str, mine: Sequence[int]
+    ) -> AbstractContextManager[MutableMapping[int, RolloutGroup]]:
+        """Give the finished groups of a step whose generation was cut short, by index of their prompt, as far as they
+        are among `mine`. What is put into the mapping is kept for a resume."""
+        ...
+
+    def saved(self, done: int) -> None:
+        """Note that a checkpoint holds the first `done` steps."""
+        ...
+
+
+@dataclass
+class EngineSource:
+    """It implements `interfaces.RolloutSource` with engines that serve the policy's latest weights."""
+
+    policy: Policy
+    prompts: PromptSets
+    read: Read
+    generator: Generator | None
+    """None on ranks that do not lead a data-parallel replica: they generate nothing."""
+    sampler: Sampler
+    publisher: Publisher
+    store: Store
+    recorder: Recorder
+    timers: PhaseTimers
+    weight_sync: WeightSyncConfig
+    seed: int
+    prompts_per_step: int
+    samples_per_prompt: int
+    held_out_prompts: int = 0
+    held_out_samples: int = 1
+    stop: Callable[[], bool] = lambda: False
+    """Whether this rank was asked to stop."""
+    devices: DeviceSharing = SeparateDevices()
+    counts: Callable[[], Mapping[str, float]] = dict
+    """Counts of this rank's environments since the last call, by metric."""
+    _probe: RolloutBatch | None = field(default=None, init=False)
+
+    @property
+    def domains(self) -> Sequence[str]:
+        return self.prompts.domains
+
+    def take(self, step: int, version: int | None = None) -> RolloutBatch | None:
+        """Return the step's trajectories, sampled with weights `version` (by default `step`): each leader generates its
+        share, and every rank gets all of them; or those that are on disk. See `interfaces.RolloutSource`."""
+        version = step if version is None else version
+        places = self.prompts.prompts_at(self.seed, step, self.prompts_per_step)
+        prompts = self._read(places, f"reading the tasks of step {step}")
+        with self.timers("stored_rollouts"):
+            rollouts = self.store.load(step, prompts, str(version))
+        if rollouts is None:
+            rollouts = self._generated(prompts, len(places), self.samples_per_prompt, version, log_step=step)
+            if rollouts is None:
+                return None
+            with self.timers("stored_rollouts"):
+                self.store.save(step, prompts, str(version), rollouts)
+        self._probe = rollouts
+        return rollouts
+
+    def training(self, *, publishes: bool) -> AbstractContextManager[None]:
+        return self.devices.training(publishes=publishes)
+
+    def publish(self, version: int) -> None:
+        """Send the weights to the engines as `version`; then compare what the engines say about a trajectory of the
+        last step with what the trainer says."""
+        layout, every = self.policy.layout, self.weight_sync.verify_every
+        with self.timers("publish"), together(layout, f"publishing weights {version}"):
+            self.publisher.publish(self.policy.weights, str(version))
+        if self._probe is not None and every and version % every == 0:
+            with self.timers("verify"):
+                verify_publication(self.policy, self.sampler, self._probe, self.weight_sync, version)
+
+    def held_out(self, version: int) -> RolloutBatch | None:
+        places = self.prompts.held_out(self.held_out_prompts)
+        if not places:
+            return None
+        with self.timers("evaluate"):
+            prompts = self._read(places, "reading the held-out tasks")
+            rollouts = self._generated(prompts, len(places), self.held_out_samples, version, log_step=None)
+        assert rollouts is not None, "nobody stops an evaluation"
+        return rollouts
+
+    def observe(self, rollouts: RolloutBatch) -> Mapping[str, float]:
+        """Move the curriculum; return its metrics and the counts of all ranks' environments."""
+        totals: dict[str, float] = {}
+        for counts in self.policy.layout.gather_json(dict(self.counts())):
+            for name, count in counts.items():
+                totals[name] = totals.get(name, 0.0) + count
+        return {**self.prompts.observe(rollouts), **totals}
+
+    def saved(self, done: int) -> None:
+        self.store.saved(done)
+
+    def state(self) -> Mapping[str, object]:
+        return self.prompts.state()
+
+    def _read(self, places: Sequence[Place], what: str) -> list[Prompt]:
+        """The prompts on leaders, nothing on other ranks."""
+        with self.timers("tasks"), together(self.policy.layout, what):
+            return self.read(places) if self.policy.layout.is_leader else []
+
+    def _generated(
+        self, prompts: Sequence[Prompt], total: int, count: int, version: int, *, log_step: int | None
+    ) -> RolloutBatch | None:
+        """Sample, score and join; None where a request to stop came first, which an evaluation (`log_step` None) does
+        not heed."""
+        layout = self.policy.layout
+        mine = share(range(total), layout.data_rank, layout.data_size)
+        groups: list[RolloutGroup | None] = []
+        phase = "evaluate_generate" if log_step is None else "generate"
+        with self.timers(phase), together(layout, "generating rollouts"):
+            if layout.is_leader:
+                groups = self._groups(prompts, count, version, mine, log_step)
+        complete = [group for group in groups if group is not None]
+        if layout.any_rank(len(complete) < len(groups)):
+            return None
+        if log_step is not None:
+            self.recorder.rollouts(log_step, complete)
+        with self.timers("exchange"):
+            rollouts = layout.gather_rollouts(flatten(complete) if layout.is_leader else None)
+        if not len(rollouts.lengths):
+            raise RuntimeError(
+                f"all {total * count} trajectories were dropped, because their environments failed; see the files in "
+                "<run folder>/environments"
+            )
+        return rollouts
+
+    def _groups(
+        self, prompts: Sequence[Prompt], count: int, version: int, mine: Sequence[int], log_step: int | None
+    ) -> list[RolloutGroup | None]:
+        """This leader's groups; None for those that a request to stop cut short."""
+        assert self.generator is not None, "leaders have a generator"
+        with self._kept(log_step, prompts, version, mine) as finished:
+            missing = [index for index in mine if index not in finished]
+            asked = [prompts[index] for index in missing]
+            stop = (lambda: False) if log_step is None else self.stop
+            for i, group in self.generator.groups(asked, count, str(version), stop):
+                finished[missing[i]] = group
+            return [finished.get(index) for index in mine]
+
+    def _kept(
+        self, step: int | None, prompts: Sequence[Prompt], version: int, mine: Sequence[int]
+    ) -> AbstractContextManager[MutableMapping[int, RolloutGroup]]:
+        """Where this leader's finished groups go; those of an evaluation are in memory alone."""
+        nowhere: MutableMapping[int, RolloutGroup] = {}
+        return nullcontext(nowhere) if step is None else self.store.unfinished(step, prompts, str(version), mine)

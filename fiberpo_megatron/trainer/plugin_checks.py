@@ -1,0 +1,178 @@
+"""The plug-ins of a config: found and checked before anything starts, and recorded with the run."""
+
+import inspect
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fiberpo_megatron.config import Config, ConfigError
+from fiberpo_megatron.environments import Environment
+from fiberpo_megatron.environments.host import describe
+from fiberpo_megatron.environments.settings import EnvironmentConfig
+from fiberpo_megatron.fibration import Objective, build_objective
+from fiberpo_megatron.interfaces import AdvantageEstimator
+from fiberpo_megatron.plugins import BUILT_IN, Plugin, check_options, check_version, find
+from fiberpo_megatron.settings import PluginConfig
+from fiberpo_megatron.trainer.batch import SUPPLIED_KEYS
+
+EnvironmentsGiven = Mapping[str, type[Environment] | Environment] | Sequence[type[Environment] | Environment]
+"""Environments from Python: classes or objects, by name or in order (their names are then those of the classes)."""
+
+
+def make_objective(config: Config) -> Objective:
+    """Return the objective of [algorithm]. Raises ConfigError, also where its levels need what no run supplies."""
+    algorithm = config.algorithm
+    try:
+        objective = build_objective(algorithm.objective.use, kernels=algorithm.kernels, **algorithm.objective_options())
+        objective.check_keys((*SUPPLIED_KEYS, "expert"))
+    except ValueError as error:
+        raise ConfigError(f"[algorithm]: {error}") from error
+    return objective
+
+
+def make_advantage(config: Config) -> AdvantageEstimator:
+    """Return the advantage estimator of [algorithm]. Raises ConfigError."""
+    algorithm = config.algorithm
+    setting = "algorithm.advantage"
+    try:
+        plugin = find("advantages", algorithm.advantage.use, setting)
+        options = dict(algorithm.advantage.options)
+        if algorithm.advantage.use in BUILT_IN["advantages"]:
+            options = {"normalise_std": algorithm.normalise_std} | options
+        check_options(plugin, options, setting)
+        estimator: AdvantageEstimator = plugin.target(**options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"[algorithm]: {error}") from error
+    if not callable(estimator):
+        raise ConfigError(f"{setting}: {plugin.path} cannot be called; define __call__(self, rollouts)")
+    return estimator
+
+
+def environment_configs(given: EnvironmentsGiven) -> list[EnvironmentConfig]:
+    """Return the settings of environments that were given as classes or objects.
+
+    The workers make their own instances, from the class's import path (of a script: its file) and, for an object, from
+    the arguments of its constructor, which must be JSON values.
+    """
+    named = given.items() if isinstance(given, Mapping) else [(_class(item).__name__, item) for item in given]
+    return [EnvironmentConfig(name=name, use=_path_of(_class(item)), options=_arguments(item)) for name, item in named]
+
+
+def _class(item: type[Environment] | Environment) -> type[Environment]:
+    cls = item if inspect.isclass(item) else type(item)
+    if not issubclass(cls, Environment):
+        raise ConfigError(f"environments: {item!r} is no Environment; derive its class from it")
+    return cls
+
+
+def _path_of(cls: type) -> str:
+    """An import path that a worker process can follow; a class of the running script is found by its file."""
+    if "<locals>" in cls.__qualname__:
+        raise ConfigError(
+            f"environments: {cls.__qualname__} is defined inside a function, where its workers cannot find it; move it "
+            "to the top level of a module"
+        )
+    if cls.__module__ == "__main__":
+        return f"{Path(sys.modules['__main__'].__file__ or '').resolve()}:{cls.__qualname__}"
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _arguments(item: type[Environment] | Environment) -> dict[str, Any]:
+    if inspect.isclass(item):
+        return {}
+    args, options = item.constructor_arguments
+    bound = inspect.signature(type(item)).bind(*args, **options)
+    return dict(bound.arguments)
+
+
+def check_plugins(config: Config, resume: bool, environments: bool = True) -> None:
+    """Raise ConfigError, with the cause and the fix, for a plug-in that cannot be used.
+
+    The classes of objective, advantage, optimizer, publisher and sinks are imported here; each environment is started
+    once in a worker, which its own interpreter may run. With `resume` the versions must be those that the run recorded.
+    Without `environments` (on a login node) their workers are left out.
+    """
+    from fiberpo_megatron.mcore.optimizers.choose import check_optimizer
+    from fiberpo_megatron.telemetry.sinks import check_sinks
+    from fiberpo_megatron.weight_sync.choose import check_publisher
+
+    make_objective(config)
+    make_advantage(config)
+    if not config.environments:
+        raise ConfigError("there are no environments; add [[environments]] with `name` and `use` to the config")
+    try:
+        check_optimizer(config)
+        check_publisher(config)
+        check_sinks(config)
+        found = {setting: find(kind, plugin.use, setting) for setting, kind, plugin in _imported(config)}
+        recorded = _recorded_versions(config.run.folder) if resume else {}
+        for setting, _, plugin in _imported(config):
+            check_version(found[setting], recorded.get(setting) or plugin.version, setting)
+        for environment in config.environments if environments else ():
+            setting = f"environments.{environment.name}"
+            version = environment.version or recorded.get(setting)
+            described = describe(environment.model_copy(update={"version": None}))
+            check_version(Plugin(described.path, None, described.version), version, setting)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def recorded(config: Config, environments: Sequence[tuple[str, str | None]]) -> Config:
+    """Return the config with the import path and version of every plug-in that is not this package's own.
+
+    `environments`: (import path, version) of each environment, as its worker said them.
+    """
+    values = config.model_dump(mode="json", exclude_none=True)
+    for values_of, (path, version) in zip(values["environments"], environments):
+        if not path.startswith("fiberpo_megatron."):
+            values_of |= {"use": path} | ({"version": version} if version else {})
+    for setting, kind, plugin in _imported(config):
+        found = find(kind, plugin.use, setting)
+        if found.path.startswith("fiberpo_megatron."):
+            continue
+        table = {"use": found.path, "options": plugin.options} | ({"version": found.version} if found.version else {})
+        section, _, key = setting.partition(".")
+        name, _, place = key.partition(".")
+        if place:
+            values[section][name][int(place)] = table
+        else:
+            values[section][name] = table
+    return Config.model_validate(values)
+
+
+def _imported(config: Config) -> Iterator[tuple[str, str, PluginConfig]]:
+    """(setting, kind, plug-in) of all that are imported into the ranks, the built-in objectives apart."""
+    objective = config.algorithm.objective
+    if ":" in objective.use:
+        yield "algorithm.objective", "objectives", objective
+    yield "algorithm.advantage", "advantages", config.algorithm.advantage
+    yield "optimizer.kind", "optimizers", config.optimizer.kind
+    yield "weight_sync.method", "publishers", config.weight_sync.method
+    for number, sink in enumerate(config.telemetry.sinks):
+        yield f"telemetry.sinks.{number}", "sinks", sink
+
+
+def _recorded_versions(folder: Path) -> dict[str, str]:
+    """Versions by setting in the config.toml of a run folder; none where it has no such file."""
+    found: dict[str, str] = {}
+    with suppress(FileNotFoundError):
+        values = tomllib.loads((folder / "config.toml").read_text())
+        for environment in values.get("environments", []):
+            if "version" in environment:
+                found[f"environments.{environment['name']}"] = environment["version"]
+        for section, keys in (
+            ("algorithm", ("objective", "advantage")),
+            ("optimizer", ("kind",)),
+            ("weight_sync", ("method",)),
+        ):
+            for key in keys:
+                value = values.get(section, {}).get(key)
+                if isinstance(value, dict) and "version" in value:
+                    found[f"{section}.{key}"] = value["version"]
+        for number, sink in enumerate(values.get("telemetry", {}).get("sinks", [])):
+            if isinstance(sink, dict) and "version" in sink:
+                found[f"telemetry.sinks.{number}"] = sink["version"]
+    return found

@@ -1,0 +1,247 @@
+"""A run as an object: `Run.from_config(config).train()`. The command line makes the same object."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from fiberpo_megatron.config import Config, dump_config
+from fiberpo_megatron.engines.addresses import listen_towards_master
+from fiberpo_megatron.engines.registry import Registry
+from fiberpo_megatron.fibration import Objective, build_objective
+from fiberpo_megatron.interfaces import AdvantageEstimator, RolloutSource
+from fiberpo_megatron.mcore.optimizers import Optimizer
+from fiberpo_megatron.mcore.parallel.heartbeat import heartbeat
+from fiberpo_megatron.mcore.parallel.layout import start_layout, stop_layout
+from fiberpo_megatron.mcore.policy import build_policy
+from fiberpo_megatron.mcore.weights import save_hf
+from fiberpo_megatron.sources.build import SourceParts, rollout_source
+from fiberpo_megatron.sources.stored import DUMP
+from fiberpo_megatron.telemetry.metrics import Kind
+from fiberpo_megatron.telemetry.timers import PhaseTimers
+from fiberpo_megatron.together import together
+from fiberpo_megatron.trainer.loop import Training, evaluate, train
+from fiberpo_megatron.trainer.plugin_checks import (
+    EnvironmentsGiven,
+    environment_configs,
+    make_advantage,
+    make_objective,
+    recorded,
+)
+from fiberpo_megatron.trainer.recorder import RunCheckpoints, open_recorder, restore
+from fiberpo_megatron.trainer.sft import fine_tune
+from fiberpo_megatron.trainer.stop import Stopped, leave, never
+from fiberpo_megatron.trainer.tasks import start_tasks
+
+
+class Run:
+    """A run on this process: the policy, its data, and what trains it. Every rank of a layout makes the same one.
+
+        config = load_config("train.toml")
+        with Run.from_config(config, environments={"sums": Sums}, objective=SmoothClip()) as run:
+            run.train()
+
+    Under torchrun or srun each process is one rank; without a launcher the run has one. The parts can be used alone:
+    `run.policy` gives log-probs and optimiser steps, `run.objective` works on plain tensors, and `run.source()` yields
+    rollouts. Leave the `with` block, or call `close`, to end engines and workers.
+    """
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        *,
+        environments: EnvironmentsGiven | None = None,
+        objective: Objective | type[Objective] | None = None,
+        optimizer: Optimizer | type[Optimizer] | None = None,
+        advantage: AdvantageEstimator | None = None,
+        resume: bool = False,
+        stop: Callable[[], bool] = never,
+        registry: Registry | None = None,
+        total_steps: int | None = None,
+    ) -> Self:
+        """Join the other ranks, start the environments and build the policy.
+
+        Args:
+            config: what `load_config` returns.
+            environments: classes or objects that take the place of [[environments]]. Their workers import the classes
+                and make instances of their own, an object's with the arguments that its constructor got.
+            objective: takes the place of `algorithm.objective`; as a class it gets the options of [algorithm].
+            optimizer: takes the place of `optimizer.kind`; as a class it is called without arguments.
+            advantage: takes the place of `algorithm.advantage`.
+            resume: go on from the newest whole checkpoint in the run folder.
+            stop: says whether this rank was asked to stop; the run then saves and raises `Stopped`.
+            registry: where the engines of a SLURM job register.
+            total_steps: optimiser steps of the learning-rate schedule; by default those of the RL run.
+
+        Raises ConfigError (a ValueError) for settings that cannot work, before any engine starts.
+        """
+        if environments is not None:
+            config = config.model_copy(update={"environments": environment_configs(environments)})
+        if advantage is None:
+            advantage = make_advantage(config)
+        if isinstance(optimizer, type):
+            optimizer = optimizer()
+        return cls(config, _objective(config, objective), advantage, optimizer, resume, stop, registry, total_steps)
+
+    def __init__(
+        self,
+        config: Config,
+        objective: Objective,
+        advantage: AdvantageEstimator,
+        optimizer: Optimizer | None,
+        resume: bool,
+        stop: Callable[[], bool],
+        registry: Registry | None,
+        total_steps: int | None,
+    ) -> None:
+        """Use `from_config`."""
+        self.config, self.objective, self.advantage = config, objective, advantage
+        self._resume, self._stop, self._stack = resume, stop, ExitStack()
+        try:
+            self._start(self._stack, registry, optimizer, total_steps)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _start(
+        self, stack: ExitStack, registry: Registry | None, optimizer: Optimizer | None, total_steps: int | None
+    ) -> None:
+        config = self.config
+        hf_config = json.loads((config.model.path / "config.json").read_text())
+        listen_towards_master()
+        self.layout, self.timers = start_layout(hf_config, config.parallel, config.run), PhaseTimers()
+        layout = self.layout
+        stack.callback(stop_layout)
+        patience = config.run.heartbeat_timeout_s
+        stack.enter_context(heartbeat(layout.rank, layout.world_size, patience, self.timers.phase, leave))
+        self.tasks = stack.enter_context(start_tasks(config, hf_config, layout))
+        self.checkpoints = RunCheckpoints(config.run.folder / "checkpoints", config.checkpoint)
+        with together(layout, "writing config.toml"):
+            if layout.rank == 0:
+                config.run.folder.mkdir(parents=True, exist_ok=True)
+                text = dump_config(recorded(config, [(fact.path, fact.version) for fact in self.tasks.facts]))
+                (config.run.folder / "config.toml").write_text(text)
+        self.policy = build_policy(config, hf_config, layout, total_steps, optimizer)
+        self._parts = SourceParts(
+            config,
+            hf_config,
+            layout,
+            self.tasks.prompts,
+            self.tasks.encoder,
+            self.tasks.environments,
+            self.timers,
+            self._stop,
+            registry,
+            self.say,
+        )
+
+    def train(self) -> None:
+        """Train to `trainer.steps`, write the last weights as a Hugging Face folder, and the report."""
+        state = self._restore()
+        start = int(state.get("step", 0))
+        if state:
+            self.tasks.prompts.restore(state["prompts"])
+        with self.source(start, ("train", "eval"), self._resume) as (_, training):
+            train(training, start)
+        self._finish()
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the metrics of sampled answers to the held-out tasks, with the policy's current weights."""
+        with self.source() as (source, training):
+            source.publish(0)
+            return evaluate(training, 0)
+
+    def dump(self) -> None:
+        """Write the rollouts of `trainer.steps` training steps with the current weights to disk."""
+        with self.source(resume=self._resume) as (source, _):
+            source.publish(0)
+            for step in range(self.config.trainer.steps):
+                rollouts = None if self.layout.any_rank(self._stop()) else source.take(step, version=0)
+                if rollouts is None:
+                    raise Stopped(step)
+                self.say(
+                    f"step {step}: {len(rollouts.lengths)} trajectories, mean reward {rollouts.rewards.mean():.3f}"
+                )
+            self.say(f"Rollouts: {self.config.run.folder / DUMP}")
+
+    def fine_tune(self) -> None:
+        """Train on right answers for `sft.steps` optimiser steps: the supervised warm-up."""
+        start, steps = int(self._restore().get("step", 0)), self.config.sft.steps
+        with open_recorder(self.config, self.layout, self.tasks.names, start, steps, ("sft",), "warm-up") as recorder:
+            examples = self.tasks.example_batch
+            fine_tune(self.config, self.policy, examples, recorder, self.checkpoints, self.timers, start, self._stop)
+            self._finish()
+
+    @contextmanager
+    def source(
+        self, start: int = 0, kinds: Sequence[Kind] = (), resume: bool = True
+    ) -> Iterator[tuple[RolloutSource, Training]]:
+        """Yield the source of rollouts, with its engines, and the training loop's parts around it.
+
+        `kinds` of records are written to the run folder; with none of them the console alone shows metrics.
+        """
+        config = self.config
+        with ExitStack() as stack:
+            names, steps = self.tasks.names, config.trainer.steps
+            recorder = stack.enter_context(open_recorder(config, self.layout, names, start, steps, kinds, "training"))
+            source = stack.enter_context(rollout_source(self._parts, self.policy, recorder, start, resume))
+            yield (
+                source,
+                Training(
+                    self.policy,
+                    source,
+                    self.objective,
+                    self.advantage,
+                    recorder,
+                    self.checkpoints,
+                    self.timers,
+                    config.batch,
+                    config.algorithm,
+                    config.rollout.temperature,
+                    config.trainer.steps,
+                    config.evaluation.every_steps,
+                    config.checkpoint.every_steps,
+                    self._stop,
+                ),
+            )
+
+    def say(self, text: str) -> None:
+        """Print one line for the person at the terminal."""
+        if self.layout.is_logger:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """End environments and process groups; idempotent."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _restore(self) -> dict[str, Any]:
+        return restore(self.policy, self.checkpoints.folder, self.say) if self._resume else {}
+
+    def _finish(self) -> None:
+        """The last weights as a Hugging Face folder, and the report."""
+        folder = self.config.run.folder
+        with together(self.layout, "writing the trained model"):
+            save_hf(self.policy.weights.full(), folder / "hf", self.config.model.path, writer=self.layout.rank == 0)
+        self.say(f"Weights: {folder / 'hf'}")
+        if self.layout.is_logger:
+            from fiberpo_megatron.telemetry.report import write_report  # matplotlib: not for every start to pay
+
+            print(f"Report: {write_report(folder)}", flush=True)
+        self.layout.barrier()
+
+
+def _objective(config: Config, given: Objective | type[Objective] | None) -> Objective:
+    if given is None:
+        return make_objective(config)
+    options = config.algorithm.objective_options() if isinstance(given, type) else {}
+    return build_objective(given, kernels=config.algorithm.kernels, **options)
