@@ -111,7 +111,7 @@ def test_an_array_is_independent_runs_and_urls_need_no_engine_step(tmp_path: Pat
         ),
         (["--slurm.container", "pyxis"], "set both, or neither"),
         (["--slurm.options", '["--nice\\nrm -r /"]'], "control character"),
-        (["--slurm.options", '["nice"]'], "no option of sbatch"),
+        (["--slurm.options", '["nice"]'], "not an option of sbatch"),
         (["--slurm.time", "tomorrow"], "slurm.time"),
         (["--slurm.array", "$(id)"], "slurm.array"),
         (

@@ -114,7 +114,7 @@ def test_a_whole_run(tmp_path):
     reader = Strict()
     reader.feed(page)
     assert not reader.open and not reader.fetched, "well-formed and self-contained"
-    assert "41.0 % → 83.0 %" in page and "held-out accuracy, after 0 and 40 steps" in page
+    assert "41.0 % → 83.0 %" in page and "held-out accuracy after 0 and 40 steps" in page
     assert "40 / 40" in page and ">1.7 min<" in page and "900 tokens/s" in page
     assert "0.445 → 0.745" in page, "mean of the first and the last 10 rewards"
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
