@@ -222,6 +222,8 @@ def run_reference(args: argparse.Namespace, problem: Problem) -> Outcome:
     from fiberpo_megatron.mcore.families import read_architecture
     from fiberpo_megatron.mcore.model import build_model, draw_weights
     from fiberpo_megatron.mcore.parallel.layout import start_layout
+    from fiberpo_megatron.mcore.optimizers import make_optimizer
+    from fiberpo_megatron.mcore.optimizers.adam import Adam
     from fiberpo_megatron.mcore.schedule import Schedule
     from fiberpo_megatron.mcore.weights.global_tensors import global_shards, gradient_shards
 
@@ -242,9 +244,14 @@ def run_reference(args: argparse.Namespace, problem: Problem) -> Outcome:
         return -(seen[-1][1] * log_probs).sum()
 
     parameters = [parameter for parameter in models[0].parameters() if parameter.requires_grad]
-    adam = config.optimizer
+    adam, settings = make_optimizer(config.optimizer), config.optimizer
+    assert isinstance(adam, Adam), "the reference is Adam"
     optimizer = torch.optim.AdamW(
-        parameters, adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
+        parameters,
+        settings.learning_rate,
+        betas=(adam.beta1, adam.beta2),
+        eps=adam.eps,
+        weight_decay=settings.weight_decay,
     )
     schedule, gradient = Schedule(models, models, layout, 4096), []
     for _ in range(max(1, args.steps)):
@@ -254,7 +261,7 @@ def run_reference(args: argparse.Namespace, problem: Problem) -> Outcome:
             for parameter in parameters:
                 parameter.main_grad = parameter.grad
             gradient = pieces(gradient_shards(models))
-        torch.nn.utils.clip_grad_norm_(parameters, adam.clip_grad)
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
         optimizer.step()
     names, (log_probs, coefficients) = index.tolist(), seen[0]
     return Outcome(

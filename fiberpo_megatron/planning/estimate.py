@@ -7,8 +7,8 @@ from typing import Any
 
 from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.mcore.families import Architecture, read_architecture
-from fiberpo_megatron.mcore.parallel.checks import check_layout
 from fiberpo_megatron.mcore.optimizers import make_optimizer
+from fiberpo_megatron.mcore.parallel.checks import check_layout
 from fiberpo_megatron.planning.activations import Implementation, Row, activation_bytes, log_prob_bytes
 from fiberpo_megatron.planning.engines import EnginePlan, engine_count, plan_engine
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu

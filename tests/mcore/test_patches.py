@@ -35,7 +35,6 @@ SCENARIOS = {
     "dispatcher_splits": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2}),
     "uneven_gloo": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2}),
     "latent_attention_without_transformer_engine": (1, {}),
-    "adam_step_of_loaded_checkpoint": (1, {}),
 }
 
 

@@ -1,12 +1,15 @@
 """Planned bytes of parameters, gradients and optimizer state against the tensors of real Megatron ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 from torch import Tensor
 
 from fiberpo_megatron.mcore.families import read_architecture
+from fiberpo_megatron.mcore.optimizers import make_optimizer
+from fiberpo_megatron.mcore.optimizers.adam import Adam
+from fiberpo_megatron.mcore.optimizers.settings import OptimizerConfig
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
 from fiberpo_megatron.planning.states import Position, StateBytes, state_bytes
 from tests.distributed.parity import DEEPSEEK_V3, QWEN3_MOE, make_batch, make_config, micro_batches_for
@@ -26,6 +29,13 @@ DENSE: dict[str, Any] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
+
+
+class TorchAdam(Adam):
+    """torch's AdamW, which ranks without a GPU use, also keeps a float32 step count for each parameter."""
+
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        return super().state_bytes(shape) + 4
 
 
 def _bytes(tensors: Iterator[Tensor]) -> int:
@@ -86,25 +96,30 @@ def _settings(*layouts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("hf_config", "ranks", "layouts"),
+    ("hf_config", "ranks", "layouts", "kind"),
     [
         (
             ODD,
             2,
             [{"tensor": 2}, {"pipeline": 2}, {"expert": 2}, {"context": 2}, {"pipeline": 2, "virtual_pipeline": 2}],
+            "adam",
         ),
-        (ODD, 4, [{"tensor": 2, "pipeline": 2}, {"expert": 2}, {"tensor": 2, "expert": 2, "expert_tensor": 2}]),
-        (DEEPSEEK_V3, 2, [{"tensor": 2}, {"expert": 2}]),
-        (DENSE, 2, [{}, {"tensor": 2}, {"pipeline": 2}]),
+        (ODD, 4, [{"tensor": 2, "pipeline": 2}, {"expert": 2}, {"tensor": 2, "expert": 2, "expert_tensor": 2}], "adam"),
+        (DEEPSEEK_V3, 2, [{"tensor": 2}, {"expert": 2}], "adam"),
+        (DENSE, 2, [{}, {"tensor": 2}, {"pipeline": 2}], "adam"),
+        (ODD, 2, [{"expert": 2}, {"pipeline": 2}], "tests.distributed.optimizers:Momentum"),
     ],
-    ids=["experts-2", "experts-4", "latent-2", "dense-tied-2"],
+    ids=["experts-2", "experts-4", "latent-2", "dense-tied-2", "momentum-2"],
 )
-def test_exact_to_the_byte(hf_config: dict[str, Any], ranks: int, layouts: list[dict[str, Any]]):
+def test_exact_to_the_byte(hf_config: dict[str, Any], ranks: int, layouts: list[dict[str, Any]], kind: str):
     settings = _settings(*layouts)
+    for sections in settings:
+        sections["optimizer"] = {"kind": kind, "eps": None}
+    optimizer = TorchAdam() if kind == "adam" else make_optimizer(OptimizerConfig(kind=kind))
     architecture = read_architecture(hf_config)
     for rank, found in enumerate(run_ranks(ranks, measure, hf_config, settings, timeout_s=240)):
         for sections, (position, measured) in zip(settings, found):
             model = ModelConfig(path="unused", **sections["model"])
             parallel = ParallelConfig(**sections["parallel"])
-            planned = state_bytes(architecture, model, parallel, ranks, position, adam="torch")
+            planned = state_bytes(architecture, model, parallel, ranks, position, optimizer)
             assert planned == measured, f"rank {rank} of {ranks}, {sections}"
