@@ -8,6 +8,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from numbers import Real
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -58,23 +59,30 @@ def check_class(cls: type) -> None:
             )
 
 
-def check_options(cls: type, name: str, given: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option that an objective's class does not have, or for a missing one."""
+def given_options(cls: type, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given: those that are not None, nor False where the objective lacks them.
+
+    Raises ValueError for another option that the objective does not have, or for a missing one.
+    """
     fields = {field.name: field for field in _fields(cls)}
-    for option in given:
+    chosen = {option: value for option, value in given.items() if value is not None}
+    chosen = {option: value for option, value in chosen.items() if value is not False or option in fields}
+    for option in chosen:
         if option not in fields:
             reads = ", ".join(sorted(fields)) or "no option"
             raise ValueError(f"objective {name!r} does not read {option!r}; remove it ({name} reads {reads})")
     for option, field in fields.items():
         no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if no_default and option not in given:
+        if no_default and option not in chosen:
             raise ValueError(f"objective {name!r} needs the option {option!r}; add it to its options")
+    return chosen
 
 
 def check_values(objective: Any) -> None:
     """Raise ValueError for an option of the wrong type, or with a number in it that is not finite."""
-    hints = _hints(type(objective))
-    for field in _fields(type(objective)):
+    cls: type = type(objective)
+    hints = _hints(cls)
+    for field in _fields(cls):
         value = getattr(objective, field.name)
         for number in _numbers(value):
             if not math.isfinite(number):
@@ -112,6 +120,7 @@ def _is_class_variable(annotation: Any) -> bool:
     return text.startswith(("ClassVar", "typing.ClassVar")) or ClassVar in (annotation, get_origin(annotation))
 
 
+@cache
 def _hints(cls: type) -> dict[str, Any]:
     try:
         return get_type_hints(cls)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fiberpo_megatron.fibration.objective import Objective
-from fiberpo_megatron.fibration.options import Option, check_class, check_options, options_of
+from fiberpo_megatron.fibration.options import Option, check_class, given_options, options_of
 from fiberpo_megatron.plugins import find, short_names
 
 Class = TypeVar("Class", bound=type[Objective])
@@ -84,19 +84,16 @@ def build_objective(
     Raises:
         ValueError: an unknown name, an option that this objective does not read, or a bad value; names the fix.
     """
-    given = {name: value for name, value in options.items() if value is not None}
     if isinstance(objective, Objective):
+        given = sorted(name for name, value in options.items() if value is not None)
         if given:
             raise ValueError(
-                f"objective {objective.name!r} is already built and takes no options; give {', '.join(sorted(given))} "
-                "to its constructor"
+                f"objective {objective.name!r} is already built and takes no options; give {', '.join(given)} to its "
+                "constructor"
             )
         return objective if kernels is None else dataclasses.replace(objective, kernels=kernels)
     cls = objective_class(objective)
-    known = {option.name for option in options_of(cls)}
-    given = {name: value for name, value in given.items() if value is not False or name in known}
-    check_options(cls, cls.name, given)
-    return cls(**given, kernels=kernels)
+    return cls(**given_options(cls, cls.name, options), kernels=kernels)
 
 
 def objective_options(objective: str | type[Objective]) -> list[Option]:
