@@ -67,20 +67,27 @@ AUXILIARIES = _words("""
     wasn't weren't hasn't haven't doesn't don't didn't can't couldn't won't wouldn't mustn't
 """)
 VERBS = _words("""
-    abort accept accompany add adjust agree allow appear append apply arrange arrive ask assemble assign assume average
-    avoid await become begin behave believe belong bind bring broadcast build carry choose clean clear close collect
-    combine come compare compile compute consist contain continue convert correct cover create cross decide declare
-    decode decompose define delete deliver depend derive describe detect determine differ disable discard distinguish
-    divide drain draw enable encode enforce ensure enter enumerate establish evaluate examine exclude execute exist
-    expand expect explain extend extract fail fetch find finish fit flatten follow forbid forget freeze generate get
-    give go grow guarantee happen hide hold identify ignore implement include inherit initialise initialize insert
-    inspect install introduce invert iterate join keep kill know lack launch leave let lie listen live look lose make
-    manage meet merge multiply normalise obey observe occur offer omit open overlap overwrite own parse perform pick
-    prepare present prevent proceed produce propose protect prove provide publish put raise reach react receive
-    recognise recompute reconstruct reduce refuse register reject remain remember remove rename render replace
-    represent require resolve respond restore resume retain retry return reuse reveal say scatter see select separate
-    serve simulate sit skip sleep solve speak specify spell spread stand stay strip submit suppress survive take talk
-    teach terminate throw tokenise train translate treat try understand unpack validate vary verify wake warn write
+    abort accept accompany accumulate activate adapt add adjust adopt agree allocate allow appear append apply
+    approximate arise arrange arrive ask assemble assign assume attach average avoid await become begin behave believe
+    belong bind bring broadcast build calculate cancel capture carry cause choose clamp clean clear close collect
+    combine come commit compare compile compose compute configure confirm connect consist construct consume contain
+    continue convert correct cover crash create cross decide declare decode decompose decorate decrease define delay
+    delegate delete deliver deny depend derive describe destroy detach detect determine differ differentiate disable
+    discard disconnect dispatch display distinguish distribute divide download drain draw emit enable encode enforce
+    ensure enter enumerate establish evaluate examine exceed exchange exclude execute exist expand expect explain
+    export expose extend extract fail fetch find finish fit fix flatten flush follow forbid forget freeze generate get
+    give go grow guarantee halve happen hide hold identify ignore illustrate implement include increase infer inform
+    inherit initialise initialize inject insert inspect install interpolate interpret interrupt introduce invert invoke
+    isolate iterate join keep kill know lack launch leave let lie listen live look lose lower maintain make manage
+    maximise meet merge minimise modify multiply normalise notify obey observe obtain occur offer omit open optimise
+    overlap override overwrite own parse perform persist pick predict prefer prepare present preserve prevent proceed
+    produce propagate propose protect prove provide publish put raise reach react rebuild receive recognise recompute
+    reconstruct recover redirect reduce refuse register reject rely remain remember remove rename render replace
+    represent require rescale resolve respond restore resume retain retry return reuse reveal rotate route say scan
+    scatter see seek select separate serve shorten shrink shuffle simplify simulate sit skip sleep slice smooth solve
+    speak specify spell spread stand stay strip submit subtract succeed summarise suppress survive suspend synchronise
+    take talk teach terminate throw tokenise tolerate train translate treat try understand unpack unwrap upload
+    validate vary verify wake warn widen withdraw write
 """)
 NOUN_LIKE = _words("""
     access act advance answer attempt bound break call cap cast change chart check claim clip copy cost count cut drop
@@ -193,10 +200,12 @@ def _clause_has_verb(words: Sequence[str], *, beginning: bool) -> bool:
     for i, word in enumerate(words):
         before = words[i - 1] if i else ""
         behind = words[i + 1] if i + 1 < len(words) else ""
-        if word in AUXILIARIES or (i == 0 and _opens_with_verb(word, behind, beginning=beginning)):
+        if word in AUXILIARIES or (i == 0 and _opens_with_verb(words, beginning=beginning)):
             return True
         if i == 0:
             continue
+        if word.endswith("ed") and before not in PREPOSITIONS and behind in ARTICLES:  # "The engine ended a response"
+            return True
         plural = before in PLURAL_SUBJECTS or (before.endswith("s") and not before.endswith(("ss", "us", "'s")))
         third = word in THIRD_PERSON or (word in AMBIGUOUS and word.endswith("s"))
         if not (third or (plural and word in VERBS | AMBIGUOUS)) or before in PREPOSITIONS:
@@ -211,10 +220,13 @@ def _clause_has_verb(words: Sequence[str], *, beginning: bool) -> bool:
     return False
 
 
-def _opens_with_verb(word: str, behind: str, *, beginning: bool) -> bool:
+def _opens_with_verb(words: Sequence[str], *, beginning: bool) -> bool:
     """Say whether the first word of a clause is its verb; `beginning` says that the sentence begins with it."""
+    word, behind = words[0], words[1] if len(words) > 1 else ""
     if word not in AMBIGUOUS:
         return word in VERBS or (beginning and word in THIRD_PERSON)
+    if behind in ("and", "or") and len(words) > 2:  # "Reads and writes the folder"
+        return _opens_with_verb(words[2:], beginning=beginning)
     if word in RARE:
         return beginning and (behind == NOUN or behind in DETERMINERS - {"that", "which", "where", "who"})
     return beginning and bool(behind) and behind not in PREPOSITIONS | AUXILIARIES | {"which", "who"}

@@ -1,4 +1,5 @@
-"""SGLang over HTTP: clients, server processes, their registry, and the stand-ins for machines without a GPU.
+"""This package talks to SGLang over HTTP: clients, server processes, their registry, and stand-ins for use without a
+GPU.
 
-`sglang` is started as a process; nothing here imports it, nor torch.distributed.
+`sglang` is started as a process; nothing in this package imports it or torch.distributed.
 """

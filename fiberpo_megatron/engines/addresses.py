@@ -1,4 +1,4 @@
-"""Where a server listens: the address that its clients reach and no other, and a free port."""
+"""This module chooses where a server listens: the address that its clients reach and no other, and a free port."""
 
 import os
 import random
@@ -10,11 +10,11 @@ import psutil
 from fiberpo_megatron.rendezvous import master_address
 
 LOWEST, HIGHEST = 18000, 21999
-"""Below the kernel's ephemeral range, used by connections, and below SGLang's own picks (from 22000)."""
+"""The range lies below the kernel's ephemeral ports, which connections use, and below SGLang's own (from 22000)."""
 
 
 def is_free(port: int, host: str) -> bool:
-    """Whether a server could listen on host:port now."""
+    """Return whether a server could listen on host:port now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -25,7 +25,7 @@ def is_free(port: int, host: str) -> bool:
 
 
 def free_ports(count: int, host: str) -> list[int]:
-    """`count` different free ports, drawn at random so that two runs on a machine rarely want the same."""
+    """Return `count` different free ports, drawn at random so that two runs on a machine rarely want the same."""
     found: list[int] = []
     for port in random.Random().sample(range(LOWEST, HIGHEST + 1), HIGHEST + 1 - LOWEST):
         if len(found) == count:
@@ -33,22 +33,24 @@ def free_ports(count: int, host: str) -> list[int]:
         if is_free(port, host):
             found.append(port)
     if len(found) < count:
-        raise RuntimeError(f"{count} free ports are needed on {host}, {len(found)} found in {LOWEST}-{HIGHEST}")
+        raise RuntimeError(
+            f"{count} free ports are needed on {host}, but {len(found)} were found in {LOWEST}-{HIGHEST}"
+        )
     return found
 
 
 def local_address(peers: Iterable[str]) -> str:
-    """The IPv4 address of this machine that every one of `peers` (names or addresses) reaches: loopback when all of
-    them are this machine, else the one from which packets to the first other machine leave.
+    """Return the IPv4 address of this machine that every one of `peers` (names or addresses) reaches.
 
-    Raises OSError for a name without an address.
+    This is loopback when all of them are this machine, else the address from which packets to the first other machine
+    leave. Raises OSError for a name without an address.
     """
     for peer in peers:
         remote = socket.gethostbyname(peer)
         if remote.startswith("127."):
             continue
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((remote, 9))  # sends nothing: the kernel only chooses the route
+            probe.connect((remote, 9))  # this sends nothing: the kernel only chooses the route
             source = str(probe.getsockname()[0])
         if source != remote:
             return source
@@ -56,7 +58,7 @@ def local_address(peers: Iterable[str]) -> str:
 
 
 def interface_of(host: str) -> str | None:
-    """Name of the network interface with this address (or name); None when no interface has it."""
+    """Return the name of the network interface with this address (or name); None when no interface has it."""
     try:
         address = socket.gethostbyname(host)
     except OSError:
@@ -68,9 +70,9 @@ def interface_of(host: str) -> str | None:
 
 
 def listen_towards_master() -> None:
-    """Have gloo listen on the interface on which this machine reaches rank 0's, under torchrun or srun.
+    """Make gloo listen on the interface through which this machine reaches rank 0's, under torchrun or srun.
 
-    Left alone, gloo takes the address of the host's name, whoever can reach that.
+    By default gloo listens on the address of the host's name, which machines outside the job may reach.
     """
     if "MASTER_ADDR" not in os.environ or "GLOO_SOCKET_IFNAME" in os.environ:
         return

@@ -1,4 +1,7 @@
-"""SGLang's JSON answers, checked and typed. A bad one raises ValueError; the client adds the server."""
+"""This module checks SGLang's JSON answers and gives them types.
+
+A bad answer raises ValueError; the client adds the server's address.
+"""
 
 import base64
 import math
@@ -12,7 +15,7 @@ from fiberpo_megatron.types import Completion, WeightSpan
 
 
 def field(answer: object, name: str, kind: type | tuple[type, ...]) -> Any:
-    """`answer[name]` of type `kind`."""
+    """Return `answer[name]`, which must be of type `kind`."""
     if not isinstance(answer, Mapping) or name not in answer:
         have = sorted(answer) if isinstance(answer, Mapping) else type(answer).__name__
         raise ValueError(f"the answer lacks the field {name!r} (it has: {have})")
@@ -23,7 +26,7 @@ def field(answer: object, name: str, kind: type | tuple[type, ...]) -> Any:
 
 
 def completion(answer: object, routed_experts: tuple[int, int] | None = None) -> Completion:
-    """One element of a /generate answer. `routed_experts`: (MoE layers, top_k) when they were asked for."""
+    """Return one element of a /generate answer. `routed_experts`: (MoE layers, top_k) if they were asked for."""
     token_ids = tuple(field(answer, "output_ids", list))
     info = field(answer, "meta_info", dict)
     reason = field(field(info, "finish_reason", dict), "type", str)
@@ -36,14 +39,14 @@ def completion(answer: object, routed_experts: tuple[int, int] | None = None) ->
 
 
 def prompt_log_probs(answer: object, token_ids: Sequence[int]) -> NDArray[np.float32]:
-    """[len - 1] log-probs of token_ids[1:], from a /generate answer with `logprob_start_len` 0.
+    """Return the [len - 1] log-probs of token_ids[1:], from a /generate answer with `logprob_start_len` 0.
 
-    SGLang 0.5 scores token 0 in place of the vocabulary's last one in a prompt (its guard against image hashes
-    is off by one) and names it 0: such positions are nan.
+    SGLang 0.5 scores token 0 in place of the vocabulary's last one in a prompt (its guard against image hashes is off
+    by one) and names it 0; the log-probs of such positions are nan.
     """
     entries = field(field(answer, "meta_info", dict), "input_token_logprobs", list)
     if len(entries) != len(token_ids):
-        raise ValueError(f"{len(token_ids)} tokens were to be scored, the answer has log-probs for {len(entries)}")
+        raise ValueError(f"{len(token_ids)} tokens were to be scored, but the answer has log-probs for {len(entries)}")
     last = max(token_ids)
     replaced = [a == last and int(entry[1]) == 0 != a for a, entry in zip(token_ids[1:], entries[1:])]
     named = [0 if wrong else token for token, wrong in zip(token_ids[1:], replaced)]
@@ -51,13 +54,13 @@ def prompt_log_probs(answer: object, token_ids: Sequence[int]) -> NDArray[np.flo
 
 
 def abort_message(answer: object) -> str | None:
-    """Why the engine aborted this response; None when it did not."""
+    """Return why the engine aborted this response; None when it did not."""
     reason = field(field(answer, "meta_info", dict), "finish_reason", dict)
     return str(reason.get("message", "no reason given")) if reason.get("type") == "abort" else None
 
 
 def experts_array(encoded: str, rows: int, layers: int, top_k: int) -> NDArray[np.int32]:
-    """[rows, layers, top_k] from base64 of little-endian int32."""
+    """Return [rows, layers, top_k] from base64 of little-endian int32."""
     raw = base64.b64decode(encoded, validate=True)
     if len(raw) != 4 * rows * layers * top_k:
         raise ValueError(
@@ -68,7 +71,7 @@ def experts_array(encoded: str, rows: int, layers: int, top_k: int) -> NDArray[n
 
 
 def _log_probs(entries: Sequence[Any], token_ids: Sequence[int]) -> NDArray[np.float32]:
-    """Log-probs of SGLang's [log_prob, token id, text] triples, which must name `token_ids`."""
+    """Return the log-probs of SGLang's [log_prob, token id, text] triples, which must name `token_ids`."""
     try:
         named = [int(entry[1]) for entry in entries]
         values = [float(entry[0]) for entry in entries]
@@ -83,7 +86,7 @@ def _log_probs(entries: Sequence[Any], token_ids: Sequence[int]) -> NDArray[np.f
 
 
 def _weight_spans(info: Mapping[str, Any], tokens: int) -> tuple[WeightSpan, ...]:
-    """The weights' versions over [0, tokens), without gap or overlap."""
+    """Return the weights' versions over [0, tokens), without gap or overlap."""
     spans = tuple(
         WeightSpan(str(field(s, "version", str)), field(s, "start", int), field(s, "end", int))
         for s in field(info, "weight_versions", list)

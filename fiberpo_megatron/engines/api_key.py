@@ -1,4 +1,4 @@
-"""The key without which a server refuses requests. It travels by file (mode 0600), never by command line or log."""
+"""A server refuses requests without its key, which travels by file (mode 0600), never by command line or log."""
 
 import os
 import secrets
@@ -6,18 +6,18 @@ from pathlib import Path
 
 
 def new_key() -> str:
-    """256 random bits."""
+    """Return a key of 256 random bits."""
     return secrets.token_urlsafe(32)
 
 
 def write_key(path: Path, key: str) -> None:
-    """A new file that only its owner can read."""
+    """Write the key to a new file that only its owner can read."""
     with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(f"{key}\n")
 
 
 def read_key(path: Path) -> str:
-    """The key in `path`. Raises ValueError when others may read the file, or when it holds no key."""
+    """Return the key in `path`. Raises ValueError when others may read the file, or when it holds no key."""
     try:
         mode, key = path.stat().st_mode, path.read_text().strip()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, so that the synchronous trainer can use asynchronous clients."""
+"""An event loop in a separate thread lets the synchronous trainer use asynchronous clients."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ Result = TypeVar("Result")
 
 
 class BackgroundLoop:
-    """Runs coroutines. Close it when done."""
+    """Runs coroutines in a thread; close it when done."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
@@ -18,11 +18,11 @@ class BackgroundLoop:
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, Result]) -> "Future[Result]":
-        """Start it; the future has its result."""
+        """Start a coroutine; the future has its result."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Its result; it is cancelled when this thread is interrupted."""
+        """Run a coroutine and return its result; it is cancelled when this thread is interrupted."""
         future = self.submit(work)
         try:
             return future.result()
@@ -31,7 +31,7 @@ class BackgroundLoop:
             raise
 
     def close(self) -> None:
-        """Stop the loop; idempotent."""
+        """Stop the loop; calling this again does nothing."""
         if self._loop.is_closed():
             return
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -1,6 +1,6 @@
-"""An async HTTP client for one SGLang server. Every call has a deadline and fails with an `EngineError`.
+"""This is an async HTTP client for one SGLang server; every call has a deadline and fails with an `EngineError`.
 
-There are no retries: a generation that failed says so, and a weight update must never run twice unnoticed.
+There are no retries: a failed generation is reported, and a weight update must never run twice unnoticed.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ KEEP_ALIVE_S = 3.0
 
 @dataclass(frozen=True)
 class EngineAddress:
-    """Where a server is, and its log where this machine can read it."""
+    """Says where a server is, and where its log is if this machine can read it."""
 
     url: str
     """http://host:port"""
@@ -49,11 +49,11 @@ class EngineAddress:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. Log-probs are those of logits / temperature, before top_p and top_k."""
+    """Says how responses are drawn. Log-probs are those of logits / temperature, before top_p and top_k."""
 
     max_response_tokens: int
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end a response; the one that did stays in it. The model's own EOS ends one as well."""
+    """Tokens that end a response; the token that ended it stays in it. The model's own EOS ends a response as well."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
@@ -71,7 +71,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a server says about itself."""
+    """Holds what a server says about itself."""
 
     model_path: str
     weight_version: str
@@ -79,10 +79,10 @@ class ModelInfo:
 
 
 class EngineClient:
-    """One server. Use it inside one event loop, and close it (`async with`).
+    """Talks to one server. Use it inside one event loop, and close it (`async with`).
 
-    `timeout_s` bounds one generation or scoring request, its wait in the server's queue included;
-    `transport` is the network seam for tests.
+    `timeout_s` bounds one generation or scoring request, including its wait in the server's queue; `transport` replaces
+    the network in tests.
     """
 
     def __init__(
@@ -127,12 +127,11 @@ class EngineClient:
         seeds: Sequence[int] | None = None,
         routed_experts: tuple[int, int] | None = None,
     ) -> list[Completion]:
-        """One response to each prompt (token ids), in order; several to one prompt: repeat it.
+        """Return one response to each prompt (token ids), in order; for several responses, repeat the prompt.
 
-        SGLang's `n` is not used, because its responses would share one seed. `seeds`: one per prompt; needs a
+        SGLang's `n` is not used, because its responses would share one seed. `seeds`: one per prompt; this needs a
         server started with `--enable-deterministic-inference`. `routed_experts`: (MoE layers, top_k) fills
-        `Completion.routed_experts`; needs `--enable-return-routed-experts`. `partial`: accept responses that
-        the engine aborted (their finish reason is `abort`) instead of raising EngineAborted.
+        `Completion.routed_experts`; this needs `--enable-return-routed-experts`.
         """
         if seeds is not None and len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; pass one seed per prompt")
@@ -151,13 +150,13 @@ class EngineClient:
         with self._answer_errors("/generate"):
             found = len(answer) if isinstance(answer, list) else 1
             if not isinstance(answer, list) or found != len(prompts):
-                raise ValueError(f"{len(prompts)} responses were asked for, {found} came")
+                raise ValueError(f"{len(prompts)} responses were asked for, but {found} came")
             for element in answer:
                 self._refuse_abort(element)
             return [answers.completion(element, routed_experts) for element in answer]
 
     async def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """[len - 1] log-probs of token_ids[1:] at temperature 1 (SGLang does not scale those of a prompt)."""
+        """Return the [len - 1] log-probs of token_ids[1:] at temperature 1 (SGLang scores prompts at no other)."""
         request = {
             "input_ids": list(token_ids),
             "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
@@ -176,7 +175,7 @@ class EngineClient:
             raise EngineAborted(
                 self.url,
                 f"a response was aborted ({reason})",
-                "If nobody aborted it on purpose, look for the cause in the server's log",
+                "If it was not aborted on purpose, look for the cause in the server's log",
                 self.address.log,
             )
 
@@ -203,7 +202,7 @@ class EngineClient:
     # Control
 
     async def health(self, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
-        """Returns once the server has generated one token (takes a second when it is idle)."""
+        """Return once the server has generated one token (which takes a second when it is idle)."""
         await self._call("GET", "/health_generate", None, timeout_s, json=False)
 
     async def model_info(self, timeout_s: float = CONTROL_TIMEOUT_S) -> ModelInfo:
@@ -212,9 +211,9 @@ class EngineClient:
             return ModelInfo(answers.field(answer, "model_path", str), answers.field(answer, "weight_version", str))
 
     async def tensor_parallel_size(self, timeout_s: float = CONTROL_TIMEOUT_S) -> int:
-        """Ranks among which the server splits its weights.
+        """Return the number of ranks among which the server splits its weights.
 
-        Refuses a server with data-parallel replicas: SGLang cannot update those by broadcast.
+        A server with data-parallel replicas is refused, because SGLang cannot update those by broadcast.
         """
         answer = await self._call("GET", "/server_info", None, timeout_s)
         with self._answer_errors("/server_info"):
@@ -234,27 +233,27 @@ class EngineClient:
         await self._call("POST", "/flush_cache", None, CONTROL_TIMEOUT_S, json=False)
 
     async def memory_saver(self) -> bool:
-        """Whether releasing memory frees any: the server was started with --enable-memory-saver."""
+        """Return whether the server was started with --enable-memory-saver, so that releasing memory frees any."""
         answer = await self._call("GET", "/server_info", None, CONTROL_TIMEOUT_S)
         with self._answer_errors("/server_info"):
             return bool(answers.field(answer, "enable_memory_saver", bool))
 
     async def release_memory(self, tags: Sequence[str]) -> None:
-        """Give up the memory of "kv_cache" or "weights", contents included; no requests until it is resumed.
+        """Release the memory of "kv_cache" or "weights" with its contents; no requests may come until it is resumed.
 
-        A server that is not idle would die of it: waits until the last request has left (EngineRefused if it does
-        not).
+        A server that is not idle would crash, so this waits until the last request has left, and raises EngineRefused
+        if it does not.
         """
         idle = CONTROL_TIMEOUT_S / 2
         await self._call("POST", f"/flush_cache?timeout={idle:g}", None, CONTROL_TIMEOUT_S, json=False)
         await self._call("POST", "/release_memory_occupation", {"tags": list(tags)}, CONTROL_TIMEOUT_S, json=False)
 
     async def resume_memory(self, tags: Sequence[str]) -> None:
-        """Take the memory again. Weights must then be published."""
+        """Take the memory again; weights must then be published."""
         await self._call("POST", "/resume_memory_occupation", {"tags": list(tags)}, CONTROL_TIMEOUT_S, json=False)
 
     async def checksum(self) -> str:
-        """Checksum of the weights that the server holds, joined over its tensor-parallel ranks."""
+        """Return the checksum of the weights that the server holds, joined over its tensor-parallel ranks."""
         answer = await self._command("/weights_checker", {"action": "checksum"}, CONTROL_TIMEOUT_S)
         with self._answer_errors("/weights_checker"):
             ranks = answers.field(answer, "ranks", list)
@@ -268,7 +267,7 @@ class EngineClient:
         A folder that cannot be read leaves the old weights. A tensor of the wrong shape kills the server: its
         rollback reads the same folder.
         """
-        # load_format: a server that was started with random weights would draw random ones again
+        # without load_format, a server that was started with random weights would draw random ones again
         request = {"model_path": str(folder), "weight_version": version, "load_format": "auto"}
         await self._command("/update_weights_from_disk", request, timeout_s)
 
@@ -288,7 +287,7 @@ class EngineClient:
         backend: str,
         timeout_s: float,
     ) -> None:
-        """The server's tensor-parallel ranks join `group` as ranks rank_offset, rank_offset + 1, .."""
+        """Make the server's tensor-parallel ranks join `group` as ranks rank_offset, rank_offset + 1, ..."""
         request = {
             "master_address": host,
             "master_port": port,
@@ -308,9 +307,9 @@ class EngineClient:
         version: str | None,
         timeout_s: float,
     ) -> None:
-        """Receive one flat bucket of these tensors from rank 0 of `group` and load it.
+        """Make the server receive one flat bucket of these tensors from rank 0 of `group` and load it.
 
-        `version`: given with the last bucket.
+        `version` is given with the last bucket.
         """
         request: dict[str, object] = {
             "names": list(names),
@@ -330,7 +329,7 @@ class EngineClient:
     # Transport
 
     async def _command(self, path: str, request: Mapping[str, object], timeout_s: float) -> Any:
-        """A call whose answer carries `success`."""
+        """Send a request whose answer carries `success`."""
         answer = await self._call("POST", path, request, timeout_s)
         with self._answer_errors(path):
             if not answers.field(answer, "success", bool):
@@ -345,7 +344,7 @@ class EngineClient:
         timeout_s: float,
         json: bool = True,
     ) -> Any:
-        """The decoded answer of one request; EngineError when there is none before the deadline."""
+        """Return the decoded answer of one request. Raises EngineError when there is none before the deadline."""
         try:
             async with asyncio.timeout(timeout_s):
                 response = await self._http.request(method, path, json=request)
@@ -393,11 +392,11 @@ class EngineClient:
 
 
 def _key_seen(address: EngineAddress) -> str:
-    return "another API key is needed" if address.api_key else "an API key is needed, none was given"
+    return "another API key is needed" if address.api_key else "an API key is needed, but none was given"
 
 
 def _reason(response: httpx.Response) -> str:
-    """The message inside SGLang's error bodies, or the body."""
+    """Return the message inside SGLang's error bodies, or the whole body."""
     try:
         body = response.json()
     except ValueError:

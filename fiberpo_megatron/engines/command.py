@@ -1,4 +1,4 @@
-"""The command line and the environment of a SGLang server, with a GPU and without."""
+"""This module makes the command line and the environment of an SGLang server, with a GPU and without."""
 
 import os
 import subprocess
@@ -23,31 +23,31 @@ LAUNCHER_VARIABLES |= {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORL
 
 @dataclass(frozen=True)
 class Server:
-    """What one server serves and where."""
+    """Says what one server serves and where."""
 
     model: Path
     """Hugging Face folder."""
     dtype: str
     """float32 or bfloat16."""
     host: str
-    """Address it binds."""
+    """Address on which it listens."""
     port: int
-    """HTTP."""
+    """Port for HTTP."""
     internal_port: int
-    """Rendezvous of its own tensor-parallel ranks."""
+    """Port at which the server's own tensor-parallel ranks meet."""
     seed: int
-    """Of sampling without per-request seeds."""
+    """Seed of sampling without per-request seeds."""
     gpu: bool
     first_gpu: int = 0
     """Index of its first GPU among the visible ones."""
     routed_experts: bool = False
     """Return the experts of every token on request."""
     deterministic: bool = False
-    """Honour per-request sampling seeds. On a GPU with batch-invariant kernels, which are slower."""
+    """Obey per-request sampling seeds; on a GPU this uses batch-invariant kernels, which are slower."""
 
 
 def server_command(server: Server, config: EngineConfig) -> list[str]:
-    """`python -m sglang.launch_server ..`; `engine.extra_args` come last, so they win."""
+    """Return `python -m sglang.launch_server ..`; `engine.extra_args` come last, so that they take precedence."""
     command = [interpreter(config), "-m", "sglang.launch_server"]
     command += [
         "--model-path",
@@ -61,7 +61,7 @@ def server_command(server: Server, config: EngineConfig) -> list[str]:
         command += ["--load-format", "dummy"]
     command += ["--nccl-port", str(server.internal_port), "--dtype", server.dtype]
     command += ["--random-seed", str(server.seed), "--max-running-requests", str(config.max_running_requests)]
-    # token ids in and out: no tokenizer, no text, no grammar
+    # token ids go in and come out, so no tokenizer and no grammar is needed
     command += [
         "--skip-tokenizer-init",
         "--grammar-backend",
@@ -88,7 +88,7 @@ def server_command(server: Server, config: EngineConfig) -> list[str]:
 
 
 def interpreter(config: EngineConfig) -> str:
-    """The Python that has SGLang. Raises FileNotFoundError when the one that is set does not exist."""
+    """Return the Python that has SGLang. Raises FileNotFoundError when the one that is set does not exist."""
     chosen = config.python or os.environ.get("FIBERPO_SGLANG_PYTHON")
     if chosen and not os.access(chosen, os.X_OK):
         source = "rollout.engine.python" if config.python else "FIBERPO_SGLANG_PYTHON"
@@ -99,7 +99,7 @@ def interpreter(config: EngineConfig) -> str:
 
 
 def sglang_version(python: str) -> str | None:
-    """Version of the SGLang of an interpreter; None where it has none."""
+    """Return the version of SGLang that an interpreter has, or None if it has none."""
     if python == sys.executable:
         with suppress(metadata.PackageNotFoundError):
             return metadata.version("sglang")
@@ -112,9 +112,9 @@ def sglang_version(python: str) -> str | None:
 def server_environment(
     parent: Mapping[str, str], config: EngineConfig, server: Server, key_file: Path | None
 ) -> dict[str, str]:
-    """The parent's environment without what belongs to its own launcher, with what the server needs.
+    """Return the parent's environment without the variables of its own launcher, with those that the server needs.
 
-    `key_file`: holds the API key, which must appear neither here nor on the command line.
+    `key_file` holds the API key, which must appear neither in the environment nor on the command line.
     """
     environment = {
         name: value
@@ -123,7 +123,7 @@ def server_environment(
         if name not in LAUNCHER_VARIABLES and not name.startswith("TORCHELASTIC_")
     }
     environment["PYTHONUNBUFFERED"] = "1"
-    environment["PYTHONSAFEPATH"] = "1"  # the working directory shadows no module
+    environment["PYTHONSAFEPATH"] = "1"  # the working directory must not shadow a module
     environment["HF_HUB_OFFLINE"] = "1"  # a wrong folder is an error, not the name of a model on the hub
     folders = [PLUGIN] if server.gpu else [PLUGIN, CPU_STAND_INS]
     environment["PYTHONPATH"] = os.pathsep.join([*map(str, folders), *filter(None, [parent.get("PYTHONPATH")])])

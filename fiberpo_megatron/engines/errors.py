@@ -1,4 +1,4 @@
-"""What can go wrong with an engine: a small tree; every message has the server, what was seen and the fix."""
+"""These errors say what can go wrong with an engine; every message has the server, what was seen and the fix."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ class SamplingStopped(Exception):
 
 
 class EngineError(RuntimeError):
-    """An engine did not do what it was asked to. `url` names it; `what` and `fix` make the message."""
+    """An engine did not do what it was asked to; `url` names it, `what` and `fix` make the message."""
 
     def __init__(self, url: str, what: str, fix: str, log: Path | None = None) -> None:
         self.url, self.what, self.fix, self.log = url, what, fix, log
@@ -21,15 +21,15 @@ class EngineError(RuntimeError):
 
 
 class EngineUnreachable(EngineError):
-    """Connection refused, reset or lost before the answer was complete."""
+    """The connection was refused, reset or lost before the answer was complete."""
 
 
 class EngineTimeout(EngineError):
-    """No answer before the deadline."""
+    """There was no answer before the deadline."""
 
 
 class EngineRefused(EngineError):
-    """The server answered with an HTTP error or `success: false`."""
+    """The server has answered with an HTTP error or `success: false`."""
 
 
 class EngineAnswerError(EngineError):
@@ -45,7 +45,7 @@ class EngineStartError(EngineError):
 
 
 def log_tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:
-    """The last lines of a log under a heading that names the file, or a line saying why there are none."""
+    """Return the last lines of a log under a heading that names the file, or a line that says why there are none."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 200 * lines))

@@ -1,10 +1,9 @@
-"""What a server process runs first: ask to die with the parent, then become the server (exec).
+"""A server process runs this first: it asks the kernel to end it with its parent, then becomes the server (exec).
 
-`python launcher.py PARENT_PID COMMAND..`; it must not import this package.
+Run it as `python launcher.py PARENT_PID COMMAND..`; it must not import this package.
 
-The kernel sends SIGKILL when the *thread* that started this process ends, so engines are started from a
-thread that lives as long as they should (the main one). SGLang's own children ask for the same towards the
-server.
+The kernel sends SIGKILL when the *thread* that started this process ends, so engines are started from a thread that
+lives as long as they should (the main one). SGLang's own children ask to be ended with the server in the same way.
 """
 
 import ctypes

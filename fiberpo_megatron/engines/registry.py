@@ -1,4 +1,4 @@
-"""How engines on other machines become known to a run: files in a folder that all of them see."""
+"""Engines on other machines become known to a run through files in a folder that all machines see."""
 
 import json
 import os
@@ -13,13 +13,16 @@ from fiberpo_megatron.engines.errors import EngineStartError
 
 POLL_S = 0.2
 SLACK_S = 60.0
-"""Added to the servers' own deadline, so that a server that is late says so itself."""
+"""Added to the servers' own deadline, so that a server that is late can report this first."""
 
 
 @dataclass(frozen=True)
 class Registry:
-    """A folder of one job: `hosts` (one name a line: who starts engines), `api_key` (mode 0600), and for each host
-    that is through <host>.json with the addresses of its healthy servers, or with the error."""
+    """Reads and writes the folder of one job, in which the hosts that start engines report to the run.
+
+    `hosts` names these machines, one per line; `api_key` (mode 0600) holds the servers' key. For each host that has
+    finished starting there is <host>.json, with the addresses of its healthy servers or with the error.
+    """
 
     folder: Path
 
@@ -34,24 +37,24 @@ class Registry:
             raise ValueError(f"{path}, which names the engines' hosts, cannot be read: {error.strerror}") from error
 
     def register(self, host: str, engines: list[EngineAddress]) -> None:
-        """Say that all servers of `host` are healthy."""
+        """Record that all servers of `host` are healthy."""
         servers = [{"url": e.url, "log": str(e.log.resolve()) if e.log else None} for e in engines]
         self._write(host, {"engines": servers})
 
     def fail(self, host: str, error: str) -> None:
-        """Say why `host` has none, or no more."""
+        """Record why `host` has no servers, or no longer has them."""
         self._write(host, {"error": error})
 
     def _write(self, host: str, record: dict[str, object]) -> None:
         path = self.folder / f"{host}.json"
         part = path.with_suffix(".part")
         part.write_text(json.dumps(record))
-        os.replace(part, path)  # readers see all of it or nothing
+        os.replace(part, path)  # readers see the whole file or no file
 
     def wait(self, timeout_s: float) -> list[EngineAddress]:
-        """The servers of all hosts, in the order of `hosts`.
+        """Return the servers of all hosts, in the order of `hosts`.
 
-        Raises EngineStartError when a host says that it failed, and when some have said nothing after `timeout_s`.
+        Raises EngineStartError when a host reports a failure, and when some have reported nothing after `timeout_s`.
         """
         hosts, key = self.hosts(), self.key()
         deadline = time.monotonic() + timeout_s

@@ -1,4 +1,4 @@
-"""Starts SGLang servers on this machine and stops them; or checks the ones whose addresses are given."""
+"""This module starts SGLang servers on this machine and stops them, or checks those whose addresses are given."""
 
 import os
 import shutil
@@ -44,17 +44,17 @@ def engines(
     deterministic: bool | None = None,
     api_key: str | None = None,
 ) -> Iterator[list[EngineAddress]]:
-    """Healthy engines; those that were started here are stopped at the end, whatever the reason.
+    """Yield healthy engines; those that were started here are stopped at the end, whatever ends the block.
 
-    `model`: Hugging Face folder; without safetensors the weights are random until the first publication.
-    `folder`: gets engine_<i>.log. `dtype`: used where `engine.dtype` is auto. `host`: address to bind, which
-    all ranks must reach. `first_gpu`: server i takes `engine.tensor` GPUs from first_gpu + i * engine.tensor.
-    `gpu` unset: whether torch sees one. `deterministic` (unset: without a GPU): honour per-request seeds.
-    `api_key`: without it the servers refuse requests; unset, everybody who reaches them can use them.
+    `model`: Hugging Face folder; without safetensors the weights are random until the first publication. `folder`: gets
+    engine_<i>.log. `dtype`: used if `engine.dtype` is auto. `host`: address to bind, which all ranks must reach.
+    `first_gpu`: server i takes `engine.tensor` GPUs from first_gpu + i * engine.tensor. `gpu` unset: whether torch sees
+    one. `deterministic` (unset: without a GPU): obey per-request seeds. `api_key`: without it the servers refuse
+    requests; unset, everybody who reaches them can use them.
 
-    Call it from a thread that outlives the engines. Raises EngineStartError (busy port, missing sglang, exit
-    or no health before `engine.start_timeout_s`, with the log's tail), and EngineUnreachable for a given
-    address without a server.
+    Call this from a thread that outlives the engines. Raises EngineStartError (busy port, missing sglang, exit or no
+    health before `engine.start_timeout_s`, with the log's tail), and EngineUnreachable for a given address without a
+    server.
     """
     if config.urls:
         addresses = [EngineAddress(url.rstrip("/"), api_key=api_key) for url in config.urls]
@@ -97,7 +97,7 @@ def engines(
 
 
 def check_startable(config: EngineConfig, model: Path, host: str) -> None:
-    """Raise what can be known before a process is started."""
+    """Raise for everything that can be known to fail before a process is started."""
     python = interpreter(config)
     if sglang_version(python) is None:
         raise EngineStartError(
@@ -137,7 +137,7 @@ def check_reachable(address: EngineAddress) -> None:
 
 @dataclass(frozen=True)
 class EngineProcess:
-    """A server that was started here."""
+    """Represents a server that was started here."""
 
     address: EngineAddress
     process: "subprocess.Popen[bytes]"
@@ -145,9 +145,9 @@ class EngineProcess:
     """Its sockets and other temporary files, which SGLang leaves behind."""
 
     def wait_until_healthy(self, deadline: float) -> None:
-        """Return once the server has generated a token, and has refused to without the API key.
+        """Return once the server has generated a token, and has refused to do so without the API key.
 
-        `deadline`: of time.monotonic().
+        `deadline` is a time of time.monotonic().
         """
         begin = time.monotonic()
         with httpx.Client(base_url=self.address.url, headers=self.address.headers, trust_env=False) as http:
@@ -181,7 +181,8 @@ class EngineProcess:
 
 
 def start_server(server: Server, config: EngineConfig, log: Path, api_key: str | None = None) -> EngineProcess:
-    """Start one server in a process group of its own; it dies with this process, even at kill -9."""
+    """Start one server in a separate process group; it dies with this process, even when that is killed with
+    SIGKILL."""
     command = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *server_command(server, config)]
     temporary = tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-")  # mode 0700
     key_file = Path(temporary) / "api_key" if api_key else None
@@ -201,9 +202,9 @@ def start_server(server: Server, config: EngineConfig, log: Path, api_key: str |
 
 
 def stop_all(started: Sequence[EngineProcess]) -> None:
-    """SIGKILL to the process groups; returns when the servers are gone.
+    """Send SIGKILL to the process groups; return when the servers are gone.
 
-    No SIGTERM first: SGLang looks for it every 5 s only, and a server holds nothing that is worth saving.
+    No SIGTERM is sent first: SGLang looks for it only every 5 s, and a server holds nothing that is worth saving.
     """
     for engine in started:
         with suppress(ProcessLookupError):
@@ -214,7 +215,7 @@ def stop_all(started: Sequence[EngineProcess]) -> None:
 
 
 def remove_leftovers() -> None:
-    """Temporary files of engines whose run was killed before it could remove them."""
+    """Remove temporary files of engines whose run was killed before it could remove them."""
     for left in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*-*"):
         run = left.name.removeprefix(TEMPORARY).partition("-")[0]
         if run.isdigit() and not Path(f"/proc/{run}").exists():
@@ -222,7 +223,7 @@ def remove_leftovers() -> None:
 
 
 def _generates(http: httpx.Client, timeout_s: float) -> bool:
-    """Whether the server generates a token. (SGLang's /health asks for one too, and then sleeps 1 s.)"""
+    """Return whether the server generates a token. (SGLang's /health asks for one too, and then sleeps 1 s.)"""
     try:
         return http.post("/generate", json=ONE_TOKEN, timeout=timeout_s).status_code == httpx.codes.OK
     except httpx.TransportError:
@@ -230,7 +231,7 @@ def _generates(http: httpx.Client, timeout_s: float) -> bool:
 
 
 def _refuses_strangers(url: str, timeout_s: float) -> bool:
-    """Whether the server refuses a request without an API key."""
+    """Return whether the server refuses a request without an API key."""
     with httpx.Client(base_url=url, trust_env=False, timeout=timeout_s) as stranger:
         answers = [stranger.post("/generate", json=ONE_TOKEN), stranger.get("/model_info")]
     return all(answer.status_code == httpx.codes.UNAUTHORIZED for answer in answers)

@@ -1,4 +1,4 @@
-"""Settings of the SGLang servers: [rollout.engine]."""
+"""These settings describe the SGLang servers: [rollout.engine]."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,7 +9,7 @@ from fiberpo_megatron.settings import Section
 
 
 class EngineConfig(Section):
-    """SGLang servers. Either their addresses, or how to start them."""
+    """These settings hold either the addresses of running SGLang servers, or how to start servers."""
 
     urls: list[str] = []
     """Addresses of running servers (http://host:port). Empty: the run starts `count` servers itself."""
@@ -23,17 +23,17 @@ class EngineConfig(Section):
     port: int | None = Field(None, ge=1, le=65535)
     """First port; server i listens on port + i. Unset: free ports are found."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
-    """Type in which the server computes. auto: the model's (`model.dtype`)."""
+    """Type in which the server computes; auto is the model's (`model.dtype`)."""
     threads: int = Field(1, ge=1)
     """CPU threads of a server (platform without GPU)."""
     max_total_tokens: int | None = Field(None, ge=1)
-    """Size of the KV cache in tokens. Unset on a GPU: from `memory_fraction`; without: 16384."""
+    """Size of the KV cache in tokens. Unset on a GPU: it follows from `memory_fraction`; unset without a GPU: 16384."""
     max_running_requests: int = Field(64, ge=1)
-    """Requests decoded together."""
+    """Requests that are decoded together."""
     colocated: bool = False
-    """Engines on the training ranks' GPUs: while they generate, gradients are dropped and the optimizer's state waits
-    in host memory; while the trainer learns, they give up weights and KV cache. Needs weight_sync.method = "disk" on
-    GPUs; servers given by URL need --enable-memory-saver."""
+    """Run the engines on the training ranks' GPUs. While they generate, gradients are dropped and the optimizer's state
+    waits in host memory; while the trainer learns, they release weights and KV cache. On GPUs this needs
+    weight_sync.method = "disk"; servers given by URL need --enable-memory-saver."""
     memory_fraction: float = Field(0.8, gt=0, le=1)
     """Share of GPU memory for weights and KV cache; colocated engines share it with the trainer's parameters."""
     start_timeout_s: float = Field(300.0, gt=0)
@@ -41,7 +41,7 @@ class EngineConfig(Section):
     request_timeout_s: float = Field(600.0, gt=0)
     """Seconds one generation request may take."""
     python: Path | None = None
-    """Interpreter that has SGLang, where its pins disagree with the trainer's. Unset: the environment variable
-    FIBERPO_SGLANG_PYTHON (set in the CUDA image), else the trainer's own."""
+    """Interpreter that has SGLang, for cases where SGLang's pinned versions disagree with the trainer's. Unset: the
+    environment variable FIBERPO_SGLANG_PYTHON (set in the CUDA image), else the trainer's own."""
     extra_args: list[str] = []
     """Further arguments of `python -m sglang.launch_server`."""

@@ -110,7 +110,7 @@ def _json(value: object) -> bytes:
 
 def test_the_number_of_responses_must_fit():
     servers = FakeServers({"/generate": lambda host, body: [response([8], [5])] * 2})
-    with pytest.raises(EngineAnswerError, match="1 responses were asked for, 2 came"):
+    with pytest.raises(EngineAnswerError, match="1 responses were asked for, but 2 came"):
         ask(servers, generate)
 
 
@@ -132,7 +132,7 @@ def test_scores():
     np.testing.assert_array_equal(ask(servers, lambda c: c.score([5, 6, 7])), np.float32([-1.5, -2.0]))
     sent = servers.calls[0][2]
     assert sent["sampling_params"] == {"temperature": 1.0, "max_new_tokens": 0} and sent["logprob_start_len"] == 0
-    with pytest.raises(EngineAnswerError, match="2 tokens were to be scored, the answer has log-probs for 3"):
+    with pytest.raises(EngineAnswerError, match="2 tokens were to be scored, but the answer has log-probs for 3"):
         ask(servers, lambda c: c.score([5, 6]))
 
 

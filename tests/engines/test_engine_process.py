@@ -94,7 +94,10 @@ KEY = "a-key-that-nobody-else-may-see"
 
 def check_key(address: EngineAddress) -> None:
     """Only who has the key gets in, and it is nowhere to be seen."""
-    for stranger, seen in ((None, "an API key is needed, none was given"), ("guessed", "another API key is needed")):
+    for stranger, seen in (
+        (None, "an API key is needed, but none was given"),
+        ("guessed", "another API key is needed"),
+    ):
         without = replace(address, api_key=stranger)
         with pytest.raises(EngineRefused, match="the server asks for another API key .*api_key_file"):
             check_reachable(without)

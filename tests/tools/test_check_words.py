@@ -34,6 +34,8 @@ spec.loader.exec_module(words)
         "Rank 0's text on every rank; others pass None.",
         "Mean absolute difference of two arrays.",
         "Checks before the start.",
+        "Names and shapes of the tensors.",
+        "Rows packed by length.",
         "Group-relative advantages.",
         "float32 [n, experts]: what each response token was routed to.",
         "log G = clip(x - l S_same) - clip(-l S_opp) + sum of log base weights (equation 2).",
@@ -66,6 +68,8 @@ def test_a_sentence_without_a_verb_is_found(sentence: str):
         "This module shows plans as Markdown.",
         "These checks look at the machine: GPUs, shared memory, open files.",
         "Return (training GPUs, engine GPUs), which are the same ones if engines are colocated.",
+        "Reads and writes the folder of one job.",
+        "The engine ended a response before its end.",
         "This is one failure: where it stands, the sentence, and the reason with the fix.",
     ],
 )

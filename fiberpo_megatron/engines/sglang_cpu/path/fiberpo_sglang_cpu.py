@@ -1,8 +1,4 @@
-"""SGLang plugin (entry-point group `sglang.srt.plugins`) for servers without a GPU.
-
-SGLang loads it in every process of the server. Each step uses a table or a hook that SGLang offers for
-plugins; the README beside this folder says what fails without it.
-"""
+"""This plugin of SGLang (entry-point group `sglang.srt.plugins`) adapts servers without a GPU."""
 
 import multiprocessing
 from collections.abc import Sequence
@@ -17,23 +13,23 @@ def _plain_buffer(
     allocator: object,
     registration_granularity_bytes: int | None = None,
 ) -> Any:
-    """A host buffer that is not registered with a CUDA driver."""
+    """Return a host buffer that is not registered with a CUDA driver."""
     import torch
 
     return torch.empty(dims, dtype=dtype, device=device)
 
 
 def _nothing(*args: object, **kwargs: object) -> None:
-    """Batch-invariant Triton kernels are not installed on a CPU."""
+    """Do nothing, because batch-invariant Triton kernels are not installed on a CPU."""
 
 
 def _fork(*args: object, **kwargs: object) -> None:
-    """Scheduler and detokenizer as forks: they need not import everything again."""
+    """Start scheduler and detokenizer as forks, so that they need not import everything again."""
     multiprocessing.set_start_method("fork", force=True)
 
 
 def register() -> None:
-    """Entry point of the plugin."""
+    """Register the hooks; SGLang calls this entry point."""
     from sglang.srt import server_args
     from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType

@@ -1,7 +1,7 @@
-"""SGLang plugin (entry-point group `sglang.srt.plugins`) of every server that a run starts.
+"""This plugin of SGLang (entry-point group `sglang.srt.plugins`) runs in every server that a run starts.
 
-SGLang loads it in each of the server's processes, before it reads its arguments. README.md beside this folder says
-what each hook is for.
+SGLang loads it in each of the server's processes, before it reads its arguments. README.md beside this folder says what
+each hook is for.
 """
 
 import os
@@ -12,17 +12,17 @@ from typing import Any
 KEY_FILE = "FIBERPO_API_KEY_FILE"
 
 _kept: list[Any] = []
-"""The rendezvous store, for as long as the process lives."""
+"""The rendezvous store, which must live as long as the process."""
 
 
 def _with_key(server_args: Any, *args: object, **kwargs: object) -> Any:
-    """The parsed arguments with the API key of the file: on the command line everybody on the machine could read it."""
+    """Return the parsed arguments with the API key of the file; every user of the machine could read a command line."""
     server_args.api_key = Path(os.environ[KEY_FILE]).read_text().strip()
     return server_args
 
 
 def _without_key(shown: dict[str, Any], *args: object, **kwargs: object) -> dict[str, Any]:
-    """What SGLang writes to its log about its arguments."""
+    """Return what SGLang writes to its log about its arguments, without the key."""
     return shown | {"api_key": "<redacted>"}
 
 
@@ -35,12 +35,14 @@ def _rendezvous_on_loopback(server_args: Any) -> None:
     listener.bind(("127.0.0.1", server_args.nccl_port))
     listener.listen(1024)
     port = listener.getsockname()[1]
-    _kept.append(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()))
+    _kept.append(
+        TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    )
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # all ranks are clients
 
 
 def register() -> None:
-    """Entry point of the plugin."""
+    """Register the hooks; SGLang calls this entry point."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     if KEY_FILE in os.environ:

@@ -1,7 +1,7 @@
-"""Stand-in for SGLang's compiled CPU kernels, of which no wheel is published.
+"""This package stands in for SGLang's compiled CPU kernels, of which no wheel is published.
 
-SGLang imports the package on every platform. One kernel is used on the paths that this project takes: the hash
-behind seeded sampling; it is written here in NumPy. Any other kernel raises when it is called.
+SGLang imports the package on every platform. One kernel is used on the paths that this project takes: the hash behind
+seeded sampling; it is written here in NumPy. Any other kernel raises when it is called.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def _rotate_left(x: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
 
 
 def _mix(h: NDArray[np.uint32], k: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """One 4-byte block of MurmurHash3 x86_32; uint32 arrays wrap around."""
+    """Hash one 4-byte block as MurmurHash3 x86_32 does; uint32 arrays wrap around."""
     k = _rotate_left(k * np.uint32(0xCC9E2D51), 15) * np.uint32(0x1B873593)
     return _rotate_left(h ^ k, 13) * np.uint32(5) + np.uint32(0xE6546B64)
 

@@ -1,4 +1,5 @@
-"""Import-only stand-in: SGLang imports torchvision for image models; no image model runs on the CPU platform.
+"""This package stands in for torchvision, which SGLang imports for image models; no image model runs on the CPU
+platform.
 
 Submodules exist and their attributes are empty classes.
 """

@@ -1,6 +1,6 @@
-"""Import-only stand-in for Triton: SGLang defines Triton kernels while it is imported, on every platform.
+"""This package stands in for Triton while SGLang is imported, which defines Triton kernels on every platform.
 
-On a CPU none is launched. Any attribute and any submodule exists; `@triton.jit` gives a launcher that raises
+On a CPU no kernel is launched. Any attribute and any submodule exists; `@triton.jit` returns a launcher that raises
 when it is called.
 """
 
@@ -17,14 +17,14 @@ __path__: list[str] = []
 
 
 class _Base:
-    """What an attribute with a capital letter is: a class that may be subclassed with any keyword."""
+    """An attribute with a capital letter is this class, which can be subclassed with any keyword."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__()
 
 
 class _Launcher:
-    """A kernel that cannot be launched."""
+    """Represents a kernel that cannot be launched."""
 
     def __init__(self, function: Callable[..., object]) -> None:
         self.fn = function
@@ -39,14 +39,14 @@ class _Launcher:
 
 
 def jit(*args: Any, **kwargs: Any) -> Any:
-    """Decorator with and without arguments."""
+    """Decorate a kernel, with or without arguments."""
     if len(args) == 1 and callable(args[0]) and not kwargs:
         return args[0] if isinstance(args[0], _Launcher) else _Launcher(args[0])
     return jit
 
 
 class _Anything(types.ModuleType):
-    """A module, a decorator and an empty container at once; attributes are made when asked for."""
+    """Is a module, a decorator and an empty container at once; its attributes are made when they are read."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -101,7 +101,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class Config:
-    """Parameters of an autotuned kernel; only stored."""
+    """Stores the parameters of an autotuned kernel, and does nothing else."""
 
     def __init__(
         self, kwargs: dict[str, object] | None = None, num_warps: int = 4, num_stages: int = 2, **extra: object
@@ -136,7 +136,7 @@ def __getattr__(name: str) -> types.ModuleType:
 
 
 def _prepare() -> None:
-    """The few attributes whose value or type somebody looks at during import."""
+    """Make the few attributes whose value or type SGLang and torch read during the import."""
     sys.meta_path.insert(0, _Finder())
     importlib.import_module("triton.language").constexpr = _Constexpr  # type: ignore[attr-defined]
     importlib.import_module("triton.runtime.jit")
