@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Encoder:
         self._chats = [
             ChatTemplate(tokenizer, options) if tokenizer.chat_template else None for options in chat_options
         ]
+        self._tokens_with: dict[str, tuple[int, ...]] = {}
         self.uses_chat = [False] * len(self.names)
         """By environment: whether a chat template wrote one of its prompts so far."""
 
@@ -131,7 +132,10 @@ class Encoder:
 
     def tokens_with(self, characters: Sequence[str]) -> tuple[int, ...]:
         """Return the ids of all tokens that contain one of these characters."""
-        return _tokens_with(self.tokenizer, tuple(characters), self.vocabulary)
+        wanted = "".join(sorted(characters))
+        if wanted not in self._tokens_with:  # a walk over the vocabulary
+            self._tokens_with[wanted] = tokens_with(self.tokenizer, wanted, self.vocabulary)
+        return self._tokens_with[wanted]
 
     def text(self, token_ids: Sequence[int], stop: Sequence[str] = ()) -> str:
         """Return a response's text for the environment, without the token or character that ended it."""
@@ -172,11 +176,6 @@ class Encoder:
                 f"environment {self.names[domain]!r}: the tokenizer turns {text!r} into {seen!r}; use one that has the "
                 f"characters {''.join(sorted(lost))!r}"
             )
-
-
-@lru_cache(maxsize=64)  # a walk over the vocabulary; the tokenizers of a process are few
-def _tokens_with(tokenizer: Tokenizer, characters: tuple[str, ...], vocabulary: int) -> tuple[int, ...]:
-    return tokens_with(tokenizer, characters, vocabulary)
 
 
 def _source(task: Task) -> str:

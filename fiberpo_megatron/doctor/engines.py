@@ -48,7 +48,7 @@ def servers(config: Config) -> list[Finding]:
     endpoints."""
     engine = config.rollout.engine
     key = read_key(engine.api_key_file) if engine.api_key_file and engine.urls else None
-    needed = (*COMMON, *OF_METHOD[config.weight_sync.method])
+    needed = (*COMMON, *OF_METHOD.get(config.weight_sync.method.use, ()))
     return [_server(EngineAddress(url.rstrip("/"), api_key=key), needed) for url in engine.urls]
 
 

@@ -60,7 +60,7 @@ def _of_config(config: Config) -> Iterator[tuple[str, Check]]:
     yield "model files", lambda: inputs.model_files(config)
     yield "tokenizer", lambda: inputs.tokenizer(config)
     yield "layout", lambda: inputs.layout(config, world)
-    yield "prompts", lambda: inputs.task_files(config)
+    yield "environments", lambda: inputs.environments(config)
     if (config.model.path / "config.json").is_file():
         yield "disk", lambda: storage.free_disk(folder, storage.checkpoint_bytes(config))
     yield "write speed", lambda: storage.write_speed(folder)

@@ -1,7 +1,6 @@
 """These checks look at what the config names: the model's files, its tokenizer, its layout, and the prompts."""
 
 import json
-from pathlib import Path
 
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.doctor.report import Finding
@@ -52,12 +51,19 @@ def layout(config: Config, world_size: int) -> list[Finding]:
     return found or [Finding("layout", "pass", f"{world_size} ranks")]
 
 
-def task_files(config: Config) -> list[Finding]:
-    """Check that the prompt files exist."""
-    paths: list[Path] = []
-    for task in config.data.tasks:
-        paths += [path for path in (getattr(task, "train", None), getattr(task, "held_out", None)) if path]
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        return [Finding("prompts", "fail", f"{', '.join(missing)} does not exist", "Correct data.tasks")]
-    return [Finding("prompts", "pass", f"{len(paths)} files")] if paths else []
+def environments(config: Config) -> list[Finding]:
+    """Check that every environment starts in its workers' interpreter and offers tasks."""
+    from fiberpo_megatron.environments.host import describe
+
+    found = []
+    for environment in config.environments:
+        name = f"environment {environment.name}"
+        try:
+            description = describe(environment)
+        except ValueError as error:
+            what, _, fix = str(error).rpartition("; ")
+            found.append(Finding(name, "fail", what or str(error), fix))
+            continue
+        seen = f"{description.train_size} training tasks, {description.held_out_size} held-out tasks"
+        found.append(Finding(name, "pass", seen))
+    return found

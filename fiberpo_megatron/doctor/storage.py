@@ -34,18 +34,24 @@ def free_disk(folder: Path, needed: int = LOW_BYTES) -> list[Finding]:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Return the bytes of the kept checkpoints and of the one being written: parameters, float32 masters and two
-    moments."""
+    """Return the bytes of the kept checkpoints and of the one being written: parameters, float32 masters and the
+    optimizer's state."""
     import json
+    from math import prod
 
     from fiberpo_megatron.mcore.families import read_architecture
-    from fiberpo_megatron.planning.parameters import model_parameters
-    from fiberpo_megatron.planning.states import DTYPE_BYTES, MOMENT_BYTES
+    from fiberpo_megatron.mcore.optimizers import make_optimizer
+    from fiberpo_megatron.mcore.settings import ParallelConfig
+    from fiberpo_megatron.planning.parameters import chunk_weights
+    from fiberpo_megatron.planning.states import DTYPE_BYTES
 
     architecture = read_architecture(json.loads((config.model.path / "config.json").read_text()))
     width = DTYPE_BYTES[config.model.dtype]
-    per_parameter = width + MOMENT_BYTES + (0 if width == 4 else 4)
-    return model_parameters(architecture) * per_parameter * (config.checkpoint.keep + 1)
+    copies = width + (0 if width == 4 else 4)
+    optimizer = make_optimizer(config.optimizer)
+    shapes = [weight.shape for weight in chunk_weights(architecture, ParallelConfig(), 0, 0)]
+    one = sum(copies * prod(shape) + optimizer.state_bytes(shape) for shape in shapes)
+    return one * (config.checkpoint.keep + 1)
 
 
 def write_speed(folder: Path, size: int = PROBE_BYTES) -> list[Finding]:

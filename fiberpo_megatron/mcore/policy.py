@@ -1,4 +1,4 @@
-"""The trainer's face of the model: `types.Policy` on Megatron-Core."""
+"""This module is the trainer's view of the model: it implements `interfaces.Policy` on Megatron-Core."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ _UNCHANGED = "the optimizer step (weights unchanged)"
 
 @dataclass(frozen=True)
 class AccumulatedGradient:
-    """What went into the gradient buffers."""
+    """Describes what went into the gradient buffers."""
 
     coefficients: tuple[Coefficients, ...]
     """One per call of the gate; empty on ranks that are not on the last pipeline stage."""
@@ -47,7 +47,7 @@ class AccumulatedGradient:
 
 
 class MegatronPolicy:
-    """A model, its optimizer and the passes over them; build it with `build_policy`."""
+    """Holds a model and its optimizer, and runs the passes over them. Build one with `build_policy`."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class MegatronPolicy:
     def log_probs(
         self, micro_batches: Sequence[MicroBatch], temperature: float, *, routing: RoutingMode = "off"
     ) -> TokenScores | None:
-        """Forward without gradient; scores of this rank's response tokens on the last stage, None elsewhere.
+        """Run a forward pass without gradient; return the scores of this rank's response tokens on the last stage, else None.
 
         `routing`: "record" adds the experts of every token to `self.routing`, "replay" takes them from there.
         Raises ValueError on every rank when a token to be replayed has no route.
@@ -108,7 +108,7 @@ class MegatronPolicy:
         log_probs: Tensor | None = None,
         single_pass: bool = False,
     ) -> OptimizerStep:
-        """One optimiser step that maximises the gate's objective (see `types.Policy.step`)."""
+        """Take one optimiser step that maximises the gate's objective (see `interfaces.Passes.step`)."""
         with kept_on_error(correction_biases(self.models)):
             gradient = self.accumulate(micro_batches, gate, temperature, log_probs=log_probs, single_pass=single_pass)
             self._require_finite(gradient.error)
@@ -160,7 +160,7 @@ class MegatronPolicy:
         return AccumulatedGradient(tuple(calls.coefficients), calls.error)
 
     def _scale_aux_loss(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Megatron weighs the auxiliary loss of a micro-batch by its tokens; make the sum a mean over tokens."""
+        """Scale the auxiliary loss to a mean over tokens: Megatron weighs that of a micro-batch by its tokens."""
         counts = [(batch.source_tokens >= 0).sum() for batch in micro_batches]
         local = torch.stack(counts).sum().double()
         tokens = float(self.layout.sum_over_tokens(local))
@@ -181,7 +181,7 @@ class MegatronPolicy:
         return MegatronWeights(self.models, self.hf_config, self.layout)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face names and full tensors, one at a time; rank 0 gets the tensors, others empty ones."""
+        """Yield what `weights.full()` yields."""
         from fiberpo_megatron.mcore import weights
 
         yield from weights.export_hf(self.models, self.hf_config, self.layout)
@@ -191,7 +191,7 @@ class MegatronPolicy:
         self.memory.release()
 
     def restore_memory(self) -> None:
-        """Undo `release_memory`: the next step is bitwise the one without it."""
+        """Bring back what `release_memory` removed. The next step is bitwise the one without it."""
         self.memory.restore()
 
     def save(self, folder: str, state: Mapping[str, object]) -> None:
@@ -202,14 +202,14 @@ class MegatronPolicy:
             checkpoint.save(self, folder, state)
 
     def begin_save(self, folder: str, state: Mapping[str, object]) -> PendingSave:
-        """As `save`, written by a thread beside the training until `finish` is called."""
+        """Save as `save` does, but a thread writes beside the training until `finish` is called."""
         from fiberpo_megatron.mcore import checkpoint
 
         with self.memory.state("saving a checkpoint"):  # what the thread writes are copies
             return checkpoint.begin_save(self, folder, state)
 
     def load(self, folder: str) -> dict[str, object]:
-        """Read a checkpoint written under any layout; returns the trainer's state."""
+        """Read a checkpoint that was written under any layout, and return the trainer's state."""
         from fiberpo_megatron.mcore import checkpoint
 
         with self.memory.state("loading a checkpoint"):
@@ -217,7 +217,7 @@ class MegatronPolicy:
 
 
 class _GateCalls:
-    """The gate of one step: called once for all tokens, or once per micro-batch inside the loss."""
+    """Calls the gate of one step: once for all tokens, or once per micro-batch inside the loss."""
 
     def __init__(self, gate: Gate, slices: Sequence[slice]) -> None:
         self._gate = gate
@@ -225,18 +225,18 @@ class _GateCalls:
         self._gradient: Tensor | None = None
         self.coefficients: list[Coefficients] = []
         self.error: str | None = None
-        """What is not finite, for a report after the pass: raising inside it would leave other ranks waiting."""
+        """What is not finite; raised after the pass, because raising inside it would leave other ranks waiting."""
         self.failure: str | None = None
         """What the gate raised inside a pass."""
 
     def check(self, log_probs: Tensor | None) -> str | None:
-        """Says how many log-probs are not finite, before the gate's own collectives."""
+        """Return how many log-probs are not finite, as text; None if all are. Asked before the gate's own collectives."""
         assert log_probs is not None, "the last pipeline stage knows its log-probs"
         bad = int((~log_probs.isfinite()).sum())
         return f"{bad} of {len(log_probs)} log-probs are not finite" if bad else None
 
     def all_at_once(self, log_probs: Tensor | None) -> str | None:
-        """Coefficients of all tokens; what the gate raised, as text."""
+        """Compute the coefficients of all tokens; return what the gate raised, as text."""
         assert log_probs is not None, "the last pipeline stage knows its log-probs"
         end = self._slices[-1].stop if self._slices else 0
         try:
@@ -246,7 +246,7 @@ class _GateCalls:
         return None
 
     def loss(self, index: int, log_probs: Tensor) -> Tensor:
-        """-sum_j c_j log p_j over one micro-batch: its gradient is that of the objective, with opposite sign."""
+        """Return -sum_j c_j log p_j over one micro-batch: its gradient is minus that of the objective."""
         if index >= len(self._slices):
             return log_probs.sum()  # a micro-batch that only fills up the schedule, without tokens
         where = self._slices[index]
@@ -257,7 +257,7 @@ class _GateCalls:
         try:
             self.error = self.error or self.check(log_probs)
             return self._call(log_probs.detach(), where)
-        except Exception as error:  # told after the pass, which the other ranks are in the middle of
+        except Exception as error:  # reported after the pass, which the other ranks are in the middle of
             self.failure = self.failure or f"{type(error).__name__}: {error}"
             return torch.zeros_like(log_probs)
 

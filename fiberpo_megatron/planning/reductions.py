@@ -14,9 +14,9 @@ def gate_bytes(config: Config) -> tuple[int, ...]:
     """Return the bytes of each all-reduce, per rank.
 
     No formula is used: the objective itself, a user's own included, is called on one token per trajectory of a
-    mini-batch, with a reduction that counts. Its tables have a row per node, so their size does not depend on the number
-    of tokens. Where levels name turns, the plan counts one turn per trajectory; where they name weight versions or
-    engines, it counts one of them.
+    mini-batch, with a reduction that counts. Its tables have a row per node, so their size does not depend on the
+    number of tokens. Where levels name turns, the plan counts one turn per trajectory; where they name weight versions
+    or engines, it counts one of them.
     """
     return _gate_bytes(
         config.algorithm.model_dump_json(),

@@ -14,8 +14,8 @@ import logging
 import struct
 import zlib
 from collections import UserDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,9 @@ _HEAD = struct.Struct("<4sqQI")
 """Magic, index of the prompt (_ORIGIN for the first record), bytes that follow, their CRC-32."""
 _MAGIC = b"grp1"
 _ORIGIN = -1
-_ARRAYS = ("token_ids", "log_probs", "routed_experts", "loss_mask")
+_ARRAYS = ("token_ids", "log_probs", "routed_experts", "loss_mask", "engines")
+_FACTS = tuple(fact.name for fact in fields(Trajectory) if fact.name not in ("prompt", "completion"))
+"""What a trajectory says besides its tokens: JSON values."""
 _log = logging.getLogger(__name__)
 
 
@@ -120,15 +122,6 @@ class FinishedGroups(UserDict[int, RolloutGroup]):
         self._file.flush()
 
 
-def finished_indices(folder: Path) -> set[int]:
-    """Indices of the groups that a folder holds, of whatever origin; their checksums are not looked at."""
-    found = set()
-    for path in folder.glob("rank_*"):
-        with path.open("rb") as file:
-            found |= {record.prompt for record in _records(file)} - {_ORIGIN}
-    return found
-
-
 def origins(folder: Path) -> Iterator[Origin]:
     """Where the files of a folder come from, as far as they say it."""
     for path in sorted(folder.glob("rank_*")):
@@ -165,21 +158,20 @@ def _payload(file: IO[bytes], record: _Record) -> bytes | None:
 def _origin(file: IO[bytes], first: _Record | None) -> Origin | None:
     """What the first record says; None where it is damaged or of another version of the format."""
     payload = None if first is None or first.prompt != _ORIGIN else _payload(file, first)
-    told = {} if payload is None else json.loads(payload)
-    return Origin(**told) if told.keys() == {field.name for field in fields(Origin)} else None
+    described = {} if payload is None else json.loads(payload)
+    return Origin(**described) if described.keys() == {field.name for field in fields(Origin)} else None
 
 
 def _encode(group: RolloutGroup) -> bytes:
     """A group without its prompt."""
-    told: list[dict[str, Any]] = []
+    described: list[dict[str, Any]] = []
     arrays: dict[str, Any] = {}
     for i, trajectory in enumerate(group.trajectories):
         completion = trajectory.completion
-        told.append(
+        described.append(
             {
-                "text": trajectory.text,
-                "reward": trajectory.reward,
-                "correct": trajectory.correct,
+                "prompt_ids": trajectory.prompt.token_ids,
+                **{name: _plain(getattr(trajectory, name)) for name in _FACTS},
                 "finish_reason": completion.finish_reason,
                 "weight_spans": [[span.version, span.start, span.end] for span in completion.weight_spans],
             }
@@ -187,8 +179,8 @@ def _encode(group: RolloutGroup) -> bytes:
         values = {name: getattr(completion, name) for name in _ARRAYS}
         arrays |= {f"{i}.{name}": np.asarray(value) for name, value in values.items() if value is not None}
     buffer = io.BytesIO()
-    described = np.frombuffer(json.dumps(told).encode(), np.uint8)
-    np.savez(buffer, allow_pickle=False, trajectories=described, **arrays)
+    text = np.frombuffer(json.dumps(described).encode(), np.uint8)
+    np.savez(buffer, allow_pickle=False, trajectories=text, **arrays)
     return buffer.getvalue()
 
 
@@ -198,19 +190,29 @@ def _decode(payload: bytes, prompt: Prompt) -> RolloutGroup:
         return RolloutGroup(
             prompt,
             tuple(
-                _trajectory(prompt, told, {name: arrays.get(f"{i}.{name}") for name in _ARRAYS})
-                for i, told in enumerate(json.loads(arrays["trajectories"].tobytes()))
+                _trajectory(prompt, described, {name: arrays.get(f"{i}.{name}") for name in _ARRAYS})
+                for i, described in enumerate(json.loads(arrays["trajectories"].tobytes()))
             ),
         )
 
 
-def _trajectory(prompt: Prompt, told: dict[str, Any], arrays: dict[str, Any]) -> Trajectory:
+def _trajectory(prompt: Prompt, described: dict[str, Any], arrays: dict[str, Any]) -> Trajectory:
     completion = Completion(
         token_ids=tuple(arrays["token_ids"].tolist()),
         log_probs=arrays["log_probs"],
-        finish_reason=told["finish_reason"],
-        weight_spans=tuple(WeightSpan(*span) for span in told["weight_spans"]),
+        finish_reason=described["finish_reason"],
+        weight_spans=tuple(WeightSpan(*span) for span in described["weight_spans"]),
         routed_experts=arrays["routed_experts"],
         loss_mask=arrays["loss_mask"],
+        engines=arrays["engines"],
     )
-    return Trajectory(prompt, completion, told["text"], told["reward"], told["correct"])
+    asked = tuple(described.get("prompt_ids", prompt.token_ids))
+    return Trajectory(
+        prompt if asked == prompt.token_ids else replace(prompt, token_ids=asked),
+        completion,
+        **{name: described[name] for name in _FACTS if name in described},
+    )
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value

@@ -165,8 +165,8 @@ class Generator:
             return list(samples)
         seen = [EnvironmentTrajectory(samples[i].turns, samples[i].result) for i in whole]  # type: ignore[arg-type]
         found = await environment.pool.score_group(prompt.task, seen, seed=self._environment_seed(prompt, -1))
-        results = [found] * len(whole) if isinstance(found, Failure) else found
-        scored = dict(zip(whole, results, strict=True))
+        results: Sequence[Outcome | Failure] = [found] * len(whole) if isinstance(found, Failure) else found
+        scored: dict[int, Outcome | Failure] = dict(zip(whole, results, strict=True))
         return [replace(sample, result=scored.get(i, sample.result)) for i, sample in enumerate(samples)]
 
     def _trajectory(self, environment: RunningEnvironment, sample: _Sample, number: int) -> Trajectory | None:

@@ -39,7 +39,6 @@ COLUMNS: dict[Kind, tuple[tuple[str, str], ...]] = {
     ),
     "sft": (
         ("loss", "loss"),
-        ("accuracy_token", "token acc"),
         ("gradient_norm", "grad"),
         ("tokens_per_second", "speed"),
         ("seconds/total", "time"),

@@ -38,7 +38,10 @@ class Metric:
 METRICS: tuple[Metric, ...] = (
     Metric("reward/mean", "mean reward", ""),
     Metric("reward/std", "standard deviation of rewards", ""),
-    Metric("accuracy_token", "accuracy per token", "share"),
+    Metric("reward/*/mean", "mean component of the reward", ""),
+    Metric("failed_share", "trajectories whose environment failed", "share"),
+    Metric("environment/*/mean", "mean of an environment's number", ""),
+    Metric("environment/*", "count of an environment", "", "sum"),
     Metric("accuracy", "accuracy", "share"),
     Metric("accuracy/*", "accuracy by domain", "share"),
     Metric("response_length/mean", "mean response length", "tokens"),
@@ -78,7 +81,6 @@ METRICS: tuple[Metric, ...] = (
     Metric("useful_token_share", "computed positions that are not padding", "share"),
     Metric("load_imbalance", "positions of the most loaded rank above the mean", "share", "max"),
     Metric("micro_batches", "micro-batches of a rank", "", "sum"),
-    Metric("weight_version", "version of the published weights", "", "last"),
     Metric("seconds/*", "time of a phase", "s", "sum"),
     Metric("gpu/*/utilisation", "GPU utilisation", "%"),
     Metric("gpu/*/memory_used", "GPU memory in use", "GiB", "max"),
@@ -104,11 +106,6 @@ def describe(name: str) -> Metric:
         if fnmatchcase(name, metric.pattern):
             return metric
     return Metric(name, name, "")
-
-
-def is_known(name: str) -> bool:
-    """Whether the name is listed in METRICS."""
-    return any(fnmatchcase(name, metric.pattern) for metric in METRICS)
 
 
 def combine(records: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -40,9 +40,10 @@ def _record(step: int, trajectory: Trajectory, domains: Sequence[str]) -> dict[s
         "step": step,
         "domain": domains[prompt.domain],
         "index": prompt.index,
+        "id": prompt.task.id,
         "prompt": prompt.text,
         "response": trajectory.text,
-        "answer": prompt.answer,
+        "answer": prompt.task.answer,
         "reward": trajectory.reward,
         "correct": trajectory.correct,
         "finish_reason": completion.finish_reason,
@@ -50,6 +51,14 @@ def _record(step: int, trajectory: Trajectory, domains: Sequence[str]) -> dict[s
         "token_ids": list(completion.token_ids),
         "log_probs": [round(float(value), 5) for value in completion.log_probs],
     }
+    for name, value in (
+        ("metadata", dict(prompt.task.metadata)),
+        ("rewards", dict(trajectory.rewards)),
+        ("metrics", dict(trajectory.metrics)),
+        ("failure", trajectory.failure),
+    ):
+        if value:
+            record[name] = value
     if completion.loss_mask is not None:
         record["loss_mask"] = completion.loss_mask.astype(int).tolist()
     return record

@@ -1,4 +1,4 @@
-"""Settings of metrics and samples: [telemetry]."""
+"""This module defines the settings of metrics and samples: [telemetry]."""
 
 from typing import Any
 

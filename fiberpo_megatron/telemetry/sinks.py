@@ -1,6 +1,6 @@
-"""Where records go: metrics.jsonl and the console always; TensorBoard, Weights & Biases and others as configured.
+"""Sinks take the records of a run: metrics.jsonl and the console always, TensorBoard, W&B and others as configured.
 
-A record is one step's metrics of one kind. Sinks keep it whole: names that nobody knows are written as well. A sink of
+A record is one step's metrics of one kind. Sinks keep it whole: unknown names are written as well. A sink of
 your own is one class in a file of yours:
 
     from fiberpo_megatron.telemetry.sinks import SinkContext

@@ -1,4 +1,4 @@
-"""The base classes of publishers: what a run gives them, the pause around an update, the check afterwards.
+"""This module holds the base classes of publishers, which carry the weights to the engines.
 
 A way of your own to carry weights is one class in a file of yours. This one hands every rank's own part to the engines
 through a shared folder:
@@ -45,7 +45,7 @@ Weights = Iterator[tuple[str, Tensor]]
 
 
 class Deadline:
-    """A point in time that several waits share."""
+    """This is a point in time that several waits share."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -114,7 +114,7 @@ class Publisher(ABC):
                 raise EngineError(
                     client.url,
                     f"weights {version!r} were published, but it reports weights {info.weight_version!r}",
-                    "Check that nobody else publishes to it",
+                    "Check that no other run publishes to it",
                     client.address.log,
                 )
 

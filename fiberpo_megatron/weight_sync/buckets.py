@@ -1,4 +1,4 @@
-"""Cuts a stream of named tensors into flat buckets."""
+"""This module cuts a stream of named tensors into flat buckets."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The publisher that a config names: finding it and checking it before a run starts."""
+"""This module finds the publisher that a config names, and checks it before a run starts."""
 
 from fiberpo_megatron import plugins
 from fiberpo_megatron.config.schema import Config

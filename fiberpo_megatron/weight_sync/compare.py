@@ -1,4 +1,4 @@
-"""Comparing the log-probs of trainer and engine on the same tokens: does the engine compute with these weights?"""
+"""This module compares the log-probs of trainer and engine on the same tokens: do both have the same weights?"""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -35,7 +35,7 @@ def compare_log_probs(
     if reported_version is not None and reported_version != version:
         raise WeightMismatch(
             f"{engine} reports weights {reported_version!r} after weights {version!r} were published "
-            f"({figures}). Check that nobody else publishes to it"
+            f"({figures}). Check that no other run publishes to it"
         )
     if not mean <= tolerance:  # also true for nan
         raise WeightMismatch(

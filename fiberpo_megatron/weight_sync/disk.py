@@ -1,4 +1,4 @@
-"""Publishing through a safetensors folder that every engine can read."""
+"""This module publishes through a safetensors folder that every engine can read."""
 
 import json
 import os

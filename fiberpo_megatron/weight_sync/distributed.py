@@ -1,4 +1,4 @@
-"""Publishing by broadcast from trainer rank 0 to the engines (NCCL, gloo without GPU)."""
+"""This module publishes by broadcast from trainer rank 0 to the engines (NCCL, gloo without a GPU)."""
 
 import threading
 import uuid

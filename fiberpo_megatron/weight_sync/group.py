@@ -1,4 +1,4 @@
-"""The process group of trainer rank 0 and the engines, outside torch's default group.
+"""This module makes the process group of trainer rank 0 and the engines, outside torch's default group.
 
 It is built from torch's backend class alone and is registered nowhere. The trainer's own groups (and Megatron's) stay
 untouched, and an eagerly initialised default group is not split for it. The store prefixes are those

@@ -1,4 +1,4 @@
-"""Which tensors a publication must have.
+"""This module knows which tensors a publication must have.
 
 The trainer's side checks this, because SGLang accepts missing and unknown tensors silently, and a wrong shape ends its
 process.

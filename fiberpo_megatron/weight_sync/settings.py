@@ -1,4 +1,4 @@
-"""Settings of the publication of weights: [weight_sync]."""
+"""This module defines the settings of the publication of weights: [weight_sync]."""
 
 from pathlib import Path
 from typing import Any

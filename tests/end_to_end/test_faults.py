@@ -55,7 +55,7 @@ def rollouts(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RolloutDu
 
 
 def options(rollouts: RolloutDump, steps: int, *more: str) -> list[str]:
-    return ["--trainer.steps", str(steps), "--rollouts.replay", str(rollouts.folder), *more]
+    return ["--trainer.steps", str(steps), "--storage.replay", str(rollouts.folder), *more]
 
 
 def assert_over(folder: Path, last: int) -> None:

@@ -1,4 +1,4 @@
-"""Rollouts from disk: `fiberpo dump`, `--rollouts.replay`, and a resumed run that is bitwise the straight one."""
+"""Rollouts from disk: `fiberpo dump`, `--storage.replay`, and a resumed run that is bitwise the straight one."""
 
 import json
 import os
@@ -52,11 +52,11 @@ def test_six_steps_straight_and_three_kill_three_are_bitwise_the_same(model: Pat
     """Two ranks, expert parallelism 2: a run with an engine, and its replay that is killed after three steps."""
     straight, replayed = tmp_path / "straight", tmp_path / "replayed"
     engines = ["--rollout.engine.urls", f'["{engine.url}"]']
-    done = run(model, straight, *SIX_STEPS, *engines, "--rollouts.dump", "true")
+    done = run(model, straight, *SIX_STEPS, *engines, "--storage.dump", "true")
     assert done.returncode == 0, done.stderr
     assert len(list((straight / "dump").glob("step_*.npz"))) == 6
 
-    replay = [*SIX_STEPS, "--rollouts.replay", str(straight), "--rollout.engine.urls", '["http://127.0.0.1:9"]']
+    replay = [*SIX_STEPS, "--storage.replay", str(straight), "--rollout.engine.urls", '["http://127.0.0.1:9"]']
     kill_when_saved(command(model, replayed, *replay), replayed, step=3)
     assert len(records(replayed, "train")) < 6
     done = run(model, replayed, *replay, "--resume")
@@ -76,7 +76,7 @@ def test_dump_without_training_and_another_objective_on_it(model: Path, engine: 
     assert [(line["step"], line["weights"], line["trajectories"]) for line in lines] == [(0, "0", 32), (1, "0", 32)]
     assert not (tmp_path / "a/checkpoints").exists()
 
-    replay = [*options, "--rollouts.replay", str(tmp_path / "a"), "--algorithm.objective", "gspo"]
+    replay = [*options, "--storage.replay", str(tmp_path / "a"), "--algorithm.objective", "gspo"]
     done = run(model, tmp_path / "b", *replay)
     assert done.returncode == 0, done.stderr
     first, second = records(tmp_path / "b", "train")

@@ -22,7 +22,7 @@ def do(deed: str) -> object:
     if deed == "sleep":
         time.sleep(60)
     if deed == "pow":
-        return 9**9**9  # one instruction of C that holds the interpreter
+        return len(str(7**10**8))  # one instruction of C that holds the interpreter
     if deed == "eat":
         return len(bytearray(10 << 30))
     if deed == "children_eat":
@@ -41,8 +41,10 @@ def do(deed: str) -> object:
         raise Unshowable
     if deed == "system_exit":
         sys.exit("I have had enough")
+    if deed == "nap":
+        time.sleep(0.8)
     if deed == "late":
-        time.sleep(0.7)
+        time.sleep(1.3)
     if deed == "text":
         return "one"
     if deed == "none":
@@ -133,7 +135,7 @@ class Talking(Tasks, Environment):
             threading.Timer(0.2, os._exit, [4]).start()
             await asyncio.sleep(30)
         elif deed == "patient":
-            for _ in range(20):
+            for _ in range(10):
                 await asyncio.sleep(0.05)
         elif deed == "twice":
             try:

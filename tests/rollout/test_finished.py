@@ -112,6 +112,6 @@ def test_other_origins_are_not_used(tmp_path: Path, change: dict, caplog: pytest
 
 def test_a_full_disk_says_what_to_do(tmp_path: Path) -> None:
     groups = opened(Path("/dev/full/nothing"))
-    with pytest.raises(OSError, match=r"keeping a finished rollout.*make room, or set rollouts.unfinished = false"):
+    with pytest.raises(OSError, match=r"keeping a finished rollout.*make room, or set storage.unfinished = false"):
         groups[0] = group(0)
     assert not groups

@@ -33,7 +33,7 @@ def run_in(
     merged = {"run": {"folder": folder}, "evaluation": {"prompts": 0}, "batch": small, **sections}
     run, memory = training(engine=engine, **merged)
     store = StoredRollouts(run.config, VOCABULARY, layout or SingleLayout(), start, resume)
-    if run.config.rollouts.replay is not None:
+    if run.config.storage.replay is not None:
         return replace(run, rollouts=store, generator=None, publisher=None), memory
     return replace(run, rollouts=store), memory
 
@@ -74,7 +74,7 @@ def test_rollouts_of_another_setting_are_refused(tmp_path: Path, sections: dict[
     first, _ = run_in(tmp_path / "a", rollouts={"dump": True})
     train(first)
     with pytest.raises(DumpError, match=message):
-        train(run_in(tmp_path / "b", **{"rollouts": {"replay": tmp_path / "a"}, **sections})[0])
+        train(run_in(tmp_path / "b", **{"storage": {"replay": tmp_path / "a"}, **sections})[0])
 
 
 def test_rollouts_of_other_prompts_are_refused(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_loaded_weights_are_the_same_whatever_happens_to_them_now(tmp_path: Path
     assert engine.calls == 1
 
 
-@pytest.mark.parametrize("change", [{"rollout": {"top_p": 0.9}}, {"rollouts": {"unfinished": False}}], ids=str)
+@pytest.mark.parametrize("change", [{"rollout": {"top_p": 0.9}}, {"storage": {"unfinished": False}}], ids=str)
 def test_an_interrupted_step_of_other_sampling_is_generated_again(
     tmp_path: Path, change: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,4 @@
-"""What one rank contributes to a checkpoint: sharded model and optimizer, random number generators."""
+"""This module collects what one rank contributes to a checkpoint: sharded model and optimizer, random generators."""
 
 import gc
 import random

@@ -1,4 +1,4 @@
-"""Optimizers: the base class of a new one, Adam, and what Megatron-Core builds around them.
+"""This package holds the base class of optimizers, Adam, and what Megatron-Core builds around them.
 
 An optimizer of your own is one class in a file of yours; `base.py` shows how it is written. Importing this package
 loads neither torch nor Megatron-Core, so that the planner and the checks before a run can ask an optimizer questions.

@@ -1,4 +1,4 @@
-"""Adam with decoupled weight decay, as Megatron-Core builds it."""
+"""This module describes Adam with decoupled weight decay, which Megatron-Core builds itself."""
 
 from collections.abc import Sequence
 from math import prod
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Adam(Optimizer):
-    """Adam with decoupled weight decay (AdamW): fused on a GPU, where Transformer Engine or Apex has it, else torch's.
+    """This is Adam with decoupled weight decay (AdamW), fused where Transformer Engine or Apex is installed.
 
     `beta1` and `beta2` are the decays of the first and second moment per step; `eps` is added to the denominator.
     Raises ValueError for values outside [0, 1) and (0, infinity).

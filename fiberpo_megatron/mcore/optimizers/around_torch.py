@@ -1,4 +1,4 @@
-"""Megatron-Core's optimizers around a torch optimizer other than Adam.
+"""This module puts a torch optimizer other than Adam into Megatron-Core's optimizers.
 
 Megatron builds everything around Adam: parameter groups, float32 masters, shards, gradient norms over all ranks. None
 of that depends on Adam. The torch optimizer inside is then replaced, which Megatron's wrappers allow: they read

@@ -1,6 +1,6 @@
-"""The base classes of optimizers.
+"""This module holds the base classes of optimizers.
 
-A torch optimizer becomes one of this package's in one class, in a file of yours:
+A torch optimizer becomes one of this package's by one class, in a file of yours:
 
     import torch
     from fiberpo_megatron.mcore.optimizers import TorchOptimizer

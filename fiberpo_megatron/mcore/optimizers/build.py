@@ -1,4 +1,4 @@
-"""Building what trains: data-parallel wrapping, Megatron's optimizer and its learning-rate schedule."""
+"""This module wraps the model for data parallelism and builds Megatron's optimizer and learning-rate schedule."""
 
 from collections.abc import Sequence
 from typing import Any

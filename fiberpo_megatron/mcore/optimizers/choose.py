@@ -1,4 +1,4 @@
-"""The optimizer that a config names: finding it, checking it before a run starts, its name in checkpoints."""
+"""This module finds the optimizer that a config names, checks it before a run starts, and names it in checkpoints."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Frees the device's memory between optimiser steps: gradients are dropped, the optimizer's state moves to the host.
+"""This module frees device memory between optimiser steps: gradients are dropped, the state moves to the host.
 
 Parameters stay, because log-probs, exports and publications need them. Storages are emptied in place, so that every
 tensor and view keeps its identity, Megatron's flat buffers and their shards included. (Megatron's own
@@ -46,7 +46,7 @@ class TrainingMemory:
             self._park()
 
     def release(self) -> None:
-        """Free the gradient buffers and move the optimizer's state to host memory. A second call changes nothing."""
+        """Release the gradient buffers and move the optimizer's state to host memory. A second call changes nothing."""
         if self.released:
             return
         self._optimizer.zero_grad()  # the masters' .grad are views of the buffers

@@ -1,4 +1,4 @@
-"""Settings of the optimizer: [optimizer]."""
+"""This module defines the settings of the optimizer: [optimizer]."""
 
 from typing import Any, Literal
 

@@ -1,4 +1,4 @@
-"""The distributed optimizer: each data-parallel rank keeps the state of its shard of every parameter, and updates it.
+"""In the distributed optimizer each data-parallel rank keeps the state of its shard of every parameter and updates it.
 
 Megatron-Core's class is used for everything but checkpoints, for two reasons. It knows the names of Adam's moments
 only. And where a buffer has several buckets, as that of a model with tied embeddings on pipeline stages has, it
@@ -30,7 +30,7 @@ def sharded(built: MegatronOptimizer, optimizer: Optimizer) -> MegatronOptimizer
     )
 
 
-class ShardedOptimizer(DistributedOptimizer):  # type: ignore[misc]  # Megatron has no types
+class ShardedOptimizer(DistributedOptimizer):
     """Shards any element-wise torch optimizer as Megatron's distributed optimizer does.
 
     Checkpoints have Megatron's format "fully_reshardable": whole tensors under the parameters' names, which any layout

@@ -1,4 +1,4 @@
-"""A policy's current weights under Hugging Face names: as full tensors on rank 0, or as the shards of every rank."""
+"""This module gives out a policy's current weights under Hugging Face names, as full tensors or as local shards."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

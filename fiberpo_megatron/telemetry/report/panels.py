@@ -294,7 +294,6 @@ def _gpus(charts: Charts) -> Iterable[Panel | None]:
 def _supervised(charts: Charts) -> Iterable[Panel | None]:
     for title, name in (
         ("Loss", "loss"),
-        ("Accuracy per token", "accuracy_token"),
         ("Gradient norm", "gradient_norm"),
         ("Learning rate", "learning_rate"),
         ("Throughput", "tokens_per_second"),
@@ -303,7 +302,7 @@ def _supervised(charts: Charts) -> Iterable[Panel | None]:
 
 
 def _other(charts: Charts) -> Iterable[Panel | None]:
-    hidden = ("seconds/", "weight_version", "token/count", "token/weight", "extra_forwards")
+    hidden = ("seconds/", "token/count", "token/weight", "extra_forwards")
     for kind in charts.data.records:
         for name in charts.data.names(kind):
             if (kind, name) not in charts.shown and not name.startswith(hidden) and not name.endswith("/nodes"):
