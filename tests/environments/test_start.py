@@ -219,7 +219,9 @@ def test_an_interpreter_that_has_nothing(tmp_path, monkeypatch, base):
     seen, first, outcome = asyncio.run(scenario())
     assert seen.reward == os.getpid()
     metrics = dict(seen.metrics)
-    version = subprocess.run([python, "-c", "import sys; print(sys.version_info[1])"], capture_output=True, check=True)
+    version = subprocess.run(
+        [python, "-I", "-c", "import sys; print(sys.version_info[1])"], capture_output=True, check=True
+    )
     assert metrics.pop("python") == 300 + int(version.stdout) and metrics.pop("threads") >= 1
     assert not metrics.pop("site_packages") or not any((tmp_path / "bare").rglob("site-packages/*"))
     assert metrics == dict.fromkeys(metrics, 0.0), "launcher, gpus, stdin, torch, own_folder"
