@@ -87,7 +87,7 @@ VERBS = _words("""
     scatter see seek select separate serve shorten shrink shuffle simplify simulate sit skip sleep slice smooth solve
     speak specify spell spread stand stay strip submit subtract succeed summarise suppress survive suspend synchronise
     take talk teach terminate throw tokenise tolerate train translate treat try understand unpack unwrap upload
-    validate vary verify wake warn widen withdraw write
+    validate vary verify wait wake warn widen withdraw write
 """)
 NOUN_LIKE = _words("""
     access act advance answer attempt bound break call cap cast change chart check claim clip copy cost count cut drop
@@ -95,7 +95,7 @@ NOUN_LIKE = _words("""
     match measure mirror move need note pad park pass patch pause place plan plot post print probe process profile
     queue read record refer release repeat replay report request reserve reset rest result rewrite round run save scale
     schedule score search send set share shift show sort split start stop store supply support swap sweep switch tag
-    tell test touch track transfer travel trim turn update use visit wait walk watch weigh wrap yield
+    tell test touch track transfer travel trim turn update use visit walk watch weigh wrap yield
 """)
 MOSTLY_NOUNS = _words("""
     base block complete empty force form gate group hash index lead lease lock log map mask mean name order pack pair
@@ -195,7 +195,7 @@ def _is_noun(word: str) -> bool:
 
 def _clause_has_verb(words: Sequence[str], *, beginning: bool) -> bool:
     words = list(words)
-    while words and (words[0] in OPENING or words[0].endswith("ly")):
+    while words and (words[0] in OPENING or (words[0].endswith("ly") and words[0] not in VERBS)):
         words.pop(0)
     for i, word in enumerate(words):
         before = words[i - 1] if i else ""
@@ -214,6 +214,8 @@ def _clause_has_verb(words: Sequence[str], *, beginning: bool) -> bool:
             return True
         if words[0] in ("this", "these") and i > 1:  # "This module shows plans"
             return True
+        if words[0] in ARTICLES and i > 1 and word not in RARE and behind and behind not in PREPOSITIONS:
+            return True  # "The platform runs real programs"
         subject = before not in DETERMINERS or before in PLURAL_SUBJECTS | {"this", "it"}
         if subject and (behind in DETERMINERS or behind == NOUN):
             return True

@@ -148,6 +148,6 @@ def test_a_full_disk(model: Path, rollouts: RolloutDump, small_disk: Path, tmp_p
     done = run(model, folder, *options(rollouts, 4))
     assert done.returncode == 1
     assert re.search(r"saving the checkpoint \S+ \(earlier ones are untouched\) failed on rank [01]", done.stderr)
-    assert re.search(r"the disk is full: 0 MiB are free there; make room or lower checkpoint.keep", done.stderr)
+    assert re.search(r"the disk is full: 0 MiB are free; make room or lower checkpoint.keep", done.stderr)
     assert_over(folder, 1)
     assert [path.name for path in small_disk.iterdir()] == ["step-00000001"]

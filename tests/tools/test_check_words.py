@@ -36,6 +36,7 @@ spec.loader.exec_module(words)
         "Checks before the start.",
         "Names and shapes of the tensors.",
         "Rows packed by length.",
+        "The final checks before a run.",
         "Group-relative advantages.",
         "float32 [n, experts]: what each response token was routed to.",
         "log G = clip(x - l S_same) - clip(-l S_opp) + sum of log base weights (equation 2).",
@@ -70,6 +71,9 @@ def test_a_sentence_without_a_verb_is_found(sentence: str):
         "Return (training GPUs, engine GPUs), which are the same ones if engines are colocated.",
         "Reads and writes the folder of one job.",
         "The engine ended a response before its end.",
+        "The CPU platform runs real Megatron-Core on gloo.",
+        "Wait for every rank.",
+        "Apply every patch of the table, once per process.",
         "This is one failure: where it stands, the sentence, and the reason with the fix.",
     ],
 )

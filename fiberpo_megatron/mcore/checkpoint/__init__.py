@@ -1,6 +1,6 @@
-"""Saving and resuming: Megatron's distributed checkpoints, written so that a crash loses no earlier one.
+"""This package saves and resumes with Megatron's distributed checkpoints, written so that a crash loses no earlier one.
 
-`save.py` writes, `folders.py` knows what makes a folder complete and whole.
+`save.py` writes; `folders.py` decides whether a folder is complete and undamaged.
 """
 
 import json
@@ -55,7 +55,7 @@ __all__ = [
 
 
 class CheckpointedPolicy(Protocol):
-    """What is saved."""
+    """Declares what a checkpoint saves."""
 
     layout: ParallelLayout
     hf_config: Mapping[str, Any]
@@ -68,9 +68,8 @@ class CheckpointedPolicy(Protocol):
 def save(policy: CheckpointedPolicy, folder: str | Path, state: Mapping[str, object]) -> None:
     """Write model, optimizer, schedule, every rank's random state and the caller's JSON-able `state`.
 
-    Every rank calls it, on a file system that all share. A folder of that name is replaced. Raises
-    RuntimeError on every rank, naming folder and cause, when a file cannot be written; earlier ones are
-    untouched.
+    Every rank calls this, on a file system that all share. A folder of that name is replaced. Raises RuntimeError on
+    every rank, naming folder and cause, when a file cannot be written; earlier checkpoints are untouched.
     """
     begin_save(policy, folder, state, background=False).finish()
 
@@ -78,7 +77,8 @@ def save(policy: CheckpointedPolicy, folder: str | Path, state: Mapping[str, obj
 def begin_save(
     policy: CheckpointedPolicy, folder: str | Path, state: Mapping[str, object], *, background: bool = True
 ) -> Saving:
-    """As `save`, but training may go on until `finish` is called: a thread writes copies of the tensors."""
+    """Begin to write what `save` writes; a thread writes copies of the tensors, and training may go on until
+    `finish`."""
     folder = Path(folder)
 
     def described(files: Mapping[str, Any]) -> Description:
@@ -95,10 +95,10 @@ def begin_save(
 
 
 def load(policy: CheckpointedPolicy, folder: str | Path) -> dict[str, object]:
-    """Read a checkpoint written under any layout into the policy; returns the caller's state.
+    """Read a checkpoint written under any layout into the policy; return the caller's state.
 
-    Every rank calls it. Random states are restored only when the layout is the one that wrote them. Raises
-    on every rank, before the policy is touched: DamagedCheckpoint when files are missing or not as they were written,
+    Every rank calls this. Random states are restored only when the layout is the one that wrote them. Raises on every
+    rank, before the policy is changed: DamagedCheckpoint when files are missing or not as they were written,
     CheckpointError when it is of another model.
     """
     layout = policy.layout
@@ -114,7 +114,7 @@ def load(policy: CheckpointedPolicy, folder: str | Path) -> dict[str, object]:
         loaded = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
         restore_state(policy, loaded)
     except (Exception, CheckpointException) as caught:  # a damaged file raises many types
-        error = f"{cause(caught, folder)}; the checkpoint is of another model or version, take an earlier one"
+        error = f"{cause(caught, folder)}; the checkpoint is of another model or version; use an earlier one"
     _agree(layout, error, folder)
     if same_layout:
         restore_random_state(loaded["random_state"])
@@ -122,7 +122,7 @@ def load(policy: CheckpointedPolicy, folder: str | Path) -> dict[str, object]:
 
 
 def _whole(layout: ParallelLayout, folder: Path) -> Description:
-    """The description of a checkpoint whose files all have their checksums; the ranks share the reading."""
+    """Return the description of a checkpoint whose files all have their checksums; the ranks share the reading."""
     error = None
     try:
         description = describe(folder)
@@ -140,15 +140,15 @@ def _agree(
 
 
 def _dimensions(layout: ParallelLayout) -> dict[str, int]:
-    """Ranks along every dimension."""
+    """Return the number of ranks along every dimension."""
     parallel = layout.parallel
     names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
     return {**{name: getattr(parallel, name) for name in names}, "data": layout.data_size}
 
 
 def _model_fields(policy: CheckpointedPolicy) -> dict[str, object]:
-    """What decides the tensors of a checkpoint: architecture, precision, kind of optimizer."""
-    # Through JSON, as a description that is read back: it has lists for tuples.
+    """Return what decides the tensors of a checkpoint: architecture, precision, kind of optimizer."""
+    # Converted through JSON, because a description that is read back has lists for tuples.
     described: dict[str, object] = json.loads(json.dumps(asdict(read_architecture(policy.hf_config))))
     fields = dict(_flat(described))
     for free in ("initializer_range", "max_positions"):
@@ -160,7 +160,7 @@ def _model_fields(policy: CheckpointedPolicy) -> dict[str, object]:
 
 
 def _flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Nested fields by dotted name, so that a difference is told as what it is."""
+    """Yield nested fields by dotted name, so that a message names exactly the field that differs."""
     for name, value in fields.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")

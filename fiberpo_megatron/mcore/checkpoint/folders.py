@@ -1,8 +1,9 @@
-"""Checkpoint folders: names, what makes one complete, the newest, pruning. No Megatron here.
+"""This module knows checkpoint folders: their names, what makes one complete, the newest, pruning. It needs no
+Megatron.
 
-<root>/step-00000012/            complete: checkpoint.json is in it and every file has its recorded size; whole:
-                                 and its recorded checksum
-<root>/.step-00000013.partial/   being written, or left by a run that died: never read
+<root>/step-00000012/            complete: it has checkpoint.json, and every file has its recorded size;
+                                 whole: every file also has its recorded checksum
+<root>/.step-00000013.partial/   being written, or left by a run that died; it is never read
 """
 
 import json
@@ -25,15 +26,15 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which, why, and what to do."""
+    """A checkpoint cannot be used; the message says which, why, and what to do."""
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint that is missing, incomplete or not as it was written; an earlier one may be whole."""
+    """A checkpoint is missing, incomplete or not as it was written; an earlier one may be whole."""
 
 
 class FileMark(NamedTuple):
-    """What a file was when it was written."""
+    """Records what a file was when it was written."""
 
     size: int
     """Bytes."""
@@ -41,7 +42,7 @@ class FileMark(NamedTuple):
 
 
 def mark(path: Path) -> FileMark:
-    """Size and checksum of a file."""
+    """Return the size and the checksum of a file."""
     crc = size = 0
     with open(path, "rb") as file:
         while chunk := file.read(1 << 24):
@@ -52,17 +53,17 @@ def mark(path: Path) -> FileMark:
 
 @dataclass(frozen=True)
 class Description:
-    """What a complete checkpoint says about itself (checkpoint.json, written last)."""
+    """Holds what a complete checkpoint says about itself (checkpoint.json, written last)."""
 
     step: int | None
-    """From the folder's name; None for a folder of another name."""
+    """The step in the folder's name; None for a folder with another kind of name."""
     layout: Mapping[str, int]
     """Ranks along every dimension of the run that wrote it."""
     model: Mapping[str, object]
     """The architecture's fields that decide names and shapes of its tensors."""
     packages: Mapping[str, str]
     state: Mapping[str, object]
-    """The caller's own state."""
+    """The caller's state."""
     files: Mapping[str, FileMark]
     """Every other file, by path relative to the folder."""
     format: int = FORMAT
@@ -76,23 +77,23 @@ class Description:
 
 
 def step_folder(root: str | Path, step: int) -> Path:
-    """Folder of the checkpoint of `step`."""
+    """Return the folder of the checkpoint of `step`."""
     return Path(root) / f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int | None:
-    """The step in a folder's name."""
+    """Return the step in a folder's name."""
     found = _STEP.fullmatch(folder.name)
     return int(found[1]) if found else None
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where a checkpoint is written before it gets its name (same parent, hence same file system)."""
+    """Return where a checkpoint is written before it gets its name (same parent, hence same file system)."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def packages() -> dict[str, str]:
-    """Installed versions of what decides a checkpoint's format."""
+    """Return the installed versions of the packages that decide a checkpoint's format."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -103,7 +104,8 @@ def packages() -> dict[str, str]:
 
 
 def mark_all(folder: Path, known: Mapping[str, FileMark] | None = None) -> dict[str, FileMark]:
-    """Marks of every file below `folder` but checkpoint.json; those that are `known` are not read again."""
+    """Return the marks of every file below `folder` except checkpoint.json; those that are `known` are not read
+    again."""
     known = known or {}
     return {name: known[name] if name in known else mark(path) for name, path in _files(folder).items()}
 
@@ -114,11 +116,11 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def describe(folder: str | Path) -> Description:
-    """Read checkpoint.json and check that the folder is complete; raises DamagedCheckpoint when it is not."""
+    """Read checkpoint.json and check that the folder is complete. Raises DamagedCheckpoint when it is not."""
     folder = Path(folder)
     if not folder.is_dir():
         beside = latest(folder.parent) if folder.parent.is_dir() else None
-        hint = f"the newest complete one there is {beside}" if beside else f"{folder.parent} holds no complete one"
+        hint = f"the newest complete one beside it is {beside}" if beside else f"{folder.parent} holds no complete one"
         raise DamagedCheckpoint(f"no checkpoint at {folder}; {hint}")
     try:
         read = json.loads((folder / DESCRIPTION).read_text())
@@ -128,12 +130,12 @@ def describe(folder: str | Path) -> Description:
         description = Description(**read, files=marks)
     except FileNotFoundError as error:
         raise DamagedCheckpoint(
-            f"{folder} is not a complete checkpoint: it has no {DESCRIPTION}; take an earlier one"
+            f"{folder} is not a complete checkpoint: it has no {DESCRIPTION}; use an earlier one"
         ) from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise DamagedCheckpoint(f"{folder / DESCRIPTION} is damaged ({error}); take an earlier checkpoint") from error
+        raise DamagedCheckpoint(f"{folder / DESCRIPTION} is damaged ({error}); use an earlier checkpoint") from error
     found = {name: path.stat().st_size for name, path in _files(folder).items()}
     for name, written in description.files.items():
         if found.get(name) != written.size:
@@ -145,8 +147,10 @@ def describe(folder: str | Path) -> Description:
 
 
 def damaged_files(folder: Path, description: Description, *, part: int = 0, parts: int = 1) -> str | None:
-    """Says which file of a complete checkpoint is not as it was written, or None. It reads every `parts`-th file from
-    number `part` on, largest first, so that ranks share the work."""
+    """Return a sentence on a file of a complete checkpoint that is not as it was written, or None.
+
+    Only every `parts`-th file from number `part` on is read, largest first, so that ranks share the work.
+    """
     by_size = sorted(description.files, key=lambda name: (-description.files[name].size, name))
     for name in by_size[part::parts]:
         if mark(folder / name) != description.files[name]:
@@ -155,7 +159,7 @@ def damaged_files(folder: Path, description: Description, *, part: int = 0, part
 
 
 def complete_steps(root: str | Path) -> list[Path]:
-    """Complete checkpoints below `root`, oldest first. Incomplete ones are skipped with a warning."""
+    """Return the complete checkpoints below `root`, oldest first; incomplete ones are skipped with a warning."""
     root = Path(root)
     if not root.is_dir():
         return []
@@ -174,7 +178,7 @@ def complete_steps(root: str | Path) -> list[Path]:
 
 
 def latest(root: str | Path) -> Path | None:
-    """The newest complete checkpoint below `root`, or None.
+    """Return the newest complete checkpoint below `root`, or None.
 
     With several ranks, ask on one and share the answer: a shared file system may show them different folders.
     """
@@ -183,8 +187,10 @@ def latest(root: str | Path) -> Path | None:
 
 
 def best(root: str | Path, metric: str, mode: Literal["max", "min"]) -> Path | None:
-    """The complete checkpoint with the best value of `metric` in its state's "metrics", the newest of equals; None
-    when none has one."""
+    """Return the complete checkpoint with the best value of `metric` in its state's "metrics", or None if none has one.
+
+    Of several equal values the newest wins.
+    """
     measured = []
     for order, folder in enumerate(complete_steps(root)):
         metrics = describe(folder).state.get("metrics")
@@ -195,15 +201,15 @@ def best(root: str | Path, metric: str, mode: Literal["max", "min"]) -> Path | N
 
 
 def prune(root: str | Path, keep: int, spare: Collection[Path] = ()) -> list[Path]:
-    """Delete all but the `keep` newest complete checkpoints and those to `spare`, and remains of unfinished ones.
+    """Delete all but the `keep` newest complete checkpoints and those to `spare`, and the remains of unfinished ones.
 
-    Returns the deleted ones. One rank calls it, while no checkpoint is being written. The newest complete one
-    is never deleted.
+    Return the deleted ones. One rank calls this, while no checkpoint is being written. The newest complete one is never
+    deleted.
     """
     root = Path(root)
     doomed = [folder for folder in complete_steps(root)[: -max(keep, 1)] if folder not in spare]
     for folder in doomed:
-        hidden = partial_folder(folder)  # out of sight first: a kill in the middle leaves no half checkpoint
+        hidden = partial_folder(folder)  # renamed first, so that a kill during the deletion leaves no half checkpoint
         shutil.rmtree(hidden, ignore_errors=True)
         folder.rename(hidden)
     if root.is_dir():

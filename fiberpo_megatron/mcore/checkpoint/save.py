@@ -1,7 +1,7 @@
-"""Writing a checkpoint: at once, or by a thread beside the training.
+"""This module writes a checkpoint, either at once or in a thread while the training goes on.
 
-Tensors go into a hidden sibling folder, one file a rank, then rank 0 describes, syncs and renames it. What bears its
-final name is complete; an interrupted or failed save leaves earlier ones as they are.
+Tensors go into a hidden sibling folder, one file per rank; then rank 0 describes, syncs and renames it. A folder with
+the final name is therefore complete; an interrupted or failed save leaves earlier ones as they are.
 """
 
 import copy
@@ -37,10 +37,10 @@ Describe = Callable[[Mapping[str, FileMark]], Description]
 
 
 class Saving:
-    """A save that has begun. Every rank makes one, and later calls `finish`.
+    """Represents a checkpoint that is being written; every rank makes one, and later calls `finish`.
 
-    In the background the tensors are first copied to the host; what is saved is the state of the moment of the
-    call. Raises RuntimeError on every rank, naming folder and cause, when a file cannot be written.
+    In the background the tensors are first copied to the host; what is saved is the state at the moment of the call.
+    Raises RuntimeError on every rank, naming folder and cause, when a file cannot be written.
     """
 
     def __init__(self, policy: Any, folder: Path, describe: Describe, *, background: bool) -> None:
@@ -67,24 +67,24 @@ class Saving:
             self._written = Future()
             try:
                 self._written.set_result(_write_tensors(state, partial, group, rank))
-            except (Exception, CheckpointException) as error:  # torch's is a BaseException
+            except (Exception, CheckpointException) as error:  # torch's exception is a BaseException
                 self._written.set_exception(error)
 
     def written(self) -> bool:
-        """Whether every rank has written its part, so that `finish` does not wait. Every rank calls it."""
+        """Return whether every rank has written its part, so that `finish` does not wait. Every rank calls this."""
         return not self._layout.any_rank(not self._written.done())
 
     def finish(self) -> None:
-        """Wait until all is written, and give the checkpoint its name. Every rank calls it."""
+        """Wait until all is written, and give the checkpoint its name. Every rank calls this."""
         marks: Marks = {}
         self._run(lambda: marks.update(self._written.result()))
         everyone = exchange.all_gather_bytes(exchange.text_to_bytes(json.dumps(marks)), self._layout.host_group)
-        for told in everyone:
-            marks |= {name: FileMark(*values) for name, values in json.loads(exchange.bytes_to_text(told)).items()}
+        for message in everyone:
+            marks |= {name: FileMark(*values) for name, values in json.loads(exchange.bytes_to_text(message)).items()}
         self._run(lambda: self._name(marks), only_first=True)
 
     def _name(self, marks: Marks) -> None:
-        """Describe, sync and rename."""
+        """Describe, sync and rename the folder."""
         partial, folder = partial_folder(self._folder), self._folder
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
         sync_tree(partial)
@@ -117,27 +117,27 @@ class Saving:
 
 
 def cause(error: BaseException, folder: Path) -> str:
-    """The first failure inside torch's collective exceptions; said so when the disk is full."""
+    """Return the first failure inside torch's collective exceptions; the text says so when the disk is full."""
     inner = error
     if isinstance(error, CheckpointException) and error.failures:
         inner = next(iter(error.failures.values()))[0]
     text = f"{type(inner).__name__}: {textwrap.shorten(str(inner), 300)}"
     full = isinstance(inner, OSError) and inner.errno in (errno.ENOSPC, errno.EDQUOT)
     free = shutil.disk_usage(folder.parent).free / 2**20
-    if full or free < 1:  # torch's file writer hides the error number behind one of its own
-        text += f" (the disk is full: {free:.0f} MiB are free there; make room or lower checkpoint.keep)"
+    if full or free < 1:  # torch's file writer replaces the error number
+        text += f" (the disk is full: {free:.0f} MiB are free; make room or lower checkpoint.keep)"
     return text
 
 
 def _fresh(partial: Path) -> None:
-    """An empty folder to write into."""
+    """Make an empty folder to write into."""
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
 
 
 def _copied(part: Any) -> Any:
-    """A sharded state dict whose data no later step changes, on the host."""
+    """Return a sharded state dict on the host, whose data no later step changes."""
     if isinstance(part, dict):
         return {key: _copied(value) for key, value in part.items()}
     if isinstance(part, list | tuple):
@@ -154,10 +154,10 @@ def _copied(part: Any) -> Any:
 
 
 def _write_tensors(state: dict[str, Any], partial: Path, group: Any, rank: int) -> Marks:
-    """One file a rank, written by this process and synced; their marks.
+    """Write one file per rank in this process and sync it; return the files' marks.
 
-    Megatron's own strategy forks writer processes and a queue manager: seconds for a small model, not allowed
-    in daemonic processes, and a hang where psutil is missing. The format is the same.
+    Megatron's own strategy forks writer processes and a queue manager, which takes seconds for a small model, is not
+    allowed in daemonic processes, and hangs if psutil is missing. The format is the same.
     """
     torch_checkpoint.save(
         state,

@@ -1,1 +1,1 @@
-"""The CPU platform: real Megatron-Core on gloo, for tests and laptops. Installed only when no GPU is there."""
+"""The CPU platform runs real Megatron-Core on gloo, for tests and laptops; it is installed only without a GPU."""

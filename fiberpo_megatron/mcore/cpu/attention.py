@@ -1,8 +1,8 @@
-"""Core attention of the CPU platform: packed rows, grouped queries, context parallelism.
+"""This is the core attention of the CPU platform: packed rows, grouped queries, context parallelism.
 
-Megatron's DotProductAttention does neither packed rows nor context parallelism. This module takes its place in the
-layer spec. Sequences of similar length are batched, so that the cost is that of the sequences and not of the whole
-row squared. Context-parallel ranks hold Megatron's zigzag chunks; keys and values are all-gathered (backward:
+Megatron's DotProductAttention supports neither packed rows nor context parallelism; this module replaces it in the
+layer spec. Sequences of similar length are batched, so that the cost is that of the sequences and not of the whole row
+squared. Context-parallel ranks hold Megatron's zigzag chunks; keys and values are all-gathered (backward:
 reduce-scatter).
 """
 
@@ -19,7 +19,7 @@ from fiberpo_megatron.mcore.cpu.packed import PackedRow
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention inside each sequence of a packed row; no parameters."""
+    """Computes causal attention inside each sequence of a packed row; it has no parameters."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedRow | None = None,
     ) -> Tensor:
-        """query [t, 1, heads, d], key [t, 1, groups, d] and value [t, 1, groups, v] -> [t, 1, heads * v].
+        """Compute [t, 1, heads * v] from query [t, 1, heads, d], key [t, 1, groups, d] and value [t, 1, groups, v].
 
         Latent attention leaves out the dimension of 1.
         """
@@ -78,6 +78,6 @@ class PackedAttention(MegatronModule):
 
 
 def _batch(x: Tensor, rows: Tensor, sequences: int) -> Tensor:
-    """[t, heads, d] -> [sequences, heads, length, d]"""
+    """Map [t, heads, d] to [sequences, heads, length, d]."""
     picked = x.index_select(0, rows)
     return picked.view(sequences, -1, *picked.shape[1:]).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The CPU platform's answers."""
+"""This module implements the platform's interface for the CPU."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class CpuPlatform:
-    """gloo, Megatron's local modules with our own core attention and norm, torch AdamW."""
+    """Uses gloo, Megatron's local modules with this package's core attention and norm, and torch's AdamW."""
 
     name = "cpu"
     backend = "gloo"
     device = torch.device("cpu")
 
     def transformer_options(self) -> dict[str, Any]:
-        """Everything fused is CUDA code."""
+        """Switch every fusion off, because all fused kernels are CUDA code."""
         return {
             "moe_grouped_gemm": False,
             "gradient_accumulation_fusion": False,
@@ -25,19 +25,19 @@ class CpuPlatform:
         }
 
     def layer_spec(self, *, num_experts: int | None, qk_layernorm: bool, latent: bool) -> Any:
-        """Megatron's local layer, with core attention and norms of `cpu/`."""
+        """Return Megatron's local layer, with core attention and norms of `cpu/`."""
         from fiberpo_megatron.mcore.cpu.spec import layer_spec
 
         return layer_spec(num_experts=num_experts, qk_layernorm=qk_layernorm, latent=latent)
 
     def final_norm(self) -> Any:
-        """torch.nn.RMSNorm with the sequence-parallel mark."""
+        """Return a torch.nn.RMSNorm with the sequence-parallel mark."""
         from fiberpo_megatron.mcore.cpu.norm import RmsNorm
 
         return RmsNorm
 
     def packed_sequences(self, cu_seqlens: Tensor, max_seqlen: int, context_rank: int, context_size: int) -> Any:
-        """A packed row for `cpu/attention.py`."""
+        """Describe a packed row for `cpu/attention.py`."""
         from fiberpo_megatron.mcore.cpu.packed import PackedRow
 
         return PackedRow(cu_seqlens, max_seqlen, context_rank, context_size)

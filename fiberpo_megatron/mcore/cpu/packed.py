@@ -1,4 +1,4 @@
-"""Where the tokens of a packed row stand, worked out once per micro-batch for all layers."""
+"""This module computes where the tokens of a packed row are, once per micro-batch for all layers."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ _MAX_WASTE = 1.5
 
 @dataclass(frozen=True)
 class Bucket:
-    """S sequences of similar length as dense grids of row indices; padding slots point at index 0."""
+    """Holds S sequences of similar length as dense grids of row indices; padding slots point at index 0."""
 
     queries: Tensor
     """int64 [S * q] local rows of the queries."""
@@ -23,14 +23,15 @@ class Bucket:
     """int64 [S * k] rows of the gathered keys and values."""
     sequences: int
     mask: Tensor | None
-    """bool [S, 1, q, k] True where a query sees a key; None: plainly causal."""
+    """bool [S, 1, q, k], True where a query sees a key; None for plain causal attention."""
 
 
 class PackedRow(PackedSeqParams):
-    """A packed row in Megatron's sbhd form with batch 1: t positions, sequences kept apart by the core attention.
+    """Describes a packed row in Megatron's sbhd form with batch 1: t positions, sequences kept apart by the core
+    attention.
 
-    The THD form would have Megatron loop over the sequences in every rotary embedding; here the embedding is
-    looked up by position instead.
+    With the THD form Megatron would loop over the sequences in every rotary embedding; here the embedding is looked up
+    by position instead.
     """
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, context_rank: int, context_size: int) -> None:
@@ -41,7 +42,7 @@ class PackedRow(PackedSeqParams):
 
     @cached_property
     def thd(self) -> PackedSeqParams:
-        """The same row in THD form, for latent attention."""
+        """Return the same row in THD form, for latent attention."""
         bounds = torch.from_numpy(self.bounds).to(torch.int32)
         return PackedSeqParams(
             qkv_format="thd",
@@ -53,7 +54,7 @@ class PackedRow(PackedSeqParams):
 
     @cached_property
     def layout(self) -> tuple[list[Bucket], Tensor]:
-        """Buckets and, int64 [t], the place of each local row in the buckets' concatenated queries."""
+        """Return the buckets and, as int64 [t], the place of each local row in the buckets' concatenated queries."""
         lengths = np.diff(self.bounds)
         order = np.argsort(lengths, kind="stable")
         buckets: list[Bucket] = []
@@ -75,7 +76,7 @@ class PackedRow(PackedSeqParams):
         queries = [self._local(i, self.context_rank) for i in members]
         query_rows = _grid([rows for rows, _ in queries])
         if self.context_size == 1:
-            # Padding on the right needs no mask of its own: no real query comes after it.
+            # Padding on the right needs no mask, because no real query comes after it.
             index = torch.from_numpy(np.maximum(query_rows, 0).ravel())
             return Bucket(index, index, len(members), None), query_rows.ravel()
         keys = [self._everywhere(i) for i in members]
@@ -93,7 +94,8 @@ class PackedRow(PackedSeqParams):
         return bucket, query_rows.ravel()
 
     def _local(self, sequence: int, rank: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows that context-parallel rank `rank` holds of a sequence, and their positions in the sequence."""
+        """Return the rows that context-parallel rank `rank` holds of a sequence, and their positions in the
+        sequence."""
         start, end = int(self.bounds[sequence]), int(self.bounds[sequence + 1])
         length, size = end - start, self.context_size
         rows = start // size + np.arange(length // size)
@@ -105,7 +107,8 @@ class PackedRow(PackedSeqParams):
         return rows, np.concatenate([begin, finish])
 
     def _everywhere(self, sequence: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """As `_local` for all ranks together: rows of the tensor gathered over the context-parallel group."""
+        """Return the same as `_local` for all ranks together: rows of the tensor gathered over the context-parallel
+        group."""
         held = int(self.bounds[-1]) // self.context_size
         parts = [self._local(sequence, rank) for rank in range(self.context_size)]
         rows = np.concatenate([rank * held + rows for rank, (rows, _) in enumerate(parts)])
@@ -113,7 +116,7 @@ class PackedRow(PackedSeqParams):
 
 
 def _grid(ragged: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """[S, longest], -1 at padding."""
+    """Return the arrays as one grid [S, longest], with -1 at padding."""
     grid = np.full((len(ragged), max(len(row) for row in ragged)), -1, dtype=np.int64)
     for target, row in zip(grid, ragged):
         target[: len(row)] = row

@@ -1,4 +1,4 @@
-"""Every patch by which Megatron-Core runs without a GPU, each with its reason.
+"""This module holds every patch by which Megatron-Core runs without a GPU, each with its reason.
 
 The table `PATCHES` is the whole list; `tests/mcore/test_patches.py` leaves each one out and sees what fails.
 """
@@ -18,19 +18,19 @@ Undo = Callable[[], None]
 
 @dataclass(frozen=True)
 class Patch:
-    """One deviation from stock torch or Megatron-Core."""
+    """Describes one deviation from stock torch or Megatron-Core."""
 
     name: str
     reason: str
     apply: Callable[[], Undo]
-    """Puts the patch in place and returns what takes it away again."""
+    """Applies the patch and returns the function that removes it again."""
 
 
 _applied: dict[str, Undo] = {}
 
 
 def install() -> None:
-    """Put every patch of the table in place, once per process."""
+    """Apply every patch of the table, once per process."""
     for patch in PATCHES:
         if patch.name not in _applied:
             _applied[patch.name] = patch.apply()
@@ -38,9 +38,10 @@ def install() -> None:
 
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
-    """Import Megatron-Core inside it: functions decorated by torch.compile stay as they are.
+    """Leave functions that torch.compile decorates as they are while Megatron-Core is imported inside this block.
 
-    TORCH_COMPILE_DISABLE makes torch.compile do nothing but still import Inductor, 2 s of every process's start.
+    TORCH_COMPILE_DISABLE makes torch.compile do nothing, but it still imports Inductor, which takes 2 s of every
+    process's start.
     """
 
     def compile_(model: Any = None, **options: Any) -> Any:
@@ -51,13 +52,13 @@ def without_compiler() -> Iterator[None]:
         yield
         from megatron.core import jit
 
-        jit.disable_jit_fuser()  # modules that are imported later ask this switch
+        jit.disable_jit_fuser()  # modules that are imported later read this switch
     finally:
         undo()
 
 
 def leave_out(name: str) -> None:
-    """Take one patch away again (for the test of the table)."""
+    """Remove one patch again (for the test of the table)."""
     _applied.pop(name)()
 
 
@@ -116,7 +117,7 @@ def _cuda_type_names() -> Undo:
 
 
 class _NoStream:
-    """A CUDA stream or event where there is nothing to wait for."""
+    """Replaces a CUDA stream or event on a machine that has nothing to wait for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -200,7 +201,7 @@ def _uneven_gloo() -> Undo:
 def _recompute_without_transformer_engine() -> Undo:
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
-    # None is what its callers would pass without fp8; the default (False) counts as fp8
+    # its callers would pass None without fp8; the default (False) counts as fp8
     return _replace(CheckpointWithoutOutput.__init__, __defaults__=(None,))
 
 
@@ -236,7 +237,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "cuda_literals",
-        'device="cuda" and .cuda() stand in Megatron\'s code where no setting reaches',
+        'Megatron\'s code has device="cuda" and .cuda() in places that no setting changes',
         _cuda_literals,
     ),
     Patch(
@@ -271,7 +272,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "latent_attention_without_transformer_engine",
-        "0.16.1 takes its stand-in for Transformer Engine's linear layer for a class, and later versions leave the "
+        "0.16.1 treats its stand-in for Transformer Engine's linear layer as a class, and later versions leave the "
         "plain one undefined",
         _latent_attention_without_transformer_engine,
     ),
@@ -282,7 +283,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "uneven_gloo",
-        "gloo takes no all-gather or reduce-scatter of unequal parts; experts with tensor parallelism need them",
+        "gloo has no all-gather or reduce-scatter of unequal parts; experts with tensor parallelism need them",
         _uneven_gloo,
     ),
 )

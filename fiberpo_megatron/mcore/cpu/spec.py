@@ -1,4 +1,5 @@
-"""The transformer layer of the CPU platform: Megatron's local modules, our norm and core attention."""
+"""This is the transformer layer of the CPU platform: Megatron's local modules with this package's norm and core
+attention."""
 
 from typing import Any
 
@@ -19,19 +20,19 @@ from fiberpo_megatron.mcore.cpu.norm import RmsNorm
 
 
 class CpuSpecProvider(LocalSpecProvider):
-    """Megatron's local modules, except where they cannot do packed rows or sequence parallelism."""
+    """Returns Megatron's local modules, except for those that do not support packed rows or sequence parallelism."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        """RMSNorm with the sequence-parallel mark."""
+        """Return RMSNorm with the sequence-parallel mark."""
         return RmsNorm
 
     def core_attention(self) -> type:
-        """Attention over packed rows, with grouped queries and context parallelism."""
+        """Return attention over packed rows, with grouped queries and context parallelism."""
         return PackedAttention
 
 
 def layer_spec(*, num_experts: int | None, qk_layernorm: bool, latent: bool) -> Any:
-    """One pre-norm layer; dense when `num_experts` is None. Keys of checkpoints equal the GPU layer's."""
+    """Return one pre-norm layer, dense when `num_experts` is None; its keys in checkpoints equal the GPU layer's."""
     backend = CpuSpecProvider()
     norm = backend.layer_norm(rms_norm=True)
     return ModuleSpec(
@@ -70,7 +71,7 @@ def _latent_attention(backend: CpuSpecProvider) -> ModuleSpec:
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=backend.column_parallel_linear(),
-            # The same whole weight on every tensor-parallel rank, its gradient summed over their shares of the row.
+            # Every tensor-parallel rank holds the whole weight; its gradient is summed over their shares of the row.
             # Megatron also takes a column-parallel layer here, but then the gradients are wrong under tensor
             # parallelism.
             linear_q_down_proj=Linear,
@@ -86,7 +87,8 @@ def _latent_attention(backend: CpuSpecProvider) -> ModuleSpec:
 
 
 def _checkpoint_keys(num_experts: int | None, latent: bool) -> dict[str, str]:
-    """Transformer Engine fuses these norms into the linear layer behind them; checkpoints use its names."""
+    """Return the names of norms in checkpoints: those of Transformer Engine, which fuses them into the next linear
+    layer."""
     if latent:
         keys = {
             "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",

@@ -1,1 +1,2 @@
-"""The parallel layout: process groups, what a layout has to divide, messages between ranks, the heartbeat."""
+"""This package holds the parallel layout: process groups, what a layout must divide, messages between ranks,
+heartbeat."""

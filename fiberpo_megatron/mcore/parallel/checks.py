@@ -1,7 +1,8 @@
-"""Whether a parallel layout fits a model. Pure; every message says what does not divide and what would.
+"""This module checks whether a parallel layout fits a model; every message says what does not divide and what would.
 
-Context parallelism has no rule: sequences are padded to what it needs (`layout.sequence_multiple`). Nor has the number
-of micro-batches: packing makes it the same on every rank and a multiple of what an interleaved pipeline needs.
+Its functions are pure. Context parallelism has no rule: sequences are padded to what it needs
+(`layout.sequence_multiple`). Neither has the number of micro-batches: packing makes it the same on every rank and a
+multiple of what an interleaved pipeline needs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,14 +14,15 @@ from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
 
 
 def check_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, world_size: int) -> None:
-    """Refuse a layout that does not fit the model or the world; ValueError with the values that would."""
+    """Refuse a layout that does not fit the model or the world. Raises ValueError with the values that would."""
     problems = layout_problems(read_architecture(hf_config), parallel, world_size)
     if problems:
         raise ValueError("\n".join(problems))
 
 
 def layout_problems(architecture: Architecture, parallel: ParallelConfig, world_size: int) -> list[str]:
-    """Everything that keeps the layout from running, one sentence each; empty when it fits."""
+    """Return everything that keeps the layout from running, one sentence each; the list is empty when the layout
+    fits."""
     return [
         *_world_problems(parallel, world_size),
         *_tensor_problems(architecture, parallel),
@@ -30,7 +32,8 @@ def layout_problems(architecture: Architecture, parallel: ParallelConfig, world_
 
 
 def check_routers(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuse ways of balancing the routers' load that would be wrong, or do nothing; ValueError with what to set."""
+    """Refuse ways of balancing the routers' load that would be wrong or do nothing. Raises ValueError with what to
+    set."""
     experts = architecture.experts
     if model.router_bias_update_rate and (experts is None or not experts.correction_bias):
         raise ValueError(
@@ -46,9 +49,9 @@ def check_routers(architecture: Architecture, model: ModelConfig, parallel: Para
 
 
 def layers_per_chunk(layers: int, chunks: int) -> list[int]:
-    """Layers of each model chunk along the pipeline, as equal as can be.
+    """Return the number of layers of each model chunk along the pipeline, as equal as possible.
 
-    Chunks in the middle get the ones that are left over: the first also holds the embedding, the last the output.
+    Chunks in the middle get the layers that are left over: the first also holds the embedding, the last the output.
     """
     base, more = divmod(layers, chunks)
     first = (chunks - more) // 2
@@ -56,7 +59,7 @@ def layers_per_chunk(layers: int, chunks: int) -> list[int]:
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
+    """Return all divisors of a number, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
@@ -97,7 +100,7 @@ def _tensor_problems(architecture: Architecture, parallel: ParallelConfig) -> It
 
 
 def _split_widths(architecture: Architecture) -> dict[str, int]:
-    """Inner sizes of the MLPs that tensor parallelism splits."""
+    """Return the inner sizes of the MLPs that tensor parallelism splits."""
     experts = architecture.experts
     widths = {}
     if experts is None or experts.dense_layers:

@@ -1,4 +1,4 @@
-"""Rollouts and short texts between ranks, as byte tensors: no pickling, unequal sizes welcome."""
+"""This module sends rollouts and short texts between ranks as byte tensors, without pickling; sizes may differ."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def bytes_to_text(message: Tensor) -> str:
 
 
 def all_gather_bytes(message: Tensor, group: Any) -> list[Tensor]:
-    """Every rank's message, in the group's rank order; sizes may differ."""
+    """Return every rank's message, in the group's rank order; sizes may differ."""
     size = torch.tensor([len(message)])
     sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, size, group=group)
@@ -59,12 +59,12 @@ def all_gather_bytes(message: Tensor, group: Any) -> list[Tensor]:
 
 
 def all_gather_json(value: Any, group: Any) -> list[Any]:
-    """Every rank's value (lists, numbers, strings), in the group's rank order. No pickle: data stays data."""
+    """Return every rank's value (lists, numbers, strings), in the group's rank order, without pickling."""
     return [json.loads(bytes_to_text(m)) for m in all_gather_bytes(text_to_bytes(json.dumps(value)), group)]
 
 
 def broadcast_bytes(message: Tensor | None, source: int, group: Any) -> Tensor:
-    """The message of global rank `source` on every rank of the group; the others pass None."""
+    """Return the message of global rank `source` on every rank of the group; the other ranks pass None."""
     size = torch.tensor([0 if message is None else len(message)])
     dist.broadcast(size, src=source, group=group)
     out = message if message is not None else torch.empty(int(size.item()), dtype=torch.uint8)

@@ -1,8 +1,8 @@
-"""Signs of life between ranks, so that a rank that hangs is named by another one.
+"""Ranks watch each other's signs of life, so that a rank that hangs is named by another one.
 
-A collective's timeout says that somebody is missing, not who. A thread of every rank therefore writes a beat to the
-rendezvous store, with what the rank is doing, and watches the next rank's: a stopped or frozen process, or a machine
-that is gone, is told within `run.heartbeat_timeout_s`. Where a rank's threads live but its program hangs, the others'
+A collective's timeout says that a rank is missing, but not which. A thread of every rank therefore writes a beat to the
+rendezvous store, with what the rank is doing, and watches the next rank's beat. A stopped or frozen process, or a lost
+machine, is reported within `run.heartbeat_timeout_s`. If a rank's threads live but its program hangs, the others'
 collective runs into `run.distributed_timeout_s`, and the error then lists what every rank is doing.
 """
 
@@ -20,15 +20,15 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 Phase = Callable[[], tuple[str, float]]
-"""What this rank is doing, and for how many seconds."""
+"""Returns what this rank is doing, and for how many seconds."""
 Leave = Callable[[Exception], NoReturn]
-"""Ends this process with an error, at once."""
+"""Ends this process immediately with an error."""
 
 _BEATS = 10
 """Beats in the time after which a rank counts as silent."""
 _LONGEST_INTERVAL_S = 5.0
 _GRACE_S = 10.0
-"""Seconds that a lost store may be the normal end of the run."""
+"""Seconds for which a lost store may be the normal end of the run."""
 _LOST_PEER = re.compile(r"gloo|NCCL|[Tt]imed out|[Tt]imeout|Connection (reset|closed)")
 
 
@@ -38,10 +38,10 @@ class RankSilent(RuntimeError):
 
 @contextmanager
 def heartbeat(rank: int, size: int, timeout_s: float, phase: Phase, leave: Leave) -> Iterator[None]:
-    """Beat and watch while the body runs; with one rank, or a `timeout_s` of 0, nothing happens.
+    """Send beats and watch the neighbour while the body runs; with one rank, or a `timeout_s` of 0, nothing happens.
 
-    A silent neighbour ends this process by `leave`: its main thread may sit in a collective. An error of the body that
-    comes from a lost peer is raised again with what all ranks are doing.
+    A silent neighbour ends this process by `leave`, because its main thread may wait in a collective. An error of the
+    body that comes from a lost peer is raised again with what all ranks are doing.
     """
     if size == 1 or not timeout_s:
         yield
@@ -59,7 +59,7 @@ def heartbeat(rank: int, size: int, timeout_s: float, phase: Phase, leave: Leave
 
 
 class _Beats:
-    """The thread and its connection to the store; the main thread's own connection may be blocked."""
+    """Holds the thread and its connection to the store, since the main thread's own connection may be blocked."""
 
     def __init__(self, rank: int, size: int, timeout_s: float, phase: Phase, leave: Leave) -> None:
         self._rank, self._size, self._timeout_s = rank, size, timeout_s
@@ -72,31 +72,31 @@ class _Beats:
         self._count = 0
 
     def start(self) -> None:
-        """The first beat is this thread's, so that nobody who is past this point can hang unseen."""
+        """Write the first beat in the calling thread, so that a rank that is past this point cannot hang unnoticed."""
         self._store = self._connect()
         self._beat(self._store)
         self._thread.start()
 
     def stop(self) -> None:
-        """The rank ends as it should: the neighbour need not expect it any more."""
+        """Announce that the rank ends normally, so that the neighbour no longer expects it."""
         self._stopping.set()
         self._thread.join(timeout=self._interval + _GRACE_S)
 
     def everyone(self) -> str:
-        """What each rank said last."""
+        """Return what each rank wrote last."""
         try:
             store = self._connect()
             beats = [(rank, self._read(store, rank)) for rank in range(self._size)]
         except RuntimeError as error:
             return f"the rendezvous store that knows what the ranks were doing is gone as well: {error}"
         now = time.time()
-        told = [
+        beats = [
             f"rank {rank} ({beat['host']}, pid {beat['pid']}): {beat['phase']} for {beat['seconds']:.0f} s, "
             f"said {now - beat['time']:.0f} s ago"
             for rank, beat in beats
             if beat is not None
         ]
-        return "what the ranks were doing: " + "; ".join(told)
+        return "what the ranks were doing: " + "; ".join(beats)
 
     def _connect(self) -> Any:
         host, port = self._address
@@ -116,7 +116,7 @@ class _Beats:
                 )
 
     def _watch(self, store: Any) -> None:
-        """Beat until the end. Silence is counted in our own beats: a whole job that was suspended is not silent."""
+        """Beat until the end. Silence is counted in this rank's own beats, so that a suspended job is not silent."""
         neighbour = (self._rank + 1) % self._size
         last, unchanged = self._read(store, neighbour), 0
         while not self._stopping.wait(self._interval):
@@ -138,7 +138,7 @@ class _Beats:
         store.set(_key(self._rank), json.dumps(beat | {"phase": phase, "seconds": seconds}))
 
     def _read(self, store: Any, rank: int) -> dict[str, Any] | None:
-        """The last beat of a rank; None before the first and after the end."""
+        """Return the last beat of a rank; None before the first and after the end."""
         if not store.check([_key(rank)]):
             return None
         text = store.get(_key(rank)).decode()

@@ -1,4 +1,4 @@
-"""Where a process stands. The only reader (and the initialiser) of megatron.core.parallel_state."""
+"""This module knows where a process is in the layout; only it reads (and initialises) megatron.core.parallel_state."""
 
 import datetime
 import os
@@ -27,17 +27,17 @@ __all__ = ["ParallelLayout", "check_layout", "launched_world_size", "start_layou
 FP8_ROW_MULTIPLE = 32
 """Tokens: Transformer Engine's FP8 products want rows in multiples of 16, MXFP8 of 32."""
 _starts = count()
-"""Of layouts in this process; the same on every rank."""
+"""Number of layouts in this process so far; the same on every rank."""
 
 
 def launched_world_size() -> int:
-    """Processes that the launcher (torchrun, srun) started; 1 without a launcher."""
+    """Return the number of processes that the launcher (torchrun, srun) started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
 class Axes:
-    """Ranks of one process along every dimension."""
+    """Holds one process's ranks along every dimension."""
 
     tensor: int
     context: int
@@ -99,24 +99,24 @@ class ParallelLayout:
 
     @cached_property
     def background_group(self) -> Any:
-        """Gloo group of all ranks for a thread beside the main one; every rank asks for it at the same place."""
+        """Return the Gloo group of all ranks for a background thread; every rank asks for it at the same place."""
         return dist.new_group(backend="gloo", timeout=self._timeout)
 
     def align_rows(self, multiple: int) -> None:
-        """Have every rank's share of a sequence be a multiple of so many tokens."""
+        """Make every rank's share of a sequence a multiple of so many tokens."""
         self.sequence_multiple = lcm(self.sequence_multiple, multiple * self.tensor_size * self.context_size)
 
     @property
     def chunks(self) -> int:
-        """Model chunks of this process (virtual pipeline stages)."""
+        """Return the number of model chunks of this process (virtual pipeline stages)."""
         return self.parallel.virtual_pipeline
 
     def sum_over_tokens(self, x: Tensor) -> Tensor:
-        """Sum over the data x context parallel ranks; the argument is left as it is."""
+        """Return the sum over the data x context parallel ranks; the argument is left as it is."""
         return self._reduce_over_tokens(x, dist.ReduceOp.SUM)
 
     def max_over_tokens(self, x: Tensor) -> Tensor:
-        """Maximum over the data x context parallel ranks; the argument is left as it is."""
+        """Return the maximum over the data x context parallel ranks; the argument is left as it is."""
         return self._reduce_over_tokens(x, dist.ReduceOp.MAX)
 
     def _reduce_over_tokens(self, x: Tensor, op: Any) -> Tensor:
@@ -143,26 +143,29 @@ class ParallelLayout:
         return exchange.all_gather_json(value, self.host_group)
 
     def share_text(self, text: str | None) -> str:
-        """Rank 0's text on every rank; others pass None."""
+        """Return rank 0's text on every rank; the others pass None."""
         message = exchange.text_to_bytes(text or "") if self.rank == 0 else None
         return exchange.bytes_to_text(exchange.broadcast_bytes(message, 0, self.host_group))
 
     def agree(
         self, error: str | None, where: str, reraise: bool = True, raises: type[Exception] = RuntimeError
     ) -> None:
-        """Every rank calls it with its error or None; if any rank passed one, those with `reraise` raise one
-        `raises` that names the first failing rank, `where` and the error."""
+        """Raise the first failing rank's error on all ranks; every rank calls this with its error or None.
+
+        If any rank passed an error, those with `reraise` raise one `raises` that names the first failing rank, `where`
+        and the error.
+        """
         if not self.any_rank(error is not None):
             return
         texts = exchange.all_gather_bytes(exchange.text_to_bytes(error or ""), self.host_group)
         errors = [(rank, exchange.bytes_to_text(text)) for rank, text in enumerate(texts)]
-        told = [f"rank {rank}: {text}" for rank, text in errors if text]
-        more = f" (and on {len(told) - 1} other ranks)" if len(told) > 1 else ""
+        failures = [f"rank {rank}: {text}" for rank, text in errors if text]
+        more = f" (and on {len(failures) - 1} other ranks)" if len(failures) > 1 else ""
         if reraise:
-            raise raises(f"{where} failed on {told[0] if told else 'an unnamed rank'}{more}")
+            raise raises(f"{where} failed on {failures[0] if failures else 'an unnamed rank'}{more}")
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether any rank passed True; every rank calls it and gets the same answer."""
+        """Return whether any rank passed True; every rank calls this and gets the same answer."""
         count = torch.tensor([int(flag)])
         dist.all_reduce(count, group=self.host_group)
         return bool(count.item())
@@ -173,15 +176,16 @@ class ParallelLayout:
 
 
 def _sequence_multiple(tensor: int, context: int) -> int:
-    """Every sequence splits into 2 x context zigzag chunks, and every local row over the tensor ranks."""
+    """Return the multiple at which a sequence splits into 2 x context zigzag chunks and a local row over the tensor
+    ranks."""
     return lcm(2 * context if context > 1 else 1, tensor * context)
 
 
 def start_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, run: RunConfig) -> ParallelLayout:
     """Check the layout, join the other processes of the launcher and build the process groups.
 
-    Reads the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without one, a world
-    of one process. Raises ValueError when the layout does not divide.
+    This reads the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without one, the
+    world is one process. Raises ValueError when the layout does not divide.
     """
     check_layout(hf_config, parallel, launched_world_size())
     platform = activate()

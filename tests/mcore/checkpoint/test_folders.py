@@ -85,7 +85,7 @@ def test_messages(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint at .*step-00000003; .* holds no complete one"):
         describe(step_folder(tmp_path, 3))
     folder = write(tmp_path, 3)
-    with pytest.raises(CheckpointError, match="the newest complete one there is .*step-00000003"):
+    with pytest.raises(CheckpointError, match="the newest complete one beside it is .*step-00000003"):
         describe(step_folder(tmp_path, 4))
     (folder / "random" / "0.pt").unlink()
     with pytest.raises(CheckpointError, match="0.pt is missing, 10 bytes were written; take an earlier"):

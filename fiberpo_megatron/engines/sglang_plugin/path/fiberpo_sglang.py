@@ -16,7 +16,7 @@ _kept: list[Any] = []
 
 
 def _with_key(server_args: Any, *args: object, **kwargs: object) -> Any:
-    """Return the parsed arguments with the API key of the file; every user of the machine could read a command line."""
+    """Return the parsed arguments with the API key of the file; anybody on the machine could read a command line."""
     server_args.api_key = Path(os.environ[KEY_FILE]).read_text().strip()
     return server_args
 
@@ -35,7 +35,9 @@ def _rendezvous_on_loopback(server_args: Any) -> None:
     listener.bind(("127.0.0.1", server_args.nccl_port))
     listener.listen(1024)
     port = listener.getsockname()[1]
-    _kept.append(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()))
+    _kept.append(
+        TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    )
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # all ranks are clients
 
 
