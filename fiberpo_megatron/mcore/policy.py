@@ -83,7 +83,7 @@ class MegatronPolicy:
     def log_probs(
         self, micro_batches: Sequence[MicroBatch], temperature: float, *, routing: RoutingMode = "off"
     ) -> TokenScores | None:
-        """Run a forward pass without gradient; return the scores of this rank's response tokens on the last stage, else None.
+        """Run a forward pass without gradient. The last stage returns the scores of this rank's response tokens.
 
         `routing`: "record" adds the experts of every token to `self.routing`, "replay" takes them from there.
         Raises ValueError on every rank when a token to be replayed has no route.
@@ -202,7 +202,7 @@ class MegatronPolicy:
             checkpoint.save(self, folder, state)
 
     def begin_save(self, folder: str, state: Mapping[str, object]) -> PendingSave:
-        """Save as `save` does, but a thread writes beside the training until `finish` is called."""
+        """Write a checkpoint as `save` does, but in a thread beside the training until `finish` is called."""
         from fiberpo_megatron.mcore import checkpoint
 
         with self.memory.state("saving a checkpoint"):  # what the thread writes are copies
@@ -230,7 +230,7 @@ class _GateCalls:
         """What the gate raised inside a pass."""
 
     def check(self, log_probs: Tensor | None) -> str | None:
-        """Return how many log-probs are not finite, as text; None if all are. Asked before the gate's own collectives."""
+        """Return a text that counts the log-probs that are not finite, or None. It precedes the gate's collectives."""
         assert log_probs is not None, "the last pipeline stage knows its log-probs"
         bad = int((~log_probs.isfinite()).sum())
         return f"{bad} of {len(log_probs)} log-probs are not finite" if bad else None

@@ -1,4 +1,4 @@
-"""This module computes the bytes of parameters, gradients and optimizer state on a rank, as Megatron-Core lays them out.
+"""This module computes the bytes of parameters, gradients and optimizer state on one rank, as Megatron has them.
 
 The rules come from `_ParamAndGradBuffer` (distributed/param_and_grad_buffer.py) for buffers and their padding, from
 `DistributedOptimizer` (optimizer/distrib_optimizer.py) for the shards, and from `mcore/optimizers/build.py` for the

@@ -1,1 +1,1 @@
-"""Carrying the trainer's weights to the engines: a base class, one file for each way, and the check afterwards."""
+"""This package carries the trainer's weights to the engines. It has a base class and one file for each way."""

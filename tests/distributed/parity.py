@@ -151,7 +151,6 @@ def make_config(**sections: Any) -> Config:
         "model": {"path": "unused", "random_init": True, "dtype": "float32", "train_router": True},
         # Gradients are about 1e-3: an eps of that size keeps Adam from turning rounding noise into whole steps.
         "optimizer": {"learning_rate": 1e-2, "eps": 1e-3, "clip_grad": 0.03},
-        "data": {"tasks": [{"kind": "addition"}]},
     }
     for section, values in sections.items():
         base[section] = {**base.get(section, {}), **values}

@@ -3,23 +3,28 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fiberpo_megatron.plugins import PluginError
 from fiberpo_megatron.telemetry import sinks as sinks_module
 from fiberpo_megatron.telemetry.settings import TelemetryConfig
 from fiberpo_megatron.telemetry.sinks import (
     JsonlSink,
+    SinkContext,
     Sinks,
     TensorBoardSink,
     WandbSink,
+    check_sinks,
     drop_records,
     open_sinks,
     read_records,
 )
+from tests.distributed.parity import make_config
 
 
 def filled(path, steps, kind="train"):
@@ -93,16 +98,16 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_has_every_number_and_hides_repeated_steps(tmp_path):
-    first = TensorBoardSink(tmp_path, 0)
+    first = TensorBoardSink(SinkContext(tmp_path, 0, 9), "events")
     for step in (1, 2, 3):
         first.write(step, "train", {"own/x": step, "text": "skipped"})
     first.write(0, "eval", {"accuracy": 0.5})
     first.write(3, "eval", {"accuracy": 0.75})
     first.close()
-    resumed = TensorBoardSink(tmp_path, 3)
+    resumed = TensorBoardSink(SinkContext(tmp_path, 3, 9), "events")
     resumed.write(3, "train", {"own/x": 30})
     resumed.close()
-    assert scalars(tmp_path) == {
+    assert scalars(tmp_path / "events") == {
         "train/own/x": [(2, 1.0), (3, 2.0), (4, 30.0)],
         "eval/accuracy": [(0, 0.5), (3, 0.75)],
     }
@@ -122,10 +127,11 @@ class FakeWandb:
         self.finished = True
 
 
-def test_wandb_continues_its_run_on_resume(tmp_path):
+def test_wandb_continues_its_run_on_resume(tmp_path, monkeypatch):
     wandb = FakeWandb()
+    monkeypatch.setattr(sinks_module, "import_module", {"wandb": wandb}.get)
     for _ in range(2):
-        sink = WandbSink(wandb, "project", tmp_path, {"seed": 1})
+        sink = WandbSink(SinkContext(tmp_path, 0, 9, {"seed": 1}), "project")
         sink.write(3, "train", {"reward/mean": 0.5})
         sink.close()
     assert [i["id"] for i in wandb.inits] == [None, "abc"] and wandb.inits[0]["config"] == {"seed": 1}
@@ -142,14 +148,14 @@ def test_wandb_missing_names_the_command(tmp_path, monkeypatch):
 
 def test_all_sinks_of_a_run(tmp_path, capsys):
     for first_step in (0, 1):
-        with open_sinks(tmp_path, TelemetryConfig(), title="t", first_step=first_step, total_steps=2) as sinks:
+        opened = open_sinks(tmp_path, TelemetryConfig(), title="t", first_step=first_step, total_steps=2)
+        with closing(opened) as sinks:
             sinks.write(first_step, "train", {"reward/mean": 0.25, "loss": 1.0})
     assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [0, 1]
     assert scalars(tmp_path / "tensorboard")["train/loss"] == [(1, 1.0), (2, 1.0)]
     assert "step 2/2  reward 0.25" in capsys.readouterr().out
     quiet = TelemetryConfig(tensorboard=False)
-    with open_sinks(tmp_path / "quiet", quiet, title="t", first_step=0, total_steps=2):
-        pass
+    open_sinks(tmp_path / "quiet", quiet, title="t", first_step=0, total_steps=2).close()
     assert not (tmp_path / "quiet" / "tensorboard").exists()
 
 
@@ -165,3 +171,82 @@ def test_closing_closes_all_and_reports_a_failure(tmp_path):
         Sinks([Broken(), jsonl]).close()
     with pytest.raises(ValueError, match="closed file"):
         jsonl.write(1, "train", {})
+
+
+class Csv:
+    """A sink as a user of the package writes one."""
+
+    def __init__(self, context: SinkContext, name: str = "rewards.csv", fails_from: int | None = None) -> None:
+        self.fails_from = fails_from
+        self.file = (context.run_folder / name).open("a")
+        print("begins", context.first_step, context.total_steps, context.config.get("seed"), sep=",", file=self.file)
+
+    def write(self, step: int, kind: str, metrics: Any) -> None:
+        if self.fails_from is not None and step >= self.fails_from:
+            raise ConnectionError("the service is down")
+        print(kind, step, metrics["reward/mean"], sep=",", file=self.file)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.fails_from is not None:
+            raise ConnectionError("still down")
+
+
+CSV = f"{__name__}:Csv"
+
+
+def test_a_sink_from_outside_the_package_gets_the_records(tmp_path):
+    settings = TelemetryConfig.model_validate({"sinks": [{"use": CSV, "options": {"name": "r.csv"}}]})
+    with closing(open_sinks(tmp_path, settings, title="t", first_step=3, total_steps=5, config={"seed": 7})) as sinks:
+        sinks.write(3, "train", {"reward/mean": 0.25})
+        sinks.write(4, "eval", {"reward/mean": 0.5})
+    assert (tmp_path / "r.csv").read_text().splitlines() == ["begins,3,5,7", "train,3,0.25", "eval,4,0.5"]
+    assert len(read_records(tmp_path / "metrics.jsonl")) == 2 and (tmp_path / "tensorboard").is_dir()
+
+
+def test_a_service_that_is_down_is_reported_and_does_not_stop_a_run(tmp_path, capsys):
+    sinks = [{"use": CSV, "options": {"fails_from": 1}}]
+    settings = TelemetryConfig.model_validate({"sinks": sinks, "tensorboard": False})
+    with closing(open_sinks(tmp_path, settings, title="t", first_step=0, total_steps=4)) as opened:
+        for step in range(4):
+            opened.write(step, "train", {"reward/mean": step})
+    assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 3 and all(line.startswith(f"WARNING: the metrics sink {CSV} ") for line in told)
+    assert "the record train 1 (ConnectionError: the service is down). Training goes on" in told[0]
+    assert "did not take 3 of 4 records" in told[1]
+    assert "could not be closed (ConnectionError: still down)" in told[2]
+
+
+def test_metrics_that_cannot_be_kept_stop_a_run(tmp_path):
+    opened = open_sinks(tmp_path, TelemetryConfig(tensorboard=False), title="t", first_step=0, total_steps=4)
+    opened._sinks[0].close()  # as a full disk or a lost mount: nothing can be written any more
+    with pytest.raises(ValueError, match="closed file"):
+        opened.write(0, "train", {"loss": 1.0})
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("sinks", "said"),
+    [
+        (["tensorbord"], r"telemetry.sinks = \"tensorbord\" is neither .*did you mean 'tensorboard'"),
+        ([{"use": CSV, "options": {"nmae": "x"}}], "Csv does not take the option 'nmae'; did you mean 'name'"),
+        ([{"use": CSV, "options": {"context": "x"}}], "Csv does not take the option 'context'"),
+        (["wandb"], "WandbSink needs the option 'project'"),
+        ([f"{__name__}:FakeWandb"], r"FakeWandb lacks the method write\(\)"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_run_starts(sinks, said):
+    with pytest.raises(PluginError, match=said):
+        check_sinks(make_config(telemetry={"sinks": sinks}))
+
+
+def test_settings_of_their_own_stand_for_sinks():
+    def names(**settings: Any) -> list[str]:
+        return [sink.use for sink in TelemetryConfig.model_validate(settings).all_sinks()]
+
+    assert names() == ["tensorboard"] and names(tensorboard=False) == []
+    assert names(sinks=[CSV, "tensorboard"]) == [CSV, "tensorboard"]
+    assert names(wandb_project="p", sinks=[CSV]) == ["tensorboard", "wandb", CSV]
+    with pytest.raises(ValueError, match='telemetry.wandb_project = "p" and the sink "wandb" .* remove one'):
+        names(wandb_project="p", sinks=[{"use": "wandb", "options": {"project": "q"}}])

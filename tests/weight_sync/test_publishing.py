@@ -4,6 +4,8 @@ import json
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,19 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from fiberpo_megatron.config import Config
 from fiberpo_megatron.engines.client import EngineAddress
 from fiberpo_megatron.engines.errors import EngineError, EngineRefused, EngineTimeout
+from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.plugins import PluginError
+from fiberpo_megatron.weight_sync.choose import check_publisher, make_publisher
 from fiberpo_megatron.weight_sync.disk import DiskPublisher
 from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
 from fiberpo_megatron.weight_sync.group import UpdateGroup
+from fiberpo_megatron.weight_sync.settings import WeightSyncConfig
+from tests.distributed.parity import make_config
 from tests.engines.fake_server import FakeServers
+from tests.weight_sync.sources import Tensors, context
 
 ENGINES = [EngineAddress("http://127.0.0.1:1"), EngineAddress("http://127.0.0.1:2")]
 WEIGHTS = {f"w{i}": torch.full((5,), float(i)) for i in range(4)}
@@ -37,25 +46,34 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-class Counted:
+class Counted(Tensors):
     """Weights that know whether they were iterated to the end."""
 
     def __init__(self) -> None:
+        super().__init__(WEIGHTS.items())
         self.drained = False
 
-    def __iter__(self):
-        yield from WEIGHTS.items()
+    def full(self):
+        yield from super().full()
         self.drained = True
 
 
-def disk(model: Path, servers: FakeServers, folder: Path, **options) -> DiskPublisher:
-    options = {"leader": True, "timeout_s": 5} | options
-    return DiskPublisher(ENGINES, model=model, folder=folder, transport=servers, **options)
+@contextmanager
+def disk(model: Path, servers: FakeServers, folder: Path, rank: int = 0, **options) -> Iterator[DiskPublisher]:
+    with EnginePool(ENGINES, timeout_s=5, transport=servers) as pool:
+        made = DiskPublisher(context(pool, model, folder.parent, rank, 2, 5), folder=folder, **options)
+        with closing(made):
+            yield made
 
 
-def distributed(model: Path, servers: FakeServers, **options) -> DistributedPublisher:
-    options = {"leader": True, "timeout_s": 5, "bucket_mib": 1, "backend": "gloo"} | options
-    return DistributedPublisher(ENGINES, model=model, transport=servers, **options)
+@contextmanager
+def distributed(
+    model: Path, servers: FakeServers, rank: int = 0, timeout_s: float = 5
+) -> Iterator[DistributedPublisher]:
+    with EnginePool(ENGINES, timeout_s=5, transport=servers) as pool:
+        made = DistributedPublisher(context(pool, model, model, rank, 2, timeout_s), bucket_mib=1, backend="gloo")
+        with closing(made):
+            yield made
 
 
 def refusing(path: str, port: int) -> FakeServers:
@@ -73,13 +91,13 @@ def test_disk_writes_a_complete_folder_and_removes_older_ones(model, tmp_path):
     folder.mkdir()
     (folder / "notes").mkdir()
     with disk(model, servers, folder, shard_bytes=45) as publishing:
-        publishing.publish(iter(WEIGHTS.items()), "1")
+        publishing.publish(Tensors(WEIGHTS.items()), "1")
         assert servers.paths() == [
             *["/pause_generation"] * 2,
             *["/update_weights_from_disk"] * 2,
             *["/continue_generation"] * 2,
         ]
-        publishing.publish(iter(WEIGHTS.items()), "2")
+        publishing.publish(Tensors(WEIGHTS.items()), "2")
     assert {entry.name for entry in folder.iterdir()} == {"2", "notes"}, "foreign folders stay"
     written = folder / "2"
     index = json.loads((written / "model.safetensors.index.json").read_text())
@@ -99,7 +117,7 @@ def test_an_engine_of_another_user_can_read_what_the_umask_lets_it(model, tmp_pa
     before = os.umask(umask)
     try:
         with disk(model, FakeServers(), tmp_path / "published") as publishing:
-            publishing.publish(iter(WEIGHTS.items()), "1")
+            publishing.publish(Tensors(WEIGHTS.items()), "1")
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "published/1").iterdir()}
@@ -112,18 +130,18 @@ def test_disk_refuses_to_replace_a_folder_that_is_not_its_own(model, tmp_path):
         disk(model, FakeServers(), tmp_path / "published") as publishing,
         pytest.raises(FileExistsError, match=r"published/1 was not written by a publication"),
     ):
-        publishing.publish(iter(WEIGHTS.items()), "1")
+        publishing.publish(Tensors(WEIGHTS.items()), "1")
 
 
 def test_a_refusal_names_the_engine_resumes_all_and_keeps_the_older_folder(model, tmp_path):
     servers = FakeServers()
     with disk(model, servers, tmp_path / "published") as publishing:
-        publishing.publish(iter(WEIGHTS.items()), "1")
+        publishing.publish(Tensors(WEIGHTS.items()), "1")
         servers.rules = refusing("/update_weights_from_disk", 2).rules
         servers.calls.clear()
         weights = Counted()
         with pytest.raises(EngineRefused, match=r"127.0.0.1:2: .*not now"):
-            publishing.publish(iter(weights), "2")
+            publishing.publish(weights, "2")
     assert servers.paths()[-2:] == ["/continue_generation"] * 2 and weights.drained
     assert (tmp_path / "published" / "1").is_dir()
 
@@ -131,8 +149,8 @@ def test_a_refusal_names_the_engine_resumes_all_and_keeps_the_older_folder(model
 @pytest.mark.parametrize("way", [disk, distributed])
 def test_other_ranks_only_drain(way, model, tmp_path):
     servers, weights = FakeServers(), Counted()
-    with way(model, servers, **({"folder": tmp_path} if way is disk else {}), leader=False) as publishing:
-        publishing.publish(iter(weights), "1")
+    with way(model, servers, **({"folder": tmp_path} if way is disk else {}), rank=1) as publishing:
+        publishing.publish(weights, "1")
     assert weights.drained and servers.calls == []
 
 
@@ -140,7 +158,7 @@ def test_a_refused_begin_sends_nothing(model):
     servers = JoiningServers(refusing("/begin_weight_update", 2).rules)
     weights = Counted()
     with distributed(model, servers) as publishing, pytest.raises(EngineRefused, match="127.0.0.1:2.*not now"):
-        publishing.publish(iter(weights), "1")
+        publishing.publish(weights, "1")
     assert "/update_weights_from_distributed" not in servers.paths()
     assert servers.paths().count("/begin_weight_update") == 4, "once more, after closing what may have been left open"
     assert servers.paths().count("/end_weight_update") == 4 and weights.drained
@@ -153,7 +171,7 @@ def test_an_engine_that_refuses_to_join_is_named_at_once(model):
         distributed(model, refusing("/init_weights_update_group", 1), timeout_s=60) as publishing,
         pytest.raises(EngineRefused, match="127.0.0.1:1: /init_weights_update_group was refused"),
     ):
-        publishing.publish(iter(WEIGHTS.items()), "1")
+        publishing.publish(Tensors(WEIGHTS.items()), "1")
     assert time.monotonic() - began < 20
 
 
@@ -162,7 +180,7 @@ def test_engines_that_say_they_joined_but_did_not(model):
         distributed(model, FakeServers(), timeout_s=1) as publishing,
         pytest.raises(EngineTimeout, match="rank 0 and 2 engine ranks at .* was not complete in time"),
     ):
-        publishing.publish(iter(WEIGHTS.items()), "1")
+        publishing.publish(Tensors(WEIGHTS.items()), "1")
 
 
 class JoiningServers(FakeServers):
@@ -217,8 +235,8 @@ def test_distributed_sends_buckets_to_all_engines_and_the_version_with_the_last(
     servers = JoiningServers()
     with distributed(model, servers) as publishing:
         publishing.bucket_bytes = 45
-        publishing.publish(iter(WEIGHTS.items()), "1")
-        publishing.publish(iter(WEIGHTS.items()), "2")
+        publishing.publish(Tensors(WEIGHTS.items()), "1")
+        publishing.publish(Tensors(WEIGHTS.items()), "2")
     expected = torch.cat(list(WEIGHTS.values())).repeat(2)
     for host in ("127.0.0.1:1", "127.0.0.1:2"):
         assert torch.equal(torch.cat(servers.received[host]), expected)
@@ -246,14 +264,14 @@ def test_an_update_that_a_killed_trainer_left_open_is_closed(model):
 
     servers = JoiningServers({"/begin_weight_update": begin, "/end_weight_update": end})
     with distributed(model, servers) as publishing:
-        publishing.publish(iter(WEIGHTS.items()), "1")
+        publishing.publish(Tensors(WEIGHTS.items()), "1")
     assert not open_at and set(servers.received) == {"127.0.0.1:1", "127.0.0.1:2"}
 
 
 def test_engines_with_several_ranks_get_ranks_of_their_own(model):
     servers = FakeServers({"/server_info": lambda host, body: {"tp_size": 4, "dp_size": 1}})
     with distributed(model, servers, timeout_s=0.5) as publishing, pytest.raises(EngineTimeout, match="8 engine ranks"):
-        publishing.publish(iter(WEIGHTS.items()), "1")
+        publishing.publish(Tensors(WEIGHTS.items()), "1")
     joins = [body for _, path, body in servers.calls if path == "/init_weights_update_group"]
     assert [(j["rank_offset"], j["world_size"]) for j in joins] == [(1, 9), (5, 9)]
 
@@ -263,7 +281,7 @@ def test_an_engine_that_takes_no_part_does_not_hang_the_broadcast(model):
     began = time.monotonic()
     with distributed(model, servers, timeout_s=60) as publishing:
         with pytest.raises(EngineRefused, match="127.0.0.1:2: /update_weights_from_distributed .*no such group"):
-            publishing.publish(iter(WEIGHTS.items()), "1")
+            publishing.publish(Tensors(WEIGHTS.items()), "1")
         assert servers.paths()[-2:] == ["/continue_generation"] * 2
     assert time.monotonic() - began < 20
 
@@ -275,7 +293,7 @@ def test_a_reported_version_that_is_not_the_published_one(model, tmp_path):
         disk(model, servers, tmp_path / "published") as publishing,
         pytest.raises(EngineError, match="weights '1' were published, but it reports weights 'elsewhere'"),
     ):
-        publishing.publish(iter(WEIGHTS.items()), "1")
+        publishing.publish(Tensors(WEIGHTS.items()), "1")
 
 
 def test_the_group_listens_on_its_address_alone():
@@ -300,6 +318,67 @@ def listening() -> set[tuple[str, int]]:
     return {(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
 
 
-def test_no_engines(model):
-    with pytest.raises(ValueError, match="no engines to publish to"):
-        DistributedPublisher([], model=model, leader=True, timeout_s=1, bucket_mib=1)
+def test_the_pool_stays_open_for_the_others(model, tmp_path):
+    with EnginePool(ENGINES, timeout_s=5, transport=FakeServers()) as pool:
+        for made in (
+            DiskPublisher(context(pool, model, tmp_path)),
+            DistributedPublisher(context(pool, model, tmp_path), backend="gloo"),
+        ):
+            made.close()
+            made.close()
+        assert [info.weight_version for info in pool.on_all(lambda client: client.model_info())] == ["default"] * 2
+
+
+def configured(model: Path, **weight_sync: Any) -> Config:
+    return make_config(model={"path": model}, run={"folder": model}, weight_sync=weight_sync)
+
+
+def test_settings_reach_the_publisher(model, tmp_path):
+    with EnginePool(ENGINES, timeout_s=5, transport=FakeServers()) as pool:
+        made: Any = make_publisher(configured(model), pool, 0, 1)
+        assert type(made) is DistributedPublisher and made.bucket_bytes == 256 * 2**20
+        made = make_publisher(configured(model, bucket_mib=3), pool, 0, 1)
+        assert made.bucket_bytes == 3 * 2**20
+        made = make_publisher(
+            configured(model, method={"use": "distributed", "options": {"bucket_mib": 5}}), pool, 1, 2
+        )
+        assert made.bucket_bytes == 5 * 2**20 and made.context.rank == 1
+        made = make_publisher(configured(model, method="disk", bucket_mib=3), pool, 0, 1)  # of the other method
+        assert made.folder == model / "published"
+        made = make_publisher(configured(model, method="disk", folder=tmp_path / "own"), pool, 0, 1)
+        assert made.folder == tmp_path / "own"
+        bad = configured(model, method={"use": "disk", "options": {"shard_bytes": 0}})
+        with pytest.raises(PluginError, match=r"weight_sync.method: .*DiskPublisher does not accept.*shard_bytes = 0"):
+            make_publisher(bad, pool, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "dsik"}, r'weight_sync.method = "dsik" is neither .* did you mean \'disk\'\?'),
+        ({"method": {"use": "disk", "options": {"context": 1}}}, "does not take the option 'context'"),
+        ({"method": {"use": "disk", "options": {"shards": 1}}}, "does not take the option 'shards'"),
+        ({"method": "tests.weight_sync.sources:Tensors"}, r"Tensors lacks the method publish\(\)"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_run_starts(model, settings, said):
+    with pytest.raises(PluginError, match=said):
+        check_publisher(configured(model, **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"folder": "a", "method": {"use": "disk", "options": {"folder": "b"}}},
+            "weight_sync.folder = a and weight_sync.method.options.folder = b set the same",
+        ),
+        (
+            {"bucket_mib": 4, "method": "my.module:Carrier"},
+            'weight_sync.bucket_mib = 4, but weight_sync.method = "my.module:Carrier" does not read it',
+        ),
+    ],
+)
+def test_settings_without_a_reader_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        WeightSyncConfig(**settings)

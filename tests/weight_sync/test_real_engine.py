@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,15 @@ import torch
 
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
 from fiberpo_megatron.engines.errors import EngineError
-from fiberpo_megatron.rollout.generate import EngineSampler
-from fiberpo_megatron.weight_sync.base import Publisher
+from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.weight_sync.base import LeaderPublisher
 from fiberpo_megatron.weight_sync.compare import WeightMismatch, compare_log_probs
 from fiberpo_megatron.weight_sync.disk import DiskPublisher
 from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
-from tests.rollout.in_order import in_order
-from tests.tiny_model import VOCABULARY, hugging_face_weights, load, log_probs, moved
+from tests.distributed.spawn import run_ranks
+from tests.tiny_model import hugging_face_weights, load, log_probs, moved
+from tests.weight_sync.per_rank import publish_from_megatron
+from tests.weight_sync.sources import Tensors, context
 from tests.weight_sync.trainer_rank import publish_as_rank
 
 pytestmark = pytest.mark.sglang
@@ -26,15 +29,22 @@ ROUNDING = 1e-4
 PROBE = [5, 9, 2, 33, 12, 60, 4]
 
 
-def publisher(method: str, engine: EngineAddress, checkpoint: Path, folder: Path) -> Publisher:
-    if method == "disk":
-        return DiskPublisher([engine], model=checkpoint, folder=folder, leader=True, timeout_s=30, shard_bytes=40_000)
-    return DistributedPublisher([engine], model=checkpoint, leader=True, timeout_s=30, bucket_mib=256, backend="gloo")
+@contextmanager
+def publisher(method: str, engine: EngineAddress, checkpoint: Path, folder: Path) -> Iterator[LeaderPublisher]:
+    made: LeaderPublisher
+    with EnginePool([engine], timeout_s=30) as pool:
+        given = context(pool, checkpoint, folder)
+        if method == "disk":
+            made = DiskPublisher(given, folder=folder, shard_bytes=40_000)
+        else:
+            made = DistributedPublisher(given, backend="gloo")
+        with closing(made):
+            yield made
 
 
 def scores(engine: EngineAddress) -> np.ndarray:
-    with EngineSampler([engine], Sampling(1), max_concurrent=1, timeout_s=30, vocabulary=VOCABULARY) as sampler:
-        return sampler.score(PROBE)[0]
+    with EnginePool([engine], timeout_s=30) as pool:
+        return pool.run(pool.clients[0].score(PROBE))
 
 
 @pytest.mark.parametrize("method", ["disk", "distributed"])
@@ -44,7 +54,7 @@ def test_the_engine_computes_with_the_published_weights(method, engine, checkpoi
     with publisher(method, engine, checkpoint, tmp_path / "published") as publishing:
         for seed in (1, 2):
             model = moved(checkpoint, seed)
-            publishing.publish(hugging_face_weights(model), str(seed))
+            publishing.publish(Tensors(hugging_face_weights(model)), str(seed))
             new = log_probs(model, PROBE)
             assert np.abs(new - old).mean() > 100 * ROUNDING
             np.testing.assert_allclose(scores(engine), new, atol=ROUNDING)
@@ -61,7 +71,7 @@ def test_many_small_buckets_carry_the_same_weights(engine, checkpoint):
     with publisher("distributed", engine, checkpoint, Path()) as publishing:
         assert isinstance(publishing, DistributedPublisher)
         publishing.bucket_bytes = 20_000
-        publishing.publish(hugging_face_weights(model), "1")
+        publishing.publish(Tensors(hugging_face_weights(model)), "1")
     np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
 
 
@@ -74,7 +84,7 @@ def test_what_a_killed_trainer_left_behind_does_not_stop_the_next(engine, checkp
     asyncio.run(leave_behind())
     model = moved(checkpoint)
     with publisher("distributed", engine, checkpoint, Path()) as publishing:
-        publishing.publish(hugging_face_weights(model), "1")
+        publishing.publish(Tensors(hugging_face_weights(model)), "1")
     np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
 
 
@@ -82,15 +92,14 @@ def test_what_a_killed_trainer_left_behind_does_not_stop_the_next(engine, checkp
 def test_a_response_across_a_publication_names_both_versions(method, engine, checkpoint, tmp_path):
     model = moved(checkpoint)
     with (
-        EngineSampler([engine], Sampling(300), max_concurrent=8, timeout_s=60, vocabulary=VOCABULARY) as sampler,
+        EnginePool([engine], timeout_s=60) as pool,
         publisher(method, engine, checkpoint, tmp_path) as publishing,
-        ThreadPoolExecutor() as threads,
     ):
-        publishing.publish(hugging_face_weights(load(checkpoint)), "first")
-        running = threads.submit(in_order, sampler, [[3, 4, 5]], 4)
+        publishing.publish(Tensors(hugging_face_weights(load(checkpoint))), "first")
+        running = pool.submit(pool.clients[0].generate([[3, 4, 5]] * 4, Sampling(300), seeds=range(4)))
         time.sleep(0.5)
-        publishing.publish(hugging_face_weights(model), "second")
-        (completions,) = running.result()
+        publishing.publish(Tensors(hugging_face_weights(model)), "second")
+        completions = running.result(60)
     longest = max(completions, key=lambda c: len(c.token_ids))
     assert [span.version for span in longest.weight_spans] == ["first", "second"]
     first, second = longest.weight_spans
@@ -118,11 +127,11 @@ def test_a_bad_export_leaves_the_old_weights(method, engine, checkpoint, tmp_pat
     model = moved(checkpoint)
     with publisher(method, engine, checkpoint, tmp_path) as publishing:
         with pytest.raises(ValueError, match=r"model.norm.weight has shape \(3,\), .* \(64,\)"):
-            publishing.publish(wrong_shape(), "bad")
+            publishing.publish(Tensors(wrong_shape()), "bad")
         with pytest.raises(FloatingPointError, match="own failure"):
-            publishing.publish(dies(), "bad")
+            publishing.publish(Tensors(dies()), "bad")
         np.testing.assert_allclose(scores(engine), log_probs(load(checkpoint), PROBE), atol=ROUNDING)
-        publishing.publish(hugging_face_weights(model), "good")
+        publishing.publish(Tensors(hugging_face_weights(model)), "good")
     np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
 
 
@@ -139,27 +148,39 @@ def test_a_half_loaded_publication_says_so_and_can_be_repeated(engine, checkpoin
         publishing._manifest.shapes = None
         publishing.bucket_bytes = 20_000
         with pytest.raises(EngineError, match="Attempted to load weight") as raised:
-            publishing.publish(transposed(), "1")
+            publishing.publish(Tensors(transposed()), "1")
         assert "mixture of weights" in str(raised.value.__notes__)
         publishing._manifest.shapes = None
-        publishing.publish(hugging_face_weights(model), "2")
+        publishing.publish(Tensors(hugging_face_weights(model)), "2")
     np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
 
 
 def test_a_publication_under_another_version_is_noticed(engine, checkpoint, tmp_path):
     class Forgetful(DiskPublisher):
-        def _send(self, weights, version, deadline):
-            super()._send(weights, "other", deadline)
+        def send(self, weights, version, deadline):
+            super().send(weights, "other", deadline)
 
     with (
-        Forgetful([engine], model=checkpoint, folder=tmp_path, leader=True, timeout_s=30) as publishing,
+        EnginePool([engine], timeout_s=30) as pool,
+        closing(Forgetful(context(pool, checkpoint, tmp_path))) as publishing,
         pytest.raises(EngineError, match="weights '1' were published, but it reports weights 'other'"),
     ):
-        publishing.publish(hugging_face_weights(load(checkpoint)), "1")
+        publishing.publish(Tensors(hugging_face_weights(load(checkpoint))), "1")
 
 
 def test_a_trainer_of_two_ranks_publishes_beside_its_own_group(engine, checkpoint, tmp_path):
     model = moved(checkpoint)
     torch.save([(name, tensor.clone()) for name, tensor in hugging_face_weights(model)], tmp_path / "weights.pt")
     torch.multiprocessing.spawn(publish_as_rank, args=(str(tmp_path), engine, checkpoint), nprocs=2)
+    np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"expert": 2}, {"pipeline": 2}], ids=str)
+def test_a_publisher_from_outside_the_package_carries_the_shards_of_two_megatron_ranks(
+    parallel, engine, checkpoint, tmp_path
+):
+    model = moved(checkpoint)
+    new = tmp_path / "new"
+    model.save_pretrained(new)
+    run_ranks(2, publish_from_megatron, parallel, engine, new, tmp_path / "run")
     np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)

@@ -1,12 +1,15 @@
 """A trainer rank for test_real_engine.py; apart, so that the spawned process imports little."""
 
+from contextlib import closing
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from fiberpo_megatron.engines.client import EngineAddress
+from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
+from tests.weight_sync.sources import Tensors, context
 
 
 def publish_as_rank(rank: int, folder: str, engine: EngineAddress, checkpoint: Path) -> None:
@@ -19,10 +22,10 @@ def publish_as_rank(rank: int, folder: str, engine: EngineAddress, checkpoint: P
             dist.broadcast(tensor, src=0)  # gathering is collective: every rank must iterate to the end
             yield name, tensor if rank == 0 else torch.empty(0)
 
-    with DistributedPublisher(
-        [engine], model=checkpoint, leader=rank == 0, timeout_s=30, bucket_mib=1, backend="gloo"
-    ) as publishing:
-        publishing.publish(gathered(), "1")
-        publishing.publish(gathered(), "2")
+    with EnginePool([engine], timeout_s=30) as pool:
+        given = context(pool, checkpoint, Path(folder), rank, 2)
+        with closing(DistributedPublisher(given, bucket_mib=1, backend="gloo")) as publishing:
+            publishing.publish(Tensors(gathered()), "1")
+            publishing.publish(Tensors(gathered()), "2")
     dist.barrier()
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""In the distributed optimizer each data-parallel rank keeps the state of its shard of every parameter and updates it.
+"""This module is the distributed optimizer: each data-parallel rank has the state of its shard of every parameter.
 
 Megatron-Core's class is used for everything but checkpoints, for two reasons. It knows the names of Adam's moments
 only. And where a buffer has several buckets, as that of a model with tied embeddings on pipeline stages has, it
