@@ -115,9 +115,9 @@ def test_kernels_that_cannot_run_here_are_not_replaced_in_silence():
         train(run)
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if "expert" not in name])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_learns_the_toy_task(objective: str):
-    run, memory = training(objective, trainer={"steps": 25})
+    run, memory = training(objective, trainer={"steps": 25}, algorithm={"expert_partitions": 2})
     train(run)
     accuracy = memory.values("train", "accuracy")
     assert accuracy[0] < 0.3 and accuracy[-1] > 0.7

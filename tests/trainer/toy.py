@@ -33,6 +33,7 @@ from fiberpo_megatron.interfaces import (
     LocalShard,
     Policy,
     Publisher,
+    Routing,
     Sampler,
     WeightSource,
 )
@@ -52,6 +53,7 @@ from fiberpo_megatron.types import (
     RoutingMode,
     TokenScores,
     WeightSpan,
+    concatenated_response_tokens,
     response_slices,
 )
 
@@ -97,7 +99,7 @@ class TablePolicy:
 
     def __init__(self, learning_rate: float) -> None:
         self.layout = SingleLayout()
-        self.routing = NoRouting()
+        self.routing = TokenRouting()
         self.table = torch.zeros(VOCABULARY, VOCABULARY, requires_grad=True)
         self.learning_rate = learning_rate
         self.forwards = 0
@@ -115,6 +117,8 @@ class TablePolicy:
         self, micro_batches: Sequence[MicroBatch], temperature: float, *, routing: RoutingMode = "off"
     ) -> TokenScores:
         self.forwards += 1
+        if routing == "record":
+            self.routing.record(micro_batches)
         with torch.no_grad():
             rows = torch.cat([self._scores(m, temperature) for m in micro_batches])
             log_probs = torch.cat([self._log_probs(m, temperature) for m in micro_batches])
@@ -180,22 +184,49 @@ class Written:
         pass
 
 
-class NoRouting:
-    """A model without experts."""
+class TokenRouting:
+    """Routing by the input token alone: one MoE layer in which token t goes to the experts t and t + 1 (mod 4)."""
 
-    num_experts = 0
+    num_experts = 4
+
+    def __init__(self) -> None:
+        self.recorded: Tensor | None = None
+        """int64 [N, 1, 2] by flat token index, -1 where nothing was recorded."""
 
     def clear(self) -> None:
-        pass
+        self.recorded = None
+
+    def record(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Note the experts of all tokens of the rows, as a forward pass does."""
+        sources = torch.cat([m.source_tokens for m in micro_batches])
+        tokens = torch.cat([m.tokens for m in micro_batches])
+        known = sources >= 0
+        held = torch.full((int(sources.max()) + 1, 1, 2), -1)
+        if self.recorded is not None:
+            held = torch.cat([self.recorded, held[len(self.recorded) :]])
+        held[sources[known]] = torch.stack([tokens[known], tokens[known] + 1], -1)[:, None] % self.num_experts
+        self.recorded = held
 
     def fill(self, experts: Tensor) -> None:
-        raise AssertionError("a table has no experts")
+        self.recorded = experts
 
     def expert_counts(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        raise AssertionError("a table has no experts")
+        chosen = self._chosen(micro_batches).flatten(1)
+        counts = torch.zeros(len(chosen), self.num_experts)
+        return counts.scatter_add_(1, chosen, torch.ones(chosen.shape))
 
     def agreement(self, micro_batches: Sequence[MicroBatch], experts: Tensor) -> Tensor:
-        raise AssertionError("a table has no experts")
+        ours = self._chosen(micro_batches).sort(-1).values
+        theirs = experts[concatenated_response_tokens(micro_batches) - 1].sort(-1).values
+        equal = (ours == theirs).all(-1).double().sum(0)
+        return torch.stack([equal, torch.full_like(equal, len(ours))], -1)
+
+    def _chosen(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """[n, 1, 2] experts at the position that predicts each response token."""
+        assert self.recorded is not None, "no pass has recorded its routing"
+        chosen = self.recorded[concatenated_response_tokens(micro_batches) - 1]
+        assert chosen.min() >= 0, "a pass left tokens out"
+        return chosen
 
 
 class TableWeights:
@@ -432,6 +463,7 @@ def generator(
 if TYPE_CHECKING:  # mypy compares the fakes with what they stand for
     _layout: Layout = SingleLayout()
     _policy: Policy = TablePolicy(1.0)
+    _routing: Routing = TokenRouting()
     _sampler: Sampler = FakeEngine(0)
     _publisher: Publisher = FakeEngine(0)
     _memory: EngineMemory = FakeEngine(0)
