@@ -67,27 +67,31 @@ AUXILIARIES = _words("""
     wasn't weren't hasn't haven't doesn't don't didn't can't couldn't won't wouldn't mustn't
 """)
 VERBS = _words("""
-    abort accept accompany accumulate activate adapt add adjust adopt agree allocate allow appear append apply
-    approximate arise arrange arrive ask assemble assign assume attach average avoid await become begin behave believe
-    belong bind bring broadcast build calculate cancel capture carry cause choose clamp clean clear close collect
-    combine come commit compare compile compose compute configure confirm connect consist construct consume contain
-    continue convert correct cover crash create cross decide declare decode decompose decorate decrease define delay
-    delegate delete deliver deny depend derive describe destroy detach detect determine differ differentiate disable
-    discard disconnect dispatch display distinguish distribute divide download drain draw emit enable encode enforce
-    ensure enter enumerate establish evaluate examine exceed exchange exclude execute exist expand expect explain
-    export expose extend extract fail fetch find finish fit fix flatten flush follow forbid forget freeze generate get
-    give go grow guarantee halve happen hide hold identify ignore illustrate implement include increase infer inform
-    inherit initialise initialize inject insert inspect install interpolate interpret interrupt introduce invert invoke
-    isolate iterate join keep kill know lack launch leave let lie listen live look lose lower maintain make manage
-    maximise meet merge minimise modify multiply normalise notify obey observe obtain occur offer omit open optimise
-    overlap override overwrite own parse perform persist pick predict prefer prepare present preserve prevent proceed
-    produce propagate propose protect prove provide publish put raise reach react rebuild receive recognise recompute
-    reconstruct recover redirect reduce refuse register reject rely remain remember remove rename render replace
-    represent require rescale resolve respond restore resume retain retry return reuse reveal rotate route say scan
-    scatter see seek select separate serve shorten shrink shuffle simplify simulate sit skip sleep slice smooth solve
-    speak specify spell spread stand stay strip submit subtract succeed summarise suppress survive suspend synchronise
-    take talk teach terminate throw tokenise tolerate train translate treat try understand unpack unwrap upload
-    validate vary verify wait wake warn widen withdraw write
+    abort accept accompany accumulate acquire activate adapt add adjust adopt agree allocate allow announce appear
+    append apply approximate arise arrange arrive ask assemble assert assign assume attach average avoid await become
+    begin behave believe belong bind bring broadcast build calculate cancel capture carry cause choose clamp clean
+    clear close collect combine come commit compare compile compose compress compute concatenate configure confirm
+    connect consist construct consume contain continue convert correct correspond cover crash create cross deal decide
+    declare decode decompose decorate decrease deduce defer define delay delegate delete deliver demand deny depend
+    derive describe deserve destroy detach detect determine differ differentiate disable discard disconnect dispatch
+    display distinguish distribute divide download drain draw duplicate edit elaborate embed emit enable enclose encode
+    enforce ensure enter enumerate erase establish evaluate examine exceed exchange exclude execute exist expand expect
+    explain export expose extend extract fail fake fetch find finish fit fix flatten flush follow forbid forget fork
+    freeze generate get give go grow guarantee guess guide halve happen hide hold identify ignore illustrate implement
+    include increase infer inform inherit initialise initialize inject insert inspect install instruct intend
+    interpolate interpret interrupt introduce invert invoke isolate iterate join justify keep kill know lack launch
+    learn leave let lie listen live locate look loop lose lower maintain make manage maximise meet mention merge
+    migrate minimise modify monitor multiply mutate negate neglect normalise normalize notify obey observe obtain occur
+    offer omit open optimise outlive overlap override overwrite own parse perform persist pick pickle predict prefer
+    prefix prepare present preserve prevent proceed produce propagate propose protect prove provide prune publish put
+    quantise quote raise reach react rebuild receive recognise recompute reconstruct recover recur redirect reduce
+    refuse regard register reject relate rely remain remember remove rename render replace represent require rescale
+    resemble resolve respond restore restrict resume retain retrieve retry return reuse reveal reverse rewind rotate
+    route say scan scatter scrape see seek select separate serve shorten shrink shuffle shut simplify simulate sit skip
+    sleep slice smooth solve spawn speak specialise specify spell spread stand stay strip submit subtract succeed
+    summarise suppress surround survive suspend symbolise synchronise take talk teach terminate throw toggle tokenise
+    tolerate train transform translate transpose treat try understand undo unfold unite unlink unpack unwrap upload
+    validate vary verify visualise wait wake warm warn widen withdraw write zip
 """)
 NOUN_LIKE = _words("""
     access act advance answer attempt bound break call cap cast change chart check claim clip copy cost count cut drop

@@ -1,7 +1,7 @@
-"""Packing: trajectories into rows of bounded size, rows onto data-parallel ranks, rows into tensors.
+"""Packing puts trajectories into rows of bounded size, rows onto data-parallel ranks, and rows into tensors.
 
-Pure functions of the lengths and the layout's numbers. A sequence of L tokens has L - 1 inputs (the last token
-is only a label), padded to the layout's multiple.
+Its functions are pure functions of the lengths and the layout's numbers. A sequence of L tokens has L - 1 inputs (the
+last token is only a label), padded to the layout's multiple.
 """
 
 import heapq
@@ -19,7 +19,7 @@ Rows = list[list[int]]
 
 
 def padded_lengths(lengths: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
-    """Row positions that each sequence of `lengths` tokens takes: its L - 1 inputs, rounded up to `multiple`."""
+    """Return the row positions that each sequence of `lengths` tokens takes: L - 1 inputs, rounded up to `multiple`."""
     return np.maximum(-(-(lengths - 1) // multiple), 1) * multiple
 
 
@@ -34,10 +34,10 @@ def assign_rows(
 
     Every rank gets the same number of rows (pipeline and expert parallelism need that), a multiple of `multiple_of`
     (the interleaved pipeline needs that) and about as few as the budget allows. Sequences go to ranks longest first,
-    each to the least loaded (Graham's LPT rule), then into rows. `sizes` are padded lengths. Returns, per rank, rows
-    of indices into `sizes`; a row may be empty.
+    each to the least loaded (Graham's LPT rule), then into rows. `sizes` are padded lengths. Returns, per rank, rows of
+    indices into `sizes`; a row may be empty.
 
-    Raises ValueError for a sequence longer than the budget unless `oversized` gives it a row of its own.
+    Raises ValueError for a sequence longer than the budget unless `oversized` gives it a separate row.
     """
     sizes = np.asarray(sizes, dtype=np.int64)
     if oversized == "error" and len(sizes) and sizes.max() > token_budget:
@@ -69,7 +69,7 @@ def _balance(order: list[int], sizes: NDArray[np.int64], count: int) -> Rows:
 
 
 def _first_fit(order: list[int], sizes: NDArray[np.int64], budget: int) -> Rows:
-    """First-fit decreasing bin packing; an oversized sequence opens a row of its own."""
+    """Pack bins by first-fit decreasing; an oversized sequence opens a separate row."""
     rows: Rows = []
     loads: list[int] = []
     for index in order:
@@ -84,7 +84,7 @@ def _first_fit(order: list[int], sizes: NDArray[np.int64], budget: int) -> Rows:
 
 
 def _even(order: list[int], sizes: NDArray[np.int64], count: int, budget: int) -> Rows | None:
-    """The same number of rows filled evenly, where that fits the budget: steadier memory and pipeline."""
+    """Fill the same number of rows evenly if that fits the budget, for steadier memory and pipeline."""
     rows = _balance(order, sizes, count)
     fits = all(len(row) <= 1 or int(sizes[row].sum()) <= budget for row in rows)
     return [sorted(row) for row in rows] if fits else None
@@ -92,7 +92,7 @@ def _even(order: list[int], sizes: NDArray[np.int64], count: int, budget: int) -
 
 @dataclass(frozen=True)
 class PackingEfficiency:
-    """How well one mini-batch is packed and spread, over all data-parallel ranks."""
+    """Says how well one mini-batch is packed and spread over all data-parallel ranks."""
 
     useful_share: float
     """Input tokens over the positions that are computed; the rest pads sequences and empty rows."""
@@ -103,7 +103,7 @@ class PackingEfficiency:
 
 
 def packing_efficiency(lengths: NDArray[np.int64], ranks: Sequence[Rows], sequence_multiple: int) -> PackingEfficiency:
-    """Of an assignment by `assign_rows`, from the tokens of each trajectory."""
+    """Return the efficiency of an assignment by `assign_rows`, from the number of tokens of each trajectory."""
     sizes = padded_lengths(lengths, sequence_multiple)
     loads = [sum(int(sizes[row].sum()) if row else sequence_multiple for row in rows) for rows in ranks]
     return PackingEfficiency(
@@ -116,7 +116,7 @@ def packing_efficiency(lengths: NDArray[np.int64], ranks: Sequence[Rows], sequen
 def pack(
     batch: RolloutBatch, rows: Rows, *, sequence_multiple: int, context_rank: int = 0, context_size: int = 1
 ) -> list[MicroBatch]:
-    """One MicroBatch per row of trajectory indices, cut for this context-parallel rank.
+    """Return one MicroBatch per row of trajectory indices, cut for this context-parallel rank.
 
     An empty row becomes one padding sequence with no response token, so that the rank still takes part in every
     collective. `sequence_multiple` must be a multiple of 2 x context_size when context_size > 1.
@@ -168,7 +168,7 @@ def _pack_row(
 
 
 def zigzag(size: int, context_rank: int, context_size: int) -> NDArray[np.int64]:
-    """Positions of a sequence of `size` that a context-parallel rank holds: chunks r and 2c-1-r of 2c."""
+    """Return the positions of a sequence of `size` that a context-parallel rank holds: chunks r and 2c-1-r of 2c."""
     if context_size == 1:
         return np.arange(size, dtype=np.int64)
     chunk = size // (2 * context_size)

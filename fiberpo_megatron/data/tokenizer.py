@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, read from local files only."""
+"""This module reads the tokenizer of a model folder, from local files only."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -17,7 +17,7 @@ TOKENIZER_FILES = (
 
 
 class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that is used here."""
+    """Declares the part of a Hugging Face tokenizer that this package uses."""
 
     eos_token_id: int | None
     chat_template: Any
@@ -32,9 +32,9 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """Load the tokenizer of a Hugging Face folder without touching the network.
+    """Load the tokenizer of a Hugging Face folder without network access.
 
-    ValueError if the folder or its tokenizer files are missing or broken.
+    Raises ValueError if the folder or its tokenizer files are missing or broken.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -48,7 +48,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         )
     from transformers import (
         AutoTokenizer,
-    )  # slow to import, and tests with a tokenizer of their own need it not
+    )  # it is slow to import, and tests with another tokenizer do not need it
 
     try:
         return cast(Tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True))
@@ -57,10 +57,11 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 
 
 def stop_token_ids(folder: Path | str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids at which a response ends: `eos_token_id` of the tokenizer, of config.json and of generation_config.json,
-    ascending (SGLang stops at those of the two files, told or not).
+    """Return the ids at which a response ends, ascending.
 
-    ValueError if there is none (every response would run into the length limit), or for a file that is damaged.
+    They are `eos_token_id` of the tokenizer, of config.json and of generation_config.json (SGLang always stops at those
+    of the two files). Raises ValueError if there is none (every response would run into the length limit), or for a
+    file that is damaged.
     """
     ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     for path in (Path(folder) / "config.json", Path(folder) / "generation_config.json"):
@@ -74,21 +75,21 @@ def stop_token_ids(folder: Path | str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _listed_ends(path: Path) -> list[int]:
-    """`eos_token_id` of a file: a number, a list or nothing."""
+    """Return `eos_token_id` of a file as a list; the file may hold a number, a list or nothing."""
     try:
         listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a JSON object ({error}); download it again") from error
     ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
     if not all(isinstance(token, int) and token >= 0 for token in ids):
-        raise ValueError(f"{path}: eos_token_id = {listed!r}; token ids (whole numbers) are needed")
+        raise ValueError(f"{path}: eos_token_id = {listed!r}; it must be token ids (whole numbers)")
     return ids
 
 
 def tokens_with(tokenizer: Tokenizer, characters: Collection[str], vocabulary: int) -> tuple[int, ...]:
-    """Ids below `vocabulary` whose text contains one of `characters`, ascending.
+    """Return the ids below `vocabulary` whose text contains one of `characters`, ascending.
 
-    ValueError for a character that no token has: no response would end with it.
+    Raises ValueError for a character that no token has, because no response would end with it.
     """
     if not characters:
         return ()
@@ -102,8 +103,10 @@ def tokens_with(tokenizer: Tokenizer, characters: Collection[str], vocabulary: i
 def response_text(
     tokenizer: Tokenizer, token_ids: Sequence[int], stop_ids: Collection[int], stop: Collection[str] = ()
 ) -> str:
-    """Text of a response for the verifier: without a final stop token, all special tokens, and whatever begins with a
-    character of `stop`."""
+    """Return the text of a response for the verifier.
+
+    A final stop token, all special tokens, and everything from the first character of `stop` on are left out.
+    """
     ids = list(token_ids)
     if ids and ids[-1] in stop_ids:
         ids.pop()

@@ -1,4 +1,4 @@
-"""The GPU platform: NCCL, Transformer Engine modules, fused kernels."""
+"""This is the GPU platform: NCCL, Transformer Engine modules, fused kernels."""
 
 import os
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class GpuPlatform:
-    """CUDA with Transformer Engine (`pip install .[cuda]`)."""
+    """Uses CUDA with Transformer Engine (`pip install .[cuda]`)."""
 
     name = "gpu"
     backend = "nccl"
@@ -18,14 +18,14 @@ class GpuPlatform:
             import transformer_engine.pytorch  # noqa: F401
         except ImportError as error:
             raise ValueError(
-                f"a GPU is there but Transformer Engine cannot be imported ({error}); install the GPU requirements "
-                "with `pip install .[cuda]`, or hide the GPU (CUDA_VISIBLE_DEVICES=) to run on CPU"
+                f"this machine has a GPU, but Transformer Engine cannot be imported ({error}); install the GPU "
+                "requirements with `pip install .[cuda]`, or hide the GPU (CUDA_VISIBLE_DEVICES=) to run on CPU"
             ) from error
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(self.device)
 
     def transformer_options(self) -> dict[str, Any]:
-        """Fused kernels that do not change the mathematics."""
+        """Enable fused kernels that do not change the mathematics."""
         return {
             "moe_grouped_gemm": True,
             "moe_permute_fusion": True,
@@ -36,7 +36,7 @@ class GpuPlatform:
         }
 
     def layer_spec(self, *, num_experts: int | None, qk_layernorm: bool, latent: bool) -> Any:
-        """Megatron's Transformer Engine layer."""
+        """Return Megatron's Transformer Engine layer."""
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         return get_gpt_layer_with_transformer_engine_spec(
@@ -47,13 +47,13 @@ class GpuPlatform:
         )
 
     def final_norm(self) -> Any:
-        """Transformer Engine's norm."""
+        """Return Transformer Engine's norm."""
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
 
     def packed_sequences(self, cu_seqlens: Tensor, max_seqlen: int, context_rank: int, context_size: int) -> Any:
-        """THD description; Transformer Engine does the context-parallel cut itself."""
+        """Return the THD description of a row; Transformer Engine makes the context-parallel cut."""
         from megatron.core.packed_seq_params import PackedSeqParams
 
         cu_seqlens = cu_seqlens.to(self.device)

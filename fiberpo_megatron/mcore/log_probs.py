@@ -1,8 +1,8 @@
-"""Log-probs and entropy of response tokens under a vocabulary split over tensor-parallel ranks.
+"""This module computes log-probs and entropy of response tokens, with the vocabulary split over tensor-parallel ranks.
 
-From hidden states to log-probs in one autograd function: only response rows meet the output layer, a chunk of rows
-at a time, and the backward pass computes each chunk's logits again. So a rank never holds more than
-[chunk, vocabulary / tensor] in float32, and never a softmax over the whole vocabulary.
+One autograd function goes from hidden states to log-probs: only response rows pass the output layer, a chunk of rows at
+a time, and the backward pass computes each chunk's logits again. A rank therefore never holds more than [chunk,
+vocabulary / tensor] in float32, and never a softmax over the whole vocabulary.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's rows of the vocabulary."""
+    """Describes this rank's rows of the vocabulary."""
 
     start: int
     """First token of this rank's rows."""
@@ -36,11 +36,11 @@ def response_log_probs(
     shard: VocabShard,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy (nats) of logits / temperature at response positions, both float32 [n].
+    """Return log-probs and entropy (nats) of logits / temperature at response positions, both float32 [n].
 
     hidden [t / tensor, 1, h] of the last layer; weight [v, h], this rank's rows of the output layer; labels and
-    positions int64 [n], the tokens and the rows of the packed row that predict them. Differentiable in hidden and
-    weight through the log-probs; the entropy carries no gradient.
+    positions int64 [n], the tokens and the rows of the packed row that predict them. The log-probs are differentiable
+    in hidden and weight; the entropy carries no gradient.
     """
     if shard.size > 1:
         # backward: reduce-scatter, which sums the ranks' shares of the hidden states' gradient
@@ -51,7 +51,8 @@ def response_log_probs(
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """(rows [n, h], weight [v, h]) -> log softmax(rows weight^T / temperature) at the labels, and its entropy."""
+    """Maps rows [n, h] and weight [v, h] to log softmax(rows weight^T / temperature) at the labels, and to its
+    entropy."""
 
     @staticmethod
     def forward(
@@ -111,7 +112,7 @@ def _local(labels: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _at_labels(logits: Tensor, labels: Tensor, start: int) -> Tensor:
-    """[n] logits at the labels of this rank's rows, 0 at others."""
+    """Return the [n] logits at the labels that are among this rank's rows, 0 at others."""
     local, inside = _local(labels, start, logits.size(1))
     return logits.gather(1, local).squeeze(1) * inside
 

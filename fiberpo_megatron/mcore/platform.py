@@ -1,4 +1,4 @@
-"""Two platforms, one code: what differs between a GPU and a CPU run is answered here and nowhere else."""
+"""There are two platforms and one code: this module alone answers what differs between a GPU and a CPU run."""
 
 import os
 import warnings
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Platform(Protocol):
-    """What the rest of the package asks about the machine."""
+    """Declares what the rest of the package asks about the machine."""
 
     name: str
     backend: str
@@ -18,20 +18,23 @@ class Platform(Protocol):
     device: torch.device
 
     def transformer_options(self) -> dict[str, Any]:
-        """Fields of Megatron's TransformerConfig that depend on the machine."""
+        """Return the fields of Megatron's TransformerConfig that depend on the machine."""
         ...
 
     def layer_spec(self, *, num_experts: int | None, qk_layernorm: bool, latent: bool) -> Any:
-        """ModuleSpec of one transformer layer; dense when `num_experts` is None, with multi-head latent attention
-        when `latent`."""
+        """Return the ModuleSpec of one transformer layer, dense when `num_experts` is None.
+
+        It has multi-head latent attention when `latent` is set.
+        """
         ...
 
     def final_norm(self) -> Any:
-        """Module of the norm after the last layer."""
+        """Return the module of the norm after the last layer."""
         ...
 
     def packed_sequences(self, cu_seqlens: Tensor, max_seqlen: int, context_rank: int, context_size: int) -> Any:
-        """Megatron's description of a packed row; `cu_seqlens` int32 [S + 1] before the context-parallel cut."""
+        """Return Megatron's description of a packed row; `cu_seqlens` is int32 [S + 1] before the context-parallel
+        cut."""
         ...
 
 
@@ -46,11 +49,11 @@ _HARMLESS_WARNINGS = (
     "`load_state_dict` is deprecated",
     "Please use DTensor instead and we are deprecating ShardedTensor",
 )
-"""What Megatron-Core says on every start without a consequence here."""
+"""Warnings that Megatron-Core prints on every start and that have no consequence here."""
 
 
 def prepare() -> None:
-    """What must be set before Megatron-Core is first imported."""
+    """Set what must be set before Megatron-Core is first imported."""
     for message in _HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     if not torch.cuda.is_available():
@@ -60,7 +63,7 @@ def prepare() -> None:
 
 @cache
 def activate() -> Platform:
-    """The platform of this machine, made ready once per process, before Megatron-Core is first used."""
+    """Return the platform of this machine; it is prepared once per process, before Megatron-Core is first used."""
     if torch.cuda.is_available():
         return _gpu()
     from fiberpo_megatron.mcore.cpu import patches

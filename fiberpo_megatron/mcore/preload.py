@@ -1,4 +1,4 @@
-"""Imports the heavy modules and prepares the platform, for servers that fork ranks (tests, tools)."""
+"""This module imports the heavy modules and prepares the platform, for servers that fork ranks (tests, tools)."""
 
 import megatron.core.distributed
 import megatron.core.models.gpt

@@ -1,4 +1,5 @@
-"""What a model computes on the way: hidden states of every layer and the routers' probabilities, for comparisons."""
+"""A probe records hidden states of every layer and the routers' probabilities during a forward pass, for
+comparisons."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,10 +20,11 @@ from fiberpo_megatron.types import MicroBatch
 
 @dataclass
 class Observation:
-    """Of one micro-batch, on the CPU. Rows are positions of this rank's share, or tokens after `whole`."""
+    """Holds what was seen of one micro-batch, on the CPU. Rows are positions of this rank's share, or tokens after
+    `whole`."""
 
     layers: dict[int, Tensor] = field(default_factory=dict)
-    """By global layer, from 0: hidden states [rows, h] that it hands on."""
+    """By global layer, from 0: the hidden states [rows, h] that it returns."""
     routers: dict[int, Tensor] = field(default_factory=dict)
     """By global layer: probabilities [rows, experts], zero for experts that were not chosen."""
     final: dict[int, Tensor] = field(default_factory=dict)
@@ -31,7 +33,7 @@ class Observation:
 
 @contextmanager
 def observed(models: Sequence[PolicyModel]) -> Iterator[Observation]:
-    """Keeps what the first micro-batch of the passes inside computes on this rank."""
+    """Record what the first micro-batch of the passes in this block computes on this rank."""
     seen = Observation()
     with ExitStack() as stack:
         for model in models:
@@ -57,9 +59,9 @@ _TABLES = ("layers", "routers", "final")
 
 
 def whole(seen: Observation, batch: MicroBatch, layout: ParallelLayout, tokens: int) -> Observation:
-    """The observations of all ranks by flat token index, [tokens, ...]; tokens in no row stay 0. Every rank calls it.
+    """Return the observations of all ranks by flat token index, [tokens, ...]; tokens in no row stay 0.
 
-    `batch`: the micro-batch that this rank observed.
+    Every rank calls this. `batch` is the micro-batch that this rank observed.
     """
     rows = batch.source_tokens.chunk(layout.tensor_size)[layout.tensor_rank]  # sequence parallelism
     tensors = {f"{name}.{key}": value for name in _TABLES for key, value in getattr(seen, name).items()}

@@ -1,4 +1,4 @@
-"""Megatron's router, whose statistics are those of real tokens."""
+"""This is Megatron's router with statistics that count only real tokens."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 class Router(TopKRouter):
-    """A TopKRouter that leaves the padding of packed rows out of the load of experts: out of what moves the correction
-    bias, and out of the auxiliary loss.
+    """Leaves the padding of packed rows out of the load of experts, which moves the correction bias and the auxiliary
+    loss.
 
     Megatron has a padding mask for that, but 0.16.1 cuts it for sequence parallelism on the first pipeline stage only,
-    and applies it to the load in the wrong shape. Here it comes from `router_replay`, which knows the micro-batch
+    and applies it to the load in the wrong shape. Here the mask comes from `router_replay`, which knows the micro-batch
     (`routing.py`).
     """
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(probabilities, map of the chosen experts), both [rows, experts], of hidden states [rows, 1, h]."""
+        """Return (probabilities, map of the chosen experts), both [rows, experts], of hidden states [rows, 1, h]."""
         if self.router_replay is not None:
             padding_mask = self.router_replay.padding()
         routed: tuple[Tensor, Tensor] = super().forward(input, padding_mask)
@@ -30,20 +30,20 @@ class Router(TopKRouter):
 
     def _apply_aux_loss(self, probs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.router_replay is not None and not self.router_replay.any_token():
-            return probs  # a mean over no tokens
+            return probs  # the mean over no tokens is undefined
         applied: Tensor = super()._apply_aux_loss(probs, *args, **kwargs)
         return applied
 
 
 def correction_biases(models: Sequence[torch.nn.Module]) -> list[Tensor]:
-    """Of every router of these models that has one."""
+    """Return the correction bias of every router of these models that has one."""
     routers = [module for model in models for module in model.modules() if isinstance(module, Router)]
     return [router.expert_bias for router in routers if router.expert_bias is not None]
 
 
 @contextmanager
 def kept_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """The tensors get their values back when the body raises."""
+    """Give the tensors their values back when the body raises."""
     before = [tensor.clone() for tensor in tensors]
     try:
         yield

@@ -1,9 +1,9 @@
-"""Which experts every token went to: recorded in one pass, replayed in others, counted for the objective.
+"""Routing knows which experts every token went to: it is recorded in one pass, replayed in others, and counted.
 
-Megatron's routers ask an object in `router.router_replay` for their top-k choice; here it is one of ours, which
-knows the layer. The micro-batch travels with the description of the packed row, so recomputed forwards and
-micro-batches in flight find their own record. Records are kept by flat token index: another layout, order or
-packing of the same tokens finds them again.
+Megatron's routers ask an object in `router.router_replay` for their top-k choice; here it is one of this module's,
+which knows the layer. The micro-batch travels with the description of the packed row, so recomputed forwards and
+micro-batches in flight find their own record. Records are kept by flat token index: another layout, order or packing of
+the same tokens finds them again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ from fiberpo_megatron.types import MicroBatch, RoutingMode
 
 
 class Routing:
-    """The record of one policy. Every rank holds the layers of its stage and the tokens that it routed."""
+    """Holds the record of one policy. Every rank holds the layers of its stage and the tokens that it routed."""
 
     def __init__(self, models: Sequence[PolicyModel], layout: ParallelLayout) -> None:
         self._layout = layout
@@ -49,7 +49,7 @@ class Routing:
 
     @property
     def recorded(self) -> bool:
-        """Whether there is anything to replay."""
+        """Return whether there is anything to replay."""
         return bool(self._experts)
 
     def clear(self) -> None:
@@ -70,7 +70,7 @@ class Routing:
 
     @contextmanager
     def use(self, mode: RoutingMode) -> Iterator[None]:
-        """Record or replay in the passes inside."""
+        """Record or replay routes in the passes inside this block."""
         self._mode = mode
         try:
             yield
@@ -78,7 +78,7 @@ class Routing:
             self._mode = "off"
 
     def begin(self, index: int, batch: MicroBatch) -> None:
-        """Announce a micro-batch of the coming pass."""
+        """Announce the next micro-batch of the coming pass."""
         rows = batch.source_tokens
         if self._layout.tensor_size > 1:  # sequence parallelism: a rank routes its share of the row
             rows = rows.chunk(self._layout.tensor_size)[self._layout.tensor_rank]
@@ -86,16 +86,17 @@ class Routing:
         self._rows[index] = rows.to(self._layout.device)
 
     def padding(self, index: int) -> Tensor | None:
-        """bool [rows]: True where a row of the micro-batch on this rank is padding; None where it is not announced."""
+        """Return bool [rows], True where a row of the micro-batch on this rank is padding; None if it was not
+        announced."""
         rows = self._rows.get(index)
         return None if rows is None else rows < 0
 
     def any_token(self, index: int) -> bool:
-        """Whether this rank's share of the micro-batch has any tokens."""
+        """Return whether this rank's share of the micro-batch has any tokens."""
         return self._tokens.get(index) != 0
 
     def choose(self, layer: int, index: int, scores: Tensor, top_k: Callable[[], tuple[Tensor, Tensor]]) -> Any:
-        """(scores of the chosen experts, the chosen experts), both [rows, top_k]."""
+        """Return (scores of the chosen experts, the chosen experts), both [rows, top_k]."""
         if self._mode == "off":
             return top_k()
         rows = self._rows[index]
@@ -118,7 +119,8 @@ class Routing:
         table[tokens] = experts
 
     def _get(self, layer: int, tokens: Tensor) -> Tensor:
-        """Experts of the tokens, any at padding; ValueError where a token has no record."""
+        """Return the experts of the tokens; those of padding are arbitrary. Raises ValueError if a token has no
+        record."""
         table = self._experts.get(layer)
         if table is None:
             table = torch.empty(0, self.top_k, dtype=torch.int64, device=tokens.device)
@@ -136,7 +138,7 @@ class Routing:
         return experts
 
     def missing(self, micro_batches: Sequence[MicroBatch]) -> str | None:
-        """What `replay` would lack for these micro-batches on this rank; None when every token has a route."""
+        """Return what `replay` would lack for these micro-batches on this rank; None when every token has a route."""
         try:
             for batch in micro_batches:
                 self.begin(0, batch)
@@ -147,9 +149,9 @@ class Routing:
         return None
 
     def expert_counts(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """float32 [n, experts]: (layer, slot) pairs of the position that predicts each local response token.
+        """Return float32 [n, experts]: the (layer, slot) pairs of the position that predicts each local response token.
 
-        Summed over all layers of all stages; each row sums to MoE layers x top_k. Every rank calls it.
+        They are summed over all layers of all stages; each row sums to MoE layers x top_k. Every rank calls this.
         """
         counts = [self._counts(batch) for batch in micro_batches]
         total = torch.cat(counts) if counts else torch.zeros(0, self.num_experts, device=self._layout.device)
@@ -172,10 +174,11 @@ class Routing:
         return counts[batch.response_positions.to(counts.device)]
 
     def agreement(self, micro_batches: Sequence[MicroBatch], experts: Tensor) -> Tensor:
-        """float64 [MoE layers, 2]: (tokens whose expert set equals `experts`' one, tokens compared), all ranks.
+        """Return float64 [MoE layers, 2]: (tokens whose expert set equals `experts`' one, tokens compared), over all
+        ranks.
 
-        experts: int [N, MoE layers, top_k] by flat token index, -1 where unknown (those are left out). Compared
-        with the record; every rank calls it.
+        experts: int [N, MoE layers, top_k] by flat token index, -1 where unknown (those are left out). They are
+        compared with the record; every rank calls this.
         """
         total = torch.zeros(experts.size(1), 2, dtype=torch.float64, device=self._layout.device)
         for batch in micro_batches:
@@ -198,7 +201,7 @@ class Routing:
 
 
 class _LayerReplay:
-    """One layer's router_replay: the face that Megatron's top-k asks."""
+    """Is one layer's `router_replay`, the object that Megatron's top-k asks."""
 
     def __init__(self, routing: Routing, layer: int) -> None:
         self._routing = routing
@@ -206,12 +209,14 @@ class _LayerReplay:
         self._index = 0
 
     def enter(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        """Before the layer's forward, recomputed ones included: which micro-batch it is."""
+        """Note before the layer's forward pass, recomputed ones included, which micro-batch it processes."""
         self._index = getattr(kwargs.get("packed_seq_params"), "micro_batch", 0)
 
     def leave(self, module: torch.nn.Module, args: Any, output: tuple[Tensor, Any]) -> None:
-        """After the layer's forward: its backward, which may compute the router again without the layer around it,
-        belongs to the same micro-batch."""
+        """Note after the layer's forward pass that its backward pass belongs to the same micro-batch.
+
+        The backward pass may compute the router again without the layer around it.
+        """
         if output[0].requires_grad:
             output[0].register_hook(partial(self._again, self._index))
 
@@ -219,11 +224,11 @@ class _LayerReplay:
         self._index = index
 
     def padding(self) -> Tensor | None:
-        """See `Routing.padding`; of the micro-batch that the layer works on."""
+        """Return `Routing.padding` of the micro-batch that the layer works on."""
         return self._routing.padding(self._index)
 
     def any_token(self) -> bool:
-        """See `Routing.any_token`."""
+        """Return `Routing.any_token` of the micro-batch that the layer works on."""
         return self._routing.any_token(self._index)
 
     def get_replay_topk(
@@ -234,7 +239,7 @@ class _LayerReplay:
         group_topk: int | None = None,
         default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Megatron's hook in place of its top-k; see `Routing.choose`."""
+        """Answer Megatron's hook, which replaces its top-k; see `Routing.choose`."""
         assert default_compute_topk is not None
 
         def choose() -> tuple[Tensor, Tensor]:

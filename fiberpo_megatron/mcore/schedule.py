@@ -1,4 +1,4 @@
-"""Passes over micro-batches through Megatron's pipeline schedules."""
+"""This module passes micro-batches through Megatron's pipeline schedules."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,7 +16,7 @@ from fiberpo_megatron.mcore.routing import Routing
 from fiberpo_megatron.types import MicroBatch, TokenScores
 
 TokenLoss = Callable[[int, Tensor], Tensor]
-"""(index of the micro-batch, its log-probs [n] with gradient) -> scalar to be minimised."""
+"""Maps (index of the micro-batch, its log-probs [n] with gradient) to a scalar that is minimised."""
 
 
 class Schedule:
@@ -38,7 +38,8 @@ class Schedule:
         self._platform = activate()
 
     def forward(self, micro_batches: Sequence[MicroBatch], temperature: float) -> list[TokenScores]:
-        """Scores of every micro-batch without gradient, in order; empty where the last stage is elsewhere."""
+        """Return the scores of every micro-batch without gradient, in order; none if the last stage is on another
+        rank."""
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
@@ -53,7 +54,7 @@ class Schedule:
     def _run(self, micro_batches: Sequence[MicroBatch], head: Callable[..., Any], forward_only: bool) -> list[Any]:
         prepared = [self._prepare(index, batch) for index, batch in enumerate(micro_batches)]
         filling = self._prepare(len(micro_batches), self._empty())
-        # Packing keeps the multiple; a lone row (a probe) does not.
+        # Packing makes the number a multiple; a single row (a probe) does not.
         prepared += [filling] * (-len(prepared) % self.layout.micro_batch_multiple)
         run = get_forward_backward_func()
         return run(
@@ -61,7 +62,7 @@ class Schedule:
             data_iterator=[iter(prepared) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(prepared),
-            seq_length=1,  # unused: rows differ in length and stages tell each other (variable_seq_lengths)
+            seq_length=1,  # unused: rows differ in length, which stages exchange (variable_seq_lengths)
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
@@ -98,7 +99,7 @@ class Schedule:
         return hidden, partial(head, index, batch)
 
     def log_probs_of(self, batch: MicroBatch, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropy [n] of the micro-batch's response tokens."""
+        """Return log-probs and entropy [n] of the micro-batch's response tokens."""
         model, layout = self.models[-1], self.layout
         positions = batch.response_positions.to(layout.device)
         shard = VocabShard(
@@ -123,5 +124,5 @@ class Schedule:
         self, temperature: float, loss: TokenLoss, index: int, batch: MicroBatch, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         log_probs, _ = self.log_probs_of(batch, hidden, temperature)
-        # Three outputs: Megatron leaves the loss as it is, divided by nothing (calculate_per_token_loss).
+        # With three outputs Megatron does not divide the loss (calculate_per_token_loss).
         return loss(index, log_probs), torch.tensor(0, dtype=torch.int, device=hidden.device), {}

@@ -1,4 +1,4 @@
-"""Settings of the model and of its parallel layout: [model] and [parallel]."""
+"""These settings describe the model and its parallel layout: [model] and [parallel]."""
 
 from pathlib import Path
 from typing import Literal
@@ -21,26 +21,26 @@ class ModelConfig(Section):
     """Format in which linear layers multiply: e4m3 throughout, or (hybrid) e5m2 for gradients. Parameters stay in
     bfloat16. Needs a GPU with FP8 and Transformer Engine."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
-    """How FP8 scales are found. delayed takes them from earlier passes: the old log-probs then see other scales than
-    the step does, which shifts importance ratios."""
+    """How FP8 scales are found. delayed takes them from earlier passes: the old log-probs are then computed with other
+    scales than the step, which shifts importance ratios."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass instead of stored: those inside `recompute_modules`, or
+    """Activations that are computed again in the backward pass instead of stored: those inside `recompute_modules`, or
     (full) all but the inputs of each layer."""
     recompute_modules: list[RecomputeModule] | None = None
     """Parts of a layer that `recompute = "selective"` computes again. core_attn: attention without its projections
-    (nothing to save where attention is fused); layernorm: the norms before attention and MLP; mlp: the MLP of dense
-    layers; moe: router, dispatch and experts; shared_experts; moe_act: activations of the experts (grouped GEMM,
-    hence GPU only); mla_up_proj: the up-projections of latent attention. Unset: layernorm, and of a dense model mlp,
-    of one with experts moe_act (without a GPU moe)."""
+    (nothing to save if attention is fused); layernorm: the norms before attention and MLP; mlp: the MLP of dense
+    layers; moe: router, dispatch and experts; shared_experts: the shared experts; moe_act: activations of the experts
+    (grouped GEMM, hence GPU only); mla_up_proj: the up-projections of latent attention. Unset: layernorm and, for a
+    dense model, mlp; for one with experts, moe_act (without a GPU, moe)."""
     train_router: bool = False
     """Let the optimizer change the MoE routers. Off by default in RL: a moving router changes which experts
     the old policy used, which makes importance ratios noisy."""
     router_aux_loss: float = Field(0.0, ge=0)
     """Coefficient of the MoE load-balancing loss. It is not part of the policy gradient, hence 0 by default."""
     router_bias_update_rate: float = Field(0.0, ge=0)
-    """How far each optimiser step moves the routers' correction bias of an expert that got fewer (up) or more (down)
-    of the mini-batch's tokens than the mean; DeepSeek-V3 was trained with 0.001. 0 by default in RL: a bias that moves
-    sends a token to other experts than the old policy did."""
+    """How far each optimiser step moves the routers' correction bias of an expert that got fewer (up) or more (down) of
+    the mini-batch's tokens than the mean; DeepSeek-V3 was trained with 0.001. It is 0 by default in RL, because a bias
+    that moves sends a token to other experts than the old policy did."""
     log_prob_chunk_tokens: int = Field(4096, ge=1)
     """Tokens whose float32 vocabulary row (one tensor-parallel shard) exists at the same time."""
 
@@ -59,8 +59,8 @@ class ParallelConfig(Section):
     virtual_pipeline: int = Field(1, ge=1)
     """Model chunks per pipeline stage (interleaved schedule when above 1)."""
     uneven_stages: bool = False
-    """Allow pipeline stages (and their chunks) that differ by one layer, where the layers do not divide. The slowest
-    stage sets the pace."""
+    """Allow pipeline stages (and their chunks) that differ by one layer if the layers do not divide. The slowest stage
+    limits the speed."""
     context: int = Field(1, ge=1)
     """Context-parallel ranks: each sequence is cut into 2 x context zigzag chunks."""
     expert: int = Field(1, ge=1)
@@ -68,23 +68,23 @@ class ParallelConfig(Section):
     expert_tensor: int = Field(1, ge=1)
     """Tensor-parallel ranks inside one expert."""
     data: int | None = Field(None, ge=1)
-    """Data-parallel ranks. Unset: the world size over tensor x pipeline x context; with no launcher around,
-    the smallest number that the expert layout allows."""
+    """Data-parallel ranks. Unset: the world size over tensor x pipeline x context; without a launcher, the smallest
+    number that the expert layout allows."""
     distributed_optimizer: bool = True
     """Shard optimizer state and master weights over the data-parallel ranks."""
 
     @property
     def model_ranks(self) -> int:
-        """Ranks of one model replica (tensor x pipeline x context)."""
+        """Return the number of ranks of one model replica (tensor x pipeline x context)."""
         return self.tensor * self.pipeline * self.context
 
     def smallest_data(self) -> int:
-        """Smallest data-parallel size at which expert x expert_tensor divides tensor x context x data."""
+        """Return the smallest data-parallel size at which expert x expert_tensor divides tensor x context x data."""
         data = 1
         while (self.tensor * self.context * data) % (self.expert * self.expert_tensor):
             data += 1
         return data
 
     def world_size(self) -> int:
-        """Number of processes of the layout."""
+        """Return the number of processes of the layout."""
         return self.model_ranks * (self.data or self.smallest_data())
