@@ -1,4 +1,4 @@
-"""Finding what a config names: a class by its import path, or by a short name.
+"""This module finds what a config names: a class by its import path, or by a short name.
 
 A name is looked up in this order: `package.module:Class` is imported (the current folder is importable), and so is
 `folder/file.py:Class`; a short name
@@ -54,7 +54,7 @@ class PluginError(ValueError):
 
 @dataclass(frozen=True)
 class Plugin:
-    """A plug-in that was found."""
+    """Holds a plug-in that was found."""
 
     path: str
     """Import path, `package.module:Class`."""

@@ -10,18 +10,19 @@ PARTS = {
     # part: other parts of this package that it may import
     "settings": set(),
     "plugins": set(),
+    "subprocesses": set(),
     "config": {"settings", "plugins"},
     "types": {"environments"},
     "rendezvous": set(),
     "fibration": {"plugins"},
-    "environments": {"settings", "plugins"},
+    "environments": {"settings", "plugins", "subprocesses"},
     "telemetry": {"config", "types", "plugins"},
     "data": {"config", "types", "environments"},
     "mcore": {"config", "types", "interfaces", "plugins", "rendezvous"},
     "planning": {"config", "fibration", "mcore", "plugins"},
     "interfaces": {"types"},
     "together": {"interfaces"},
-    "engines": {"config", "types", "rendezvous", "environments"},
+    "engines": {"config", "types", "rendezvous", "environments", "subprocesses"},
     "rollout": {"config", "types", "interfaces", "data", "engines", "environments"},
     "weight_sync": {"config", "types", "interfaces", "plugins", "rendezvous", "engines"},
     "sources": {
@@ -70,7 +71,7 @@ PARTS = {
         "doctor",
     },
 }
-TOP = {"types", "rendezvous", "settings", "plugins", "interfaces", "together"}
+TOP = {"types", "rendezvous", "settings", "plugins", "interfaces", "together", "subprocesses"}
 """Modules beside the folders."""
 SOURCES = [
     p

@@ -1,4 +1,4 @@
-"""Speed of environments: trivial scores and conversations a second through a pool of workers.
+"""Measure how many trivial scores and turns a second a pool of workers handles.
 
     python tools/bench_environments.py --workers 2
 

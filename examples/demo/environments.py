@@ -6,8 +6,8 @@ the space (the same for all seeds) splits it into training and held-out tasks.
 
 from math import isqrt
 
-from fiberpo_megatron.data.shuffle import Permutation, derive_key
 from fiberpo_megatron.environments import Outcome, SingleTurn, Task, Turn
+from fiberpo_megatron.environments.shuffle import Permutation, derive_key
 
 
 class Exact(SingleTurn):

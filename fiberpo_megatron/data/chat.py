@@ -12,6 +12,7 @@ Tools = Sequence[Mapping[str, Any]] | None
 
 QUESTION, ANSWER, REPLY = "placeholder-question", "placeholder-answer", "placeholder-reply"
 """Contents with which the template is asked what it writes around them."""
+NO_TURNS = "end conversations after one turn (jsonl: set max_turns = 1), or take another template"
 TURN: tuple[Message, ...] = ({"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER})
 
 
@@ -25,6 +26,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer, options: Mapping[str, Any] | None = None) -> None:
         self._tokenizer = tokenizer
         self._options = dict(options or {})
+        self._turns_can_follow = False
 
     def prompt(self, messages: Sequence[Message], tools: Tools = None) -> str:
         """Return the text before the assistant's answer to `messages`, special tokens included. Raises what the
@@ -51,21 +53,22 @@ class ChatTemplate:
         if first != second or REPLY not in first:
             raise ValueError(
                 f"the chat template writes {first!r} between a first and a second answer, {second!r} between a second "
-                "and a third; conversations cannot be continued with it: set max_turns = 1"
+                f"and a third; {NO_TURNS}"
             )
         end = self._tokenizer.encode(first.lstrip(), add_special_tokens=False)[0]
         if self.end_of_turn is None or end != self.end_of_turn:
             raise ValueError(
                 f"the chat template writes {first!r} after an answer, which does not begin with the special token that "
-                "ends a turn: the engine cannot tell where an answer ends; set max_turns = 1"
+                f"ends a turn, so that the engine cannot tell where an answer ends; {NO_TURNS}"
             )
         thoughtful = [TURN[0], {"role": "assistant", "content": f"<think>\n{QUESTION}\n</think>\n\n{ANSWER}"}, reply]
         after_thought = self._render(thoughtful, generation_prompt=True).split(ANSWER)[-1]
         if after_thought != first:
             raise ValueError(
                 f"the chat template writes {first!r} after an answer, but {after_thought!r} after an answer with a "
-                "thought; conversations cannot be continued with it: set max_turns = 1"
+                f"thought; {NO_TURNS}"
             )
+        self._turns_can_follow = True
         if tools:
             self._after_tools([{"role": "tool", "content": REPLY}], tools)
 
@@ -76,8 +79,11 @@ class ChatTemplate:
         new `messages` (a string is one of the user) and what the template writes around them.
 
         They are the difference of two renderings of a short fixed conversation, with the new messages and without.
-        None means that the response ended otherwise: it was cut, or it ended the whole text.
+        None means that the response ended otherwise: it was cut, or it ended the whole text. Raises ValueError as
+        `check_turns` does.
         """
+        if not self._turns_can_follow:
+            self.check_turns()
         if response_ids[-1] != self.end_of_turn:
             return None
         new = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
@@ -88,21 +94,22 @@ class ChatTemplate:
         return tuple(self._tokenizer.encode(after.lstrip(), add_special_tokens=False)[1:])
 
     def _after_tools(self, new: Sequence[Message], tools: Tools) -> str:
-        """The text from the end of a turn that called tools to the next one.
+        """Return the text from the end of a turn that called tools to the next one.
 
-        ValueError when the template writes the turn itself otherwise because of what follows.
+        Raises ValueError when the template writes the calls otherwise because of what follows.
         """
         calls = [_call(message, number) for number, message in enumerate(m for m in new if m.get("role") == "tool")]
         turn = [TURN[0], {"role": "assistant", "content": ANSWER, "tool_calls": calls}]
-        before = self._render(turn, generation_prompt=False, tools=tools)
-        whole = self._render([*turn, *new], generation_prompt=True, tools=tools)
-        if not whole.startswith(before):
+        # only what follows the answer matters: what was sampled before it stays, thoughts included
+        _, _, before = self._render(turn, generation_prompt=False, tools=tools).partition(ANSWER)
+        _, _, whole = self._render([*turn, *new], generation_prompt=True, tools=tools).partition(ANSWER)
+        if not before or not whole.startswith(before):
             raise ValueError(
-                f"the chat template renders a turn with tool calls as {before[-80:]!r}, and otherwise once a tool has "
-                "answered: conversations with tools cannot be continued with it; take a template that writes past "
-                "turns as they were"
+                f"the chat template writes {before!r} for a turn's tool calls, but {whole!r} once a tool has answered: "
+                "conversations with tools cannot be continued with it; take a template that writes past turns as they "
+                "were"
             )
-        _, _, closing = self._render(TURN, generation_prompt=False, tools=tools).rpartition(ANSWER)
+        _, _, closing = self._render(TURN, generation_prompt=False, tools=tools).partition(ANSWER)
         return closing + whole[len(before) :]
 
     def _render(self, messages: Sequence[Message], *, generation_prompt: bool, tools: Tools = None) -> str:

@@ -1,5 +1,6 @@
 """This stands between tasks and tokens: prompts, supervised examples, the next turn, the text of a response."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,23 +51,18 @@ class Encoder:
         """By environment: whether a chat template wrote one of its prompts so far."""
 
     def prompt(self, place: Place, task: Task) -> Prompt:
-        """Return the task with its tokens. ValueError names the task, with file and line where it has them."""
-        is_chat = not isinstance(task.prompt, str)
-        text = task.prompt if isinstance(task.prompt, str) else self._render(place.domain, task)
-        self.uses_chat[place.domain] |= is_chat
-        # A chat template writes its own special tokens; plain text gets the tokenizer's (such as BOS).
-        ids = self.tokenizer.encode(text, add_special_tokens=not is_chat)
-        self._check_length(ids, text, _source(task))
-        if not is_chat:
-            self._check_characters(ids, text, place.domain)
-        return Prompt(place.index, place.domain, tuple(ids), text, task, place.split)
+        """Return the task with its tokens. ValueError names the environment and the task, with file and line if known."""
+        self.uses_chat[place.domain] |= not isinstance(task.prompt, str)
+        ids, text = self._encode(place.domain, task, task.prompt)
+        return Prompt(place.index, place.domain, ids, text, task, place.split)
 
     def example(self, prompt: Prompt) -> Example:
         """Return the prompt with its right answer, ended as the model is to end it."""
         answer = prompt.task.answer
         if not isinstance(answer, str):
             raise ValueError(
-                f"{_source(prompt.task)}: the answer is {answer!r}; supervised training needs a string as Task.answer"
+                f"{self._source(prompt.domain, prompt.task)}: the answer is {answer!r}; supervised training needs a "
+                "string as Task.answer"
             )
         chat = self._chats[prompt.domain]
         end = chat.end_of_turn if chat and not isinstance(prompt.task.prompt, str) else None
@@ -79,13 +75,7 @@ class Encoder:
         """Return the tokens with which a conversation begins, when its first words are `new`."""
         if not tools and _same(new, prompt.task.prompt):
             return prompt.token_ids
-        if isinstance(new, str):
-            ids, text = self.tokenizer.encode(new, add_special_tokens=True), new
-        else:
-            text = self._chat(prompt.domain, _source(prompt.task)).prompt(new, tools)
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
-        self._check_length(ids, text, _source(prompt.task))
-        return tuple(ids)
+        return self._encode(prompt.domain, prompt.task, new, tools)[0]
 
     def following(
         self, prompt: Prompt, response_ids: Sequence[int], new: str | Sequence[Message], tools: Tools
@@ -96,8 +86,12 @@ class Encoder:
         """
         if isinstance(new, str):
             return tuple(self.tokenizer.encode(new, add_special_tokens=False))
-        chat = self._chat(prompt.domain, _source(prompt.task))
-        tokens = chat.continuation(response_ids, new, tools)
+        source = self._source(prompt.domain, prompt.task)
+        chat = self._chat(prompt.domain, source)
+        try:
+            tokens = chat.continuation(response_ids, new, tools)
+        except Exception as error:  # templates are programs of the model's makers and raise what they like
+            raise ValueError(f"{source}: the chat template refuses the messages {new!r:.200}: {error}") from error
         if tokens is None:
             raise ValueError(
                 "the policy did not end its turn (it was cut, or ended the whole text), so that no message can follow; "
@@ -106,9 +100,12 @@ class Encoder:
         return tokens
 
     def check_conversations(self, domain: int) -> None:
-        """Raise ValueError, naming the environment, when its conversations cannot be continued token by token."""
+        """Raise ValueError, naming the environment, when its chats cannot be continued token by token.
+
+        Raw text needs no template; messages that follow it are checked when the first is said.
+        """
         chat = self._chats[domain]
-        if chat is None:
+        if chat is None or not self.uses_chat[domain]:
             return
         try:
             chat.check_turns()
@@ -152,13 +149,23 @@ class Encoder:
             )
         return chat
 
-    def _render(self, domain: int, task: Task) -> str:
-        chat = self._chat(domain, _source(task))
-        assert not isinstance(task.prompt, str)
-        try:
-            return chat.prompt(task.prompt)
-        except Exception as error:  # templates are programs of the model's makers and raise what they like
-            raise ValueError(f"{_source(task)}: the chat template refuses the prompt: {error}") from error
+    def _encode(
+        self, domain: int, task: Task, prompt: str | Sequence[Message], tools: Tools = None
+    ) -> tuple[tuple[int, ...], str]:
+        """Return a prompt's tokens and its text, checked."""
+        source = self._source(domain, task)
+        if isinstance(prompt, str):
+            text, ids = prompt, self.tokenizer.encode(prompt, add_special_tokens=True)
+            self._check_characters(ids, text, source)
+        else:
+            chat = self._chat(domain, source)
+            try:
+                text = chat.prompt(prompt, tools)
+            except Exception as error:  # templates are programs of the model's makers and raise what they like
+                raise ValueError(f"{source}: the chat template refuses the prompt: {error}") from error
+            ids = self.tokenizer.encode(text, add_special_tokens=False)  # the template has written the special tokens
+        self._check_length(ids, text, source)
+        return tuple(ids), text
 
     def _check_length(self, ids: Sequence[int], text: str, source: str) -> None:
         if not 1 <= len(ids) <= self._max_prompt_tokens:
@@ -167,20 +174,28 @@ class Encoder:
                 f"{self._max_prompt_tokens}; shorten it or raise the limit: {text[:80]!r}"
             )
 
-    def _check_characters(self, ids: Sequence[int], text: str, domain: int) -> None:
-        """ValueError for the first raw prompt of which the tokenizer loses characters."""
+    def _check_characters(self, ids: Sequence[int], text: str, source: str) -> None:
+        """Raise ValueError when the tokenizer loses characters of a raw prompt: the policy would not see the task."""
         seen = self.tokenizer.decode(ids, skip_special_tokens=True)
-        lost = set("".join(text.split())) - set(seen)
-        if lost and not any(character in seen.lower() for character in "".join(lost).lower()):
+        lost = _essential(text) - _essential(seen)
+        if lost:  # or the text spells out special tokens, which `seen` leaves out
+            words = {self.tokenizer.decode([token]) for token in ids}
+            lost -= _essential("".join(word for word in words if word in text))
+        if lost:
             raise ValueError(
-                f"environment {self.names[domain]!r}: the tokenizer turns {text!r} into {seen!r}; use one that has the "
-                f"characters {''.join(sorted(lost))!r}"
+                f"{source}: the tokenizer turns {text!r} into {seen!r}; use one that has the characters "
+                f"{''.join(sorted(lost))!r}"
             )
 
+    def _source(self, domain: int, task: Task) -> str:
+        """Return where a task came from, for messages: environment and id, then file and line if known."""
+        place = f", {task.metadata['source']}" if "source" in task.metadata else ""
+        return f"environment {self.names[domain]!r}, task {task.id}{place}"
 
-def _source(task: Task) -> str:
-    """Where the task came from, for messages: file and line, or its id."""
-    return str(task.metadata.get("source") or f"task {task.id}")
+
+def _essential(text: str) -> set[str]:
+    """Return the characters of a text without what normalising tokenizers change: case, accents, width, white space."""
+    return {c for c in unicodedata.normalize("NFKD", text.casefold()) if unicodedata.category(c)[0] not in "CMZ"}
 
 
 def _same(new: str | Sequence[Message], prompt: str | Sequence[Message]) -> bool:

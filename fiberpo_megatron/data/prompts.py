@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from math import floor
 from typing import Any
 
-from fiberpo_megatron.data.shuffle import Permutation, derive_key
 from fiberpo_megatron.environments import Split
+from fiberpo_megatron.environments.shuffle import Permutation, derive_key
 from fiberpo_megatron.types import RolloutBatch
 
 SCHEDULE_SLOTS = 1000

@@ -11,14 +11,12 @@ from pathlib import Path
 
 from fiberpo_megatron.engines.addresses import interface_of
 from fiberpo_megatron.engines.settings import EngineConfig
+from fiberpo_megatron.subprocesses import without_launcher
 
 PLUGIN = Path(__file__).parent / "sglang_plugin" / "path"
 CPU_STAND_INS = Path(__file__).parent / "sglang_cpu" / "path"
 CPU_KV_TOKENS = 16384
 ASK_TIMEOUT_S = 60.0
-
-LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-LAUNCHER_VARIABLES |= {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"}
 
 
 @dataclass(frozen=True)
@@ -116,12 +114,7 @@ def server_environment(
 
     `key_file` holds the API key, which must appear neither in the environment nor on the command line.
     """
-    environment = {
-        name: value
-        for name, value in parent.items()
-        # torchrun's variables would make the server's own rendezvous wait for the trainer's
-        if name not in LAUNCHER_VARIABLES and not name.startswith("TORCHELASTIC_")
-    }
+    environment = without_launcher(parent)
     environment["PYTHONUNBUFFERED"] = "1"
     environment["PYTHONSAFEPATH"] = "1"  # the working directory must not shadow a module
     environment["HF_HUB_OFFLINE"] = "1"  # a wrong folder is an error, not the name of a model on the hub

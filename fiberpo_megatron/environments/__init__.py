@@ -1,4 +1,4 @@
-"""What a person writes to bring tasks, rewards and tools to a run.
+"""This module holds the classes with which a person brings tasks, rewards and tools to a run.
 
 An environment is one class in a file of yours, named in the config by its import path:
 
@@ -33,7 +33,7 @@ Split = Literal["train", "held_out"]
 
 @dataclass(frozen=True)
 class Task:
-    """One problem that the policy is asked to solve. Every value must be representable in JSON."""
+    """Holds one problem that the policy is asked to solve. Every value must be representable in JSON."""
 
     prompt: str | Sequence[Message]
     """A string is raw text; chat messages are written by the tokenizer's chat template."""
@@ -47,7 +47,7 @@ class Task:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A tool call that the engine found in the policy's text."""
+    """Holds a tool call that the engine found in the policy's text."""
 
     name: str
     arguments: str
@@ -57,7 +57,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the policy said."""
+    """Holds what the policy said in one turn."""
 
     text: str
     """The text without the tokens that end a turn. Where tool calls were found, what stands around them."""
@@ -68,13 +68,13 @@ class Turn:
 
     @property
     def truncated(self) -> bool:
-        """Whether the turn was cut at its limit of tokens."""
+        """Return whether the turn was cut at its limit of tokens."""
         return self.finish_reason == "length"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trajectory earned."""
+    """Says what a trajectory earned."""
 
     reward: float
     """The number that training maximises. It must be finite."""
@@ -88,7 +88,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A finished trajectory as `score_group` sees it."""
+    """Holds a finished trajectory as `score_group` gets it."""
 
     turns: tuple[Turn, ...]
     outcome: Outcome
@@ -96,11 +96,11 @@ class Trajectory:
 
 
 class Conversation(Protocol):
-    """The policy as `Environment.run` sees it."""
+    """Speaks for the policy in `Environment.run`."""
 
     @property
     def seed(self) -> int:
-        """A number that depends only on the run's seed, the prompt and which of its samples this is."""
+        """Return a number that depends only on the run's seed, the prompt and which of its samples this is."""
         ...
 
     async def say(
@@ -127,7 +127,7 @@ class Conversation(Protocol):
 
 
 class Environment:
-    """Tasks, and what happens between a task and its outcome. Subclass it and define what is listed here.
+    """Brings tasks, and decides what happens between a task and its outcome. Subclass it and define what follows.
 
     The options of the config are the arguments of `__init__`. One instance lives in each worker process.
     """
@@ -175,7 +175,7 @@ class Environment:
 
 
 class SingleTurn(Environment):
-    """An environment in which the policy answers once and the answer is scored."""
+    """This is an environment in which the policy answers once and the answer is scored."""
 
     def score(self, task: Task, turn: Turn) -> float | Outcome:
         """Return the reward of an answer, or its outcome; may be an `async def`.

@@ -1,4 +1,4 @@
-"""The trainer's side of an environment: a pool of worker processes that a user's class cannot stop, slow or crash.
+"""This module keeps pools of worker processes, so that a user's environment cannot stop, slow or crash the trainer.
 
     pool = EnvironmentPool(config, folder=run_folder / "environments")
     description = await pool.start()
@@ -7,8 +7,8 @@
     await pool.close()
 
 A worker that blocks, dies or uses too much memory is ended. Only the job whose code held the worker's event loop then
-fails; the others start again in a new worker with the same task and seed. Where nobody held it, all start again in
-smaller company each time, until the one that is at fault is alone.
+fails; the others start again in a new worker with the same task and seed. If no job held it, all of them start again,
+but fewer of them share a worker each time, until the one that is at fault is alone.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ CLOSE_S = 2.0
 START_ATTEMPTS = 3
 """How often a worker is started again during a run before the run ends."""
 CRASHES = 3
-"""So many crashes in a row that nobody in particular caused make the only job of a worker a failure."""
+"""After so many crashes in a row whose cause is unknown, the only job of a worker becomes a failure."""
 QUEUE_S = 0.02
 QUEUE_LIMIT = 32
 """Calls are sent to a worker ahead of their turn up to this time and number, so that it never waits for the trainer."""
@@ -54,7 +54,7 @@ FailureKind = Literal["exception", "deadline", "died", "memory", "output", "inva
 
 @dataclass(frozen=True)
 class Description:
-    """What an environment's instance offers."""
+    """Says what an environment's instance offers."""
 
     path: str
     """Import path of the class."""
@@ -76,7 +76,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a trajectory has no outcome; the settings' `on_failure` says what becomes of it."""
+    """Says why a trajectory has no outcome; the settings' `on_failure` says what becomes of it."""
 
     kind: FailureKind
     """exception: the class raised; deadline: it took too long; died: it ended its process; memory: it used too much;
@@ -92,7 +92,7 @@ class EnvironmentFailed(RuntimeError):
 
 @dataclass
 class _Doom:
-    """Why a worker is being ended, and by whose fault; job 0 is nobody's."""
+    """Says why a worker is being ended, and because of which job; 0 means that the job is unknown."""
 
     job: int
     kind: FailureKind
@@ -101,7 +101,7 @@ class _Doom:
 
 @dataclass(eq=False)
 class _Slot:
-    """A place for a worker. Its processes follow each other."""
+    """Holds the place of one worker, whose processes follow each other."""
 
     number: int
     log: WorkerLog
@@ -122,7 +122,7 @@ class _Slot:
 
 
 class EnvironmentPool:
-    """The worker processes of one environment. All coroutines are called on one event loop, that of `start`.
+    """Runs the worker processes of one environment. Call all coroutines on one event loop, that of `start`.
 
     folder: gets the workers' output and the failures; None keeps no files.
     rank: appears in the files' names.
@@ -250,7 +250,7 @@ class EnvironmentPool:
             await asyncio.sleep(TICK_S)
 
     async def close(self) -> None:
-        """End the workers and all that they started. They get a moment to end by themselves."""
+        """End the workers and all that they started; for a moment they may end in good order."""
         self._end(f"the pool of environment {self._config.name!r} was closed")
         for task in (*self._starts, self._watcher):
             if task is not None:
@@ -416,7 +416,7 @@ class EnvironmentPool:
         self._dispatch()
 
     def _release(self, job: Job) -> None:
-        """Forget a job that nobody waits for any more; a worker that has it is asked to end it."""
+        """Forget a job whose caller has gone or has its result; a worker that still has it is asked to end it."""
         unfinished = not job.future.done()
         job.release()
         if unfinished:
@@ -444,7 +444,7 @@ class EnvironmentPool:
             self._give(slot, self._waiting_runs.popleft())
 
     def _give(self, slot: _Slot, job: Job) -> None:
-        if job.future.done():  # nobody waits for it any more
+        if job.future.done():  # its caller has gone
             return
         assert slot.process is not None
         slot.place_of(job)[job.id] = job
@@ -513,7 +513,7 @@ class EnvironmentPool:
     # ---- failures ----
 
     def _fail(self, job: Job, kind: FailureKind, message: str, trace: str) -> None:
-        """Make a failure the result of a job, unless nobody waits for it; count it and write it down."""
+        """Make a failure the result of a job, count it and write it down, unless the job's caller has gone."""
         if job.future.done():
             return
         failure = Failure(kind, f"environment {self._config.name!r}: {job.what} failed ({kind}): {message}", trace)
@@ -527,7 +527,7 @@ class EnvironmentPool:
         job.future.set_result(failure)
 
     def _doom(self, slot: _Slot, job: int, kind: FailureKind, message: str) -> None:
-        """End a worker because of a job (0: of nobody in particular), after a moment in which it writes where it is."""
+        """End a worker because of a job (0: which one is unknown), after a moment in which it writes where it is."""
         if slot.doom is not None or slot.process is None:
             return
         slot.doom = _Doom(job, kind, message)

@@ -1,4 +1,4 @@
-"""What a pool of workers is asked to do: one call of a method, or one conversation."""
+"""This module holds what a pool of workers is asked to do: calls of a method, and conversations."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ Send = Callable[[Kind, int, bytes], None]
 
 
 class Job:
-    """One call of a method of the environment.
+    """Holds one call of a method of the environment.
 
     future: becomes the decoded result, a Failure, or an exception that is not the environment's fault.
     decode: turns the JSON of the result into what the caller gets; it raises InvalidReply.
@@ -47,11 +47,11 @@ class Job:
         self.room = 1 << 30
         """How many conversations may share a worker with it, itself included; less after each crash."""
         self.crashes = 0
-        """Crashes of its workers in a row that nobody in particular caused."""
+        """How many of its workers in a row have crashed for an unknown cause."""
 
     @property
     def waiting_for_policy(self) -> bool:
-        """Whether the policy's answer is awaited, so that the environment has nothing to do."""
+        """Return whether the policy's answer is awaited, so that the environment has nothing to do."""
         return False
 
     def begin(self, send: Send) -> None:
@@ -59,14 +59,14 @@ class Job:
         self.output = 0
 
     def restart(self) -> None:
-        """Undo what a worker has begun; another one will get the job."""
+        """Forget what a worker has begun, because another one will get the job."""
 
     def release(self) -> None:
         """End everything that was started for the job."""
 
 
 class ConversationJob(Job):
-    """A conversation: `run` in the worker, the policy here.
+    """Holds one conversation: `run` is in the worker, the policy is here.
 
     converse: makes the policy of a new conversation.
     deterministic: after a crash the recorded turns are used again; otherwise a new conversation begins.
@@ -152,6 +152,6 @@ class ConversationJob(Job):
 
 
 def _retrieve(answer: asyncio.Task[Turn]) -> None:
-    """Look at the exception of an answer that nobody awaits any more, so that asyncio does not report it."""
+    """Look at the exception of an answer that may not be awaited any more, so that asyncio does not report it."""
     if not answer.cancelled():
         answer.exception()

@@ -1,4 +1,4 @@
-"""The built-in environment "jsonl": problems with known answers from files.
+"""The environment "jsonl" takes problems with known answers from files.
 
 A line holds a JSON object with `prompt` (a text, or chat messages with `role` and `content`) and `answer`. A response
 is right or wrong and earns 1 or 0. This module imports the standard library alone and runs on Python 3.10.
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fiberpo_megatron.data.shuffle import Permutation, derive_key
 from fiberpo_megatron.environments import Conversation, Message, Outcome, SingleTurn, Task, Turn
 from fiberpo_megatron.environments.math_answers import MathVerifier
+from fiberpo_megatron.environments.shuffle import Permutation, derive_key
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One line of a file."""
+    """Holds one line of a file."""
 
     index: int
     """Its position among the problems of the file."""

@@ -1,4 +1,4 @@
-"""Making the instance of a user's class in a worker, and describing what it offers."""
+"""This module makes the instance of a user's class in a worker and describes what it offers."""
 
 from __future__ import annotations
 

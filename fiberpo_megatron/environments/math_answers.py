@@ -1,4 +1,4 @@
-"""Mathematical equality of answers, decided by the math-verify library in a process of its own.
+"""This module has the math-verify library compare answers, in a process of its own.
 
 A comparison can take for ever inside one instruction (`9**9**9**9`), which nothing in the same process can interrupt.
 This module imports the standard library alone and runs on Python 3.10: it is used in the workers of environments.

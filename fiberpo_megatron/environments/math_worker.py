@@ -1,4 +1,4 @@
-"""The process that runs math-verify for `MathVerifier`: it gets a JSON request per line and answers with one.
+"""This script runs math-verify for `MathVerifier`: it gets a JSON request per line and answers with one.
 
 Run as a script, it imports nothing of this package. An alarm signal ends it when one comparison takes too
 long (`9**9**9**9` never returns, and no Python exception can interrupt it); the parent starts another one.

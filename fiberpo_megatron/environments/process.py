@@ -1,4 +1,4 @@
-"""One worker process as the trainer sees it: its pipes, its shared page, what it prints, its memory and its end."""
+"""This module holds a worker process as the trainer sees it: pipes, shared page, output, memory and end."""
 
 import asyncio
 import fcntl
@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from fiberpo_megatron.engines.command import LAUNCHER_VARIABLES
 from fiberpo_megatron.environments import wire
 from fiberpo_megatron.plugins import PluginError
+from fiberpo_megatron.subprocesses import without_launcher
 
 BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
 PIPE_BYTES = 1 << 20
@@ -34,7 +34,7 @@ class FrameRefused(Exception):
 
 
 class WorkerLog:
-    """The first part of what the processes of one worker print, in a file; the rest is dropped.
+    """Keeps the first part of what the processes of one worker print in a file, and drops the rest.
 
     path: None keeps no file.
     """
@@ -55,7 +55,10 @@ class WorkerLog:
 
 
 class WorkerProcess:
-    """A running worker. Make it on the event loop that it is used on, in a thread that lives as long as it should.
+    """Holds a running worker process.
+
+    Make it on the event loop that it is used on. The thread of that loop must live as long as the worker should: the
+    kernel kills a worker when the thread that started it ends.
 
     on_frame: called with (kind, job, payload) for every frame.
     check: called with (kind, job, length) for every header; it may raise FrameRefused.
@@ -232,11 +235,7 @@ def _ignore(kind: int, job: int, length: int) -> None:
 
 def worker_environment(parent: Mapping[str, str], *, own_interpreter: bool) -> dict[str, str]:
     """Return the environment of a worker: without GPUs, without the launcher's variables, with one thread for BLAS."""
-    environment = {
-        name: value
-        for name, value in parent.items()
-        if name not in LAUNCHER_VARIABLES and not name.startswith("TORCHELASTIC_")
-    }
+    environment = without_launcher(parent)
     if not own_interpreter:  # these name the trainer's packages
         for name in ("PYTHONPATH", "PYTHONHOME"):
             environment.pop(name, None)

@@ -1,4 +1,4 @@
-"""Random numbers of the jobs of a worker: they depend on a job's seed alone, however jobs take turns."""
+"""This module makes the random numbers of a worker's job depend on its seed alone, however jobs take turns."""
 
 from __future__ import annotations
 

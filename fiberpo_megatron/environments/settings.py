@@ -1,4 +1,4 @@
-"""Settings of one environment: an entry of [[environments]]."""
+"""This module holds the settings of one environment, an entry of [[environments]]."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,7 +9,7 @@ from fiberpo_megatron.settings import PluginConfig
 
 
 class EnvironmentConfig(PluginConfig):
-    """One environment. Its tasks are a domain of the prompts."""
+    """Says which environment gives tasks and within which bounds it works. Its tasks are a domain of the prompts."""
 
     name: str = Field(min_length=1, pattern=r"^[\w.+-]+$")
     """The domain's name in metrics, files and budgets."""

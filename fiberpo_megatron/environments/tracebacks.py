@@ -1,4 +1,4 @@
-"""What a user's class did wrong, in words: errors and places, whatever the class does when it is shown."""
+"""This module describes the errors of a user's class, also of one that raises when it is shown."""
 
 from __future__ import annotations
 

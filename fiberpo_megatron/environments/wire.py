@@ -1,4 +1,4 @@
-"""What the trainer and the worker of an environment say to each other, and the checks of what a user's class returned.
+"""This module holds the frames between the trainer and a worker, and the checks of what a user's class returned.
 
 A frame is a header of 16 bytes (number of the job, kind, length) and a payload of ASCII JSON. The receiver reads the
 header first, so that it can refuse a payload by its length and still knows whose it is. This module imports the
@@ -29,7 +29,7 @@ MESSAGE_CHARACTERS = 2000
 
 
 class Kind(IntEnum):
-    """What a frame carries."""
+    """Says what a frame carries."""
 
     # to the worker
     START = 1
@@ -48,7 +48,7 @@ class Kind(IntEnum):
 
 
 class InvalidReply(ValueError):
-    """A user's class returned something that is not what its method promises."""
+    """Is raised when a user's class returned something that its method must not return."""
 
 
 def frame(kind: Kind, job: int, payload: bytes) -> bytes:
@@ -100,7 +100,7 @@ class FrameReader:
 
 
 class Page:
-    """Memory that a worker shares with the trainer: which job holds the worker's event loop, and since when.
+    """Holds memory that a worker shares with the trainer: which job holds the worker's event loop, and since when.
 
     The trainer reads it at any time, also while code in C holds the worker's interpreter. Behind it in the same file
     stands the traceback that the worker writes on a signal (`TRACEBACK_AT`). Times are CLOCK_MONOTONIC in ns.
@@ -128,8 +128,8 @@ class Page:
         return cls(descriptor)
 
     def hold(self, job: int, since: int, before: int) -> None:
-        """Write that `job` holds the loop since `since`, after `before` ns of earlier work. Job 0 is nobody."""
-        self._JOB.pack_into(self._map, 0, 0)  # a reader between the writes sees nobody
+        """Write that `job` holds the loop since `since`, after `before` ns of earlier work. Job 0 is no job."""
+        self._JOB.pack_into(self._map, 0, 0)  # a reader between the writes sees no holder
         if job:
             self._HOLD.pack_into(self._map, 0, 0, since, before)
             self._JOB.pack_into(self._map, 0, job)

@@ -1,4 +1,4 @@
-"""The worker process of an environment: it makes one instance of the class and calls its methods for the trainer.
+"""This is the worker process of an environment, which calls the methods of one instance for the trainer.
 
 Everything runs in one asyncio event loop in the main thread. Jobs that call a method once (`train`, `held_out`,
 `score`, `score_group`) run one after the other; conversations (`run`) share the loop. Every step of user code stands
@@ -354,7 +354,7 @@ class Worker:
         self._release(job)
 
     def _cancel(self, number: int) -> None:
-        """End a job that nobody waits for any more."""
+        """End a job whose result the trainer does not want any more."""
         for job in self._calls:
             if job.id == number:
                 self._calls.remove(job)

@@ -1,4 +1,4 @@
-"""The jobs of a worker process: their clocks, the steps of their coroutines, and the policy's end of a conversation."""
+"""This module holds the jobs of a worker: their clocks, their coroutines, and the policy in a conversation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class OutputExceeded(RuntimeError):
-    """A job wrote more than its bound."""
+    """Is raised when a job wrote more than its bound."""
 
 
 class Job:
-    """One call of a method, or one conversation."""
+    """Holds one call of a method, or one conversation."""
 
     def __init__(self, number: int, kind: Kind, payload: bytes) -> None:
         self.id = number
@@ -55,7 +55,7 @@ class Job:
 
     @property
     def waiting(self) -> bool:
-        """Whether the time between steps counts."""
+        """Return whether the time between steps counts."""
         return self._since is not None
 
     def used(self, now: int, held: int) -> int:
@@ -65,7 +65,7 @@ class Job:
 
 
 class Stepped(Coroutine[Any, Any, Any]):
-    """A coroutine of user code whose every step is bracketed by the worker."""
+    """Wraps a coroutine of user code, so that the worker is asked before and after its every step."""
 
     def __init__(self, inner: Coroutine[Any, Any, Any], job: Job, worker: Worker) -> None:
         self._inner = inner
@@ -108,7 +108,7 @@ class Stepped(Coroutine[Any, Any, Any]):
 
 
 class PolicyEnd:
-    """The `Conversation` of one job: what `say` gets crosses the pipe to the trainer's sampler."""
+    """This is the `Conversation` of one job: what `say` gets crosses the pipe to the trainer's sampler."""
 
     def __init__(self, job: Job, worker: Worker) -> None:
         self._job = job

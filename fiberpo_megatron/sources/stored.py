@@ -19,6 +19,8 @@ from fiberpo_megatron.types import Prompt, RolloutBatch, RolloutGroup, flatten
 
 DUMP = "dump"
 """Folder of a run's stored rollouts."""
+_RENAMED = {"data.tasks": "environments"}
+"""Settings of earlier versions, as rollouts that they stored name them."""
 _log = logging.getLogger(__name__)
 
 
@@ -174,14 +176,14 @@ def shared_settings(config: Config, vocabulary: int) -> dict[str, Any]:
         "batch.samples_per_prompt": config.batch.samples_per_prompt,
         "rollout.temperature": config.rollout.temperature,
         "data.curriculum": config.data.curriculum,
-        "data.tasks": [environment.name for environment in config.environments],  # the name that stored files have
+        "environments": [environment.name for environment in config.environments],
         "model vocabulary": vocabulary,
     }
 
 
 def _check_settings(dump: RolloutDump, step: int, ours: Mapping[str, Any]) -> None:
     """DumpError when a step is missing or was made with other settings."""
-    theirs = dump.origin(step).settings
+    theirs = {_RENAMED.get(name, name): value for name, value in dump.origin(step).settings.items()}
     differing = [
         f"{name} = {theirs.get(name)!r} (this run: {ours.get(name)!r})"
         for name in sorted(ours.keys() | theirs.keys())

@@ -18,6 +18,8 @@ class CharacterTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return "".join(chr(i - 10) if i >= 10 else "" if skip_special_tokens else f"<{i}>" for i in token_ids)
 
-    def apply_chat_template(self, conversation: Sequence[Any], *, add_generation_prompt: bool, tokenize: bool) -> str:
-        assert add_generation_prompt and not tokenize
+    def apply_chat_template(
+        self, conversation: Sequence[Any], *, add_generation_prompt: bool, tokenize: bool, **options: Any
+    ) -> str:
+        assert add_generation_prompt and not tokenize and not options
         return "".join(f"<{m['role']}>{m['content']}" for m in conversation) + "<assistant>"

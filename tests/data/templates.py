@@ -41,6 +41,25 @@ PLAIN = (  # ends no turn with a special token
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 
+TOOLS = (  # as Qwen2.5: descriptions in the system message, calls behind the answer, tools answer as a user
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{% if message.role == 'tool' %}"
+    "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+    "{{ '\n<tool_response>\n' + message.content + '\n</tool_response>' }}"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% else %}{{ '<|im_start|>' + message.role + '\n' + message.content }}"
+    '{% if message.tool_calls %}{% for call in message.tool_calls %}{{ \'\n<tool_call>\n{"name": "\' + call.function.name'
+    " + '\", \"arguments\": ' }}{{ call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+FORGETTING_TOOLS = TOOLS.replace(  # as Qwen3: an empty thought before the last answer, none before past ones
+    "message.role + '\n' + message.content",
+    "message.role + '\n' + ('<think>\n\n</think>\n\n' if message.role == 'assistant' and loop.last else '')"
+    " + message.content",
+)
+
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>"]
 SPECIAL += ["<|end_header_id|>", "<|eot_id|>", "<think>", "</think>"]
 CORPUS = ["What is 17 + 25? The sum is 42. That is wrong, try again. user assistant system " * 4]

@@ -1,14 +1,11 @@
 """Conversations continued token by token, against the templates' own rendering of the whole."""
 
-import json
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fiberpo_megatron.data.chat import ChatTemplate
-from fiberpo_megatron.data.prompts import build_prompt_sets
-from fiberpo_megatron.data.settings import JsonlTask
 from tests.data import templates
 from tests.data.templates import templated
 
@@ -106,38 +103,64 @@ def test_templates_that_count_turns_are_refused_for_several_turns():
         ChatTemplate(templated(counting)).check_turns()
 
 
-def sets(tmp_path, template: str | None, *records: dict, **settings: object):
-    path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    task = JsonlTask(kind="jsonl", name="file", train=path, **settings)
-    return build_prompt_sets([task], templated(template), max_prompt_tokens=200)
+def test_templates_whose_turns_depend_on_a_thought_are_refused_for_several_turns():
+    marking = "+ '<|im_end|>' + ('(thought)' if 'think' in message['content'] else '') +"
+    template = templates.CHATML.replace("+ '<|im_end|>' +", marking)
+    with pytest.raises(
+        ValueError, match=r"'<\|im_end\|>\(thought\).*after an answer with a thought.*set max_turns = 1"
+    ):
+        ChatTemplate(templated(template)).check_turns()
 
 
-def test_supervised_answers_end_as_the_template_ends_a_turn(tmp_path):
-    """Only the last answer is trained on: earlier assistant messages belong to the prompt."""
-    record = {"prompt": messages(CONVERSATION[:3]), "answer": "42"}
-    found = sets(tmp_path, templates.CHATML, record)
-    tokenizer = templated(templates.CHATML)
-    (example,) = found.examples_at(0, 0, 1)
-    whole = tokenizer.apply_chat_template([*messages(CONVERSATION[:3]), {"role": "assistant", "content": "42"}])
-    ids = [*example.prompt.token_ids, *example.target_ids]
-    assert whole["input_ids"] == [*ids, *tokenizer.encode("\n")]
-    assert tokenizer.decode(example.target_ids) == "42<|im_end|>"
-    assert found.ends_of_turn == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
-
-    raw = sets(tmp_path, templates.CHATML, {"prompt": "17 + 25 =", "answer": "42"}, chat_template=False)
-    assert tokenizer.decode(raw.examples_at(0, 0, 1)[0].target_ids) == "42</s>"
-    assert raw.ends_of_turn == ()
+def test_nothing_is_continued_by_a_template_that_was_not_checked():
+    counting = templates.CHATML.replace("+ '<|im_end|>' +", "+ '<|im_end|>' + loop.index | string +")
+    chat = ChatTemplate(templated(counting))
+    with pytest.raises(ValueError, match="between a first and a second answer"):
+        chat.continuation([7, chat.end_of_turn], "Again")
 
 
-def test_several_turns_are_checked_before_anything_starts(tmp_path):
-    record = {"prompt": "17 + 25 =", "answer": "42"}
-    with pytest.raises(ValueError, match=r"task 'file': max_turns = 2: the chat template writes"):
-        sets(tmp_path, templates.PLAIN, record, max_turns=2)
-    with pytest.raises(ValueError, match="max_turns = 2 and chat_template = false"):
-        sets(tmp_path, templates.PLAIN, record, max_turns=2, chat_template=False)
-    found = sets(tmp_path, templates.CHATML, record, max_turns=2)
-    (prompt,) = found.prompts_at(0, 0, 1)
-    (end,) = found.ends_of_turn
-    chat = ChatTemplate(templated(templates.CHATML))
-    assert found.continuation(prompt, [7, end], "Again") == chat.continuation([7, end], "Again")
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+CALLS = [
+    {"type": "function", "id": f"call{i:05d}", "function": {"name": "add", "arguments": {"a": i}}} for i in range(2)
+]
+ANSWERS = [{"role": "tool", "content": text, "name": "add"} for text in ("41", "  42 ")]
+
+
+@pytest.mark.parametrize("template", [templates.TOOLS, templates.FORGETTING_TOOLS], ids=["qwen25", "qwen3"])
+def test_answers_of_tools_follow_as_the_template_renders_them(template):
+    """What was sampled, calls and thoughts, stays; behind it stands what the template writes for the tools' answers."""
+    tokenizer = templated(template, eos="<|im_end|>")
+    chat = ChatTemplate(tokenizer)
+    chat.check_turns(TOOLS)
+    asked = {"role": "user", "content": "What is 17 + 25?"}
+    turn = {"role": "assistant", "content": "I add.", "tool_calls": CALLS}
+    assert '"name": "add"' in chat.prompt([asked], TOOLS)
+    prompt = tokenizer.encode(chat.prompt([asked], TOOLS), add_special_tokens=False)
+    whole = tokenizer.apply_chat_template([asked, turn], tools=TOOLS, tokenize=False)
+    sampled = tokenizer.encode(whole[len(chat.prompt([asked], TOOLS)) :].rstrip("\n"), add_special_tokens=False)
+    assert sampled[-1] == chat.end_of_turn and tokenizer.decode(sampled).count("<tool_call>") == 2
+    for new in (ANSWERS[:1], ANSWERS, [*ANSWERS, {"role": "user", "content": "And 18 + 25?"}]):
+        between = chat.continuation(sampled, new, TOOLS)
+        expected = tokenizer.apply_chat_template([asked, turn, *new], tools=TOOLS, tokenize=False)
+        expected += "<|im_start|>assistant\n"
+        after = expected[expected.index("I add.") :]
+        found = tokenizer.decode([*prompt, *sampled, *between])
+        assert found[found.index("I add.") :] == after
+        assert list(between) == tokenizer.encode(tokenizer.decode(between), add_special_tokens=False)
+
+
+def test_a_user_may_follow_where_tools_were_described():
+    tokenizer = templated(templates.TOOLS, eos="<|im_end|>")
+    chat = ChatTemplate(tokenizer)
+    between = chat.continuation([5, chat.end_of_turn], [{"role": "user", "content": "Again"}], TOOLS)
+    assert tokenizer.decode(between) == "\n<|im_start|>user\nAgain<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_templates_that_rewrite_a_call_once_it_is_answered_are_refused_for_tools():
+    rewriting = templates.TOOLS.replace("{% if message.tool_calls %}", "{% if message.tool_calls and loop.last %}")
+    chat = ChatTemplate(templated(rewriting, eos="<|im_end|>"))
+    chat.check_turns()
+    with pytest.raises(ValueError, match=r"(?s)<tool_call>.*once a tool has answered: conversations with tools cannot"):
+        chat.check_turns(TOOLS)
+    with pytest.raises(ValueError, match="once a tool has answered"):
+        chat.continuation([5, chat.end_of_turn], ANSWERS, TOOLS)

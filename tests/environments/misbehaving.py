@@ -1,4 +1,4 @@
-"""Environments that do what an environment must not do. They run in workers; `task.answer` says what is wanted."""
+"""These environments do what an environment must not do; `task.answer` says which deed is wanted."""
 
 import asyncio
 import contextlib
@@ -71,7 +71,7 @@ class Unshowable(Exception):
 
 
 class Tasks:
-    """Four training tasks, of which some cannot be had."""
+    """Has eight training tasks, of which some cannot be had."""
 
     train_size = 8
     held_out_size = 2
@@ -199,7 +199,7 @@ class ScoredChance(Tasks, SingleTurn):
 
 
 class Crashing(Tasks, Environment):
-    """Its first process dies at the third answer: a file says whether that has happened."""
+    """Ends its first process after the third answer; a file says whether that has happened."""
 
     def __init__(self, flag: str) -> None:
         self.flag = flag

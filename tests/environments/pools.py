@@ -1,4 +1,4 @@
-"""What the tests of environments share: pools with small bounds, and policies that answer from a script."""
+"""The tests of environments share this module: pools with small bounds, and policies that answer from a script."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from fiberpo_megatron.environments.settings import EnvironmentConfig
 
 
 def settings(use: str, **changes: Any) -> EnvironmentConfig:
-    """Settings of a class of `misbehaving`, or of any import path, with bounds that are soon reached."""
+    """Return the settings of a class of `misbehaving`, or of any import path, with bounds that are soon reached."""
     use = use if ":" in use or use == "jsonl" else f"tests.environments.misbehaving:{use}"
     bounds = {"deadline_s": 1.0, "memory_gib": 0.5, "output_kib": 64, "start_timeout_s": 60.0}
     return EnvironmentConfig(name="env", use=use, **(bounds | changes))
@@ -22,7 +22,7 @@ def settings(use: str, **changes: Any) -> EnvironmentConfig:
 
 @asynccontextmanager
 async def pool_of(use: str, folder: Path | None = None, **changes: Any) -> AsyncIterator[EnvironmentPool]:
-    """A started pool that is closed at the end."""
+    """Start a pool and close it at the end."""
     pool = EnvironmentPool(settings(use, **changes), folder=folder)
     try:
         await pool.start()
@@ -32,12 +32,12 @@ async def pool_of(use: str, folder: Path | None = None, **changes: Any) -> Async
 
 
 def task(deed: str, number: int = 0) -> Task:
-    """A task that asks for a deed of `misbehaving`."""
+    """Return a task that asks for a deed of `misbehaving`."""
     return Task(prompt=f"please {deed}", answer=deed, metadata={"number": number}, id=f"{deed}/{number}")
 
 
 def policy(answer: Callable[[int, Any], str] | str = "hello", delay_s: float = 0.0) -> Callable[[], Say]:
-    """A `converse` whose policy answers with a text, or with what a function of (call, message) returns."""
+    """Return a `converse` whose policy answers with a text, or with what a function of (call, message) returns."""
 
     def converse() -> Say:
         calls = 0
@@ -54,6 +54,6 @@ def policy(answer: Callable[[int, Any], str] | str = "hello", delay_s: float = 0
 
 
 def failures_in(folder: Path) -> list[dict[str, Any]]:
-    """The records of failures in a run's folder."""
+    """Return the records of failures in a run's folder."""
     path = folder / "env_rank00000.failures.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,4 +1,4 @@
-"""The built-in environment of problems in files."""
+"""These tests run the built-in environment of problems in files."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""The process around math-verify. The library itself is optional: where it is missing, a stand-in of the same
+"""These tests run the process around math-verify. The library itself is optional: where it is missing, a stand-in of the same
 name is laid on the worker's path, so that time limits, crashes and restarts are tested everywhere."""
 
 import os

@@ -1,4 +1,4 @@
-"""Conversations that share a worker: only the culprit fails, time is charged to its user, chance is repeatable."""
+"""Conversations share a worker: only a culprit fails, time is charged to its user, and chance can be repeated."""
 
 import asyncio
 import re
@@ -31,7 +31,7 @@ SIBLINGS = 8
 
 
 def run_all(deeds, folder=None, converse=None, use="Talking", **changes):
-    """Results of one conversation per deed, all at once, with what was counted."""
+    """Return the results of one conversation per deed, all at once, and what was counted."""
 
     async def scenario():
         async with pool_of(use, folder, **changes) as pool:
@@ -45,7 +45,7 @@ def run_all(deeds, folder=None, converse=None, use="Talking", **changes):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """All deeds at once, with patient conversations beside them in the same two workers."""
+    """Do all deeds at once, with patient conversations beside them in the same two workers."""
     folder = tmp_path_factory.mktemp("run")
     deeds = [*EXPECTED, *["patient"] * SIBLINGS]
     results, counts = run_all(deeds, folder, workers=2, deadline_s=1.5)
@@ -77,7 +77,7 @@ def test_failures_are_counted_and_written_once(everything):
 
 @pytest.mark.parametrize(("deed", "kind"), [("callback_loop", "deadline"), ("thread_exit", "died")])
 def test_a_culprit_that_nobody_saw_ends_alone(deed, kind):
-    """Neither a callback nor a thread is a step of a conversation: smaller and smaller companies find it."""
+    """A callback and a thread are no steps of a conversation, so that only restarts in smaller groups find them."""
     results, counts = run_all([deed, *["patient"] * 5], workers=1, deadline_s=1.5)
     assert isinstance(results[0], Failure) and results[0].kind == kind
     assert results[1:] == [Outcome(5.0)] * 5

@@ -1,4 +1,4 @@
-"""Calls of `score`, `score_group`, `train` and `held_out` that misbehave: each is bounded, counted and written down."""
+"""Every call that misbehaves is bounded in time, counted and written down."""
 
 import asyncio
 import json
@@ -37,7 +37,7 @@ FINE = 60
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """All deeds at once, each among innocent calls, through one pool of two workers."""
+    """Do all deeds at once, each among innocent calls, through one pool of two workers."""
     folder = tmp_path_factory.mktemp("run") / "environments"
 
     async def scenario():

@@ -1,4 +1,4 @@
-"""Starting workers: what cannot be used is refused with the fix, any interpreter will do, and nothing stays behind."""
+"""A worker refuses what it cannot use and names the fix, runs in any interpreter, and leaves nothing behind."""
 
 import asyncio
 import os
@@ -80,7 +80,7 @@ class Conversing(SingleTurn):
 
 @pytest.fixture(autouse=True)
 def classes(tmp_path, monkeypatch):
-    """The classes above in the current folder, as a user has them."""
+    """Put the classes above into the current folder, as a user has them."""
     (tmp_path / "my_classes.py").write_text(CLASSES)
     (tmp_path / "my_broken.py").write_text("import no_such_package\n")
     (tmp_path / "my_quitter.py").write_text("import sys\nsys.exit('no')\n")
@@ -93,7 +93,7 @@ def classes(tmp_path, monkeypatch):
 
 
 def load(use, options=None, version=None):
-    """What a worker does at its start, in this process."""
+    """Do in this process what a worker does at its start."""
     return loading.load({"name": "env", "use": use, "options": options or {}, "version": version, "memory_gib": 1.0})[1]
 
 
@@ -185,7 +185,7 @@ def test_a_worker_that_cannot_start_is_one_message(tmp_path, changes, message):
 
 
 def interpreters():
-    """This interpreter and others that the machine happens to have, as bases of bare environments."""
+    """Return this interpreter and others that the machine happens to have."""
     others = [shutil.which("python3.10"), shutil.which("python3.13")]
     for version in ("3.10", "3.13"):  # where pyenv puts them
         others += map(str, Path(sys.base_prefix).parent.glob(f"{version}.*/bin/python{version}"))

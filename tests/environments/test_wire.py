@@ -1,4 +1,4 @@
-"""Frames, the shared page, and the checks of values."""
+"""These tests cut frames, share a page and check values."""
 
 import json
 import math

@@ -56,7 +56,7 @@ def compiled(
     case = random_case(0, partitions=8)
     case.x = case.x.to(dtype)
     counts = {key: int(ids.max()) + 1 for key, ids in case.ids.items()}
-    case.call(build_objective(name, **options), kernels=True, counts=counts, reduce=lambda flat: flat)
+    case.call(build_objective(name, kernels=True, **options), counts=counts, reduce=lambda flat: flat)
     return done
 
 
@@ -76,13 +76,14 @@ COARSE = {"place_nodes", "sum_up", "report_parents"}
         ("gspo", 90, torch.float32, {}),
         ("apc", 80, torch.float32, {}),
         ("dapo", 90, torch.float32, {}),
+        ("tests.fibration.sapo_kernel:FusedSAPO", 90, torch.float32, {}),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_kernels_compile(name: str, capability: int, dtype: torch.dtype, options: dict, monkeypatch) -> None:
     done = compiled(name, capability, dtype, monkeypatch, **options)
     expected = RUNS | TOKENS
-    if name != "dapo":
+    if name not in ("dapo", "tests.fibration.sapo_kernel:FusedSAPO"):
         expected |= ADJOINTS
     if name.startswith("fiberpo"):
         expected |= NODES

@@ -220,7 +220,7 @@ def _finish(case: Case, x: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def random_case(seed: int, *, trajectories: int = 6, longest: int = 6, partitions: int = 3, scale: float = 0.3) -> Case:
-    """Ids nested from trajectory to all; ragged lengths from one token; exact zeros among the log ratios."""
+    """Ids nested from turn to all, and of weight versions and engines; ragged lengths from one token; exact zeros among the log ratios."""
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (trajectories,), generator=draw)
     trajectory = torch.repeat_interleave(torch.arange(trajectories), lengths)
@@ -231,6 +231,9 @@ def random_case(seed: int, *, trajectories: int = 6, longest: int = 6, partition
         parents = torch.randint(0, size, (int(group.max()) + 1,), generator=draw)
         group = parents[group]
         ids[key] = group[trajectory]
+    within = torch.arange(n) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    ids["turn"] = torch.unique(trajectory * longest + within // 2, return_inverse=True)[1]  # of two tokens
+    ids["weight_version"], ids["engine"] = within // 3, trajectory % 2
     share = torch.rand(n, partitions, generator=draw, dtype=torch.float64)
     share = share * (torch.rand(n, partitions, generator=draw, dtype=torch.float64) < 0.7)
     share[:, 0] += (share.sum(1) == 0).double()

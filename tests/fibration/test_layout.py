@@ -10,23 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fiberpo_megatron.fibration import OBJECTIVES, PRESET_LEVELS, build_objective
+from fiberpo_megatron.fibration import PRESET_LEVELS, build_objective
 from tests.fibration.oracle import Case, random_case
 from tests.fibration.ranks import Collective, joined, run_ranks
+from tests.fibration.registered import NAMES, tight
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-TIGHT = {name: {"+".join(level): (0.1, 0.08) for level in PRESET_LEVELS[name]} for name in PRESET_LEVELS}
-
-
-def tight(name: str, *, soft: bool = True):
-    """An objective whose gates and clips are active on `random_case`."""
-    if name in PRESET_LEVELS:
-        membership = ("soft" if soft else "hard") if "expert" in name else None
-        return build_objective(name, epsilon=0.1, budgets=TIGHT[name], expert_membership=membership)
-    if name == "apc":
-        return build_objective(name, budgets={"trajectory": (0.1, 0.1)})
-    return build_objective(name)
 
 
 def cut(case: Case, ranks: int, seed: int, *, trajectories_whole: bool) -> list[Tensor]:
@@ -45,7 +34,7 @@ def counts_of(case: Case) -> dict[str, int]:
 
 @pytest.mark.parametrize("given_counts", [True, False])
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", NAMES)
 def test_any_cut_gives_the_same_coefficients(name: str, whole: bool, given_counts: bool) -> None:
     case = random_case(1, trajectories=9)
     objective = tight(name)
@@ -78,7 +67,7 @@ def test_random_cuts(seed: int, ranks: int, name: str, soft: bool, whole: bool) 
     torch.testing.assert_close(joined(outputs, parts, "gradient"), alone.gradient, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_empty_rank_and_a_rank_without_some_node(name: str) -> None:
     case = random_case(2)
     first = (case.ids["trajectory"] == 0).nonzero().squeeze(1)
@@ -93,7 +82,7 @@ def test_an_empty_rank_and_a_rank_without_some_node(name: str) -> None:
     assert outputs[0].metrics == outputs[2].metrics
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_token_anywhere(name: str) -> None:
     case = random_case(2)
     empty = torch.zeros(0, dtype=torch.long)
@@ -102,14 +91,13 @@ def test_no_token_anywhere(name: str) -> None:
     assert case.call(tight(name), empty).gradient.shape == (0,)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", NAMES)
 def test_calls_without_metrics(name: str) -> None:
     """Two reductions for objectives with aggregates, none for the others."""
     case = random_case(4)
     parts = cut(case, 2, 0, trajectories_whole=True)
     outputs, collective = run_ranks(tight(name), case, parts, metrics=False)
-    aggregates = name in PRESET_LEVELS or name in ("gspo", "apc")
-    assert collective.calls == [2 if aggregates else 0] * 2
+    assert collective.calls == [2 if tight(name).node_terms else 0] * 2
     assert outputs[0].metrics is None
     torch.testing.assert_close(
         joined(outputs, parts, "gradient"), case.call(tight(name)).gradient, rtol=1e-10, atol=1e-15
@@ -125,13 +113,13 @@ def production_case(tokens: int) -> Case:
         torch.zeros(tokens, dtype=torch.float64),
         torch.ones(tokens, dtype=torch.float64),
         torch.full((tokens,), 1 / tokens, dtype=torch.float64),
-        {"trajectory": trajectory, "prompt_group": group, "domain": group % 6},
+        {"turn": trajectory, "trajectory": trajectory, "prompt_group": group, "domain": group % 6},
         share,
     )
 
 
 @pytest.mark.parametrize("given_counts", [True, False])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", NAMES)
 def test_traffic(name: str, given_counts: bool) -> None:
     """Under 1 MB per call, whatever the number of tokens."""
     traffic = []
@@ -146,6 +134,27 @@ def test_traffic(name: str, given_counts: bool) -> None:
         assert len(collective.sizes) == 2
         traffic.append(sum(collective.sizes))
     assert traffic[0] == traffic[1] < 1_000_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_of_tokens_does_not_matter(name: str) -> None:
+    case = random_case(8, trajectories=9)
+    order = torch.randperm(case.x.shape[0], generator=torch.Generator().manual_seed(1))
+    straight, shuffled = case.call(tight(name)), case.call(tight(name), order)
+    torch.testing.assert_close(shuffled.gradient, straight.gradient[order], rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(shuffled.gated_ratio, straight.gated_ratio[order], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_micro_batches_of_whole_trajectories(name: str) -> None:
+    """Their calls add up to one call, without a reduction, exactly where the objective says so."""
+    case = random_case(9, trajectories=9)
+    objective = tight(name)
+    parts = cut(case, 3, 2, trajectories_whole=True)
+    outputs = [case.call(objective, part, metrics=False) for part in parts]
+    alone = case.call(objective).gradient
+    apart = joined(outputs, parts, "gradient")
+    assert torch.allclose(apart, alone, rtol=1e-10, atol=1e-15) is not objective.spans_micro_batches
 
 
 def test_nesting_violated_across_ranks_is_seen_by_all() -> None:

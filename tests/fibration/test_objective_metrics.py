@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiberpo_megatron.fibration import OBJECTIVES, PRESET_LEVELS, build_objective, histogram
+from fiberpo_megatron.fibration import PRESET_LEVELS, build_objective, histogram
 from tests.fibration.oracle import random_case
 from tests.fibration.ranks import run_ranks
-from tests.fibration.test_layout import counts_of, cut, tight
+from tests.fibration.registered import NAMES, tight
+from tests.fibration.test_layout import counts_of, cut
 
 REGIMES = ("both_pass", "one_rollback", "one_zeroed", "both_rollback", "both_zeroed")
 
@@ -115,7 +116,7 @@ def test_expert_metrics(membership: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", NAMES)
 def test_metrics_are_global(name: str) -> None:
     case = random_case(7, trajectories=12)
     alone = case.call(tight(name)).metrics.as_dict()

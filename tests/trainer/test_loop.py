@@ -53,25 +53,25 @@ class Memory:
         return [metrics[name] for k, _, metrics in self.records if k == kind]
 
 
-def training(
-    objective: str = "fiberpo", *, engine: FakeEngine | None = None, **sections: object
-) -> tuple[Training, Memory]:
-    config = Config.model_validate(
+def toy_config(**sections: object) -> Config:
+    """Settings of a small run; whole sections can be replaced."""
+    batch = {"prompts": 12, "samples_per_prompt": 8, "mini_batches": 2, "epochs": 2, "micro_batch_tokens": 64}
+    return Config.model_validate(
         {
             "model": {"path": Path("unused")},
             "environments": [{"name": "addition", "use": "unused:Unused"}],
             "trainer": {"steps": 3},
-            "batch": {
-                "prompts": 12,
-                "samples_per_prompt": 8,
-                "mini_batches": 2,
-                "epochs": 2,
-                "micro_batch_tokens": 64,
-            },
+            "batch": batch,
             "evaluation": {"prompts": 12, "samples_per_prompt": 4, "every_steps": 2},
             **sections,
         }
     )
+
+
+def training(
+    objective: str = "fiberpo", *, engine: FakeEngine | None = None, **sections: object
+) -> tuple[Training, Memory]:
+    config = toy_config(**sections)
     memory, engine, policy = Memory(), engine or FakeEngine(seed=0), TablePolicy(30.0)
     timers = PhaseTimers()
     source = EngineSource(

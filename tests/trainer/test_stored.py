@@ -1,22 +1,25 @@
 """The loop on stored rollouts: replay without an engine, and steps that an interrupted run had generated."""
 
+import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fiberpo_megatron.engines.errors import SamplingStopped
+from fiberpo_megatron.interfaces import WeightSource
 from fiberpo_megatron.rollout.dump import DumpError
-from fiberpo_megatron.rollout.finished import finished_indices
+from fiberpo_megatron.rollout.finished import FinishedGroups, origins
+from fiberpo_megatron.sources.replay import ReplaySource
+from fiberpo_megatron.sources.stored import StoredRollouts, dump_of
+from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.loop import Training, train
 from fiberpo_megatron.trainer.stop import Stopped
-from fiberpo_megatron.trainer.stored import StoredRollouts, dump_of
 from fiberpo_megatron.types import Completion
-from tests.trainer.test_loop import Memory, training
-from tests.trainer.toy import VOCABULARY, FakeEngine, SingleLayout, TablePolicy
+from tests.trainer.test_loop import Memory, toy_config, training
+from tests.trainer.toy import VOCABULARY, CountingPrompts, FakeEngine, SingleLayout, TablePolicy, one_prompt, read
 
 
 def run_in(
@@ -31,17 +34,29 @@ def run_in(
     """A run whose rollouts are stored in `folder`; without an engine where it replays."""
     small = {"prompts": 4, "samples_per_prompt": 4, "mini_batches": 2}
     merged = {"run": {"folder": folder}, "evaluation": {"prompts": 0}, "batch": small, **sections}
+    config = toy_config(**merged)
     run, memory = training(engine=engine, **merged)
-    store = StoredRollouts(run.config, VOCABULARY, layout or SingleLayout(), start, resume)
-    if run.config.storage.replay is not None:
-        return replace(run, rollouts=store, generator=None, publisher=None), memory
-    return replace(run, rollouts=store), memory
+    store = StoredRollouts(config, VOCABULARY, layout or SingleLayout(), start, resume)
+    if config.storage.replay is not None:
+        source = ReplaySource(
+            SingleLayout(), CountingPrompts(), read, store, PhaseTimers(), config.run.seed, config.batch.prompts
+        )
+        return replace(run, source=source), memory
+    return replace(run, source=replace(run.source, store=store)), memory
+
+
+def finished_prompts(folder: Path, step: int) -> set[int]:
+    """Prompts of an interrupted step whose groups are on disk."""
+    unfinished = dump_of(folder).unfinished(step)
+    (origin,) = origins(unfinished)
+    with FinishedGroups(unfinished, origin, 0, [one_prompt(i) for i in range(4)], range(4), lambda _: True) as groups:
+        return set(groups)
 
 
 def test_a_replayed_run_is_the_run_that_was_dumped(tmp_path: Path) -> None:
-    first, recorded = run_in(tmp_path / "a", rollouts={"dump": True})
+    first, recorded = run_in(tmp_path / "a", storage={"dump": True})
     train(first)
-    again, replayed = run_in(tmp_path / "b", rollouts={"replay": tmp_path / "a"})
+    again, replayed = run_in(tmp_path / "b", storage={"replay": tmp_path / "a"})
     train(again)
     assert torch.equal(first.policy.table, again.policy.table)
     for name in ("reward/mean", "gradient_norm", "rollout_diff/max", "ratio/max"):
@@ -50,10 +65,10 @@ def test_a_replayed_run_is_the_run_that_was_dumped(tmp_path: Path) -> None:
 
 
 def test_another_objective_on_the_same_data(tmp_path: Path) -> None:
-    first, recorded = run_in(tmp_path / "a", rollouts={"dump": True})
+    first, recorded = run_in(tmp_path / "a", storage={"dump": True})
     train(first)
     other, replayed = run_in(
-        tmp_path / "b", rollouts={"replay": tmp_path / "a" / "dump"}, algorithm={"advantage": "none"}
+        tmp_path / "b", storage={"replay": tmp_path / "a" / "dump"}, algorithm={"advantage": "none"}
     )
     train(other)
     assert recorded.values("train", "reward/mean") == replayed.values("train", "reward/mean")
@@ -65,24 +80,24 @@ def test_another_objective_on_the_same_data(tmp_path: Path) -> None:
     [
         ({"trainer": {"steps": 4}}, r"no rollouts of step 3; it has 3 steps from 0 to 2; lower trainer\.steps"),
         ({"rollout": {"temperature": 0.5}}, r"made with rollout\.temperature = 1\.0 \(this run: 0\.5\)"),
-        ({"data": {"tasks": [{"kind": "sort"}]}}, r"data\.tasks = \['addition'\] \(this run: \['sort'\]\)"),
+        ({"environments": [{"name": "sort", "use": "unused:Unused"}]}, r"environments = \['addition'\] \(this run: \['sort'\]\)"),
         ({"algorithm": {"routing_replay": "rollout"}}, "has no expert routing"),
     ],
-    ids=["steps", "temperature", "tasks", "routing"],
+    ids=["steps", "temperature", "environments", "routing"],
 )
 def test_rollouts_of_another_setting_are_refused(tmp_path: Path, sections: dict[str, object], message: str) -> None:
-    first, _ = run_in(tmp_path / "a", rollouts={"dump": True})
+    first, _ = run_in(tmp_path / "a", storage={"dump": True})
     train(first)
     with pytest.raises(DumpError, match=message):
         train(run_in(tmp_path / "b", **{"storage": {"replay": tmp_path / "a"}, **sections})[0])
 
 
 def test_rollouts_of_other_prompts_are_refused(tmp_path: Path) -> None:
-    first, _ = run_in(tmp_path / "a", rollouts={"dump": True})
+    first, _ = run_in(tmp_path / "a", storage={"dump": True})
     train(first)
-    again, memory = run_in(tmp_path / "b", rollouts={"replay": tmp_path / "a"})
-    prompts_at = again.prompts.prompts_at
-    again.prompts.prompts_at = lambda seed, step, count: prompts_at(seed, step + (step == 1), count)
+    again, memory = run_in(tmp_path / "b", storage={"replay": tmp_path / "a"})
+    prompts_at = again.source.prompts.prompts_at
+    again.source.prompts.prompts_at = lambda seed, step, count: prompts_at(seed, step + (step == 1), count)
     with pytest.raises(DumpError, match=r"step_000001\.npz holds rollouts of other prompts than this run's step 1"):
         train(again)
     assert memory.saved == [1]
@@ -93,38 +108,60 @@ class Killed(Exception):
 
 
 class CountingEngine(FakeEngine):
-    """Counts requests; its randomness is not that of an earlier engine."""
+    """Counts prompts; its randomness is not that of an earlier engine."""
 
-    calls = 0
+    prompts = 0
 
-    def sample(self, *args: object, **options: object) -> object:
-        self.calls += 1
-        return super().sample(*args, **options)
+    async def sample(self, prompt: Sequence[int], seeds: Sequence[int], **limits: object) -> list[Completion]:
+        self.prompts += 1
+        return await super().sample(prompt, seeds)
 
 
 class SeededEngine(FakeEngine):
-    """What it samples depends on the weights and the prompt's seed alone; the last prompt ends first. It dies after
-    `survives` prompts."""
+    """What it samples depends on the weights and the prompt's seed alone; the last prompt ends first. After `survives`
+    prompts, once their answers are scored, it dies; with `hangs` it falls silent instead, and asks for a stop."""
 
     survives = 10**6
+    hangs = False
+    asks_to_stop = False
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
-        self.asked: list[int] = []
-        """Prompts of each request."""
+        self._asked: list[int] = []
+        self._waiting: list[object] = []
 
-    def sample(
-        self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int], stop: Callable[[], bool]
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        self.asked.append(len(prompts))
-        for index in reversed(range(len(prompts))):
-            if stop():
-                raise SamplingStopped
+    @property
+    def asked(self) -> list[int]:
+        """Prompts that were asked for between two publications, where there were any."""
+        return [count for count in self._asked if count]
+
+    def publish(self, source: WeightSource, version: str) -> None:
+        super().publish(source, version)
+        self._asked.append(0)
+
+    async def sample(self, prompt: Sequence[int], seeds: Sequence[int], **limits: object) -> list[Completion]:
+        self._asked[-1] += 1
+        me = object()
+        self._waiting.append(me)
+        try:
+            await asyncio.sleep(0)  # all prompts of the step come before the first is answered
+            while self._waiting[-1] is not me:
+                await asyncio.sleep(0)
             if self.survives == 0:
-                raise Killed
+                await self._fail()
             self.survives -= 1
-            self.random.manual_seed(seeds[index])
-            yield index, [self._one(prompts[index][-1]) for _ in range(count)]
+            self.random.manual_seed(seeds[0])
+            return [self._one(prompt[-1]) for _ in seeds]
+        finally:
+            self._waiting.remove(me)
+
+    async def _fail(self) -> None:
+        for _ in range(100):  # rounds of the event loop, in which earlier answers are scored
+            await asyncio.sleep(0)
+        if not self.hangs:
+            raise Killed
+        self.asks_to_stop = True
+        await asyncio.Event().wait()
 
 
 def cut_while_generating(folder: Path) -> TablePolicy:
@@ -134,7 +171,7 @@ def cut_while_generating(folder: Path) -> TablePolicy:
     run, _ = run_in(folder, engine=engine)
     with pytest.raises(Killed):
         train(run)
-    assert dump_of(folder).steps() == [] and finished_indices(dump_of(folder).unfinished(1)) == {1, 2, 3}
+    assert dump_of(folder).steps() == [] and finished_prompts(folder, 1) == {1, 2, 3}
     return run.policy
 
 
@@ -161,7 +198,7 @@ def test_an_interrupted_step_is_not_generated_again(tmp_path: Path) -> None:
     engine = CountingEngine(seed=5)
     run, memory = run_in(tmp_path, resume=True, start=1, engine=engine)
     train(run, start=1)
-    assert engine.calls == 1  # step 2 only
+    assert engine.prompts == 4  # step 2 only
     assert memory.values("train", "reward/mean")[0] == float(kept.rewards.mean())
     assert dump_of(tmp_path).steps() == []
 
@@ -172,7 +209,7 @@ def test_loaded_weights_are_the_same_whatever_happens_to_them_now(tmp_path: Path
     layout.world_size = 2
     change = {"optimizer": {"learning_rate": 1.0}, "parallel": {"data": 2}}
     train(run_in(tmp_path, resume=True, start=1, engine=engine, layout=layout, **change)[0], start=1)
-    assert engine.calls == 1
+    assert engine.prompts == 4
 
 
 @pytest.mark.parametrize("change", [{"rollout": {"top_p": 0.9}}, {"storage": {"unfinished": False}}], ids=str)
@@ -183,7 +220,7 @@ def test_an_interrupted_step_of_other_sampling_is_generated_again(
     engine = CountingEngine(seed=5)
     with caplog.at_level(logging.WARNING):
         train(run_in(tmp_path, resume=True, start=1, engine=engine, **change)[0], start=1)
-    assert engine.calls == 2
+    assert engine.prompts == 8
     if "rollout" in change:
         assert "step 1 is generated again" in caplog.text and "by another configuration" in caplog.text
 
@@ -223,14 +260,17 @@ def test_a_step_that_was_cut_while_generating_asks_for_what_is_missing(
 
 
 def test_a_request_to_stop_cuts_generation_short(tmp_path: Path) -> None:
-    """The last checkpoint is of step 0, so step 1 is saved before the run stops; nothing that was finished is lost."""
+    """The last checkpoint is of step 0, so step 1 is saved before the run stops; nothing that was finished is lost, and
+    an engine that never answers holds nothing up."""
     engine = SeededEngine(seed=0)
+    engine.survives, engine.hangs = 4 + 2, True
     run, memory = run_in(tmp_path, engine=engine, checkpoint={"every_steps": 0})
-    questions = iter(range(100))  # four a step by the engine, one after the rollouts, one at the end of the step
+    run.source.stop = lambda: engine.asks_to_stop
     with pytest.raises(Stopped, match="after 1 steps"):
-        train(replace(run, stop=lambda: next(questions) >= 6 + 2))
+        train(run)
     assert memory.saved == [1] and len(memory.values("train", "reward/mean")) == 1
-    assert dump_of(tmp_path).steps() == [] and finished_indices(dump_of(tmp_path).unfinished(1)) == {2, 3}
+    assert dump_of(tmp_path).steps() == [] and finished_prompts(tmp_path, 1) == {2, 3}
+    engine.survives = 10**6
     again, _ = run_in(tmp_path, resume=True, start=1, engine=engine, checkpoint={"every_steps": 0})
     train(again, start=1)
     assert engine.asked == [4, 4, 2, 4]
@@ -249,11 +289,11 @@ def test_damaged_leftovers_are_generated_again(tmp_path: Path, caplog: pytest.Lo
     dump_of(tmp_path).path(1).write_bytes(b"")
     engine = CountingEngine(seed=5)
     train(run_in(tmp_path, resume=True, start=1, engine=engine)[0], start=1)
-    assert engine.calls == 2 and "is damaged" in caplog.text
+    assert engine.prompts == 8 and "is damaged" in caplog.text
 
 
 def test_a_fresh_start_forgets_leftovers(tmp_path: Path) -> None:
     interrupted(tmp_path)
     engine = CountingEngine(seed=5)
     train(run_in(tmp_path, engine=engine)[0])
-    assert engine.calls == 3
+    assert engine.prompts == 12

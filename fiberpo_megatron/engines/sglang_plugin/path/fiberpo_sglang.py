@@ -35,9 +35,7 @@ def _rendezvous_on_loopback(server_args: Any) -> None:
     listener.bind(("127.0.0.1", server_args.nccl_port))
     listener.listen(1024)
     port = listener.getsockname()[1]
-    _kept.append(
-        TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
-    )
+    _kept.append(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()))
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # all ranks are clients
 
 

@@ -1,4 +1,4 @@
-"""Random-access shuffles: a pseudo-random permutation of range(size) that needs no memory and no state.
+"""This module shuffles with random access: its permutations of range(size) need no memory and no state.
 
 A training stream must be a pure function of (seed, position), also when the set has 10^12 problems. A keyed
 Feistel network is a bijection of 2^(2k) numbers; walking its cycles until a value falls below `size` makes it
@@ -12,13 +12,13 @@ ROUNDS = 6
 
 
 def derive_key(*parts: object) -> bytes:
-    """16-byte key of the given parts; the same on every machine and in every Python process."""
+    """Return a 16-byte key of the given parts; it is the same on every machine and in every Python process."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
 class Permutation:
-    """A fixed pseudo-random permutation of range(size) chosen by `key`."""
+    """This is a fixed pseudo-random permutation of range(size) that `key` chooses."""
 
     size: int
     key: bytes
@@ -28,7 +28,7 @@ class Permutation:
 
     @property
     def half_bits(self) -> int:
-        """Bits of one Feistel half: the network permutes range(2 ** (2 * half_bits)), the next size >= 2."""
+        """Return the bits of one Feistel half: the network permutes range(2 ** (2 * half_bits)), the next size >= 2."""
         return max(1, ((self.size - 1).bit_length() + 1) // 2)
 
     def __call__(self, position: int) -> int:

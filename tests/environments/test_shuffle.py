@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiberpo_megatron.data.shuffle import Permutation, derive_key
+from fiberpo_megatron.environments.shuffle import Permutation, derive_key
 
 
 @settings(deadline=None, max_examples=60)
@@ -15,7 +15,7 @@ def test_every_element_comes_once(size, seed):
 
 
 def test_known_values_on_every_machine():
-    """The split of procedural tasks rests on these numbers: a change would move problems between the sets."""
+    """These numbers decide the split of procedural tasks; a change would move problems between the sets."""
     permutation = Permutation(1000, derive_key("addition", 2))
     assert [permutation(i) for i in range(5)] == [972, 158, 721, 159, 383]
 
@@ -29,7 +29,7 @@ def test_a_huge_set_needs_no_memory():
 
 
 def test_shuffles_of_other_keys_are_unrelated():
-    """First elements over 4000 keys: each of 10 values 400 times, standard deviation 19."""
+    """Expect each of 10 values 400 times as the first element over 4000 keys; the standard deviation is 19."""
     counts = Counter(Permutation(10, derive_key(seed))(0) for seed in range(4000))
     assert all(300 < counts[value] < 500 for value in range(10))
 
