@@ -23,6 +23,7 @@ def add_parser(commands: Any, overrides: str) -> None:
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
     """Run the command; return 0 if the plan fits (with --search: if any layout does), else 1."""
+    from fiberpo_megatron.mcore.families import read_hf_config
     from fiberpo_megatron.planning import show
     from fiberpo_megatron.planning.estimate import make_plan
     from fiberpo_megatron.planning.hardware import GPUS, assume
@@ -39,7 +40,14 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(f"--gpus {options.gpus}: at least 1 is needed")
     gpu = GPUS[options.gpu]
     memory = (options.gpu_memory or gpu.memory_gb) * GIGA
-    arguments = (config, json.loads(path.read_text()), options.gpus, memory, gpu, assume(options.assume))
+    arguments = (
+        config,
+        read_hf_config(config.model.path, config.model.family),
+        options.gpus,
+        memory,
+        gpu,
+        assume(options.assume),
+    )
     if not options.search:
         plan = make_plan(*arguments)
         print(json.dumps(show.plan_json(plan), indent=1) if options.json else show.plan_text(plan))

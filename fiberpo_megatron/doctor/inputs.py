@@ -1,6 +1,5 @@
 """These checks look at what the config names: the model's files, its tokenizer, its layout, and the prompts."""
 
-import json
 
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.doctor.report import Finding
@@ -37,13 +36,15 @@ def tokenizer(config: Config) -> list[Finding]:
 
 def layout(config: Config, world_size: int) -> list[Finding]:
     """Check that [parallel] divides the model and the ranks."""
-    from fiberpo_megatron.mcore.families import read_architecture
+    from fiberpo_megatron.mcore.families import read_architecture, read_hf_config
     from fiberpo_megatron.mcore.parallel.checks import layout_problems
 
     path = config.model.path / "config.json"
     if not path.is_file():
         return []  # `model_files` says so
-    problems = layout_problems(read_architecture(json.loads(path.read_text())), config.parallel, world_size)
+    problems = layout_problems(
+        read_architecture(read_hf_config(config.model.path, config.model.family)), config.parallel, world_size
+    )
     found = []
     for problem in problems:
         what, _, fix = problem.rpartition("; ")

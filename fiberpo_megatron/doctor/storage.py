@@ -36,16 +36,15 @@ def free_disk(folder: Path, needed: int = LOW_BYTES) -> list[Finding]:
 def checkpoint_bytes(config: Config) -> int:
     """Return the bytes of the kept checkpoints and of the one being written: parameters, float32 masters and the
     optimizer's state."""
-    import json
     from math import prod
 
-    from fiberpo_megatron.mcore.families import read_architecture
+    from fiberpo_megatron.mcore.families import read_architecture, read_hf_config
     from fiberpo_megatron.mcore.optimizers import make_optimizer
     from fiberpo_megatron.mcore.settings import ParallelConfig
     from fiberpo_megatron.planning.parameters import chunk_weights
     from fiberpo_megatron.planning.states import DTYPE_BYTES
 
-    architecture = read_architecture(json.loads((config.model.path / "config.json").read_text()))
+    architecture = read_architecture(read_hf_config(config.model.path, config.model.family))
     width = DTYPE_BYTES[config.model.dtype]
     copies = width + (0 if width == 4 else 4)
     optimizer = make_optimizer(config.optimizer)

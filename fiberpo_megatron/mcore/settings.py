@@ -14,8 +14,8 @@ class ModelConfig(Section):
     path: Path
     """Hugging Face folder: config.json, tokenizer files and, unless `random_init`, safetensors weights."""
     family: str | None = None
-    """Model family: the import path of a `Family` object (docs/models.md), or the name of a family of this package. Unset:
-    the one of config.json's `model_type`."""
+    """Model family: the import path of a `Family` object (docs/models.md), or the name of a family of this package.
+    Unset: the one of config.json's `model_type`."""
     random_init: bool = False
     """Draw fresh weights from `run.seed` instead of reading safetensors (for pre-training a toy model)."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -19,6 +19,7 @@ from fiberpo_megatron.interfaces import (
     RolloutSource,
 )
 from fiberpo_megatron.telemetry.timers import PhaseTimers
+from fiberpo_megatron.trainer.advantages import estimate
 from fiberpo_megatron.trainer.batch import mini_batches
 from fiberpo_megatron.trainer.optimise import optimise
 from fiberpo_megatron.trainer.settings import AlgorithmConfig, BatchConfig
@@ -91,7 +92,7 @@ def learn(run: Training, rollouts: RolloutBatch) -> dict[str, float]:
     with run.timers("pack"):
         parts = mini_batches(
             rollouts,
-            run.advantage(rollouts),
+            estimate(run.advantage, rollouts),
             batch=run.batch,
             weighting=run.algorithm.weighting,
             domains=len(run.source.domains),

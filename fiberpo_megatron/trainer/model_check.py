@@ -3,7 +3,6 @@
 The command runs transformers first (`transformers_reference.py`), then starts the ranks, which compare.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.data.packing import pack
-from fiberpo_megatron.mcore.families import read_architecture, used_fields
+from fiberpo_megatron.mcore.families import read_architecture, read_hf_config, used_fields
 from fiberpo_megatron.mcore.model import build_model
 from fiberpo_megatron.mcore.parallel.layout import start_layout, stop_layout
 from fiberpo_megatron.mcore.probe import Observation, observed, whole
@@ -28,7 +27,7 @@ DIVERGED = 1e-3
 def compare(config: Config) -> None:
     """On every rank: build the model, run the prompt, print the differences. ValueError where they are too large."""
     job = reference.read_job(config.run.folder)
-    hf_config = json.loads((config.model.path / "config.json").read_text())
+    hf_config = read_hf_config(config.model.path, config.model.family)
     layout = start_layout(hf_config, config.parallel, config.run)
     try:
         chunks = build_model(read_architecture(hf_config), config.model, layout)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fiberpo_megatron.config import Config, ConfigError
-from fiberpo_megatron.mcore.families import read_architecture
+from fiberpo_megatron.mcore.families import read_architecture, read_hf_config
 from fiberpo_megatron.mcore.parallel.checks import check_layout, check_routers
 from fiberpo_megatron.mcore.weights.files import stored_tensors
 from fiberpo_megatron.rollout.dump import RolloutDump
@@ -72,7 +72,7 @@ def _check_model(config: Config, command: str) -> None:
 def _check_layout(config: Config, world_size: int) -> None:
     path = config.model.path / "config.json"
     try:
-        hf_config = json.loads(path.read_text())
+        hf_config = read_hf_config(config.model.path, config.model.family)
         check_layout(hf_config, config.parallel, world_size)
         check_routers(read_architecture(hf_config), config.model, config.parallel)
     except json.JSONDecodeError as error:
@@ -126,8 +126,8 @@ def _check_advantages(config: Config) -> None:
     if count < least:
         raise ConfigError(
             f"batch.samples_per_prompt = {count} leaves nothing to compare a trajectory with (algorithm.advantage = "
-            f'"{algorithm.advantage.use}", normalise_std = {str(algorithm.normalise_std).lower()}); raise it to {least} '
-            'or more, or set algorithm.advantage = "none" and algorithm.normalise_std = false'
+            f'"{algorithm.advantage.use}", normalise_std = {str(algorithm.normalise_std).lower()}); raise it to '
+            f'{least} or more, or set algorithm.advantage = "none" and algorithm.normalise_std = false'
         )
 
 
@@ -135,7 +135,7 @@ def _check_routing(config: Config) -> None:
     """Refuse models whose routing the engine cannot return in a usable form."""
     if not config.needs_rollout_routing:
         return
-    architecture = read_architecture(json.loads((config.model.path / "config.json").read_text()))
+    architecture = read_architecture(read_hf_config(config.model.path, config.model.family))
     if architecture.experts is None:
         raise ConfigError(f"routing was asked for, but a {architecture.model_type} model has no experts")
     dense = list(architecture.experts.dense_layers)

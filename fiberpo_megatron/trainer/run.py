@@ -1,6 +1,5 @@
 """A run as an object: `Run.from_config(config).train()`. The command line makes the same object."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -11,6 +10,7 @@ from fiberpo_megatron.engines.addresses import listen_towards_master
 from fiberpo_megatron.engines.registry import Registry
 from fiberpo_megatron.fibration import Objective, build_objective
 from fiberpo_megatron.interfaces import AdvantageEstimator, RolloutSource
+from fiberpo_megatron.mcore.families import read_hf_config
 from fiberpo_megatron.mcore.optimizers import Optimizer
 from fiberpo_megatron.mcore.parallel.heartbeat import heartbeat
 from fiberpo_megatron.mcore.parallel.layout import start_layout, stop_layout
@@ -109,7 +109,7 @@ class Run:
         self, stack: ExitStack, registry: Registry | None, optimizer: Optimizer | None, total_steps: int | None
     ) -> None:
         config = self.config
-        hf_config = json.loads((config.model.path / "config.json").read_text())
+        hf_config = read_hf_config(config.model.path, config.model.family)
         listen_towards_master()
         self.layout, self.timers = start_layout(hf_config, config.parallel, config.run), PhaseTimers()
         layout = self.layout

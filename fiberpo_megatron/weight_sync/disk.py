@@ -50,12 +50,17 @@ class DiskPublisher(LeaderPublisher):
             shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
         (partial / MARKER).touch()
-        for source in self.context.model.iterdir():
-            if source.suffix in CONFIGURATION_SUFFIXES and not source.name.endswith(".index.json"):
-                shutil.copyfile(source, partial / source.name)
+        copy_configuration(self.context.model, partial)
         write_shards(weights, partial, self.shard_bytes)
         os.replace(partial, final)
         return final
+
+
+def copy_configuration(model: Path, folder: Path) -> None:
+    """Copy config.json, tokenizer files and the like, which an engine reads beside the weights."""
+    for source in model.iterdir():
+        if source.suffix in CONFIGURATION_SUFFIXES and not source.name.endswith(".index.json"):
+            shutil.copyfile(source, folder / source.name)
 
 
 def save_readable(tensors: dict[str, Tensor], path: Path) -> None:
