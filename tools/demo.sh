@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The demo: warm up, then FiberPO. Arguments go to the RL run, e.g. tools/demo.sh --parallel.tensor 2
+# Runs the demo: warm-up, then FiberPO. Arguments go to the RL run, e.g. tools/demo.sh --parallel.tensor 2
 set -euo pipefail
 cd "$(dirname "$0")/.."
 fiberpo=.venv/bin/fiberpo

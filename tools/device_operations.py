@@ -1,8 +1,8 @@
-"""What one objective call asks of a GPU beside bytes: operations started, and waits of the host for a result.
+"""This module counts what one objective call asks of a GPU beside bytes: operations started, and waits of the host.
 
 `bench_objective.py --operations` prints them.
 
-On a CPU the kernels run in Triton's interpreter, and CPU tensors stand for CUDA tensors: what is made of a tensor that
+On a CPU the kernels run in Triton's interpreter, and CPU tensors represent CUDA tensors. What is made of a tensor that
 `.cpu()` returned, or of Python numbers, counts as the host's own, and so does every new tensor from then on.
 """
 
@@ -32,7 +32,7 @@ WAITS = {"_local_scalar_dense", "bincount", "equal", "is_nonzero", "masked_selec
 
 @dataclass
 class Counts:
-    """Of one call."""
+    """Holds the counts of one call."""
 
     operations: int = 0
     """Kernels and torch operations, copies to the host among them."""
@@ -44,9 +44,9 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.counts = counts
         self.host: list[torch.UntypedStorage] = []
-        """Storages on the host; kept, so that no other takes their addresses."""
+        """Storages on the host; they are kept, so that no other storage gets their addresses."""
         self.read_all = False
-        """After the first `.cpu()` new tensors are the host's."""
+        """Whether `.cpu()` was called; new tensors are then the host's."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
@@ -66,7 +66,7 @@ class _Counter(TorchDispatchMode):
         return any(storage._cdata == address for storage in self.host)
 
     def cpu(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Instead of `Tensor.cpu`."""
+        """Replace `Tensor.cpu`."""
         with _disable_current_modes():
             out = tensor.detach().to("cpu", copy=True)
         self.read(tensor)
@@ -75,7 +75,7 @@ class _Counter(TorchDispatchMode):
         return out
 
     def tolist(self, tensor: torch.Tensor) -> Any:
-        """Instead of `Tensor.tolist`."""
+        """Replace `Tensor.tolist`."""
         self.read(tensor)
         with _disable_current_modes():
             return _TOLIST(tensor)
@@ -91,7 +91,7 @@ _TOLIST = torch.Tensor.tolist
 
 @contextmanager
 def counted() -> Iterator[Counts]:
-    """Counts what objective calls inside do."""
+    """Count what objective calls in this block do."""
     counts = Counts()
     counter = _Counter(counts)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# SLURM and munge for tests/slurm, from Debian's or Ubuntu's packages. Does nothing when they are there; without root or
-# apt-get, or when the packages cannot be had, it says so and ends well: the tests are then skipped with a reason.
+# Installs SLURM and munge for tests/slurm, from Debian's or Ubuntu's packages, unless they are installed. Without root
+# or apt-get, or if the packages cannot be installed, it says so and returns 0: the tests are then skipped with a reason.
 set -uo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 missing=
@@ -11,7 +11,7 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
   exit 0
 fi
 export DEBIAN_FRONTEND=noninteractive
-# No daemon is to start at installation: the tests start their own on loopback
+# No daemon may start at installation, because the tests start their own on loopback
 policy=/usr/sbin/policy-rc.d
 made=
 if [ ! -e $policy ]; then

@@ -1,4 +1,4 @@
-"""Compares one layout with a single float64 process: log-probs, the objective's coefficients, the parameter gradient.
+"""This tool compares one layout with a single float64 process: log-probs, coefficients and the parameter gradient.
 
     python tools/layout_parity.py --tensor 2 --pipeline 2 --objective fiberpo-domain --micro-batch-tokens 64
     python tools/layout_parity.py --pipeline 2 --virtual-pipeline 2 --model latent --steps 3
@@ -8,7 +8,7 @@ A small model (`--model`: Qwen3-MoE, dense Qwen3 with tied embeddings, DeepSeek-
 processes in float32 with the given token budget. The last line is a JSON object with `coefficient_max_relative_diff`,
 `gradient_max_relative_diff` and `log_prob_max_relative_diff`: the largest difference over the largest reference value,
 for gradients per global tensor. `--steps N` adds `parameter_max_relative_diff` after N optimiser steps, which the
-reference takes with torch.optim.AdamW. The reference runs on CPU, the layout on GPUs where there are any.
+reference takes with torch.optim.AdamW. The reference runs on CPU, the layout on GPUs if there are any.
 """
 
 import argparse
@@ -74,28 +74,28 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 GROUPS, SAMPLES, DOMAINS = 6, 4, 3
 LEARNING_RATE, ADAM_EPS, CLIP_GRAD = 1e-2, 1e-3, 0.3
-"""Of `--steps`. Adam divides by the gradient's size: an eps far below it would turn rounding noise of elements whose
-gradient is nearly zero into whole steps, in either run."""
+"""Settings of `--steps`. Adam divides by the gradient's size: an eps far below it would turn rounding noise of elements
+whose gradient is nearly zero into whole steps, in either run."""
 
 Piece = tuple[str, tuple[int, ...], tuple[int, ...], NDArray[np.float64]]
 
 
 @dataclass
 class Outcome:
-    """What one rank found."""
+    """Holds what one rank computed."""
 
     coefficients: dict[int, float]
-    """By flat token index; empty away from the last pipeline stage."""
+    """Coefficients by flat token index; empty except on the last pipeline stage."""
     log_probs: dict[int, float]
     gradient: list[Piece]
     """(key, global shape, offset, values) of this rank's parts of the global gradient."""
     parameters: list[Piece]
-    """As `gradient`, after the steps; empty without any."""
+    """The same as `gradient` for the parameters after the steps; empty without steps."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Trajectories, advantages and old log-probs, from the seed alone (old log-probs: from the reference)."""
+    """Holds trajectories, advantages and old log-probs, all from the seed (old log-probs: from the reference)."""
 
     lengths: NDArray[np.int64]
     tokens: NDArray[np.int64]
@@ -109,7 +109,7 @@ class Problem:
 
 
 def make_problem(seed: int, partitions: int) -> Problem:
-    """Trajectories of 3 to 64 tokens; ratios spread enough for clips and gates to act."""
+    """Draw trajectories of 3 to 64 tokens; their ratios are spread enough for clips and gates to act."""
     rng = np.random.default_rng(seed)
     count = GROUPS * SAMPLES
     lengths = np.concatenate([[64, 3], rng.integers(3, 40, count - 2)])
@@ -127,7 +127,7 @@ def make_problem(seed: int, partitions: int) -> Problem:
 
 
 class Gate:
-    """The objective over this rank's response tokens."""
+    """Applies the objective to this rank's response tokens."""
 
     def __init__(self, args: argparse.Namespace, problem: Problem, old: dict[int, float], index: Tensor) -> None:
         from fiberpo_megatron.fibration import build_objective
@@ -160,7 +160,7 @@ class Gate:
 
 
 def rollout_batch(problem: Problem) -> Any:
-    """The problem as a RolloutBatch."""
+    """Return the problem as a RolloutBatch."""
     from fiberpo_megatron.types import RolloutBatch
 
     count = len(problem.lengths)
@@ -178,7 +178,7 @@ def rollout_batch(problem: Problem) -> Any:
 
 
 def make_config(args: argparse.Namespace) -> Any:
-    """A run's config for this layout; routers train, so that their gradient is compared too."""
+    """Return a run's config for this layout; routers train, so that their gradient is compared too."""
     from fiberpo_megatron.config.schema import Config
 
     names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "data")
@@ -195,7 +195,7 @@ def make_config(args: argparse.Namespace) -> Any:
 
 
 def local_micro_batches(problem: Problem, layout: Any, budget: int | None) -> list[Any]:
-    """This rank's rows; None puts everything into one."""
+    """Return this rank's rows; a budget of None puts everything into one."""
     from fiberpo_megatron.data.packing import assign_rows, pack, padded_lengths
 
     sizes = padded_lengths(problem.lengths, layout.sequence_multiple)
@@ -210,7 +210,7 @@ def local_micro_batches(problem: Problem, layout: Any, budget: int | None) -> li
 
 
 def pieces(shards: Any) -> list[Piece]:
-    """Sharded tensors as plain data."""
+    """Return sharded tensors as plain data."""
     return [
         (s.key, tuple(s.global_shape), tuple(s.global_offset), s.data.detach().double().cpu().numpy().copy())
         for s in shards
@@ -218,7 +218,7 @@ def pieces(shards: Any) -> list[Piece]:
 
 
 def run_reference(args: argparse.Namespace, problem: Problem) -> Outcome:
-    """One process, one micro-batch, float64; defines the old log-probs as its own minus the drift."""
+    """Run one process with one micro-batch in float64; it defines the old log-probs as its own minus the drift."""
     from fiberpo_megatron.mcore.families import read_architecture
     from fiberpo_megatron.mcore.model import build_model, draw_weights
     from fiberpo_megatron.mcore.parallel.layout import start_layout
@@ -273,7 +273,7 @@ def run_reference(args: argparse.Namespace, problem: Problem) -> Outcome:
 
 
 def run_rank(args: argparse.Namespace, problem: Problem, reference: Outcome) -> Outcome:
-    """One rank of the layout, through the policy that training uses."""
+    """Run one rank of the layout, through the policy that training uses."""
     from fiberpo_megatron.mcore.parallel.layout import start_layout
     from fiberpo_megatron.mcore.policy import build_policy
     from fiberpo_megatron.mcore.weights.global_tensors import global_shards, gradient_shards
@@ -308,7 +308,7 @@ def run_rank(args: argparse.Namespace, problem: Problem, reference: Outcome) -> 
 
 
 def assemble(parts: Iterable[list[Piece]]) -> dict[str, NDArray[np.float64]]:
-    """Global tensors from every rank's pieces."""
+    """Return global tensors made of every rank's pieces."""
     whole: dict[str, NDArray[np.float64]] = {}
     for rank in parts:
         for key, shape, offset, values in rank:
@@ -319,8 +319,8 @@ def assemble(parts: Iterable[list[Piece]]) -> dict[str, NDArray[np.float64]]:
 
 
 def launch(args: argparse.Namespace, folder: Path, world_size: int, mode: str, on_cpu: bool) -> list[Outcome]:
-    """Run `world_size` processes; stops them all at the deadline or when one fails."""
-    # A fork has everything imported already, but may not follow the first touch of a GPU.
+    """Run `world_size` processes; stop them all at the deadline or when one fails."""
+    # A fork has everything imported already, but is not allowed once this process has used a GPU.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     store = TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
     processes = []
@@ -354,7 +354,7 @@ def launch(args: argparse.Namespace, folder: Path, world_size: int, mode: str, o
 
 
 def run_process(args: argparse.Namespace, folder: Path, mode: str, environment: dict[str, str]) -> None:
-    """One of the launched processes: leaves its outcome in the folder."""
+    """Run one of the launched processes, which writes its outcome into the folder."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     problem = make_problem(args.seed, partitions=max(2, args.expert))
@@ -366,7 +366,7 @@ def run_process(args: argparse.Namespace, folder: Path, mode: str, environment: 
 
 
 def compare(reference: Outcome, outcomes: list[Outcome]) -> dict[str, float]:
-    """Largest differences, relative to the largest reference value."""
+    """Return the largest differences, relative to the largest reference value."""
     found = {
         "coefficient_max_relative_diff": token_difference(
             reference.coefficients, [outcome.coefficients for outcome in outcomes]
@@ -384,7 +384,7 @@ def compare(reference: Outcome, outcomes: list[Outcome]) -> dict[str, float]:
 
 
 def token_difference(wanted: dict[int, float], ranks: list[dict[int, float]]) -> float:
-    """Of values by flat token index."""
+    """Return the largest relative difference of values by flat token index."""
     found: dict[int, float] = {}
     for rank in ranks:
         found |= rank
@@ -393,7 +393,7 @@ def token_difference(wanted: dict[int, float], ranks: list[dict[int, float]]) ->
 
 
 def tensor_difference(wanted: list[Piece], ranks: list[list[Piece]]) -> float:
-    """Of global tensors, each relative to its own largest element."""
+    """Return the largest difference of global tensors, each relative to its own largest element."""
     worst, found = 0.0, assemble(ranks)
     for key, value in assemble([wanted]).items():
         rows = found[key][tuple(slice(0, n) for n in value.shape)]  # without the rows that pad the vocabulary
@@ -405,7 +405,7 @@ def tensor_difference(wanted: list[Piece], ranks: list[list[Piece]]) -> float:
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line's options."""
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("tensor", "pipeline", "virtual-pipeline", "expert", "expert-tensor", "context", "data"):
         parser.add_argument(f"--{name}", type=int, default=1)

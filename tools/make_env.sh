@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv with everything the demo and the tests need on a machine without GPU. Does nothing when it is current.
-# make_env.sh requirements: without this package itself (an image layer that outlives changes of the code).
+# `make_env.sh requirements` leaves this package out (for an image layer that outlives changes of the code).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

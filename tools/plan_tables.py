@@ -1,4 +1,4 @@
-"""The plans of docs/planning.md: `python tools/plan_tables.py` writes them, `--check` says whether they are current.
+"""This tool writes the plans of docs/planning.md; with `--check` it says whether they are current.
 
 `--search` shows for every row what `fiberpo plan --search` proposes; the layouts below were chosen from it.
 """
@@ -28,7 +28,7 @@ COMMON = ["--rollout.engine.urls", "[]", "--rollout.engine.max_running_requests"
 
 
 def _layout(engines: int, size: int, recompute: str, **parallel: int) -> list[str]:
-    """Overrides: engines of `size` GPUs, recomputation, [parallel] sizes (1 where not given)."""
+    """Return the overrides: engines of `size` GPUs, recomputation, [parallel] sizes (1 if not given)."""
     words = ["--rollout.engine.count", str(engines), "--rollout.engine.tensor", str(size)]
     words += ["--model.recompute", recompute]
     for name in ("tensor", "pipeline", "context", "data", "expert"):
@@ -57,7 +57,7 @@ HEADINGS = ("model", "GPUs", "fits", *show.LAYOUT_HEADINGS, "publish GB", "gates
 
 
 def config_of(model: str, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
-    """The example's config with another model, and that model's config.json."""
+    """Return the example's config with another model, and that model's config.json."""
     folder = ROOT / "examples/planning" / model
     words = ["--model.path", str(folder), *COMMON, *overrides]
     return load_config(ROOT / "examples/qwen3_30b_a3b/train.toml", words), json.loads(
@@ -66,7 +66,7 @@ def config_of(model: str, overrides: list[str]) -> tuple[Config, dict[str, Any]]
 
 
 def tables() -> str:
-    """The table between the page's marks."""
+    """Return the table between the page's marks."""
     rows = []
     for model, count, name, overrides in LAYOUTS:
         gpu = GPUS[name]

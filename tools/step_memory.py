@@ -1,11 +1,12 @@
-"""Peak memory of an optimiser step with and without each option that saves some.
+"""This tool measures the peak memory of an optimiser step with and without each option that saves memory.
 
     python tools/step_memory.py [--layers 4 --hidden 128 --vocabulary 16384 --row-tokens 1024 --rows 2]
 
-A small MoE trains for two steps, each case in a process of its own; the second step is measured, when Adam's moments
+A small MoE trains for two steps, each case in a separate process; the second step is measured, when Adam's moments
 exist. On a GPU the figures are torch.cuda.max_memory_allocated(). Without one they are the bytes of all live torch
-storages, seen from inside by a dispatch mode: host copies of parked state are left out, as they would not be on a
-device. The last line is a JSON object: MiB by case, `step` (peak) and `generating` (what stays while engines generate).
+storages, which a dispatch mode counts in the process; host copies of parked state are left out, because on a device
+they would not be counted either. The last line is a JSON object: MiB by case, `step` (peak) and `generating` (what
+stays while engines generate).
 """
 
 import argparse
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 BASE = {"model": {"dtype": "bfloat16", "recompute": "none", "log_prob_chunk_tokens": 1 << 30}, "optimizer": {}}
 CASES: dict[str, dict[str, dict[str, Any]]] = {
-    # what differs from BASE
+    # settings that differ from BASE
     "nothing saved": {},
     "log-probs in chunks of 256": {"model": {"log_prob_chunk_tokens": 256}},
     "selective recompute": {"model": {"recompute": "selective"}},
@@ -48,12 +49,12 @@ class LiveStorages(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.apart: Callable[[], int] = lambda: 0
-        """Bytes that are not to be counted."""
+        """Returns the bytes that must not be counted."""
         self.peak = 0
         self._storages: dict[int, StorageWeakRef] = {}
 
     def live(self) -> int:
-        """Bytes that are alive now."""
+        """Return the bytes that are alive now."""
         total = 0
         for key, reference in list(self._storages.items()):
             if reference.expired():
@@ -79,7 +80,7 @@ class LiveStorages(TorchDispatchMode):
 
 
 def main() -> None:
-    """All cases, or the one that a parent process asks for."""
+    """Measure all cases, or the one that a parent process asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, usual in (("layers", 4), ("hidden", 128), ("vocabulary", 16384), ("row-tokens", 1024), ("rows", 2)):
         parser.add_argument(f"--{name}", type=int, default=usual)
@@ -104,7 +105,7 @@ def main() -> None:
 
 
 def measure(case: str, options: argparse.Namespace) -> dict[str, float]:
-    """MiB of one case."""
+    """Return the MiB of one case."""
     from fiberpo_megatron.mcore.platform import activate
 
     activate()
@@ -128,7 +129,7 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def prepare(case: str, options: argparse.Namespace) -> tuple[Any, Callable[[], Any]]:
-    """A policy, and one optimiser step of it on random trajectories."""
+    """Return a policy, and one optimiser step of it on random trajectories."""
     from fiberpo_megatron.config import Config
     from fiberpo_megatron.data.packing import pack
     from fiberpo_megatron.mcore.parallel.layout import start_layout
@@ -150,7 +151,7 @@ def prepare(case: str, options: argparse.Namespace) -> tuple[Any, Callable[[], A
 
 
 def architecture(options: argparse.Namespace) -> dict[str, Any]:
-    """A Qwen3-MoE with 8 experts, 2 of them for each token."""
+    """Return a Qwen3-MoE with 8 experts, 2 of them for each token."""
     return {
         "model_type": "qwen3_moe",
         "vocab_size": options.vocabulary,
@@ -171,7 +172,7 @@ def architecture(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def trajectories(options: argparse.Namespace) -> tuple[Any, list[list[int]]]:
-    """Rows of four trajectories of which a quarter is the prompt."""
+    """Return rows of four trajectories of which a quarter is the prompt."""
     from fiberpo_megatron.types import RolloutBatch
 
     count, length = 4 * options.rows, options.row_tokens // 4 + 1

@@ -1,11 +1,11 @@
-"""Peak memory of each rank while it loads and saves Hugging Face weights, beside the size of its shard.
+"""This tool measures each rank's peak memory while it loads and saves Hugging Face weights, beside its shard's size.
 
     torchrun --nproc-per-node 2 tools/weights_memory.py --tensor 2 --expert_tensor 2
     torchrun --nproc-per-node 2 tools/weights_memory.py --expert 2
 
-A random Qwen3-MoE in float32 of about 480 MB is made in a temporary folder. Memory is what Linux counts as
-anonymous (RssAnon), above what the process had before the model was built: pages of the mapped weight files, which
-the kernel can drop at any time, do not count.
+A random Qwen3-MoE in float32 of about 480 MB is made in a temporary folder. Memory is what Linux counts as anonymous
+(RssAnon), above what the process had before the model was built: pages of the mapped weight files, which the kernel can
+drop at any time, do not count.
 """
 
 import argparse
@@ -35,18 +35,18 @@ LARGE = {"hidden_size": 512, "moe_intermediate_size": 512, "num_hidden_layers": 
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one rank, bytes."""
+    """Holds the memory of one rank in bytes."""
 
     shard: int
     """Its parameters."""
     loading: int
-    """Highest while loading, the parameters included."""
+    """Peak while loading, the parameters included."""
     saving: int
-    """Highest while saving, the parameters included."""
+    """Peak while saving, the parameters included."""
 
 
 def describe_model(sizes: dict[str, int]) -> dict[str, Any]:
-    """config.json of a Qwen3-MoE with 16 experts."""
+    """Return config.json of a Qwen3-MoE with 16 experts."""
     return {
         "model_type": "qwen3_moe",
         "num_attention_heads": 8,
@@ -62,7 +62,7 @@ def describe_model(sizes: dict[str, int]) -> dict[str, Any]:
 
 
 def random_tensors(config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the model, one at a time."""
+    """Yield all tensors of the model, one at a time."""
     hidden, inner, rows = config["hidden_size"], config["moe_intermediate_size"], config["vocab_size"]
     queries, keys = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))
     for name in ("model.embed_tokens", "lm_head"):
@@ -85,7 +85,7 @@ def random_tensors(config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_model(folder: Path, sizes: dict[str, int]) -> None:
-    """Config and safetensors files of about 100 MiB."""
+    """Write config and safetensors files of about 100 MiB."""
     source = folder.with_name(f"{folder.name}-config")
     source.mkdir()
     config = describe_model(sizes)
@@ -94,7 +94,7 @@ def write_model(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def measure(folder: Path, parallel: dict[str, int], bucket_bytes: int) -> Memory:
-    """Load and save on the launched ranks; this rank's memory."""
+    """Return this rank's memory while the launched ranks load and save the model."""
     hf_config = json.loads((folder / "config.json").read_text())
     data = {"tasks": [{"kind": "addition"}]}
     model = {"path": folder, "dtype": "float32"}
@@ -113,7 +113,7 @@ def measure(folder: Path, parallel: dict[str, int], bucket_bytes: int) -> Memory
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that belongs to no file."""
+    """Return the memory of this process that belongs to no file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (kibibytes,) = (line.split()[1] for line in lines if line.startswith("RssAnon:"))
     return int(kibibytes) * 1024
@@ -121,7 +121,7 @@ def anonymous_bytes() -> int:
 
 @contextmanager
 def peak() -> Iterator[list[int]]:
-    """[highest anonymous memory inside], sampled every 2 ms."""
+    """Sample the anonymous memory in this block every 2 ms; yield a list with the highest value."""
     highest, stop = [anonymous_bytes()], threading.Event()
 
     def sample() -> None:
@@ -138,7 +138,7 @@ def peak() -> Iterator[list[int]]:
 
 
 def main() -> None:
-    """Measure on the ranks that torchrun started and print a table."""
+    """Measure the ranks that torchrun started and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("tensor", "pipeline", "expert", "expert_tensor"):
         parser.add_argument(f"--{name}", type=int, default=1)

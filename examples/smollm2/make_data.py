@@ -1,4 +1,7 @@
-"""Writes the problems, train.jsonl and held_out.jsonl: subtraction up to 20 after one solved example, as raw text."""
+"""This script writes the problems to train.jsonl and held_out.jsonl: subtraction up to 20 after one solved example.
+
+The prompts are raw text.
+"""
 
 import json
 import random
@@ -6,11 +9,12 @@ from pathlib import Path
 
 LARGEST = 20
 SHOWN = (14, 8)
-"""The subtraction in every prompt; it is no problem, nor is 14 - 6."""
+"""The subtraction in every prompt; neither it nor 14 - 6 is among the problems."""
 
 
 def pairs() -> list[set[tuple[int, int]]]:
-    """Problems a - b and a - (a - b), which say the same and stay on one side of the split."""
+    """Return the problems a - b and a - (a - b) in pairs, because they say the same and must stay on one side of the
+    split."""
     found = [{(a, b), (a, a - b)} for a in range(LARGEST + 1) for b in range(a // 2 + 1)]
     return [pair for pair in found if SHOWN not in pair]
 
@@ -21,7 +25,7 @@ def record(a: int, b: int) -> dict[str, str]:
 
 
 def split() -> dict[str, list[dict[str, str]]]:
-    """A quarter of the pairs, drawn with a fixed seed, is held out."""
+    """Hold out a quarter of the pairs, drawn with a fixed seed."""
     shuffled = pairs()
     random.Random(0).shuffle(shuffled)
     cut = len(shuffled) // 4

@@ -1,6 +1,8 @@
-"""The README's table and plot, from the metrics of the two runs: writes runs/smollm2/results.jsonl and curve.svg.
+"""This script makes the README's table and plot from the metrics of the two runs.
 
-python examples/smollm2/results.py [--runs runs/smollm2] [--out FOLDER]
+    python examples/smollm2/results.py [--runs runs/smollm2] [--out FOLDER]
+
+It writes results.jsonl and curve.svg to runs/smollm2, or to the folder that is given.
 """
 
 import argparse
@@ -18,7 +20,7 @@ KEPT = ("accuracy", "entropy", "gradient_norm", "response_length/mean", "rollout
 
 
 def read(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """Kept metrics of the training steps (numbered from 0) and the evaluations (by steps done)."""
+    """Return the kept metrics of the training steps (numbered from 0) and of the evaluations (by steps done)."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         kind: [
@@ -31,7 +33,7 @@ def read(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def table(results: dict[str, dict[str, list[dict[str, float]]]]) -> str:
-    """Held-out accuracy by steps done, as Markdown; empty where a run was not (yet) evaluated."""
+    """Return the held-out accuracy by steps done, as Markdown; a cell is empty if a run was not (yet) evaluated."""
     steps = sorted({e["step"] for run in results.values() for e in run["eval"]})
     rows = [["steps", *map(str, steps)], ["---"] * (len(steps) + 1)]
     for name, run in results.items():

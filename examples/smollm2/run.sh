@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SmolLM2 learns subtraction, then the control: the same run with coin flips for rewards. `make env` comes first.
+# SmolLM2 learns subtraction; then the control is the same run with coin flips for rewards. Run `make env` first.
 # Arguments go to both runs, e.g. examples/smollm2/run.sh --trainer.steps 5
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -1,9 +1,10 @@
-"""Compare objectives strongly off-policy on the demo's task: same data, budgets and warm-up, several seeds.
+"""This script compares objectives far off-policy on the demo's task: same data, budgets and warm-up, several seeds.
 
     python examples/stability/run.py                        (in the repository's root; what the README reports)
     python examples/stability/run.py --steps 10 --seeds 1   (a short look)
 
-Further --section.key value pairs override stability.toml for every run. Interrupted? The same command goes on.
+Further --section.key value pairs override stability.toml for every run. After an interruption, the same command
+continues.
 """
 
 import argparse
@@ -37,15 +38,15 @@ OPTIONS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is left, then write the table and the plots. Returns the exit code."""
+    """Run what is left, then write the table and the plots. Return the exit code."""
     options, further = _parser().parse_known_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` ends the run and the engine
     try:
         if not WARM_UP.is_file():
-            raise ValueError(f"{WARM_UP} is not here ({Path.cwd()}); run this in the repository's root")
+            raise ValueError(f"{WARM_UP} does not exist in {Path.cwd()}; run this in the repository's root")
         compare(options, further)
     except KeyboardInterrupt:
-        print("Interrupted; the same command goes on", file=sys.stderr)
+        print("Interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     except (ConfigError, ValueError, RuntimeError) as error:
         print(f"stability: {error}", file=sys.stderr)
@@ -69,13 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", type=Path, help="warmed-up Hugging Face folder (default: the demo's, made if missing)"
     )
-    parser.add_argument("--folder", type=Path, default=Path("runs/stability"), help="runs, table and plots go here")
-    parser.add_argument("--retry-stopped", action="store_true", help="do runs that stopped with an error again")
+    parser.add_argument("--folder", type=Path, default=Path("runs/stability"), help="folder for runs, table and plots")
+    parser.add_argument("--retry-stopped", action="store_true", help="repeat runs that stopped with an error")
     return parser
 
 
 def compare(options: argparse.Namespace, further: Sequence[str]) -> None:
-    """The whole comparison."""
+    """Make the whole comparison."""
     overrides = list(further)
     for name, key in OPTIONS.items():
         if getattr(options, name) is not None:
@@ -95,7 +96,7 @@ def compare(options: argparse.Namespace, further: Sequence[str]) -> None:
 
 
 def describe(config: Config) -> str:
-    """The setting in a line."""
+    """Describe the setting in one line."""
     batch = config.batch
     return (
         f"{config.trainer.steps} steps, {batch.prompts} x {batch.samples_per_prompt} rollouts a step, "
@@ -105,7 +106,7 @@ def describe(config: Config) -> str:
 
 
 def run_all(runs: Sequence[PlannedRun], config: Config, folder: Path) -> None:
-    """One run after the other, all with the same SGLang server: each publishes its own weights first."""
+    """Run one after the other, all with the same SGLang server; each run publishes its own weights first."""
     os.environ["OMP_NUM_THREADS"] = str(config.run.threads_per_rank)
     print("Starting SGLang ...", flush=True)
     with engines(config.rollout.engine, config.model.path, folder / "engine", dtype=config.model.dtype) as addresses:
@@ -116,7 +117,7 @@ def run_all(runs: Sequence[PlannedRun], config: Config, folder: Path) -> None:
 
 
 class Progress:
-    """Run i of n, its step, and the time left, judged by the steps done so far."""
+    """Prints the number of the run, its step, and the time left as estimated from the steps done so far."""
 
     def __init__(self, runs: int, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._runs, self._steps, self._clock = runs, steps, clock
@@ -124,22 +125,22 @@ class Progress:
         self._live = sys.stdout.isatty()
 
     def watch(self, run: PlannedRun) -> Callable[[int], None]:
-        """A function to be told of the run's steps; steps done in an earlier call do not count as work."""
+        """Return a function that takes the run's steps; steps done in an earlier call do not count as work."""
         resumed_at = steps_recorded(run)
         self._done_before += resumed_at
-        told = -1
+        shown = -1
 
         def tell(steps: int) -> None:
-            nonlocal told
-            due = steps != told and (self._live or steps // 10 > told // 10)
+            nonlocal shown
+            due = steps != shown and (self._live or steps // 10 > shown // 10)
             if due:
-                told = steps
+                shown = steps
                 self._line(f"{run.name}: step {steps}/{self._steps}{self._left(steps)}", "\r" if self._live else "\n")
 
         return tell
 
     def end(self, run: PlannedRun, outcome: str) -> None:
-        """One run more is done."""
+        """Count one more run as done."""
         self._ended += 1
         self._line(f"{run.name}: {outcome}{self._left(0)}", "\n", self._ended)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds the Dockerfile's cpu target for real where there is no Docker engine and no image registry: the base is a
-# Debian root file system made by debootstrap, the Dockerfile is executed by buildah in a chroot, and then the image's
-# own commands are tried in it. Root on Debian, about 6 GB of disk; several minutes.
+# Builds the Dockerfile's cpu target on a machine without a Docker engine or an image registry: debootstrap makes a
+# Debian root file system as the base, buildah executes the Dockerfile in a chroot, and then the image's own commands
+# are tried in it. This needs root on Debian, about 6 GB of disk, and several minutes.
 #
 #   tools/image/build_cpu.sh [OPTION FOR BUILDAH BUILD ...]     e.g. --volume /etc/pip.conf:/etc/pip.conf:ro
 #
@@ -12,7 +12,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ "$(id -u)" = 0 ] || { echo "build_cpu.sh: run it as root (debootstrap and chroot need it)" >&2; exit 1; }
 for command in debootstrap buildah; do
-  command -v "$command" >/dev/null || { echo "build_cpu.sh: apt-get install --yes debootstrap buildah" >&2; exit 1; }
+  command -v "$command" >/dev/null ||
+    { echo "build_cpu.sh: $command is missing; run apt-get install --yes debootstrap buildah" >&2; exit 1; }
 done
 store=${IMAGE_STORE:-$(mktemp --directory)}
 [ -n "${IMAGE_STORE:-}" ] || trap 'rm -rf "$store"' EXIT

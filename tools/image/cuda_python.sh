@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# cuda_python.sh FOLDER: this package and what the image lacks. torch, Transformer Engine and apex are the base image's
-# own builds; its constraint file keeps pip from replacing them.
-# Run while an image is built from NVIDIA's PyTorch image (Dockerfile, apptainer.def).
+# `cuda_python.sh FOLDER` installs this package and what the image lacks. torch, Transformer Engine and apex are the base
+# image's own builds; its constraint file keeps pip from replacing them.
+# It runs while an image is built from NVIDIA's PyTorch image (Dockerfile, apptainer.def).
 set -euo pipefail
 before=$(python3 -c 'from importlib.metadata import version; print(version("torch"))')
 python3 -m pip install --no-cache-dir --no-build-isolation "$1[math,wandb]"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# SGLang with its CUDA kernels in an interpreter of its own: it pins a torch other than the image's.
-# Run while an image is built from NVIDIA's PyTorch image (Dockerfile, apptainer.def).
+# Installs SGLang with its CUDA kernels in a separate interpreter, because it pins a torch other than the image's.
+# It runs while an image is built from NVIDIA's PyTorch image (Dockerfile, apptainer.def).
 set -euo pipefail
 python3 -m venv /opt/sglang
 # The base image's constraint file is about its own packages, which this environment does not share.

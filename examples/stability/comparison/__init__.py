@@ -1,1 +1,1 @@
-"""The parts of the stability comparison: runs, measures, tables, plots."""
+"""These are the parts of the stability comparison: runs, measures, tables, plots."""

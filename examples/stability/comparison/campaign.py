@@ -1,4 +1,4 @@
-"""The runs of a comparison: what each is started with, what is left to do, and one run to its end by the CLI."""
+"""This module plans the runs of a comparison, finds those that are left to do, and executes one by the command line."""
 
 import json
 import re
@@ -18,7 +18,8 @@ from fiberpo_megatron.telemetry.sinks import METRICS_FILE, read_records
 
 CONSOLE_FILE = "console.log"
 STOP_CODE = 1
-"""Exit code of `fiberpo train` when a rank raised; others are a wrong config or a signal, and no measurement."""
+"""Exit code of `fiberpo train` when a rank raised. Others mean a wrong config or a signal, which is not a
+measurement."""
 POLL_S = 0.5
 END_S = 30.0
 CLI = (sys.executable, "-m", "fiberpo_megatron.cli.main")
@@ -26,25 +27,25 @@ CLI = (sys.executable, "-m", "fiberpo_megatron.cli.main")
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of the comparison."""
+    """Describes one run of the comparison."""
 
     objective: str
     seed: int
     folder: Path
     config_file: Path
     overrides: tuple[str, ...]
-    """Of the config file, but for where the engine is."""
+    """Overrides of the config file, except for the engine's address."""
 
     @property
     def name(self) -> str:
         return f"{self.objective}, seed {self.seed}"
 
     def config(self) -> Config:
-        """The resolved config. Raises ConfigError."""
+        """Return the resolved config. Raises ConfigError."""
         return load_config(self.config_file, self.overrides)
 
     def command(self, engine: str, cli: Sequence[str]) -> list[str]:
-        """`fiberpo train`, going on where an earlier call of it was interrupted."""
+        """Return the `fiberpo train` command, which continues if an earlier call of it was interrupted."""
         resume = ["--resume"] if (self.folder / METRICS_FILE).exists() else []
         urls = ["--rollout.engine.urls", json.dumps([engine])]
         return [*cli, "train", str(self.config_file), *resume, *self.overrides, *urls]
@@ -53,7 +54,8 @@ class PlannedRun:
 def plan(
     objectives: Sequence[str], seeds: Sequence[int], folder: Path, config_file: Path, overrides: Sequence[str]
 ) -> list[PlannedRun]:
-    """Every objective under a seed before the next seed, so that a cut-off campaign still compares like with like."""
+    """Plan every objective under a seed before the next seed, so that an interrupted campaign still compares equal
+    cases."""
     runs = []
     for seed in seeds:
         for objective in objectives:
@@ -64,7 +66,8 @@ def plan(
 
 
 def require_same_settings(run: PlannedRun) -> None:
-    """ValueError when the run's folder was made with other settings: its numbers would be mixed with new ones."""
+    """Raise ValueError when the run's folder was made with other settings, since its numbers would mix with new
+    ones."""
     made = run.folder / "config.toml"
     if not made.is_file():
         return
@@ -77,7 +80,7 @@ def require_same_settings(run: PlannedRun) -> None:
 
 
 def _settings(config: Config) -> dict[str, object]:
-    """Dotted name -> value, without the engine's address."""
+    """Return dotted name -> value, without the engine's address."""
     flat: dict[str, object] = {}
 
     def walk(prefix: str, value: object) -> None:
@@ -93,7 +96,7 @@ def _settings(config: Config) -> dict[str, object]:
 
 
 def unfinished(runs: Sequence[PlannedRun], retry_stopped: bool) -> list[PlannedRun]:
-    """Runs still to do. With `retry_stopped`, those that stopped are forgotten and done again."""
+    """Return the runs still to do. With `retry_stopped`, those that stopped are removed and run again."""
     left = []
     for run in runs:
         outcome = read_outcome(run.folder)
@@ -106,15 +109,15 @@ def unfinished(runs: Sequence[PlannedRun], retry_stopped: bool) -> list[PlannedR
 
 
 def steps_recorded(run: PlannedRun) -> int:
-    """Training steps that the run has written so far."""
+    """Return the training steps that the run has written so far."""
     return sum(record["kind"] == "train" for record in read_records(run.folder / METRICS_FILE))
 
 
 def execute(run: PlannedRun, engine: EngineAddress, tell: Callable[[int], None], cli: Sequence[str] = CLI) -> Outcome:
-    """Run to its end and write its outcome; `tell` hears the steps done, from time to time.
+    """Execute a run to its end and write its outcome; `tell` receives the steps done, from time to time.
 
-    A run that raises has stopped, which is a result. RuntimeError for what is none: a config that is refused, a
-    signal, an engine that is gone.
+    A run that raises has stopped, which is a result. Raises RuntimeError for what is not: a refused config, a signal, a
+    lost engine.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     began, console = time.monotonic(), run.folder / CONSOLE_FILE
@@ -138,13 +141,13 @@ def execute(run: PlannedRun, engine: EngineAddress, tell: Callable[[int], None],
 
 
 def stop_reason(console: str) -> str:
-    """The first error message of `fiberpo train`, in one line."""
+    """Return the first error message of `fiberpo train`, in one line."""
     found = re.search(r"^fiberpo: (?:rank \d+: )?(.+)$", console, re.MULTILINE)
     return found[1].strip() if found else "no message"
 
 
 def _seconds(run: PlannedRun, this_time: float) -> float:
-    """Wall time of the run: this call's, or the steps' own times when an earlier call did a part."""
+    """Return the wall time of the run: this call's, or the steps' own times if an earlier call did a part."""
     records = read_records(run.folder / METRICS_FILE)
     steps = sum(record.get("seconds/total") or 0.0 for record in records if record["kind"] == "train")
     return max(this_time, steps)
@@ -152,7 +155,7 @@ def _seconds(run: PlannedRun, this_time: float) -> float:
 
 @contextmanager
 def _process(command: Sequence[str], output: object) -> Iterator["subprocess.Popen[bytes]"]:
-    """A child that does not outlive the block."""
+    """Start a child process that does not outlive the block."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)  # type: ignore[call-overload]
     try:
         yield process

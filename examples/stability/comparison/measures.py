@@ -1,4 +1,4 @@
-"""What is compared: the measures of one finished or stopped run, and their mean and spread over seeds."""
+"""This module takes the measures of one finished or stopped run, and their mean and spread over seeds."""
 
 import json
 import statistics
@@ -29,7 +29,7 @@ MEASURES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, written beside its metrics."""
+    """Records how a run ended; it is written beside the run's metrics."""
 
     text: str
     """"finished", or "stopped: <reason>"."""
@@ -37,13 +37,13 @@ class Outcome:
     """Wall time; of a run that was interrupted, at least the time of its steps."""
 
     def write(self, run_folder: Path) -> None:
-        """Write outcome.json: from then on the run counts as done."""
+        """Write outcome.json; from then on the run counts as done."""
         values = {"outcome": self.text, "seconds": round(self.seconds, 1)}
         (run_folder / OUTCOME_FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
 def read_outcome(run_folder: Path) -> Outcome | None:
-    """How the run in this folder ended; None while it has not."""
+    """Return how the run in this folder ended; None while it has not."""
     path = run_folder / OUTCOME_FILE
     if not path.is_file():
         return None
@@ -53,7 +53,7 @@ def read_outcome(run_folder: Path) -> Outcome | None:
 
 @dataclass(frozen=True)
 class Result:
-    """One run's measures; None where the run stopped before there was a value."""
+    """Holds one run's measures; a measure is None if the run stopped before it had a value."""
 
     objective: str
     seed: int
@@ -79,7 +79,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has ended: what the table and the plots are made of."""
+    """Holds a run that has ended, from which the table and the plots are made."""
 
     objective: str
     seed: int
@@ -87,18 +87,18 @@ class Run:
     data: RunData
 
     def series(self, kind: str, name: str) -> Series | None:
-        """A metric over the run's steps."""
+        """Return a metric over the run's steps."""
         return self.data.series(kind, name)
 
 
 def load_ended(objective: str, seed: int, folder: Path) -> Run | None:
-    """The run in this folder, or None when it has not ended."""
+    """Return the run in this folder, or None when it has not ended."""
     outcome = read_outcome(folder)
     return None if outcome is None else Run(objective, seed, outcome, load_run(folder))
 
 
 def measure(run: Run) -> Result:
-    """The measures of one run."""
+    """Return the measures of one run."""
     trained = run.data.records.get("train", [])
     held_out = run.series("eval", "accuracy")
     before = after = np.zeros(0)
@@ -135,7 +135,7 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds."""
+    """Holds mean and sample standard deviation over seeds."""
 
     mean: float
     deviation: float | None
@@ -144,7 +144,7 @@ class Spread:
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
-    """Over the values that exist; None when there is none."""
+    """Return the spread over the values that exist; None when there is none."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -152,7 +152,7 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 
 
 def outcomes(results: Sequence[Result]) -> str:
-    """`3 finished`, or `1 finished; seed 2 stopped after 12 steps: <reason>`."""
+    """Return `3 finished`, or `1 finished; seed 2 stopped after 12 steps: <reason>`."""
     finished = sum(result.outcome == FINISHED for result in results)
     parts = [f"{finished} finished"] if finished else []
     for result in results:

@@ -1,4 +1,5 @@
-"""The comparison as one picture: every measure over training steps, mean line and every seed thin."""
+"""This module draws the comparison as one picture: every measure over training steps, with a mean line and thin lines
+for the seeds."""
 
 import io
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ PLOT_FILE = "curves.png"
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart."""
+    """Describes one chart."""
 
     title: str
     kind: str
@@ -43,11 +44,11 @@ PANELS = (
 )
 COLUMNS = 4
 COLOURS = 64
-"""Of the picture."""
+"""Number of colours of the picture."""
 
 
 def write_plots(runs: Sequence[Run], title: str, folder: Path) -> Path:
-    """Write curves.png into `folder`; its path."""
+    """Write curves.png into `folder`; return its path."""
     names = list(dict.fromkeys(run.objective for run in runs))
     colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
     rows = -(-len(PANELS) // COLUMNS)
@@ -67,7 +68,8 @@ def write_plots(runs: Sequence[Run], title: str, folder: Path) -> Path:
 
 
 def mean_line(series: Sequence[Series]) -> Series:
-    """Mean over seeds, at the steps that every seed has with a finite value: a mean over fewer seeds would jump."""
+    """Return the mean over seeds, at the steps where every seed has a finite value: a mean over fewer seeds would
+    jump."""
     known = [
         dict(zip(s.steps[np.isfinite(s.values)].tolist(), s.values[np.isfinite(s.values)].tolist(), strict=True))
         for s in series
@@ -101,7 +103,7 @@ def _draw(axes: Axes, panel: Panel, runs: Sequence[Run], colours: dict[str, str]
 
 
 def _log_axis(axes: Axes, values: np.ndarray) -> None:
-    """Logarithmic with plain numbers as labels."""
+    """Make the axis logarithmic, with plain numbers as labels."""
     low, high = values.min() / 1.15, values.max() * 1.15
     axes.set_ylim(low, high)
     axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""The comparison as tables: markdown over seeds, CSV of the runs, JSON of both."""
+"""This module writes the comparison as tables: Markdown over seeds, CSV of the runs, JSON of both."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ SHARES = ("held_out_before", "held_out_final", "held_out_best", "accuracy_last")
 
 
 def write_tables(results: Sequence[Result], settings: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write table.md, runs.csv and summary.json into `folder`; their paths."""
+    """Write table.md, runs.csv and summary.json into `folder`; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     markdown, runs, summary = folder / "table.md", folder / "runs.csv", folder / "summary.json"
     markdown.write_text(markdown_table(results) + "\n", encoding="utf-8")
@@ -27,7 +27,7 @@ def write_tables(results: Sequence[Result], settings: Mapping[str, Any], folder:
 
 
 def markdown_table(results: Sequence[Result]) -> str:
-    """One row an objective: mean ± standard deviation over seeds, accuracies in %."""
+    """Return one row per objective: mean ± standard deviation over seeds, accuracies in %."""
     rows = [["objective", "seeds", *MEASURES.values(), "outcome"]]
     for objective, group in by_objective(results).items():
         cells = [format_spread(name, spread([getattr(result, name) for result in group])) for name in MEASURES]
@@ -37,7 +37,7 @@ def markdown_table(results: Sequence[Result]) -> str:
 
 
 def by_objective(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results of each objective, in the order of first appearance."""
+    """Return the results of each objective, in the order of first appearance."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result.objective, []).append(result)
@@ -45,7 +45,7 @@ def by_objective(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def format_spread(name: str, value: Spread | None) -> str:
-    """`61.2 ± 1.3 %` or `4.31 ± 0.20`; without ± for one value."""
+    """Return `61.2 ± 1.3 %` or `4.31 ± 0.20`; without ± for one value."""
     if value is None:
         return "none"
     scale, unit = (100.0, " %") if name in SHARES else (1.0, "")
@@ -54,7 +54,7 @@ def format_spread(name: str, value: Spread | None) -> str:
 
 
 def _digits(number: float) -> str:
-    """Three significant digits without an exponent for the usual sizes."""
+    """Return three significant digits, without an exponent for the usual sizes."""
     if 100 <= abs(number) < 1e6:
         return f"{number:.0f}"
     return f"{number:.3g}"
