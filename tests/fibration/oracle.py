@@ -220,7 +220,8 @@ def _finish(case: Case, x: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def random_case(seed: int, *, trajectories: int = 6, longest: int = 6, partitions: int = 3, scale: float = 0.3) -> Case:
-    """Ids nested from turn to all, and of weight versions and engines; ragged lengths from one token; exact zeros among the log ratios."""
+    """Ids nested from turn to all, and of weight versions and engines; ragged lengths from one token; exact zeros among
+    the log ratios."""
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (trajectories,), generator=draw)
     trajectory = torch.repeat_interleave(torch.arange(trajectories), lengths)
