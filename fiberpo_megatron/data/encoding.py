@@ -51,7 +51,7 @@ class Encoder:
         """By environment: whether a chat template wrote one of its prompts so far."""
 
     def prompt(self, place: Place, task: Task) -> Prompt:
-        """Return the task with its tokens. ValueError names the environment and the task, with file and line if known."""
+        """Return the task with its tokens. ValueError names environment and task, with file and line if known."""
         self.uses_chat[place.domain] |= not isinstance(task.prompt, str)
         ids, text = self._encode(place.domain, task, task.prompt)
         return Prompt(place.index, place.domain, ids, text, task, place.split)

@@ -49,8 +49,9 @@ TOOLS = (  # as Qwen2.5: descriptions in the system message, calls behind the an
     "{{ '\n<tool_response>\n' + message.content + '\n</tool_response>' }}"
     "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
     "{% else %}{{ '<|im_start|>' + message.role + '\n' + message.content }}"
-    '{% if message.tool_calls %}{% for call in message.tool_calls %}{{ \'\n<tool_call>\n{"name": "\' + call.function.name'
-    " + '\", \"arguments\": ' }}{{ call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}{% endif %}"
+    '{% if message.tool_calls %}{% for call in message.tool_calls %}{{ \'\n<tool_call>\n{"name": "\' }}'
+    "{{ call.function.name + '\", \"arguments\": ' }}{{ call.function.arguments | tojson }}{{ '}\n</tool_call>' }}"
+    "{% endfor %}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )

@@ -2,22 +2,20 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fiberpo_megatron.data.curriculum import AdaptivePrompts, Mix, allot, build_prompts, shares
+from fiberpo_megatron.data.prompts import Domain, Place
 from fiberpo_megatron.data.settings import DataConfig
-from fiberpo_megatron.data.tokenizer import load_tokenizer
-from fiberpo_megatron.types import Prompt, RolloutBatch
+from fiberpo_megatron.types import RolloutBatch
 from tests.distributed.parity import make_batch
 
-MODEL = Path(__file__).parents[2] / "examples/demo/model"
-TASKS = [
-    {"kind": "addition", "name": "easy", "digits": 1},
-    {"kind": "addition", "name": "medium", "digits": 2},
-    {"kind": "addition", "name": "hard", "digits": 4, "weight": 2.0},
+DOMAINS = [
+    Domain("easy", 1.0, train_size=92, held_out_size=8),
+    Domain("medium", 1.0, train_size=9010, held_out_size=990),
+    Domain("hard", 2.0, train_size=90_001_000, held_out_size=9_999_000),
 ]
 
 
@@ -26,21 +24,20 @@ def mix(*solve_rates: float, credit: tuple[float, ...] | None = None) -> Mix:
 
 
 def prompts(**settings: object) -> AdaptivePrompts:
-    data = DataConfig.model_validate({"tasks": TASKS, "curriculum": "adaptive", **settings})
-    built = build_prompts(data, load_tokenizer(MODEL))
+    built = build_prompts(DataConfig.model_validate({"curriculum": "adaptive", **settings}), DOMAINS)
     assert isinstance(built, AdaptivePrompts)
     return built
 
 
-def rollouts_of(drawn: list[Prompt], accuracy: dict[int, float], samples: int = 4) -> RolloutBatch:
+def rollouts_of(drawn: list[Place], accuracy: dict[int, float], samples: int = 4) -> RolloutBatch:
     """`samples` trajectories of each prompt, the first part of which are right."""
-    domains = np.repeat([prompt.domain for prompt in drawn], samples)
-    place = np.tile(np.arange(samples), len(drawn))
+    domains = np.repeat([place.domain for place in drawn], samples)
+    sample = np.tile(np.arange(samples), len(drawn))
     return replace(
         make_batch(),
         groups=np.repeat(np.arange(len(drawn)), samples),
         domains=domains,
-        correct=place < np.array([accuracy[d] * samples for d in domains]),
+        correct=sample < np.array([accuracy[d] * samples for d in domains]),
     )
 
 
@@ -97,11 +94,11 @@ def test_state_goes_through_a_checkpoint_bitwise() -> None:
 
 def test_a_state_of_other_domains_or_of_no_curriculum_is_refused() -> None:
     sets = prompts()
-    with pytest.raises(ValueError, match=r"domains \['a'\], data.tasks has \['easy', 'medium', 'hard'\]"):
+    with pytest.raises(ValueError, match=r"domains \['a'\], this run has \['easy', 'medium', 'hard'\]"):
         sets.restore({"domains": ["a"]})
     with pytest.raises(ValueError, match="domains None"):
         sets.restore({})
-    fixed = build_prompts(DataConfig.model_validate({"tasks": TASKS}), load_tokenizer(MODEL))
+    fixed = build_prompts(DataConfig(), DOMAINS)
     fixed.restore(fixed.state())
     with pytest.raises(ValueError, match='written with data.curriculum = "adaptive"'):
         fixed.restore(sets.state())
@@ -112,3 +109,14 @@ def test_rollouts_of_other_prompts_are_not_counted() -> None:
     drawn = sets.prompts_at(0, 0, 8)
     with pytest.raises(AssertionError, match="the curriculum chose"):
         sets.observe(rollouts_of([replace(p, domain=0) for p in drawn], {0: 1.0}))
+
+
+def test_prompts_whose_trajectories_were_all_dropped_count_as_drawn() -> None:
+    """Their environment failed on every sample, so that the rollouts lack their groups."""
+    sets, whole = prompts(), prompts()
+    drawn = sets.prompts_at(0, 0, 8)
+    lost = next(i for i, place in enumerate(drawn) if place.domain == 1)
+    accuracy = {0: 1.0, 1: 0.5, 2: 0.0}
+    sets.observe(rollouts_of([place for i, place in enumerate(drawn) if i != lost], accuracy))
+    whole.observe(rollouts_of(whole.prompts_at(0, 0, 8), accuracy))
+    assert sets.mix == whole.mix and sum(sets.mix.drawn) == 8

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from fiberpo_megatron.data.prompts import build_prompt_sets
-from fiberpo_megatron.data.settings import AdditionTask, SortTask
+from examples.demo.environments import Addition, Sort
+from fiberpo_megatron.data.encoding import Encoder
+from fiberpo_megatron.data.prompts import Domain, PromptSets
 from fiberpo_megatron.data.tokenizer import load_tokenizer, response_text, stop_token_ids
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
@@ -44,9 +45,14 @@ def test_the_config_is_a_small_mixture_of_experts():
 
 def test_prompts_of_both_tasks_fit_the_tokenizer():
     tokenizer = load_tokenizer(DEMO / "model")
-    tasks = [AdditionTask(kind="addition"), SortTask(kind="sort")]
-    sets = build_prompt_sets(tasks, tokenizer, max_prompt_tokens=16)
-    for prompt in sets.prompts_at(0, 0, 8):
+    tasks = [Addition(), Sort()]
+    names = ["addition", "sort"]
+    sets = PromptSets([Domain(n, 1.0, t.train_size, t.held_out_size) for n, t in zip(names, tasks)])
+    encoder = Encoder(tokenizer, names, [{}, {}], model=DEMO / "model", vocabulary=64, max_prompt_tokens=16)
+    places = sets.prompts_at(0, 0, 8)
+    assert {place.domain for place in places} == {0, 1}
+    for place in places:
+        prompt = encoder.prompt(place, tasks[place.domain].train(place.index))
         assert tokenizer.decode(prompt.token_ids) == prompt.text and len(prompt.token_ids) == len(prompt.text)
 
 

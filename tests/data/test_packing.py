@@ -11,16 +11,11 @@ from fiberpo_megatron.types import RolloutBatch
 def rollout_batch(prompt_lengths: list[int], response_lengths: list[int]) -> RolloutBatch:
     mask = np.concatenate([[False] * p + [True] * r for p, r in zip(prompt_lengths, response_lengths)])
     count, total = len(prompt_lengths), len(mask)
-    return RolloutBatch(
+    return RolloutBatch.filled(
         tokens=np.arange(1, total + 1),
         response_mask=mask.astype(bool),
-        rollout_log_probs=np.zeros(total, np.float32),
-        lengths=np.add(prompt_lengths, response_lengths).astype(np.int64),
-        rewards=np.zeros(count, np.float32),
-        correct=np.zeros(count, bool),
+        lengths=np.add(prompt_lengths, response_lengths),
         groups=np.arange(count),
-        domains=np.zeros(count, np.int64),
-        truncated=np.zeros(count, bool),
     )
 
 

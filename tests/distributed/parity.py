@@ -131,7 +131,7 @@ def make_batch(seed: int = 0, vocab: int = 51, name: str = "mixed") -> RolloutBa
     lengths = np.array(LENGTHS[name], dtype=np.int64)
     mask = np.concatenate([(np.arange(n) >= max(1, n // 3)) & (np.arange(n) % 16 < 13) for n in lengths])
     count = len(lengths)
-    return RolloutBatch(
+    return RolloutBatch.filled(
         tokens=rng.integers(0, vocab, int(lengths.sum())),
         response_mask=mask,
         rollout_log_probs=np.zeros(len(mask), dtype=np.float32),
