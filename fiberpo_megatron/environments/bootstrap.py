@@ -2,8 +2,9 @@
 
 The interpreter may be one that has neither this package nor anything else installed. So this file makes
 `fiberpo_megatron` importable from the folder that it stands in, without the folder's siblings: whatever lies beside
-the package in the trainer's interpreter stays invisible here. The arguments are the number of
-the process that started the worker and three file descriptors. This file has to be understood by every Python 3, so that an old one can be refused.
+the package in the trainer's interpreter stays invisible here. The arguments are the number of the process that
+started the worker and three file descriptors. Every Python 3 has to understand this file, so that an old one can be
+refused.
 """
 
 import sys

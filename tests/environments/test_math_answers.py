@@ -1,5 +1,8 @@
-"""These tests run the process around math-verify. The library itself is optional: where it is missing, a stand-in of the same
-name is laid on the worker's path, so that time limits, crashes and restarts are tested everywhere."""
+"""These tests run the process around math-verify.
+
+The library itself is optional: a stand-in of the same name is laid on the worker's path, so that time limits, crashes
+and restarts are tested everywhere.
+"""
 
 import os
 import signal

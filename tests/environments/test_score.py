@@ -1,4 +1,4 @@
-"""Every call that misbehaves is bounded in time, counted and written down."""
+"""These tests call what misbehaves: each call is bounded in time, counted and written down."""
 
 import asyncio
 import json
