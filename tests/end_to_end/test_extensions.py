@@ -43,6 +43,7 @@ def records(folder: Path) -> list[dict]:
 
 @pytest.mark.sglang
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_everything_of_ones_own_trains_dies_and_resumes(tmp_path: Path, model: Path) -> None:
     names = write_files(tmp_path)
     assert {"sums.py", "tries.py", "table.py", "soft_clip.py", "momentum.py", "one_file.py", "csv_sink.py"} <= set(

@@ -30,8 +30,8 @@ objective = "fiberpo"
 expert = 2
 [trainer]
 steps = 40
-[[data.tasks]]
-kind = "addition"
+[[environments]]
+use = "sums:Sums"
 name = "addition"
 """
 
@@ -121,7 +121,7 @@ def test_a_whole_run(tmp_path):
     assert all(f"<h3>Step {step}</h3>" in page for step in (0, 20, 39)), "first, middle, last"
     assert "-2.000" in page, "mean log-prob of the sample"
     assert "fiberpo · model models/&lt;tiny&gt; · tasks addition · parallel: expert 2 · seed 7" in page
-    assert "<td>[0].kind</td>" in page or "<td>tasks[0].kind</td>" in page
+    assert "<td>[0].use</td>" in page or "<td>environments[0].use</td>" in page
     assert page.count("<svg") == page.count("<figure>") >= 14
 
 
@@ -209,3 +209,21 @@ def test_charts_are_well_formed_svg_without_size_and_dates():
         assert root.tag.endswith("svg") and "viewBox" in root.attrib and "width" not in root.attrib
     again = [line_chart([Line("a", series(1.0, 2.0, 3.0))], unit="") for _ in range(2)]
     assert again[0] == again[1] and not re.search(r"20\d\d-\d\d", again[0])
+
+
+def test_what_environments_say_is_shown(tmp_path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    for step in range(3):
+        said = {"reward/mean": 1.0, "reward/digits/mean": 0.5, "environment/tries/mean": 2.0}
+        sink.write(step, "train", {**said, "environment/sums/failures": 3.0, "failed_share": 0.1})
+    sink.close()
+    (tmp_path / "rollouts").mkdir()
+    record = {"prompt": "p", "rewards": {"digits": 0.25}, "metadata": {"source": "a<b"}, "failure": "deadline: 60 s"}
+    (tmp_path / "rollouts" / "step_000000.jsonl").write_text(json.dumps(record) + "\n")
+    (section,) = [s for s in build_sections(load_run(tmp_path)) if s.title == "Environments"]
+    assert [panel.title for panel in section.panels] == [
+        "Components of the reward", "Numbers of the environments", "Events of the environments", "Failed trajectories"
+    ]  # fmt: skip
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    for text in ("digits: 0.25", "source: a&lt;b", "failure: deadline: 60 s"):
+        assert text in page, text

@@ -94,9 +94,11 @@ def render(data: RunData) -> str:
 
 def _about(data: RunData) -> str:
     config = data.config
-    names = [task.get("name", task.get("kind", "")) for task in _get(config, "data", "tasks") or []]
+    tasks = config.get("environments") or _get(config, "data", "tasks") or []  # data.tasks: of earlier versions
+    names = [task.get("name", task.get("kind", "")) for task in tasks]
+    objective = _get(config, "algorithm", "objective")
     parts = [
-        _get(config, "algorithm", "objective") if _kind(data) == "train" else "supervised warm-up",
+        (objective.get("use") if isinstance(objective, Mapping) else objective) if _kind(data) == "train" else "supervised warm-up",
         f"model {_get(config, 'model', 'path')}" if _get(config, "model", "path") else None,
         f"tasks {', '.join(names)}" if names else None,
         _layout(_get(config, "parallel") or {}),
@@ -202,14 +204,23 @@ def _rollout_table(records: list[dict[str, Any]]) -> str:
             f"<tr><td>{_text(record.get('prompt'))}</td>"
             f"<td class='{mark}'>{_text(record.get('response'))}</td>"
             f"<td>{_text(record.get('answer'))}</td>"
+            f"<td>{_text(_details(record))}</td>"
             f"<td class='number'>{escape(str(record.get('reward', '')))}</td>"
             f"<td class='number'>{mean}</td><td>{escape(str(record.get('finish_reason', '')))}</td></tr>"
         )
     head = "".join(
         f"<th>{title}</th>"
-        for title in ("prompt", "response", "answer", "reward", "log-prob, nats/token", "finish reason")
+        for title in ("prompt", "response", "answer", "details", "reward", "log-prob, nats/token", "finish reason")
     )
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _details(record: Mapping[str, Any]) -> str:
+    """Return what the environment said beside the reward, a line each."""
+    lines = [
+        f"{name}: {value}" for key in ("rewards", "metrics", "metadata") for name, value in record.get(key, {}).items()
+    ]
+    return "\n".join([*lines, *([f"failure: {record['failure']}"] if record.get("failure") else [])])
 
 
 def _text(value: object) -> str:

@@ -111,6 +111,7 @@ def build_sections(data: RunData) -> list[Section]:
     charts = Charts(data)
     makers: list[tuple[str, Iterable[Panel | None]]] = [
         ("Learning", _learning(charts)),
+        ("Environments", _environments(charts)),
         ("Policy movement", _movement(charts)),
         *((f"Gate of level: {level}", _gate(charts, level)) for level in _levels(data)),
         ("Experts", _experts(charts)),
@@ -165,6 +166,19 @@ def _reward(charts: Charts) -> Panel | None:
         return None
     lines = [Line("mean ± standard deviation" if deviation is not None else "mean", mean, band=deviation)]
     return Panel("Reward", "", line_chart(lines, unit="reward"), "over all trajectories of a step")
+
+
+def _environments(charts: Charts) -> Iterable[Panel | None]:
+    """Yield components of rewards, other numbers of the environments, and their failures."""
+    for title, pattern, note in (
+        ("Components of the reward", r"reward/(.+)/mean", "mean over the trajectories that have the component"),
+        ("Numbers of the environments", r"environment/(.+)/mean", "mean over the trajectories that have the number"),
+        ("Events of the environments", r"environment/(.+)", "counts of a step: failures, trajectories that began anew"),
+    ):
+        matches = (re.fullmatch(pattern, name) for name in charts.data.names("train"))
+        found = {m[0]: m[1] for m in matches if m is not None and ("train", m[0]) not in charts.shown}
+        yield charts.lines(title, found, note=note) if found else None
+    yield charts.lines("Failed trajectories", {"failed_share": "kept with reward 0"})
 
 
 def _movement(charts: Charts) -> Iterable[Panel | None]:
