@@ -189,7 +189,6 @@ def make_config(args: argparse.Namespace) -> Any:
             "model": {"path": ".", "random_init": True, "dtype": "float32", "train_router": True},
             "parallel": {**sizes, "distributed_optimizer": False},
             "optimizer": {"learning_rate": LEARNING_RATE, "eps": ADAM_EPS, "clip_grad": CLIP_GRAD},
-            "data": {"tasks": [{"kind": "addition"}]},
         }
     )
 

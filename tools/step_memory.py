@@ -138,7 +138,7 @@ def prepare(case: str, options: argparse.Namespace) -> tuple[Any, Callable[[], A
 
     sections = {name: {**BASE[name], **CASES[case].get(name, {})} for name in BASE}
     sections["model"] |= {"path": "unused", "random_init": True}
-    config = Config.model_validate({**sections, "data": {"tasks": [{"kind": "addition"}]}})
+    config = Config.model_validate(sections)
     hf_config = architecture(options)
     policy = build_policy(config, hf_config, start_layout(hf_config, config.parallel, config.run))
     batch, rows = trajectories(options)

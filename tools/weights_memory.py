@@ -96,9 +96,8 @@ def write_model(folder: Path, sizes: dict[str, int]) -> None:
 def measure(folder: Path, parallel: dict[str, int], bucket_bytes: int) -> Memory:
     """Return this rank's memory while the launched ranks load and save the model."""
     hf_config = json.loads((folder / "config.json").read_text())
-    data = {"tasks": [{"kind": "addition"}]}
     model = {"path": folder, "dtype": "float32"}
-    config = Config.model_validate({"model": model, "parallel": parallel, "data": data})
+    config = Config.model_validate({"model": model, "parallel": parallel})
     layout = start_layout(hf_config, config.parallel, config.run)
     dist.barrier()
     base = anonymous_bytes()
