@@ -1,6 +1,6 @@
 """This module is the trainer's view of the model: it implements `interfaces.Policy` on Megatron-Core."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,12 +179,6 @@ class MegatronPolicy:
         from fiberpo_megatron.mcore.weights.source import MegatronWeights
 
         return MegatronWeights(self.models, self.hf_config, self.layout)
-
-    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what `weights.full()` yields."""
-        from fiberpo_megatron.mcore import weights
-
-        yield from weights.export_hf(self.models, self.hf_config, self.layout)
 
     def release_memory(self) -> None:
         """Drop the gradients and park the optimizer's state in host memory; log-probs and exports still work."""

@@ -335,4 +335,4 @@ def write_checkpoints(folder: Path) -> None:
         (source / "config.json").write_text(json.dumps(hf_config))
         policy = build_policy(config, hf_config, layout)
         shake_vectors(policy)
-        save_hf(policy.export_weights(), folder / name, source)
+        save_hf(policy.weights.full(), folder / name, source)

@@ -69,7 +69,7 @@ def three_steps(config: Config, layout: ParallelLayout, release: bool) -> dict[s
                     with pytest.raises(RuntimeError, match=r"call restore_memory\(\) first"):
                         action()
             seen.append(policy.log_probs(batches, TEMPERATURE).log_probs.tolist())
-            seen.append(sum(float(tensor.double().sum()) for _, tensor in policy.export_weights()))
+            seen.append(sum(float(tensor.double().sum()) for _, tensor in policy.weights.full()))
             if release:
                 policy.restore_memory()
                 policy.restore_memory()

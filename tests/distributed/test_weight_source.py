@@ -1,0 +1,51 @@
+"""The shards that ranks hold, put together, are the full tensors, in every layout and family."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fiberpo_megatron.mcore.policy import build_policy
+from tests.distributed.parity import MODELS, make_config
+from tests.distributed.spawn import run_ranks
+from tests.planning.layouts import next_layout
+
+LAYOUTS: list[dict[str, int]] = [{"tensor": 2}, {"pipeline": 2}, {"expert": 2}, {}]
+Shard = tuple[str, Any, tuple[int, ...], tuple[int, ...]]
+
+
+def weights(model: str) -> list[tuple[list[Shard], dict[str, Any], int]]:
+    """For every layout this rank's shards, the full tensors (on rank 0), and how many shards are views of parameters."""
+    found = []
+    for parallel in LAYOUTS:
+        if "expert" in parallel and "dense" in model:
+            continue
+        config = make_config(parallel=parallel)
+        policy = build_policy(config, MODELS[model], next_layout(MODELS[model], config))
+        memory = {p.untyped_storage().data_ptr() for chunk in policy.models for p in chunk.parameters()}
+        shards = list(policy.weights.local())
+        views = sum(shard.tensor.untyped_storage().data_ptr() in memory for shard in shards)
+        local = [(s.name, s.tensor.numpy().copy(), s.shape, s.offset) for s in shards]
+        full = {name: tensor.numpy() for name, tensor in policy.weights.full()}
+        found.append((local, full, views))
+    return found
+
+
+@pytest.mark.parametrize("model", list(MODELS))
+def test_shards_of_all_ranks_make_the_full_tensors(model: str) -> None:
+    ranks = run_ranks(2, weights, model)
+    for layout in range(len(ranks[0])):
+        full = ranks[0][layout][1]
+        covered = {name: np.zeros(tensor.shape, bool) for name, tensor in full.items()}
+        for rank in ranks:
+            shards, _, views = rank[layout]
+            for name, values, shape, offset in shards:
+                assert shape == full[name].shape, name
+                at = tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))
+                np.testing.assert_array_equal(full[name][at], values, err_msg=name)
+                covered[name][at] = True
+            assert views > 0, "parameters that Megatron stores as the files do are not copied"
+        assert full and all(seen.all() for seen in covered.values())
+    if model == "moe":
+        tensor, pipeline, expert, data = (sum(values.size for _, values, _, _ in found[0]) for found in ranks[1])
+        assert max(pipeline, expert) < 0.8 * data and tensor < data, "a rank yields its own part alone"
