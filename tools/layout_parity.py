@@ -164,7 +164,7 @@ def rollout_batch(problem: Problem) -> Any:
     from fiberpo_megatron.types import RolloutBatch
 
     count = len(problem.lengths)
-    return RolloutBatch(
+    return RolloutBatch.filled(
         tokens=problem.tokens,
         response_mask=problem.response_mask,
         rollout_log_probs=np.zeros(len(problem.tokens), dtype=np.float32),
@@ -220,9 +220,9 @@ def run_reference(args: argparse.Namespace, problem: Problem) -> Outcome:
     """Run one process with one micro-batch in float64; it defines the old log-probs as its own minus the drift."""
     from fiberpo_megatron.mcore.families import read_architecture
     from fiberpo_megatron.mcore.model import build_model, draw_weights
-    from fiberpo_megatron.mcore.parallel.layout import start_layout
     from fiberpo_megatron.mcore.optimizers import make_optimizer
     from fiberpo_megatron.mcore.optimizers.adam import Adam
+    from fiberpo_megatron.mcore.parallel.layout import start_layout
     from fiberpo_megatron.mcore.schedule import Schedule
     from fiberpo_megatron.mcore.weights.global_tensors import global_shards, gradient_shards
 

@@ -178,7 +178,7 @@ def trajectories(options: argparse.Namespace) -> tuple[Any, list[list[int]]]:
     count, length = 4 * options.rows, options.row_tokens // 4 + 1
     mask = np.tile(np.arange(length) >= length // 4, count)
     rng = np.random.default_rng(0)
-    batch = RolloutBatch(
+    batch = RolloutBatch.filled(
         tokens=rng.integers(0, options.vocabulary, count * length),
         response_mask=mask,
         rollout_log_probs=np.zeros(len(mask), np.float32),
