@@ -112,6 +112,8 @@ class _Slot:
     calls: dict[int, Job] = field(default_factory=dict)
     runs: dict[int, Job] = field(default_factory=dict)
     doom: _Doom | None = None
+    retiring: bool = False
+    """Whether the process gets no more jobs, because a failed job has left a thread running in it."""
     ready_at: int = 0
 
     def job(self, number: int) -> Job | None:
@@ -200,7 +202,7 @@ class EnvironmentPool:
 
     async def _start_worker(self, slot: _Slot) -> dict[str, Any]:
         """Start a process in a slot and wait until it is ready. Raises PluginError."""
-        slot.doom = None
+        slot.doom, slot.retiring = None, False
         slot.ready = asyncio.get_running_loop().create_future()
         slot.process = WorkerProcess(
             self._python,
@@ -222,6 +224,8 @@ class EnvironmentPool:
                     f"start_timeout_s. It was here:\n{slot.process.page.traceback() or slot.process.last_output()}"
                 )
             description = slot.ready.result()
+            if slot.process is None:
+                raise PluginError(f"environment {self._config.name!r}: a worker ended as soon as it was ready")
         except BaseException:
             slot.ready = None
             if slot.process is not None:
@@ -429,7 +433,7 @@ class EnvironmentPool:
     def _dispatch(self) -> None:
         """Give the waiting jobs to the workers, in their order."""
         ahead = 1 + min(QUEUE_LIMIT - 1, int(QUEUE_S / self._call_s))
-        usable = [slot for slot in self._slots if slot.usable and slot.doom is None]
+        usable = [slot for slot in self._slots if slot.usable and slot.doom is None and not slot.retiring]
         while self._waiting_calls and usable:
             slot = min(usable, key=lambda slot: len(slot.calls))
             if len(slot.calls) >= ahead:
@@ -490,6 +494,7 @@ class EnvironmentPool:
             del slot.place_of(job)[number]
             reply = json.loads(payload)
             if kind == Kind.FAILED:
+                slot.retiring |= bool(reply["stuck"])  # no thread can be ended, so its process has to
                 self._fail(job, reply["kind"], reply["message"], reply["traceback"])
             else:
                 if job.kind != Kind.RUN:
@@ -559,6 +564,9 @@ class EnvironmentPool:
             self._bury(slot, process)
             return
         if slot.doom is not None or not slot.usable:
+            return
+        if slot.retiring and not slot.calls and not slot.runs:
+            process.kill()
             return
         deadline_s = self._config.deadline_s
         holder = process.page.holder()

@@ -183,13 +183,15 @@ class WorkerProcess:
 
     def ask_where(self) -> None:
         """Have the process write where it stands into its page."""
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, TRACEBACK_SIGNAL)
+        if self._process.returncode is None:  # a reaped process's number may belong to another one
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, TRACEBACK_SIGNAL)
 
     def kill(self) -> None:
         """Kill the process and its group: the processes that it has started, too."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
 
     def close_commands(self) -> None:
         """Ask the process to end: it ends when its command pipe does."""

@@ -22,6 +22,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from time import monotonic_ns
 from typing import Any
 
@@ -34,6 +35,7 @@ from fiberpo_megatron.environments.wire import InvalidReply, Kind
 from fiberpo_megatron.environments.worker_jobs import Job, OutputExceeded, PolicyEnd, Stepped
 
 TICK_S = 0.05
+THREADS = 64
 LONG_CALL_NS = 5_000_000
 GRACE_NS = 1_000_000_000
 """How long a conversation may take to end after it was cancelled at its deadline."""
@@ -42,6 +44,18 @@ TRACEBACK_SIGNAL = signal.SIGUSR2
 
 CURRENT: contextvars.ContextVar[Job] = contextvars.ContextVar("job")
 """The job on whose behalf the current asyncio task runs; tasks that user code makes inherit it."""
+
+
+class Executor(ThreadPoolExecutor):
+    """Runs what user code gives to threads (`asyncio.to_thread`), and knows for which job."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future = super().submit(function, *arguments, **named)
+        job = CURRENT.get(None)
+        if job is not None:
+            job.threads.add(future)
+            future.add_done_callback(job.threads.discard)
+        return future
 
 
 class Worker:
@@ -72,6 +86,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         self._end = loop.create_future()
         loop.set_task_factory(self._make_task)
+        loop.set_default_executor(Executor(THREADS))
         loop.add_reader(self._commands, self._readable)
         self._tick()
         await self._end
@@ -178,10 +193,14 @@ class Worker:
         self.send(kind, job.id, payload)
 
     def _send_failure(self, job: Job, kind: str, message: str, trace: str) -> None:
+        threads = list(job.threads)
+        for future in threads:
+            future.cancel()  # those that have not begun; the others cannot be ended
         failure = {
             "kind": kind,
             "message": message[: wire.MESSAGE_CHARACTERS],
             "traceback": trace[-wire.TRACEBACK_CHARACTERS :],
+            "stuck": any(future.running() for future in threads),
         }
         self.send(Kind.FAILED, job.id, wire.encode(failure))
 

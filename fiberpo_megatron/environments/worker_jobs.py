@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from fiberpo_megatron.environments import Message, Turn, wire
@@ -32,6 +33,8 @@ class Job:
         """What it failed with before it ended: kind, message, traceback."""
         self.main: asyncio.Task[Any] | None = None
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.threads: set[Future[Any]] = set()
+        """Calls in threads of the event loop's executor that have not ended."""
         self.expired_at: int | None = None
         self.abandoned = False
         self.random_state: tuple[Any, ...] | None = None

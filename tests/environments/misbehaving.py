@@ -128,6 +128,8 @@ class Talking(Tasks, Environment):
                 return Outcome(1.0)
         elif deed == "child_loop":
             await asyncio.gather(asyncio.sleep(0.01), self.block())
+        elif deed == "thread_loop":
+            await asyncio.to_thread(do, "loop")
         elif deed == "callback_loop":
             asyncio.get_running_loop().call_soon(do, "loop")
             await asyncio.sleep(30)

@@ -84,6 +84,19 @@ def test_a_culprit_that_nobody_saw_ends_alone(deed, kind):
     assert counts["failures"] == 1 and counts["restarted"] >= 5
 
 
+def test_a_thread_that_does_not_end_costs_its_worker_once_the_others_are_done():
+    async def scenario():
+        async with pool_of("Talking", workers=1, deadline_s=1.5) as pool:
+            runs = (pool.run(task(deed), policy(), seed=0) for deed in ("thread_loop", "patient"))
+            first = await asyncio.gather(*runs)
+            return first, await pool.run(task("fine"), policy(), seed=0), pool.take_counts()
+
+    (stuck, beside), after, counts = asyncio.run(scenario())
+    assert stuck.kind == "deadline" and "to_thread" in stuck.traceback
+    assert beside == after == Outcome(5.0)
+    assert counts["worker_deaths"] == 1 and not counts["restarted"]
+
+
 def test_the_policys_time_does_not_count():
     (outcome,), _ = run_all(["says 2"], converse=policy(delay_s=0.8), workers=1, deadline_s=1.0)
     assert outcome == Outcome(5.0), "2.4 s of sampling"
