@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from fiberpo_megatron.interfaces import LocalShard
-from fiberpo_megatron.mcore.families import Architecture, Split, Vocabulary, Whole, family_of
+from fiberpo_megatron.mcore.families import Architecture, GateUp, Qkv, Split, Vocabulary, Whole, family_of
 from fiberpo_megatron.mcore.weights.export import export_hf
 from fiberpo_megatron.mcore.weights.local import LocalWeight, WeightLayout, local_weights
 
@@ -37,7 +37,8 @@ class MegatronWeights:
         beyond the next optimiser step. A part is a contiguous block of the full tensor, cut in at most one dimension.
         Ranks that are replicas of each other yield the same parts: all data-parallel ranks for what is not an expert's,
         all tensor-parallel ranks for norms and routers. The rows by which Megatron pads the vocabulary are left out, so
-        that a part may have no rows.
+        that a part may have no rows. Raises ValueError for a tensor-parallel model whose family has transforms of its
+        own, because the blocks that these cut are not known.
         """
         family = family_of(self._hf_config)
         model = family.read_architecture(self._hf_config)
@@ -51,6 +52,12 @@ def _shards(weight: LocalWeight, model: Architecture) -> Iterator[LocalShard]:
     transform, tensor = weight.rule.transform, weight.tensor.detach()
     shapes = transform.hf_shapes(tuple(tensor.shape), weight.shard.size, model)
     as_stored = isinstance(transform, Whole | Split | Vocabulary)
+    if weight.shard.size > 1 and not (as_stored or isinstance(transform, GateUp | Qkv)):
+        raise ValueError(
+            f"{weight.name}: under tensor parallelism {type(transform).__name__}, a transform of the model's family, "
+            "may spread this rank's part over several blocks of a tensor, which a shard is not; use a publisher "
+            "that takes full tensors, or parallel.tensor = 1 (for experts parallel.expert_tensor = 1)"
+        )
     parts = [tensor] if as_stored else transform.merge([tensor], model)
     for name, shape, part in zip(weight.hf_names, shapes, parts, strict=True):
         cut = [d for d, (whole, mine) in enumerate(zip(shape, part.shape, strict=True)) if whole != mine]

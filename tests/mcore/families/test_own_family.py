@@ -49,11 +49,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @dataclass
 class Answer:
-    """What one rank says."""
+    """Holds what one rank says."""
 
     log_probs: dict[int, float]
     """By flat token index; empty away from the last pipeline stage."""
     exported: dict[str, Tensor]
+    shards: dict[str, Tensor] | str
+    """The tensors of `WeightSource.local`, or the error that it raised."""
     parameters: int
 
 
@@ -61,6 +63,7 @@ def answer(folder: Path, parallel: dict[str, int]) -> Answer:
     from fiberpo_megatron.mcore.parallel.layout import start_layout
     from fiberpo_megatron.mcore.policy import build_policy
     from fiberpo_megatron.mcore.weights import export_hf
+    from fiberpo_megatron.mcore.weights.source import MegatronWeights
     from fiberpo_megatron.types import concatenated_response_tokens
 
     os.chdir(folder)
@@ -71,9 +74,15 @@ def answer(folder: Path, parallel: dict[str, int]) -> Answer:
     batches = micro_batches_for(make_batch(), layout, None)
     scores = policy.log_probs(batches, TEMPERATURE)
     index = concatenated_response_tokens(batches).tolist()
+    shards: dict[str, Tensor] | str
+    try:
+        shards = {shard.name: shard.tensor for shard in MegatronWeights(policy.models, hf_config, layout).local()}
+    except ValueError as error:
+        shards = str(error)
     return Answer(
         dict(zip(index, scores.log_probs.tolist())) if scores else {},
         dict(export_hf(policy.models, hf_config, layout, bucket_bytes=20_000)),
+        shards,
         sum(parameter.numel() for model in policy.models for parameter in model.parameters()),
     )
 
@@ -94,6 +103,12 @@ def test_the_example_of_the_page(parallel: dict[str, int], folder: Path) -> None
     )
     assert answers[0].exported.keys() == stored.keys()
     assert all(torch.equal(answers[0].exported[name], stored[name]) for name in stored)
+    for rank in answers:
+        if "tensor" in parallel:  # a rank's rows of a stacked tensor are not one block of it
+            assert "linear_qkv.weight: under tensor parallelism Stacked, a transform" in str(rank.shards)
+        else:
+            assert isinstance(rank.shards, dict) and "model.layers.1.self_attn.qkv_proj.weight" in answers[0].shards
+            assert all(torch.equal(tensor, stored[name]) for name, tensor in rank.shards.items())
     architecture, config = read_architecture(read_hf_config(folder / "model", PATH)), ParallelConfig(**parallel)
     assert model_parameters(architecture) == sum(tensor.numel() for tensor in stored.values())
     for rank, found_here in enumerate(answers):
