@@ -1,4 +1,4 @@
-"""RL post-training of MoE language models with FiberPO on Megatron-Core, rollouts by SGLang."""
+"""This package trains MoE language models by RL with FiberPO on Megatron-Core; SGLang serves the rollouts."""
 
 from typing import TYPE_CHECKING, Any
 

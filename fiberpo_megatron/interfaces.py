@@ -1,4 +1,4 @@
-"""The protocols by which the parts of a run know each other, each once.
+"""This module holds the protocols by which the parts of a run know each other, each once.
 
 The training loop depends on these and on nothing behind them; the fakes of the tests are checked against them by mypy.
 B trajectories, N tokens of all trajectories, n local response tokens, as in `types`.
@@ -54,7 +54,7 @@ class Layout(Protocol):
         ...
 
     def max_over_tokens(self, x: Tensor) -> Tensor:
-        """Maximum of a float64 tensor over the data x context parallel ranks."""
+        """Return the maximum of a float64 tensor over the data x context parallel ranks."""
         ...
 
     def gather_rollouts(self, share: RolloutBatch | None) -> RolloutBatch:
@@ -158,7 +158,7 @@ class Passes(Protocol):
 
 @dataclass(frozen=True)
 class LocalShard:
-    """This rank's part of one tensor of the Hugging Face folder."""
+    """This is a rank's part of one tensor of the Hugging Face folder."""
 
     name: str
     """Hugging Face name of the full tensor."""
@@ -171,7 +171,7 @@ class LocalShard:
 
 
 class WeightSource(Protocol):
-    """It hands out the policy's current weights under their Hugging Face names."""
+    """This source gives the policy's current weights under their Hugging Face names."""
 
     def full(self) -> Iterator[tuple[str, Tensor]]:
         """Yield names and full tensors, one at a time. Gathering a tensor is collective: every rank iterates to the
@@ -191,7 +191,7 @@ class WeightExport(Protocol):
 
 
 class Checkpointing(Protocol):
-    """It saves and restores everything that training changes, and lends the device's memory."""
+    """This part saves and restores everything that training changes, and can release the device's memory."""
 
     def release_memory(self) -> None:
         """Leave the device's memory, except for the parameters, to somebody else. No step and no save is possible
@@ -207,7 +207,7 @@ class Checkpointing(Protocol):
         ...
 
     def begin_save(self, folder: str, state: Mapping[str, object]) -> PendingSave:
-        """Save as `save` does, but a thread writes beside the training until `finish` is called."""
+        """Write a checkpoint as `save` does, but a thread writes beside the training until `finish` is called."""
         ...
 
     def load(self, folder: str) -> dict[str, object]:
@@ -220,16 +220,16 @@ class Policy(Passes, WeightExport, Checkpointing, Protocol):
 
 
 class Objective(Protocol):
-    """It turns log ratios into coefficients; `fibration.Objective` is the real one."""
+    """This part computes coefficients from log ratios; `fibration.Objective` is the real one."""
 
     @property
     def uses_experts(self) -> bool:
-        """Whether it needs the tokens' expert shares."""
+        """This says whether it needs the tokens' expert shares."""
         ...
 
     @property
     def spans_micro_batches(self) -> bool:
-        """Whether a token's coefficient depends on tokens of other trajectories."""
+        """This says whether a token's coefficient depends on tokens of other trajectories."""
         ...
 
     def __call__(
@@ -286,7 +286,7 @@ class ConversationEncoder(Protocol):
 
 
 class Sampler(Protocol):
-    """It samples from the policy that was published last, and scores tokens with it."""
+    """This part samples from the policy that was published last, and scores tokens with it."""
 
     async def sample(
         self,
@@ -326,11 +326,11 @@ class RolloutSource(Protocol):
         ...
 
     def publish(self, version: int) -> None:
-        """Hand over the policy's current weights as `version`: the number of steps that made them."""
+        """Give the engines the policy's current weights as `version`, the number of steps that made them."""
         ...
 
     def held_out(self, version: int) -> RolloutBatch | None:
-        """Return trajectories on the held-out prompts, sampled with the weights `version`; None where there are no
+        """Return trajectories on the held-out prompts, sampled with the weights `version`; None when there are no
         held-out prompts or no engines."""
         ...
 
@@ -348,7 +348,7 @@ class RolloutSource(Protocol):
 
     @property
     def domains(self) -> Sequence[str]:
-        """Names of the environments, in the order of `RolloutBatch.domains`."""
+        """These are the names of the environments, in the order of `RolloutBatch.domains`."""
         ...
 
 

@@ -1,4 +1,5 @@
-"""What all sections of the config have in common. The sections stand beside what they configure; `config/` joins them.
+"""This module holds what all sections of the config have in common. The sections stand beside what they configure;
+`config/` joins them.
 
 Nothing here or in a module named `settings` imports torch: a config can be loaded and checked on a login node.
 """
@@ -11,14 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 
 class Section(BaseModel):
-    """The base of all sections: frozen, unknown keys and numbers that are not finite are refused, and the docstring
-    under a field becomes its description."""
+    """This is the base of all sections. They are frozen, refuse unknown keys and numbers that are not finite, and the
+    docstring under a field becomes its description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class PluginConfig(Section):
-    """A plug-in with its options. A string alone stands for `{use = "..."}`."""
+    """This is a plug-in with its options. A string alone stands for `{use = "..."}`."""
 
     use: str = Field(min_length=1)
     """A short name, or the import path of a class (`package.module:Class`; the current folder is importable)."""
@@ -44,7 +45,8 @@ class PluginConfig(Section):
 
 
 def as_plugin(value: object) -> object:
-    """For a `mode="before"` validator: turn a string into the table that it stands for."""
+    """Return the table that a string stands for; other values stay as they are. Use it in a `mode="before"`
+    validator."""
     return {"use": value} if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""What crosses a boundary between parts: one type per stage, frozen, shapes documented.
+"""This module defines what crosses a boundary between parts: one type per stage, frozen, shapes documented.
 
 B trajectories, N tokens of all trajectories (prompts included), t local positions of one packed row,
 n local response tokens. "Response token" is a token that the policy chose and that is trained on.
@@ -21,7 +21,7 @@ EXIT_STOPPED = 85
 
 @dataclass(frozen=True)
 class Prompt:
-    """A task of an environment with the tokens of its prompt."""
+    """This is a task of an environment with the tokens of its prompt."""
 
     index: int
     """Position in its split of the environment (stable over runs)."""
@@ -35,8 +35,8 @@ class Prompt:
 
     @property
     def number(self) -> int | str:
-        """What identifies the task inside its environment: its id, as a number where it is one. Sampling seeds and the
-        digests of stored rollouts are made of it."""
+        """This identifies the task inside its environment: it is the id, as a number where it is one. Sampling seeds
+        and the digests of stored rollouts are made of it."""
         name = self.task.id
         if name is None:
             return self.index
@@ -54,7 +54,8 @@ class WeightSpan:
 
 @dataclass(frozen=True)
 class Completion:
-    """What follows a prompt: one sampled response as the engine returned it, or the joined turns of a conversation."""
+    """This is what follows a prompt: one sampled response as the engine returned it, or the joined turns of a
+    conversation."""
 
     token_ids: tuple[int, ...]
     log_probs: NDArray[np.float32]
@@ -74,7 +75,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A scored response."""
+    """This is a scored response."""
 
     prompt: Prompt
     completion: Completion
@@ -92,7 +93,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """All trajectories of one prompt."""
+    """These are all trajectories of one prompt."""
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
@@ -148,7 +149,7 @@ def _experts(trajectory: Trajectory) -> NDArray[np.int16] | None:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """All trajectories of one training step as flat arrays, equal on every rank, groups contiguous.
+    """These are all trajectories of one training step as flat arrays, equal on every rank, groups contiguous.
 
     A fact is added by one line here: its dtype, what it has one entry for, its value where nothing is known, and
     where in a trajectory it stands.
@@ -208,33 +209,35 @@ class RolloutBatch:
 
     @property
     def offsets(self) -> NDArray[np.int64]:
-        """[B + 1] start of each trajectory in the flat arrays."""
+        """This is [B + 1], the start of each trajectory in the flat arrays."""
         return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
 
     @property
     def response_lengths(self) -> NDArray[np.int64]:
-        """[B] response tokens of each trajectory."""
+        """This is [B], the number of response tokens of each trajectory."""
         running = np.concatenate([[0], np.cumsum(self.response_mask)])
         return np.diff(running[self.offsets]).astype(np.int64)
 
     @property
     def turn_begins(self) -> NDArray[np.bool_]:
-        """[N] True at the first token of each turn of the policy."""
+        """This is [N], True at the first token of each turn of the policy."""
         begins = self.response_mask & ~np.concatenate([[False], self.response_mask[:-1]])
         begins[self.offsets[:-1]] |= self.response_mask[self.offsets[:-1]]
         return begins
 
     @property
     def turns(self) -> NDArray[np.int64]:
-        """[B] turns of the policy in each trajectory: runs of response tokens."""
+        """This is [B], the turns of the policy in each trajectory: runs of response tokens."""
         return np.add.reduceat(self.turn_begins, self.offsets[:-1], dtype=np.int64)
 
 
 def flatten(groups: Sequence[RolloutGroup]) -> RolloutBatch:
-    """Return the flat arrays of a leader's groups, which are numbered from 0."""
+    """Return the flat arrays of a leader's groups, which are numbered from 0. A group without trajectories, because
+    all were dropped, gets no number."""
     trajectories = [t for group in groups for t in group.trajectories]
+    whole = [group for group in groups if group.trajectories]
     arrays: dict[str, Any] = {
-        "groups": np.array([g for g, group in enumerate(groups) for _ in group.trajectories], np.int64)
+        "groups": np.array([g for g, group in enumerate(whole) for _ in group.trajectories], np.int64)
     }
     for fact in fields(RolloutBatch):
         dtype, per, fill, of = (fact.metadata[key] for key in ("dtype", "per", "fill", "of"))
@@ -299,7 +302,7 @@ def join_batches(shares: Sequence[RolloutBatch]) -> RolloutBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One packed row (THD) as one context-parallel rank holds it.
+    """This is one packed row (THD) as one context-parallel rank holds it.
 
     Sequences of the row are padded to the layout's multiple; context-parallel rank r of c holds the zigzag
     chunks r and 2c-1-r of each sequence. `labels[p]` is the token after position p of the same sequence.
@@ -325,7 +328,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """The policy's view of this rank's response tokens, in micro-batch order."""
+    """These are the policy's scores of this rank's response tokens, in micro-batch order."""
 
     log_probs: Tensor
     """float32 [n]"""
@@ -335,7 +338,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What an objective says about this rank's response tokens (docs/fibration.md, gradient in closed form)."""
+    """This is what an objective says about this rank's response tokens (docs/fibration.md, gradient in closed form)."""
 
     gradient: Tensor
     """[n] c_j = dJ / d log pi(a_j); J is maximised."""
@@ -353,7 +356,7 @@ RoutingMode = Literal["off", "record", "replay"]
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """Outcome of one optimiser step."""
+    """This is the outcome of one optimiser step."""
 
     gradient_norm: float
     learning_rate: float
@@ -364,11 +367,11 @@ class OptimizerStep:
 
 
 def response_slices(micro_batches: Sequence[MicroBatch]) -> list[slice]:
-    """The range of each micro-batch's response tokens among this rank's."""
+    """Return the range of each micro-batch's response tokens among this rank's."""
     ends = np.cumsum([len(m.response_tokens) for m in micro_batches], dtype=np.int64).tolist()
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends)]
 
 
 def concatenated_response_tokens(micro_batches: Sequence[MicroBatch]) -> Tensor:
-    """int64 [n] flat indices of this rank's response tokens, in micro-batch order."""
+    """Return int64 [n], the flat indices of this rank's response tokens, in micro-batch order."""
     return torch.cat([m.response_tokens for m in micro_batches])

@@ -1,4 +1,5 @@
-"""The demo's tasks: addition and sorting, character by character. They are environments like any that you write.
+"""This module holds the demo's tasks, addition and sorting, character by character. They are environments like any
+that you write.
 
 Each computes a task from its index, so that a space of 10^12 tasks costs nothing. A fixed pseudo-random permutation of
 the space (the same for all seeds) splits it into training and held-out tasks.

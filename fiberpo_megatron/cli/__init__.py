@@ -1,1 +1,1 @@
-"""Command line."""
+"""This package is the command line."""

@@ -1,4 +1,4 @@
-"""`fiberpo check-model DIR`: transformers in this process, then the ranks of the asked layout."""
+"""This module runs `fiberpo check-model DIR`: transformers in this process, then the ranks of the asked layout."""
 
 import shutil
 import tempfile

@@ -1,4 +1,4 @@
-"""`fiberpo train|sft|dump|eval|..`: checks what can be checked at once, then starts the ranks."""
+"""This module runs `fiberpo train|sft|dump|eval|..`: it checks what can be checked at once and starts the ranks."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ _OVERRIDES = "further --section.key value pairs override the config, e.g. --para
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code. Errors are one message on stderr."""
+    """Run the command line and return the exit code. Errors are one message on stderr."""
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
     try:
@@ -104,8 +104,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def local_world_size(config: Config) -> int:
-    """Ranks to start on this machine: the layout's; with the data-parallel size left open, as many replicas as the
-    GPUs hold beside the engines."""
+    """Return the number of ranks to start on this machine: the layout's. With the data-parallel size left open there
+    are as many replicas as the GPUs hold beside the engines."""
     import torch
 
     parallel, engine = config.parallel, config.rollout.engine

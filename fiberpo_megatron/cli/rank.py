@@ -1,4 +1,4 @@
-"""One rank of a run: what torchrun, srun or the local launcher starts."""
+"""This module is one rank of a run, which torchrun, srun or the local launcher starts."""
 
 import argparse
 import ctypes
@@ -21,7 +21,9 @@ from fiberpo_megatron.types import EXIT_STOPPED
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`train|sft|dump|eval CONFIG.toml [--resume] [--registry FOLDER] [--section.key value ...]`; the exit code.
+    """Run `train|sft|dump|eval CONFIG.toml [--resume] [--registry FOLDER] [--section.key value ...]` on this rank.
+
+    Returns the exit code.
 
     `--registry`: where the job's engines register (engines/registry.py).
 

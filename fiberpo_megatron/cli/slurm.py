@@ -1,4 +1,5 @@
-"""`fiberpo slurm`: a job for a cluster; `fiberpo engine`: what the job runs on each machine with engines."""
+"""This module runs `fiberpo slurm`, which makes a job for a cluster, and `fiberpo engine`, which the job runs on each
+machine with engines."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +10,7 @@ from fiberpo_megatron.trainer.preflight import preflight
 
 
 def add_parsers(commands: "argparse._SubParsersAction[Any]", about_overrides: str) -> None:
-    """The arguments of both."""
+    """Add the arguments of both commands."""
     job = commands.add_parser(
         "slurm", help="write and submit a SLURM job", description=f"write a SLURM job; {about_overrides}"
     )
@@ -27,7 +28,7 @@ def add_parsers(commands: "argparse._SubParsersAction[Any]", about_overrides: st
 
 
 def run_job(options: argparse.Namespace, overrides: list[str]) -> int:
-    """`fiberpo slurm`; the exit code."""
+    """Run `fiberpo slurm` and return the exit code."""
     from fiberpo_megatron.launch.slurm import render, shape_of, submit, write_job
 
     config = load_config(options.config, overrides)
@@ -46,7 +47,7 @@ def run_job(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def run_engine(options: argparse.Namespace, overrides: list[str]) -> int:
-    """`fiberpo engine`; the exit code."""
+    """Run `fiberpo engine` and return the exit code."""
     from fiberpo_megatron.launch.engine_host import serve
 
     config = load_config(options.config, overrides)

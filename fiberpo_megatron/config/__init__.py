@@ -1,4 +1,4 @@
-"""Configuration of a run: schema, TOML files, command-line overrides."""
+"""This package configures a run: it has the schema, and reads TOML files and command-line overrides."""
 
 from fiberpo_megatron.config.load import ConfigError, dump_config, load_config
 from fiberpo_megatron.config.schema import Config

@@ -1,4 +1,4 @@
-"""TOML file + dotted overrides -> Config, with messages a person can act on."""
+"""This module turns a TOML file and dotted overrides into a Config, with messages that a person can act on."""
 
 import difflib
 import tomllib
@@ -42,7 +42,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as TOML that `load_config` reads back to an equal Config (unset values are left out)."""
+    """Return the resolved config as TOML that `load_config` reads back to an equal Config (unset values are left
+    out)."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 

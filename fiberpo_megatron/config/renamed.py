@@ -1,4 +1,4 @@
-"""Configs written for earlier versions: what was renamed is translated, with a warning that shows the new text."""
+"""This module translates configs that were written for earlier versions, with a warning that shows the new text."""
 
 import warnings
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""A whole run: the sections of its config, each defined beside what it configures.
+"""This module joins the sections of a run's config, each of which is defined beside what it configures.
 
 Nothing here imports torch: a config can be loaded and checked on a login node.
 """
@@ -36,11 +36,12 @@ class RunConfig(Section):
     distributed_timeout_s: float = Field(600.0, gt=0)
     """Seconds that a collective waits for the other ranks before the run stops and names the operation."""
     heartbeat_timeout_s: float = Field(120.0, ge=0)
-    """Seconds without a sign of life from a rank after which the run stops and names it; 0: nobody watches."""
+    """Seconds without a sign of life from a rank after which the run stops and names it; 0 switches the watch
+    off."""
 
 
 class Config(Section):
-    """A whole run."""
+    """This is the config of a whole run."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig
@@ -63,7 +64,7 @@ class Config(Section):
 
     @property
     def needs_rollout_routing(self) -> bool:
-        """Whether engines have to return the experts of every token."""
+        """This says whether engines have to return the experts of every token."""
         algorithm = self.algorithm
         return self.rollout.return_routing or "rollout" in (algorithm.expert_routing, algorithm.routing_replay)
 

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: prompts, and the tokens between an assistant's turn and its next one."""
+"""This module uses a tokenizer's chat template: for prompts, and for the tokens between two turns of the assistant."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""An adaptive mix of domains: more prompts from those that the policy solves about half of the time.
+"""This module is an adaptive mix of domains: it takes more prompts from those that the policy solves half of the time.
 
 A group of samples teaches nothing where all are right or all are wrong: the variance of a reward that is 1 with
 probability a is a (1 - a). A domain's share of a step's prompts is therefore
@@ -24,7 +24,7 @@ from fiberpo_megatron.types import RolloutBatch
 
 @dataclass(frozen=True)
 class Mix:
-    """One number per domain each."""
+    """This is the state of a mix; each field has one number per domain."""
 
     solve_rates: tuple[float, ...]
     """Running share of right answers."""
@@ -35,13 +35,13 @@ class Mix:
 
 
 def shares(mix: Mix, weights: Sequence[float], least: float) -> list[float]:
-    """Each domain's share of the prompts; they sum to 1. `least` is the floor of 4 a (1 - a)."""
+    """Return each domain's share of the prompts; the shares sum to 1. `least` is the floor of 4 a (1 - a)."""
     wanted = [weight * max(least, 4 * a * (1 - a)) for weight, a in zip(weights, mix.solve_rates, strict=True)]
     return [value / sum(wanted) for value in wanted]
 
 
 def allot(mix: Mix, part: Sequence[float], count: int) -> tuple[list[int], list[float]]:
-    """(whole numbers of prompts per domain that sum to `count`, credit after them)."""
+    """Return (whole numbers of prompts per domain that sum to `count`, credit after them)."""
     owed = [credit + share * count for credit, share in zip(mix.credit, part, strict=True)]
     counts = [max(0, floor(value)) for value in owed]
     while sum(counts) != count:
@@ -52,8 +52,8 @@ def allot(mix: Mix, part: Sequence[float], count: int) -> tuple[list[int], list[
 
 
 class AdaptivePrompts(PromptSets):
-    """Prompt sets whose mix follows the solve rates. The weight of an environment is its share where all are solved
-    alike."""
+    """These are prompt sets whose mix follows the solve rates. The weight of an environment is its share where all
+    are solved alike."""
 
     def __init__(self, domains: Sequence[Domain], rate: float, least: float) -> None:
         super().__init__(domains)
@@ -74,7 +74,7 @@ class AdaptivePrompts(PromptSets):
         return places
 
     def observe(self, rollouts: RolloutBatch) -> dict[str, float]:
-        """Move on by one step's rollouts; the step's shares and the new solve rates as metrics."""
+        """Take one step's rollouts into account; return the step's shares and the new solve rates as metrics."""
         counts, credit = allot(self.mix, self._shares(), self._allotted)
         first = np.unique(rollouts.groups, return_index=True)[1]
         seen = np.bincount(rollouts.domains[first], minlength=len(self.domains)).tolist()
@@ -90,7 +90,7 @@ class AdaptivePrompts(PromptSets):
         return metrics | {f"curriculum/solve_rate/{name}": rate for name, rate in zip(self.domains, rates)}
 
     def state(self) -> dict[str, Any]:
-        """JSON values for a checkpoint."""
+        """Return JSON values for a checkpoint."""
         return {
             "domains": list(self.domains),
             "solve_rates": list(self.mix.solve_rates),

@@ -24,7 +24,7 @@ class Example:
 
 
 class Encoder:
-    """It turns tasks into tokens and responses into text, with one chat template for each environment.
+    """This encoder turns tasks into tokens and responses into text, with one chat template for each environment.
 
     `chat_options`: variables of the chat template by environment. `stop`: `rollout.stop`. `vocabulary`: number of token
     ids of the model. `model`: the folder whose files name the tokens that end a text.
@@ -124,7 +124,7 @@ class Encoder:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """At these tokens a response ends, those with a character of `rollout.stop` included."""
+        """These tokens end a response; those with a character of `rollout.stop` are among them."""
         return (*self._ends_of_text, *self.ends_of_turn, *self.tokens_with(self._stop))
 
     def tokens_with(self, characters: Sequence[str]) -> tuple[int, ...]:

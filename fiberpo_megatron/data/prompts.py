@@ -1,4 +1,4 @@
-"""The training stream over several environments, as a pure function of (seed, step).
+"""This module computes the training stream over several environments, as a pure function of (seed, step).
 
 Nothing here keeps state or looks into a task: every rank, and a resumed run, computes the same places from the step
 number. `data/encoding.py` turns the tasks at these places into tokens.
@@ -20,7 +20,7 @@ SCHEDULE_SLOTS = 1000
 
 @dataclass(frozen=True)
 class Place:
-    """Where a task stands."""
+    """This says where a task stands."""
 
     domain: int
     """Index of the environment."""
@@ -31,7 +31,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Domain:
-    """What the stream has to know about an environment."""
+    """This is what the stream has to know about an environment."""
 
     name: str
     weight: float
@@ -46,7 +46,7 @@ class Domain:
 
 
 class PromptSets:
-    """The places of a run's prompts in its environments, mixed by weight.
+    """These are the places of a run's prompts in its environments, mixed by weight.
 
     sets = PromptSets([Domain("sums", 1.0, train_size=900, held_out_size=100)])
     places = sets.prompts_at(seed=0, step=3, count=32)
@@ -58,17 +58,17 @@ class PromptSets:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Names of the environments, in the order of `Place.domain`."""
+        """These are the names of the environments, in the order of `Place.domain`."""
         return tuple(domain.name for domain in self._domains)
 
     @property
     def train_size(self) -> int:
-        """Number of different training tasks, all environments together."""
+        """This is the number of different training tasks, all environments together."""
         return sum(domain.train_size for domain in self._domains)
 
     @property
     def held_out_size(self) -> int:
-        """Number of different held-out tasks, all environments together."""
+        """This is the number of different held-out tasks, all environments together."""
         return sum(domain.held_out_size for domain in self._domains)
 
     def prompts_at(self, seed: int, step: int, count: int) -> list[Place]:
@@ -114,7 +114,7 @@ class PromptSets:
 
 
 class Schedule:
-    """Which domain a stream position draws from, and how many of its prompts came before, in O(log) time.
+    """This says which domain a stream position draws from, and how many of its prompts came before, in O(log) time.
 
     Slots of a cycle of SCHEDULE_SLOTS are shared out by largest remainder (at least one each), spread evenly.
     """

@@ -1,4 +1,4 @@
-"""Settings of the prompts: [data]."""
+"""This module defines the settings of the prompts: [data]."""
 
 from typing import Literal
 

@@ -184,10 +184,15 @@ class EngineClient:
     ) -> tuple[str, tuple[ToolCall, ...]]:
         """Return the text around the tool calls in `text`, and the calls. `parser` is SGLang's name of the format.
 
-        A text that does not parse is returned whole, without calls.
+        A text that does not parse is returned whole, without calls: the policy may write anything. Raises EngineRefused
+        when the server does not know the parser, or cannot read the descriptions of the tools.
         """
         request = {"text": text, "tools": list(tools), "tool_call_parser": parser}
-        answer = await self._call("POST", "/parse_function_call", request, CONTROL_TIMEOUT_S)
+        try:
+            answer = await self._call("POST", "/parse_function_call", request, CONTROL_TIMEOUT_S)
+        except EngineRefused:
+            await self._check_parser(request)
+            return text, ()
         with self._answer_errors("/parse_function_call"):
             calls = tuple(
                 ToolCall(
@@ -198,6 +203,22 @@ class EngineClient:
                 for number, call in enumerate(answers.field(answer, "calls", list))
             )
             return (answers.field(answer, "normal_text", str), calls) if calls else (text, ())
+
+    async def _check_parser(self, request: Mapping[str, object]) -> None:
+        """Raise EngineRefused when a parser cannot even read an empty text.
+
+        SGLang gives the same answer (500) when it does not know a parser and when a parser fails on a text.
+        """
+        try:
+            await self._call("POST", "/parse_function_call", {**request, "text": ""}, CONTROL_TIMEOUT_S)
+        except EngineRefused as error:
+            raise EngineRefused(
+                self.url,
+                f"it cannot parse tool calls with rollout.tool_call_parser = {request['tool_call_parser']!r} and the "
+                f"tools {request['tools']!r:.300} ({error.what})",
+                "Name a parser of this SGLang, and describe each tool as OpenAI's API does",
+                self.address.log,
+            ) from error
 
     # Control
 

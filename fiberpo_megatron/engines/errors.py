@@ -5,10 +5,6 @@ from pathlib import Path
 LOG_TAIL_LINES = 25
 
 
-class SamplingStopped(Exception):
-    """Sampling was asked to stop before all responses had ended."""
-
-
 class EngineError(RuntimeError):
     """An engine did not do what it was asked to; `url` names it, `what` and `fix` make the message."""
 

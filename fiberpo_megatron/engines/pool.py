@@ -1,4 +1,4 @@
-"""All engines of a run as one object: their addresses, their clients, the thread for the network, their memory."""
+"""This module holds all engines of a run as one object: addresses, clients, the network thread, and memory."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class EnginePool:
-    """The engines of a run, for whoever samples from them, publishes to them or manages their memory.
+    """This pool has the engines of a run, for sampling from them, publishing to them and managing their memory.
 
     `timeout_s` bounds one generation or scoring request; `max_concurrent` bounds the requests in flight to one engine.
     `transport` is the network seam for tests. `loop` is the thread for the network, where others use it too; the pool

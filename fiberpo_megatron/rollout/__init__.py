@@ -1,1 +1,1 @@
-"""Trajectories: sampling them with the engines, and keeping them on disk."""
+"""This package makes trajectories with the engines and environments, and keeps them on disk."""

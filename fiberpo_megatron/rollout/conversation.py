@@ -1,4 +1,4 @@
-"""One trajectory in the making: what the environment says and what the policy answers, token by token.
+"""This module makes one trajectory: it joins what the environment says and what the policy answers.
 
 The token ids of a turn are those that the engine sampled; nothing of a conversation is tokenised a second time. Only
 the environment's words, with the template around them, are turned into tokens, once, and take no part in the loss.
@@ -59,7 +59,7 @@ class PolicyConversation:
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
     ) -> Turn:
-        """Answer as `environments.Conversation.say` describes."""
+        """Return the policy's answer, as `environments.Conversation.say` describes."""
         words: str | Sequence[Message] = [new] if isinstance(new, Mapping) else new
         self._check_arguments(words, tools, max_tokens, stop)
         tokens: tuple[int, ...] = ()
@@ -89,7 +89,7 @@ class PolicyConversation:
 
     @property
     def response_ids(self) -> list[int]:
-        """The tokens of everything after the prompt."""
+        """These are the tokens of everything after the prompt."""
         ids: list[int] = []
         for turn, after in zip(self.turns, [*self.between, ()]):
             ids += [*turn.token_ids, *after]
@@ -97,12 +97,12 @@ class PolicyConversation:
 
     @property
     def completion(self) -> Completion:
-        """The joined turns."""
+        """This is the completion of the joined turns."""
         return join_turns(self.turns, self.between)
 
     @property
     def text(self) -> str:
-        """The text of all turns, for people."""
+        """This is the text of all turns, for people."""
         parts = self.texts[:1]
         for said, text in zip(self.said, self.texts[1:]):
             parts += [said, f"[assistant] {text}"]

@@ -1,4 +1,4 @@
-"""Rollouts on disk: the whole RolloutBatch of each step, to train on it again without an engine.
+"""This module keeps the whole RolloutBatch of each step on disk, to train on it again without an engine.
 
 <folder>/step_000012.npz          every array of the batch, and what says where it comes from
 <folder>/step_000013.unfinished/  the groups of a step that is being generated, see rollout/finished.py
@@ -32,12 +32,12 @@ _DAMAGE = (OSError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFil
 
 
 class DumpError(ValueError):
-    """Stored rollouts that cannot be used; the message says which, why, and what to do."""
+    """This error says which stored rollouts cannot be used, why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a step's trajectories come from."""
+    """This says where a step's trajectories come from."""
 
     step: int
     weights: str
@@ -55,31 +55,31 @@ class Origin:
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """16 hex digits of the prompts' places and token ids, in order."""
+    """Return 16 hex digits that identify the prompts' places and token ids, in order."""
     described = repr([(prompt.domain, prompt.number, prompt.token_ids) for prompt in prompts])
     return blake2b(described.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
 class RolloutDump:
-    """A folder of stored steps. One rank writes; reading checks the file's own checksums."""
+    """This is a folder of stored steps. One rank writes; reading checks the file's own checksums."""
 
     folder: Path
 
     def path(self, step: int) -> Path:
-        """File of one step."""
+        """Return the file of one step."""
         return self.folder / f"step_{step:06d}.npz"
 
     def unfinished(self, step: int) -> Path:
-        """Folder of a step's finished groups while it is being generated."""
+        """Return the folder of a step's finished groups while it is being generated."""
         return self.folder / f"step_{step:06d}.unfinished"
 
     def steps(self) -> list[int]:
-        """Stored steps, ascending."""
+        """Return the stored steps, ascending."""
         return self._steps(_STEP)
 
     def unfinished_steps(self) -> list[int]:
-        """Steps that have a folder of finished groups, ascending."""
+        """Return the steps that have a folder of finished groups, ascending."""
         return self._steps(_UNFINISHED)
 
     def _steps(self, name: re.Pattern[str]) -> list[int]:
@@ -90,19 +90,20 @@ class RolloutDump:
     def write(self, batch: RolloutBatch, origin: Origin) -> None:
         """Write one step in one move; a file of the same step is replaced, its unfinished groups are deleted."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        told = np.frombuffer(json.dumps(asdict(origin)).encode(), np.uint8)
+        described = np.frombuffer(json.dumps(asdict(origin)).encode(), np.uint8)
         with _replaced(self.path(origin.step)) as file:
-            np.savez(file, allow_pickle=False, **{_ORIGIN: told}, **named_arrays(batch))
+            np.savez(file, allow_pickle=False, **{_ORIGIN: described}, **named_arrays(batch))
         self._index({origin.step: _summary(batch, origin)})
         shutil.rmtree(self.unfinished(origin.step), ignore_errors=True)
 
     def origin(self, step: int) -> Origin:
-        """Where a stored step comes from; raises DumpError."""
+        """Return where a stored step comes from; raises DumpError."""
         with self._open(step) as file:
             return _origin(file)
 
     def read(self, step: int) -> RolloutBatch:
-        """The trajectories of a stored step; raises DumpError when it is missing, damaged or of another version."""
+        """Return the trajectories of a stored step; raises DumpError when it is missing, damaged or of another
+        version."""
         with self._open(step) as file:
             _origin(file)
             stored = {name: file[name] for name in file.files if name != _ORIGIN}
@@ -170,10 +171,10 @@ def _replaced(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _origin(file: Any) -> Origin:
-    told = json.loads(file[_ORIGIN].tobytes())
-    if told.get("format") != FORMAT:
-        raise DumpError(f"{file.fid.name} has format {told.get('format')}; this version reads {FORMAT}")
-    return Origin(**told)
+    described = json.loads(file[_ORIGIN].tobytes())
+    if described.get("format") != FORMAT:
+        raise DumpError(f"{file.fid.name} has format {described.get('format')}; this version reads {FORMAT}")
+    return Origin(**described)
 
 
 def _summary(batch: RolloutBatch, origin: Origin) -> dict[str, Any]:

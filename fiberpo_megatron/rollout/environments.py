@@ -1,4 +1,4 @@
-"""The environments of a run as the trainer sees them: their worker processes, and their tasks as prompts."""
+"""This module has the environments of a run as the trainer sees them: worker processes, and tasks as prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class EnvironmentFacts:
-    """These facts about an environment every rank knows."""
+    """These are the facts about an environment that every rank knows."""
 
     train_size: int
     held_out_size: int
@@ -62,7 +62,7 @@ class RunningEnvironment:
 
 
 class Environments:
-    """The workers of all environments, on one data-parallel leader. Close it when done.
+    """These are the workers of all environments, on one data-parallel leader. Close it when done.
 
     `folder`: gets their logs and the records of failures. `rank`: this process, for the names of the files.
     """
@@ -82,7 +82,7 @@ class Environments:
 
     @property
     def facts(self) -> list[EnvironmentFacts]:
-        """What every rank has to know, by environment."""
+        """This is what every rank has to know, by environment."""
         return [
             EnvironmentFacts(d.train_size, d.held_out_size, dict(d.chat_template_kwargs), d.path, d.version)
             for d in (environment.description for environment in self.running)

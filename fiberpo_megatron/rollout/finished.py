@@ -1,4 +1,5 @@
-"""Finished groups of a step that is still being generated: append-only files, one for each rank and start of the run.
+"""This module keeps the finished groups of a step that is still being generated, in append-only files: one for each
+rank and start of the run.
 
 <folder>/rank_00003.0     where they come from (an Origin), then one record a group
 <folder>/rank_00003.1     of the next start
@@ -44,7 +45,7 @@ class _Record(NamedTuple):
 
 
 class FinishedGroups(UserDict[int, RolloutGroup]):
-    """The finished groups of one step by index of their prompt; those that are set are appended to this rank's file.
+    """These are the finished groups of one step by index of their prompt; what is set is appended to this rank's file.
 
     `mine`: indices to read. `usable`: whether groups of that origin may stand beside those that `origin` describes.
     A damaged file is used up to the damage. Close it when the step's groups are complete (`with`).
@@ -94,7 +95,7 @@ class FinishedGroups(UserDict[int, RolloutGroup]):
         super().__setitem__(index, group)
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close this rank's file; idempotent."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -123,7 +124,7 @@ class FinishedGroups(UserDict[int, RolloutGroup]):
 
 
 def origins(folder: Path) -> Iterator[Origin]:
-    """Where the files of a folder come from, as far as they say it."""
+    """Yield where the files of a folder come from, as far as they say it."""
     for path in sorted(folder.glob("rank_*")):
         with path.open("rb") as file:
             found = _origin(file, next(_records(file), None))
@@ -156,7 +157,7 @@ def _payload(file: IO[bytes], record: _Record) -> bytes | None:
 
 
 def _origin(file: IO[bytes], first: _Record | None) -> Origin | None:
-    """What the first record says; None where it is damaged or of another version of the format."""
+    """What the first record says; None when it is damaged or of another version of the format."""
     payload = None if first is None or first.prompt != _ORIGIN else _payload(file, first)
     described = {} if payload is None else json.loads(payload)
     return Origin(**described) if described.keys() == {field.name for field in fields(Origin)} else None

@@ -1,13 +1,13 @@
-"""Prompts in, scored groups out: sampling, the environments' work, and what follows from their failures."""
+"""This module makes scored groups of prompts: sampling, the environments' work, and what follows from failures."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fiberpo_megatron.engines.background import BackgroundLoop
 from fiberpo_megatron.environments import Outcome, Turn
@@ -29,7 +29,7 @@ class _Sample:
 
     prompt: Prompt
     completion: Completion | None
-    """None where the environment failed before the policy said anything."""
+    """None when the environment failed before the policy said anything."""
     text: str
     turns: tuple[Turn, ...]
     result: Outcome | Failure
@@ -55,7 +55,7 @@ class Generator:
     def groups(
         self, prompts: Sequence[Prompt], count: int, version: str, stop: Callable[[], bool]
     ) -> Iterator[tuple[int, RolloutGroup]]:
-        """Yield (index of a prompt, its scored trajectories), each prompt once, as they are finished.
+        """Yield pairs (index of a prompt, its scored trajectories), each prompt once, as they are finished.
 
         All are sampled with weights `version`. A group has `count` trajectories, or fewer where its environment failed
         and drops them. There are fewer prompts where `stop` says so before the last has ended.
@@ -99,9 +99,7 @@ class Generator:
         if environment.description.single_turn:
             samples = await self._single_turns(environment, prompt, count, version)
         else:
-            samples = list(
-                await asyncio.gather(*(self._conversation(environment, prompt, i, version) for i in range(count)))
-            )
+            samples = await _together(self._conversation(environment, prompt, i, version) for i in range(count))
         if environment.description.scores_groups:
             samples = await self._score_group(environment, prompt, samples)
         trajectories = [self._trajectory(environment, sample, i) for i, sample in enumerate(samples)]
@@ -121,8 +119,8 @@ class Generator:
         scored: Sequence[Outcome | Failure] = [Outcome(0.0)] * count
         if environment.description.scores:
             seeds = (self._environment_seed(prompt, i) for i in range(count))
-            scored = await asyncio.gather(
-                *(environment.pool.score(prompt.task, turn, seed=seed) for turn, seed in zip(turns, seeds))
+            scored = await _together(
+                environment.pool.score(prompt.task, turn, seed=seed) for turn, seed in zip(turns, seeds)
             )
         return [_Sample(prompt, c, t.text, (t,), r) for c, t, r in zip(completions, turns, scored)]
 
@@ -170,7 +168,7 @@ class Generator:
         return [replace(sample, result=scored.get(i, sample.result)) for i, sample in enumerate(samples)]
 
     def _trajectory(self, environment: RunningEnvironment, sample: _Sample, number: int) -> Trajectory | None:
-        """The sample as a trajectory; None where it is dropped."""
+        """The sample as a trajectory; None when it is dropped."""
         failure = sample.result if isinstance(sample.result, Failure) else None
         if failure is not None and environment.config.on_failure == "error":
             raise EnvironmentFailed(
@@ -199,7 +197,7 @@ class Generator:
         if seen - {version}:
             raise RuntimeError(
                 f"a rollout of prompt {prompt.text!r} was sampled with weights {sorted(seen)}, but {version!r} was "
-                "published last; check that nobody else publishes to these engines"
+                "published last; check that no other run publishes to these engines"
             )
         if not completion.token_ids:
             raise RuntimeError(
@@ -226,6 +224,13 @@ def share(items: Sequence[Item], data_rank: int, data_size: int) -> Sequence[Ite
     """Return the contiguous share of a data-parallel rank. Joined in rank order the shares are the step's prompts
     again, so that the batch does not depend on the layout."""
     return items[len(items) * data_rank // data_size : len(items) * (data_rank + 1) // data_size]
+
+
+async def _together(work: Iterable[Coroutine[Any, Any, Item]]) -> list[Item]:
+    """Return all results, in order; after the first error the others are cancelled, so that nothing more is sent."""
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(one) for one in work]
+    return [one.result() for one in running]
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -15,7 +15,7 @@ from fiberpo_megatron.types import Completion
 
 
 class EngineSampler:
-    """It samples from the engines of a pool, and implements `interfaces.Sampler`.
+    """This sampler uses the engines of a pool; it implements `interfaces.Sampler`.
 
     `max_concurrent`: responses in flight, all engines together (one request's at least). `vocabulary`: token ids of a
     prompt must lie below it (without tokenizer, others kill SGLang's scheduler). `routed_experts`: (MoE layers, top_k)

@@ -1,4 +1,4 @@
-"""Settings of sampling and of the rollouts on disk: [rollout] and [storage]."""
+"""This module defines the settings of sampling and of the rollouts on disk: [rollout] and [storage]."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class RolloutConfig(Section):
 
 
 class StorageConfig(Section):
-    """Rollouts on disk: each step's trajectories in full (tokens, log-probs, rewards, routing)."""
+    """These settings keep each step's trajectories in full (tokens, log-probs, rewards, routing) on disk."""
 
     dump: bool = False
     """Keep the trajectories of every step in <run folder>/dump, for `storage.replay`."""

@@ -1,1 +1,1 @@
-"""Sources of rollouts: what gives each training step its trajectories and takes the weights that the step made."""
+"""This package holds the sources of rollouts, which give each training step its trajectories and take its weights."""

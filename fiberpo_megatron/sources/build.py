@@ -51,7 +51,7 @@ class SourceParts:
     timers: PhaseTimers
     stop: Callable[[], bool]
     registry: Registry | None
-    """Where the job's engines register; None where the run starts them or has their addresses."""
+    """Where the job's engines register; None when the run starts them or has their addresses."""
     say: Callable[[str], None]
     """Writes one line for the person at the terminal."""
 

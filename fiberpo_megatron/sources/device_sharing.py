@@ -1,4 +1,4 @@
-"""Who has the devices' memory: engines that share the training ranks' GPUs take turns with the optimizer."""
+"""This module decides who has the devices' memory when engines share the training ranks' GPUs: they take turns."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

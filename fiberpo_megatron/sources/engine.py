@@ -1,4 +1,5 @@
-"""Rollouts from the engines, in step with the training: each step is sampled with the weights of the step before."""
+"""This module takes rollouts from the engines, in step with the training: each step is sampled with the weights of the
+step before."""
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -111,7 +112,7 @@ class EngineSource:
         with self.timers("evaluate"):
             prompts = self._read(places, "reading the held-out tasks")
             rollouts = self._generated(prompts, len(places), self.held_out_samples, version, log_step=None)
-        assert rollouts is not None, "nobody stops an evaluation"
+        assert rollouts is not None, "an evaluation is never stopped"
         return rollouts
 
     def observe(self, rollouts: RolloutBatch) -> Mapping[str, float]:
@@ -136,8 +137,8 @@ class EngineSource:
     def _generated(
         self, prompts: Sequence[Prompt], total: int, count: int, version: int, *, log_step: int | None
     ) -> RolloutBatch | None:
-        """Sample, score and join; None where a request to stop came first, which an evaluation (`log_step` None) does
-        not heed."""
+        """Sample, score and join; None when a request to stop came first, which an evaluation (`log_step` None)
+        ignores."""
         layout = self.policy.layout
         mine = share(range(total), layout.data_rank, layout.data_size)
         groups: list[RolloutGroup | None] = []

@@ -1,4 +1,4 @@
-"""The check after a publication: does every engine compute with the weights that the trainer has?"""
+"""This module checks after a publication that every engine computes with the weights that the trainer has."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Rollouts that were stored earlier, in place of engines."""
+"""This module takes rollouts that were stored earlier, in place of engines."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -46,7 +46,7 @@ class ReplaySource:
         """Do nothing: there is no engine."""
 
     def held_out(self, version: int) -> RolloutBatch | None:
-        """Return None: nobody samples."""
+        """Return None, because there is no engine that samples."""
         return None
 
     def observe(self, rollouts: RolloutBatch) -> Mapping[str, float]:

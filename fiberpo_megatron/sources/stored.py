@@ -1,4 +1,4 @@
-"""Where the loop finds rollouts that were generated before: a dump to replay, or a step that a kill interrupted."""
+"""This module finds rollouts that were generated before: a dump to replay, or a step that a kill interrupted."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def dump_of(folder: Path) -> RolloutDump:
-    """The stored rollouts of a run folder, or of a folder of stored rollouts."""
+    """Return the stored rollouts of a run folder, or of a folder of stored rollouts."""
     return RolloutDump(folder / DUMP if (folder / DUMP).is_dir() else folder)
 
 
@@ -67,7 +67,7 @@ class StoredRollouts:
         return self._layout.rank == 0
 
     def load(self, step: int, prompts: Sequence[Prompt], weights: str) -> RolloutBatch | None:
-        """The step's trajectories where they are on disk, equal on every rank; None where they have to be generated.
+        """Return the step's trajectories if they are on disk, equal on every rank; None if they have to be generated.
 
         Raises DumpError (RuntimeError on the other ranks) when they are to be replayed and cannot be.
         """
@@ -163,13 +163,13 @@ class StoredRollouts:
 
     def _origins(self, step: int) -> Iterator[Origin]:
         """Of everything that is stored of a step and says where it comes from."""
-        with suppress(DumpError):  # is told when the step comes
+        with suppress(DumpError):  # is reported when the step comes
             yield self._own.origin(step)
         yield from origins(self._own.unfinished(step))
 
 
 def shared_settings(config: Config, vocabulary: int) -> dict[str, Any]:
-    """What a run and the dump that it replays must have in common, as JSON values."""
+    """Return what a run and the dump that it replays must have in common, as JSON values."""
     return {
         "run.seed": config.run.seed,
         "batch.prompts": config.batch.prompts,
@@ -199,14 +199,14 @@ def _check_settings(dump: RolloutDump, step: int, ours: Mapping[str, Any]) -> No
 def _digests(config: Config, world_size: int) -> tuple[str, str]:
     """16 hex digits of every setting that decides the weights, with the number of ranks, and of those that decide what
     is sampled from given weights."""
-    told = config.model_dump(
+    described = config.model_dump(
         mode="json", include={"model": True, "rollout": True, "data": True, "environments": True, "run": {"seed"}}
     )
-    told["rollout"]["engine"] = config.rollout.engine.dtype  # the servers' addresses and sizes decide nothing
-    del told["rollout"]["max_concurrent_requests"]
+    described["rollout"]["engine"] = config.rollout.engine.dtype  # the servers' addresses and sizes decide nothing
+    del described["rollout"]["max_concurrent_requests"]
     training = config.model_dump(mode="json", include={"parallel", "optimizer", "algorithm", "batch", "trainer"})
-    sampling = told | {"model": {"path": told["model"]["path"], "dtype": told["model"]["dtype"]}}
-    return _digest(told | training | {"ranks": world_size}), _digest(sampling)
+    sampling = described | {"model": {"path": described["model"]["path"], "dtype": described["model"]["dtype"]}}
+    return _digest(described | training | {"ranks": world_size}), _digest(sampling)
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Names, units and reductions of the metrics of a run.
+"""This module knows the names, units and reductions of a run's metrics.
 
 A record is a flat mapping from slash-separated names to numbers. Every name may be logged; those listed here
 have a unit, a title for plots, and a rule by which several values of one step (one per optimiser step) become
@@ -18,14 +18,14 @@ Reduction = Literal["mean", "max", "min", "sum", "last"]
 
 
 def steps_done(kind: str, step: int) -> int:
-    """Steps done at a record, for an axis that training and evaluation share: records of training steps are
+    """Return the steps done at a record, for an axis that training and evaluation share: records of training steps are
     numbered from 0 by the step itself, those of evaluations by the steps before them."""
     return step if kind == "eval" else step + 1
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, or all that match a pattern."""
+    """This describes one metric, or all that match a pattern."""
 
     pattern: str
     """Name; `*` stands for any characters."""
@@ -101,7 +101,7 @@ _REDUCERS: dict[Reduction, Callable[[list[float]], float]] = {
 
 @lru_cache(maxsize=4096)
 def describe(name: str) -> Metric:
-    """The first listed metric that matches `name`; for an unknown name a plain one that is averaged."""
+    """Return the first listed metric that matches `name`; for an unknown name a plain one that is averaged."""
     for metric in METRICS:
         if fnmatchcase(name, metric.pattern):
             return metric
@@ -109,7 +109,7 @@ def describe(name: str) -> Metric:
 
 
 def combine(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """One value per name from several records of the same step, in order, by each metric's reduction.
+    """Return one value per name from several records of the same step, in order, by each metric's reduction.
 
     Names may be missing in some records. A value that is not finite makes the result nan: it must be seen.
     """
@@ -127,7 +127,7 @@ def _reduce(reduction: Reduction, values: list[float]) -> float:
 
 
 def format_value(name: str, value: float) -> str:
-    """A value with its unit, short enough for a line of the console."""
+    """Return a value with its unit, short enough for a line of the console."""
     unit = describe(name).unit
     if unit == "share":
         return f"{100 * value:.1f} %"

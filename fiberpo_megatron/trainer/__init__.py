@@ -1,1 +1,1 @@
-"""The training loop and what it needs between rollouts and the policy."""
+"""This package holds the training loop, and what it needs between rollouts and the policy."""

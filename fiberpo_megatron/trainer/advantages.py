@@ -1,4 +1,4 @@
-"""Advantage estimators: what a trajectory's reward is compared with.
+"""Estimate advantages: an estimator says what a trajectory's reward is compared with.
 
 An estimator is any object that turns a step's rollouts into advantages:
 

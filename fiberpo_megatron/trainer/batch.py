@@ -1,4 +1,4 @@
-"""From scored groups to the mini-batches of the optimiser: flat arrays, then packed rows with token weights."""
+"""This module cuts rollouts into the mini-batches of the optimiser: packed rows with token weights and keys."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +47,8 @@ def mini_batches(
     domains: int,
     layout: Layout,
 ) -> list[MiniBatch]:
-    """Cut at group boundaries into `batch.mini_batches` parts and pack this rank's share of each.
+    """Return the step's mini-batches: cut at group boundaries into `batch.mini_batches` parts and pack this rank's
+    share of each.
 
     Which trajectories form a part does not depend on the layout. `advantages` is [B], `domains` the number of
     domains.
@@ -112,7 +113,7 @@ def token_keys(rollouts: RolloutBatch, first: int, last: int, domains: int) -> d
 def pack_share(
     rollouts: RolloutBatch, part: range, batch: BatchConfig, layout: Layout
 ) -> tuple[list[MicroBatch], PackingEfficiency]:
-    """This rank's rows of the trajectories `part`, and how well all ranks' rows are packed."""
+    """Return this rank's rows of the trajectories `part`, and how well all ranks' rows are packed."""
     lengths, multiple = rollouts.lengths[part.start : part.stop], layout.sequence_multiple
     ranks = assign_rows(
         padded_lengths(lengths, multiple),
@@ -132,7 +133,7 @@ def pack_share(
 
 
 def packing_metrics(parts: Sequence[PackingEfficiency]) -> dict[str, float]:
-    """Of one step's mini-batches."""
+    """Return the metrics of one step's mini-batches."""
     return combine(
         {
             "useful_token_share": part.useful_share,
@@ -144,7 +145,7 @@ def packing_metrics(parts: Sequence[PackingEfficiency]) -> dict[str, float]:
 
 
 def token_weights(response_lengths: NDArray[np.int64], weighting: str) -> NDArray[np.float64]:
-    """[B] mu of each token of a trajectory. seq-mean: 1/(B T); token-mean: 1/(sum of T)."""
+    """Return [B], the weight mu of each token of a trajectory. seq-mean: 1/(B T); token-mean: 1/(sum of T)."""
     if weighting == "seq-mean":
         return 1.0 / (len(response_lengths) * response_lengths.astype(np.float64))
     return np.full(len(response_lengths), 1.0 / response_lengths.sum())

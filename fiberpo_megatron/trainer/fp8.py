@@ -1,4 +1,4 @@
-"""What FP8 training needs of a machine, asked before anything starts."""
+"""This module knows what FP8 training needs of a machine; it is asked before anything starts."""
 
 import importlib.util
 
@@ -9,7 +9,7 @@ _CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mx
 
 
 def missing_for_fp8(recipe: str) -> str | None:
-    """What this machine lacks, with the fix; None when FP8 can run."""
+    """Return what this machine lacks, with the fix; None when FP8 can run."""
     if not torch.cuda.is_available():
         return "no NVIDIA GPU is visible here; FP8 runs on GPUs only"
     if importlib.util.find_spec("transformer_engine") is None:

@@ -1,4 +1,4 @@
-"""The main loop: take rollouts, learn from them, publish the weights.
+"""This module is the main loop: it takes rollouts, learns from them and publishes the weights.
 
 Every rank runs it; every collaborator is passed in, so that the same function trains a toy policy with a fake engine in
 the tests and a Megatron model with SGLang on a cluster.

@@ -1,4 +1,4 @@
-"""`fiberpo check-model`: our log-probs of a prompt beside transformers', before anyone pays for GPUs.
+"""This module runs `fiberpo check-model`: it compares our log-probs of a prompt with transformers', without GPUs.
 
 The command runs transformers first (`transformers_reference.py`), then starts the ranks, which compare.
 """
@@ -25,7 +25,7 @@ DIVERGED = 1e-3
 
 
 def compare(config: Config) -> None:
-    """On every rank: build the model, run the prompt, print the differences. ValueError where they are too large."""
+    """Build the model on every rank, run the prompt and print the differences. ValueError where they are too large."""
     job = reference.read_job(config.run.folder)
     hf_config = read_hf_config(config.model.path, config.model.family)
     layout = start_layout(hf_config, config.parallel, config.run)

@@ -1,4 +1,4 @@
-"""The optimiser steps of one training step: old log-probs, then mini_batches x epochs exact policy-gradient steps.
+"""This module takes the optimiser steps of one training step: old log-probs, then mini_batches x epochs exact steps.
 
 Whatever the objective, the policy minimises -sum_j c_j log pi(a_j) with c_j = dJ / d log pi(a_j) in closed form
 (docs/fibration.md): loss normalisation, micro-batching, packing and layout cannot change the gradient.
@@ -22,7 +22,8 @@ from fiberpo_megatron.types import Coefficients, OptimizerStep, TokenScores
 
 @dataclass
 class ObjectiveGate:
-    """Coefficients of one mini-batch's tokens under the objective; remembers what it was shown."""
+    """This gate gives the coefficients of one mini-batch's tokens under the objective; it remembers what it was
+    shown."""
 
     objective: Objective
     mini_batch: MiniBatch
@@ -43,7 +44,7 @@ class ObjectiveGate:
         return Coefficients(out.gradient, out.metrics.as_dict() if self.reduce is not None else {})
 
     def metrics(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The objective's metrics over everything seen, when the calls were made one micro-batch at a time."""
+        """Return the objective's metrics over everything seen, when the calls were made one micro-batch at a time."""
         log_probs = torch.cat(self.seen)
         return dict(self._evaluate(log_probs, slice(0, len(log_probs)), reduce, metrics=True).metrics.as_dict())
 

@@ -1,4 +1,4 @@
-"""The plug-ins of a config: found and checked before anything starts, and recorded with the run."""
+"""This module finds and checks the plug-ins of a config before anything starts, and records them with the run."""
 
 import inspect
 import sys
@@ -156,7 +156,7 @@ def _imported(config: Config) -> Iterator[tuple[str, str, PluginConfig]]:
 
 
 def _recorded_versions(folder: Path) -> dict[str, str]:
-    """Versions by setting in the config.toml of a run folder; none where it has no such file."""
+    """Versions by setting in the config.toml of a run folder; none when it has no such file."""
     found: dict[str, str] = {}
     with suppress(FileNotFoundError):
         values = tomllib.loads((folder / "config.toml").read_text())

@@ -1,4 +1,4 @@
-"""What can be checked before any process starts: files, folders, options that contradict each other."""
+"""This module checks what can be checked before any process starts: files, folders, contradictory options."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The run folder as the loop writes it: metrics, samples, checkpoints."""
+"""This module writes the run folder for the loop: metrics, samples, checkpoints."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A run as an object: `Run.from_config(config).train()`. The command line makes the same object."""
+"""This module makes a run an object: `Run.from_config(config).train()`. The command line makes the same object."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,7 +36,7 @@ from fiberpo_megatron.trainer.tasks import start_tasks
 
 
 class Run:
-    """A run on this process: the policy, its data, and what trains it. Every rank of a layout makes the same one.
+    """This is a run on one process: the policy, its data, and what trains it. Every rank of a layout makes the same.
 
         config = load_config("train.toml")
         with Run.from_config(config, environments={"sums": Sums}, objective=SmoothClip()) as run:

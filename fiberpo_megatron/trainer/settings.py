@@ -1,4 +1,5 @@
-"""Settings of the training loop: [algorithm], [batch], [evaluation], [checkpoint], [trainer] and [sft]."""
+"""This module defines the settings of the training loop: [algorithm], [batch], [evaluation], [checkpoint], [trainer]
+and [sft]."""
 
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ Membership = Literal["soft", "hard"]
 
 
 class AlgorithmConfig(Section):
-    """The objective and the advantages. Mathematics: docs/fibration.md."""
+    """These settings choose the objective and the advantages. Their mathematics is in docs/fibration.md."""
 
     objective: PluginConfig = PluginConfig(use="fiberpo")
     """What is maximised: fiberpo, fiberpo-domain, fiberpo-expert, fiberpo-expert-global, ppo, grpo, dapo, gspo, cispo,
@@ -25,7 +26,8 @@ class AlgorithmConfig(Section):
     budgets: dict[str, Budget] | None = None
     """(C+, C-) of each level, by the level's name (its keys joined by '+'). Unset: the preset's defaults."""
     levels: list[list[str]] | None = None
-    """A level chain of one's own, fine to coarse, in place of the preset's."""
+    """A custom chain of levels, fine to coarse, in place of the preset's. A level is a list of keys: turn, trajectory,
+    prompt_group, domain, expert, weight_version, engine."""
     expert_membership: Membership | None = None
     """How a token belongs to expert partitions (objectives with an expert level only). Unset: soft."""
     expert_partitions: int | None = Field(None, ge=1)

@@ -1,4 +1,4 @@
-"""Supervised warm-up with the RL policy's own code: coefficients 1/tokens instead of an objective's."""
+"""This module is the supervised warm-up with the RL policy's own code: coefficients are 1/tokens."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,7 +19,7 @@ Examples = Callable[[int, int, int], RolloutBatch]
 
 
 def supervised_batch(examples: Sequence[Example]) -> RolloutBatch:
-    """Examples as trajectories whose response is the target."""
+    """Return the examples as trajectories whose response is the target."""
     if not examples:
         return flatten([])
     prompts = [example.prompt.token_ids for example in examples]

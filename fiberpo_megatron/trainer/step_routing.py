@@ -1,4 +1,4 @@
-"""Which experts the tokens of a step belong to: recorded, taken from the rollouts, replayed, compared."""
+"""This module finds the experts of a step's tokens: it records, takes from the rollouts, replays and compares them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,8 @@ from fiberpo_megatron.types import RolloutBatch, RoutingMode, concatenated_respo
 
 @dataclass(frozen=True)
 class StepRouting:
-    """The routing of one training step, in the order of use: `begin`, the old-log-prob pass in `mode`, `attach`."""
+    """This is the routing of one training step. Use it in this order: `begin`, the old-log-prob pass in `mode`,
+    `attach`."""
 
     policy: Passes
     algorithm: AlgorithmConfig
@@ -25,12 +26,12 @@ class StepRouting:
 
     @property
     def returned(self) -> bool:
-        """Whether the engine returned its routing."""
+        """This says whether the engine returned its routing."""
         return len(self.rollouts.routed_experts) > 0
 
     @property
     def mode(self) -> RoutingMode:
-        """What the old-log-prob pass does."""
+        """This says what the old-log-prob pass does."""
         if self.algorithm.routing_replay == "rollout":
             return "replay"
         recorded = self.uses_experts and self.algorithm.expert_routing == "old"
@@ -45,7 +46,7 @@ class StepRouting:
             self.policy.routing.fill(torch.from_numpy(self.rollouts.routed_experts))
 
     def attach(self, parts: Sequence[MiniBatch]) -> list[MiniBatch]:
-        """The parts with their tokens' expert shares, for an objective with an expert level."""
+        """Return the parts with their tokens' expert shares, for an objective with an expert level."""
         return [replace(part, expert_share=self._share(part)) for part in parts] if self.uses_experts else list(parts)
 
     def _share(self, part: MiniBatch) -> Tensor:
@@ -61,7 +62,8 @@ class StepRouting:
         return partition_share(counts, partitions)
 
     def agreement(self, parts: Sequence[MiniBatch]) -> dict[str, float]:
-        """Share of (token, layer) whose expert set is the engine's, per layer; empty when there is nothing to compare.
+        """Return per layer the share of tokens whose expert set is the engine's; empty when there is nothing to
+        compare.
 
         Every rank calls it."""
         if not self.returned or self.mode != "record":
@@ -75,7 +77,8 @@ class StepRouting:
 
 
 def count_experts(rollouts: RolloutBatch, tokens: np.ndarray, experts: int) -> Tensor:
-    """float32 [n, experts]: the engine's (layer, slot) pairs at the position that predicts each of [n] flat tokens."""
+    """Return float32 [n, experts]: the engine's (layer, slot) pairs at the position that predicts each of [n] flat
+    tokens."""
     chosen = rollouts.routed_experts[tokens - 1].reshape(len(tokens), -1)
     if chosen.size and (chosen.min() < 0 or chosen.max() >= experts):
         raise ValueError(
@@ -87,7 +90,7 @@ def count_experts(rollouts: RolloutBatch, tokens: np.ndarray, experts: int) -> T
 
 
 def partition_share(counts: Tensor, partitions: int) -> Tensor:
-    """omega, float64 [n, partitions]: share of each token's routed pairs in each contiguous block of experts
+    """Return omega, float64 [n, partitions]: the share of each token's routed pairs in each contiguous block of experts
     (docs/fibration.md, expert partitions), from counts [n, experts].
 
     Raises ValueError when the experts do not divide.

@@ -1,4 +1,4 @@
-"""Stopping: on request after saving (SIGUSR1 or SIGTERM, with its own exit code), or at once after an error."""
+"""This module stops a run: on request after saving (SIGUSR1 or SIGTERM, own exit code), or at once after an error."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether this process was asked to stop; call it to know.
+    """This object knows whether its process was asked to stop; call it to ask.
 
     A signal only leaves a note: ranks get it at different moments, so the loop asks all of them at the same point.
     """
@@ -47,7 +47,7 @@ class StopRequest:
 
 
 def never() -> bool:
-    """For runs that nobody stops."""
+    """Return False: the run is never asked to stop."""
     return False
 
 

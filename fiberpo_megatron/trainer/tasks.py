@@ -1,4 +1,4 @@
-"""The tasks of a run on every rank: environments on the leaders, the stream of prompts, the tokens of both."""
+"""This module has a run's tasks on every rank: environments on the leaders, the stream of prompts, their tokens."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ class Tasks:
 
     @property
     def names(self) -> Sequence[str]:
-        """Names of the environments."""
+        """These are the names of the environments."""
         return self.prompts.domains
 
     def example_batch(self, seed: int, step: int, count: int) -> RolloutBatch:

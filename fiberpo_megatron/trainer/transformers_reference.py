@@ -1,4 +1,4 @@
-"""What transformers computes for a model folder: the reference of `fiberpo check-model`."""
+"""This module computes what transformers says about a model folder: the reference of `fiberpo check-model`."""
 
 import json
 import pickle
@@ -17,7 +17,7 @@ from fiberpo_megatron.mcore.parallel.checks import check_layout
 
 @dataclass
 class Reference:
-    """Of one sequence of L tokens, float32 on the CPU."""
+    """This is what transformers says about one sequence of L tokens, in float32 on the CPU."""
 
     tokens: Tensor
     """int64 [L]"""
@@ -31,7 +31,7 @@ class Reference:
 
 @dataclass
 class Job:
-    """What the ranks compare with."""
+    """This is what the ranks compare with."""
 
     expected: Reference
     words: list[str]
@@ -65,7 +65,7 @@ def prepare(config: Config, prompt: str | None, tolerance: float) -> None:
 
 
 def read_job(folder: Path) -> Job:
-    """What `prepare` left."""
+    """Return what `prepare` left."""
     job: Job = pickle.loads((folder / _JOB).read_bytes())
     return job
 
@@ -76,12 +76,12 @@ def leave_disagreement(folder: Path) -> None:
 
 
 def disagrees(folder: Path) -> bool:
-    """Whether the ranks left a disagreement."""
+    """Return whether the ranks left a disagreement."""
     return (folder / _DISAGREES).exists()
 
 
 def load_model(folder: Path) -> Any:
-    """The model in float32 and its plainest implementation."""
+    """Return the model in float32 and its plainest implementation."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -91,7 +91,7 @@ def load_model(folder: Path) -> Any:
 
 
 def prompt_tokens(folder: Path, text: str) -> tuple[Tensor, list[str]]:
-    """int64 [L] of a text under the folder's tokenizer, and each token as text."""
+    """Return int64 [L], the tokens of a text under the folder's tokenizer, and each token as text."""
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode(text)
     return torch.tensor(ids, dtype=torch.int64), [tokenizer.decode([token]) for token in ids]
@@ -99,7 +99,7 @@ def prompt_tokens(folder: Path, text: str) -> tuple[Tensor, list[str]]:
 
 @torch.no_grad()
 def run(model: Any, tokens: Tensor) -> Reference:
-    """One forward pass over `tokens` [L]."""
+    """Run one forward pass over `tokens` [L]."""
     layers: dict[int, Tensor] = {}
     routers: dict[int, Tensor] = {}
     hooks = []

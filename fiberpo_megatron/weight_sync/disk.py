@@ -57,7 +57,7 @@ class DiskPublisher(LeaderPublisher):
 
 
 def copy_configuration(model: Path, folder: Path) -> None:
-    """Copy config.json, tokenizer files and the like, which an engine reads beside the weights."""
+    """Copy config.json, tokenizer files and similar ones, which an engine reads beside the weights."""
     for source in model.iterdir():
         if source.suffix in CONFIGURATION_SUFFIXES and not source.name.endswith(".index.json"):
             shutil.copyfile(source, folder / source.name)

@@ -98,7 +98,9 @@ def _about(data: RunData) -> str:
     names = [task.get("name", task.get("kind", "")) for task in tasks]
     objective = _get(config, "algorithm", "objective")
     parts = [
-        (objective.get("use") if isinstance(objective, Mapping) else objective) if _kind(data) == "train" else "supervised warm-up",
+        (objective.get("use") if isinstance(objective, Mapping) else objective)
+        if _kind(data) == "train"
+        else "supervised warm-up",
         f"model {_get(config, 'model', 'path')}" if _get(config, "model", "path") else None,
         f"tasks {', '.join(names)}" if names else None,
         _layout(_get(config, "parallel") or {}),
