@@ -19,7 +19,6 @@ def check_model(folder: Path, prompt: str | None, tolerance: float, overrides: S
     settings = {
         "run": {"folder": str(scratch)},
         "model": {"path": str(folder), "dtype": "float32"},
-        "data": {"tasks": [{"kind": "addition"}]},  # a config has one; nothing is drawn from it
     }
     (scratch / "config.toml").write_text(tomli_w.dumps(settings))
     code = 2

@@ -1,23 +1,21 @@
 """Trajectories of several turns through the trainer: what the environment wrote has no part in anything."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fiberpo_megatron.data.packing import pack
-from fiberpo_megatron.data.settings import JsonlTask
-from fiberpo_megatron.rewards import RetryEnvironment, TaskReward
-from fiberpo_megatron.rollout.conversation import Dialogue
-from fiberpo_megatron.trainer.batch import flatten, mini_batches
-from fiberpo_megatron.trainer.generation import Generator
+from fiberpo_megatron.environments import Conversation, Environment, Message, Outcome, Task
+from fiberpo_megatron.trainer.batch import mini_batches
 from fiberpo_megatron.trainer.loop import train
 from fiberpo_megatron.trainer.settings import BatchConfig
-from fiberpo_megatron.types import Coefficients, Completion, Prompt, RolloutGroup, Trajectory, WeightSpan
-from tests.trainer.test_loop import FirstToken, training
-from tests.trainer.toy import SingleLayout, TablePolicy
+from fiberpo_megatron.types import Coefficients, Completion, Prompt, RolloutGroup, Trajectory, WeightSpan, flatten
+from tests.trainer.test_loop import training
+from tests.trainer.toy import FakeEngine, SingleLayout, TablePolicy, Words, generator
 
 
 def trajectory(mask: list[bool] | None, *, length: int = 7, reward: float = 1.0) -> Trajectory:
@@ -25,7 +23,7 @@ def trajectory(mask: list[bool] | None, *, length: int = 7, reward: float = 1.0)
     log_probs = np.where(sampled, -np.arange(1, len(sampled) + 1), 0).astype(np.float32)
     ids = tuple(range(20, 20 + len(sampled)))
     completion = Completion(ids, log_probs, "stop", (), loss_mask=None if mask is None else sampled)
-    return Trajectory(Prompt(0, 0, (3, 4, 5), "p", "1"), completion, "t", reward, True)
+    return Trajectory(Prompt(0, 0, (3, 4, 5), "p", Task("p", "1")), completion, "t", reward, True)
 
 
 def test_masked_tokens_are_in_no_length_weight_or_position():
@@ -54,17 +52,37 @@ def test_masked_tokens_are_in_no_length_weight_or_position():
     assert (part.rollout_log_probs < 0).all()
 
 
-class TryAgain:
-    def reply(self, prompt: Prompt, turns: Sequence[str], sample: int) -> str | None:
-        right = turns[-1].split()[0] == prompt.answer
-        return None if right or len(turns) == 2 else "again"
+class TryAgain(Environment):
+    """Asks once more after a wrong first token."""
+
+    train_size = held_out_size = 10**6
+
+    async def run(self, task: Task, policy: Conversation) -> Outcome:
+        turn = await policy.say(task.prompt)
+        right = turn.text.split()[0] == task.answer
+        if not right:
+            turn = await policy.say("again")
+            right = turn.text.split()[0] == task.answer
+        return Outcome(float(right), correct=right)
+
+
+class AskedTheSame(Words):
+    """The environment's message ends with the prompt."""
+
+    def following(
+        self,
+        prompt: Prompt,
+        response_ids: Sequence[int],
+        new: str | Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> tuple[int, ...]:
+        return (7, 11, *prompt.token_ids)
 
 
 def test_a_policy_learns_over_two_turns():
-    """The environment's message ends with the prompt, so that a second attempt is asked the same."""
-    run, memory = training("fiberpo", trainer={"steps": 12})
-    dialogue = Dialogue(TryAgain(), lambda prompt, response, message: (7, 11, *prompt.token_ids))
-    run = replace(run, generator=replace(run.generator, dialogue=dialogue))
+    engine = FakeEngine(seed=1)
+    run, memory = training("fiberpo", engine=engine, trainer={"steps": 12})
+    run.source.generator = generator(engine, TryAgain(), encoder=AskedTheSame())
     train(run)
     turns = memory.values("train", "turns/mean")
     assert turns[0] > 1.8 and turns[-1] < 1.5
@@ -77,7 +95,7 @@ def test_the_environments_tokens_get_no_gradient():
     """A row of the toy policy's table is what it says after a token: only rows before sampled tokens move."""
     completion = Completion((1, 2, 7, 8, 9, 3, 4), np.zeros(7, np.float32), "stop", ())
     completion = replace(completion, loss_mask=np.array([True, True, False, False, False, True, True]))
-    prompt = Prompt(0, 0, (5, 6), "p", "1")
+    prompt = Prompt(0, 0, (5, 6), "p", Task("p", "1"))
     rollouts = flatten([RolloutGroup(prompt, (Trajectory(prompt, completion, "t", 1.0, True),))])
     micro_batches = pack(rollouts, [[0]], sequence_multiple=4)
     policy = TablePolicy(1.0)
@@ -86,29 +104,14 @@ def test_the_environments_tokens_get_no_gradient():
     assert moved == [1, 3, 6, 9]  # 6 -> 1 -> 2, then 7 8 9 are the environment's, 9 -> 3 -> 4
 
 
-def test_retry_ends_with_the_right_answer_or_the_last_turn(tmp_path):
-    settings = {"kind": "jsonl", "train": tmp_path / "unread.jsonl"}
-    tasks = [JsonlTask(name="once", **settings), JsonlTask(name="more", max_turns=3, retry_message="No.", **settings)]
-    environment = RetryEnvironment(tasks, TaskReward(tasks))
-    once, more = (Prompt(0, domain, (1,), "p", "8") for domain in (0, 1))
-    assert environment.reply(once, ["5"], 0) is None
-    assert environment.reply(more, ["5"], 0) == "No."
-    assert environment.reply(more, ["5", "8"], 0) is None
-    assert environment.reply(more, ["5", "6"], 0) == "No."
-    assert environment.reply(more, ["5", "6", "7"], 0) is None
-
-
 def test_every_turn_must_come_from_the_published_weights():
-    class Stale:
-        def sample(
-            self, prompts: Sequence[Sequence[int]], count: int, seeds: Sequence[int], stop: Callable[[], bool]
-        ) -> Iterator[tuple[int, list[Completion]]]:
-            version = "1" if len(prompts[0]) == 1 else "0"
+    class Stale(FakeEngine):
+        async def sample(self, prompt: Sequence[int], seeds: Sequence[int], **limits: object) -> list[Completion]:
+            version = "1" if len(prompt) == 1 else "0"
             spans = (WeightSpan(version, 0, 1),)
-            for index in range(len(prompts)):
-                yield index, [Completion((9,), np.array([-1.0], np.float32), "stop", spans)] * count
+            return [Completion((9,), np.array([-1.0], np.float32), "stop", spans) for _ in seeds]
 
-    dialogue = Dialogue(TryAgain(), lambda prompt, response, message: (7,))
-    generator = Generator(Stale(), lambda ids: "5", FirstToken(), 0, dialogue)
+    groups = generator(Stale(seed=0), TryAgain(), encoder=Words(between=(7,))).groups
+    prompt = Prompt(0, 0, (3,), "p", Task("p", "8"))
     with pytest.raises(RuntimeError, match=r"sampled with weights \['0'\], but '1' was published last"):
-        list(generator.groups([Prompt(0, 0, (3,), "p", "8")], 2, "1"))
+        list(groups([prompt], 2, "1", lambda: False))

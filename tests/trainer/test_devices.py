@@ -10,14 +10,14 @@ from fiberpo_megatron.trainer.preflight import _check_colocated
 
 @pytest.fixture
 def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fiberpo_megatron.trainer import assemble  # noqa: F401  Megatron is imported before GPUs are pretended
+    from fiberpo_megatron.trainer import run  # noqa: F401  Megatron is imported before GPUs are pretended
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
 
 
 def test_engines_stand_behind_the_training_ranks_or_on_their_gpus(eight_gpus: None):
-    from fiberpo_megatron.trainer.assemble import _first_engine_gpu
+    from fiberpo_megatron.sources.build import _first_engine_gpu
 
     assert _first_engine_gpu(EngineConfig(count=2, tensor=2), local_ranks=4) == 4
     assert _first_engine_gpu(EngineConfig(count=4, tensor=2, colocated=True), local_ranks=8) == 0
@@ -29,7 +29,7 @@ def test_engines_stand_behind_the_training_ranks_or_on_their_gpus(eight_gpus: No
 
 
 def test_nccl_is_not_asked_to_connect_two_processes_on_one_gpu(eight_gpus: None):
-    config = {"model": {"path": "m"}, "data": {"tasks": [{"kind": "addition"}]}}
+    config = {"model": {"path": "m"}}
     shared = config | {"rollout": {"engine": {"colocated": True}}}
     _check_colocated(Config.model_validate(config))
     _check_colocated(Config.model_validate(shared | {"weight_sync": {"method": "disk"}}))
@@ -38,7 +38,7 @@ def test_nccl_is_not_asked_to_connect_two_processes_on_one_gpu(eight_gpus: None)
 
 
 def test_without_a_gpu_there_is_nothing_to_share():
-    from fiberpo_megatron.trainer.assemble import _first_engine_gpu
+    from fiberpo_megatron.sources.build import _first_engine_gpu
 
     if not torch.cuda.is_available():
         assert _first_engine_gpu(EngineConfig(count=9), local_ranks=9) == 0

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fiberpo_megatron.trainer.batch import flatten
+from fiberpo_megatron.environments import Task
 from fiberpo_megatron.trainer.settings import AlgorithmConfig
 from fiberpo_megatron.trainer.step_routing import StepRouting, count_experts
-from fiberpo_megatron.types import Completion, Prompt, RolloutBatch, RolloutGroup, Trajectory, WeightSpan
+from fiberpo_megatron.types import Completion, Prompt, RolloutBatch, RolloutGroup, Trajectory, WeightSpan, flatten
 
 
 def rollouts(returned: bool) -> RolloutBatch:
@@ -21,7 +21,7 @@ def rollouts(returned: bool) -> RolloutBatch:
         completion = Completion(
             tuple(range(length)), np.zeros(length, np.float32), "stop", (WeightSpan("0", 0, length),), experts
         )
-        prompt = Prompt(0, 0, tuple(range(prompt_length)), "", "")
+        prompt = Prompt(0, 0, tuple(range(prompt_length)), "", Task(""))
         trajectories.append(RolloutGroup(prompt, (Trajectory(prompt, completion, "", 0.0, False),)))
     return flatten(trajectories)
 

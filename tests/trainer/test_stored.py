@@ -80,7 +80,10 @@ def test_another_objective_on_the_same_data(tmp_path: Path) -> None:
     [
         ({"trainer": {"steps": 4}}, r"no rollouts of step 3; it has 3 steps from 0 to 2; lower trainer\.steps"),
         ({"rollout": {"temperature": 0.5}}, r"made with rollout\.temperature = 1\.0 \(this run: 0\.5\)"),
-        ({"environments": [{"name": "sort", "use": "unused:Unused"}]}, r"environments = \['addition'\] \(this run: \['sort'\]\)"),
+        (
+            {"environments": [{"name": "sort", "use": "unused:Unused"}]},
+            r"environments = \['addition'\] \(this run: \['sort'\]\)",
+        ),
         ({"algorithm": {"routing_replay": "rollout"}}, "has no expert routing"),
     ],
     ids=["steps", "temperature", "environments", "routing"],
