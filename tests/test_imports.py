@@ -57,7 +57,7 @@ PARTS = {
         "plugins",
     },
     "launch": {"config", "types", "rendezvous", "engines"},
-    "doctor": {"config", "rendezvous", "telemetry", "data", "mcore", "planning", "engines", "launch"},
+    "doctor": {"config", "rendezvous", "telemetry", "data", "environments", "mcore", "planning", "engines", "launch"},
     "cli": {
         "config",
         "types",

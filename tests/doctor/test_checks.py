@@ -164,12 +164,20 @@ def test_tokenizer(tmp_path: Path):
     assert "holds no tokenizer" in only(inputs.tokenizer(config("--model.path", str(tmp_path)))).seen
 
 
-def test_layout_and_prompts():
+def test_layout():
     assert only(inputs.layout(config(), 2)).status == "pass"
     wrong = only(inputs.layout(config("--parallel.tensor", "3", "--parallel.expert", "1"), 3))
     assert wrong.status == "fail" and "does not divide" in wrong.seen and "use one of" in wrong.fix
-    tasks = '[{kind = "jsonl", name = "math", train = "nowhere.jsonl"}]'
-    assert "nowhere.jsonl" in only(inputs.task_files(config("--data.tasks", tasks))).seen
+
+
+def test_environments_are_started():
+    finding = only(inputs.environments(config()))
+    assert (finding.check, finding.status) == ("environment addition", "pass")
+    assert finding.seen == "9010 training tasks, 990 held-out tasks"
+    missing = '[{name = "math", use = "jsonl", options = {name = "math", train = "nowhere.jsonl"}}]'
+    finding = only(inputs.environments(config("--environments", missing)))
+    assert (finding.check, finding.status) == ("environment math", "fail")
+    assert "nowhere.jsonl" in finding.seen and "correct the path" in finding.fix
 
 
 def test_ports():

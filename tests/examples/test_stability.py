@@ -150,7 +150,7 @@ def planned(folder: Path, *overrides: str) -> list[PlannedRun]:
 
 def test_runs_differ_in_objective_and_seed_only(tmp_path: Path):
     configs = [run.config() for run in planned(tmp_path, "--trainer.steps", "5")]
-    assert [(c.algorithm.objective, c.run.seed) for c in configs] == [
+    assert [(c.algorithm.objective.use, c.run.seed) for c in configs] == [
         ("fiberpo", 1),
         ("grpo", 1),
         ("fiberpo", 2),
