@@ -1,6 +1,7 @@
 """The pages name tests and settings that exist."""
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -45,3 +46,15 @@ def test_named_settings_exist(page: Path):
             assert at is not None and part in at.model_fields, f"{page.name}: no setting {name}"
             kind = at.model_fields[part].annotation
             at = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def test_the_page_of_settings_is_current():
+    spec = importlib.util.spec_from_file_location("make_settings_page", ROOT / "tools/make_settings_page.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert (ROOT / "docs/settings.md").read_text() == tool.page(), (
+        f"docs/settings.md is not current: run {tool.COMMAND}"
+    )
+    assert "| `learning_rate` | number, above 0 | `1e-6` | Peak learning rate. |" in tool.page()
+    assert set(re.findall(r"^## `\[+(\w+)\]+`", tool.page(), re.MULTILINE)) == set(Config.model_fields)
