@@ -1,4 +1,4 @@
-"""The fibration maths: objectives with closed-form gradients and node sums that cross ranks.
+"""Compute objectives and their closed-form gradients, with node sums that cross ranks.
 
     from fiberpo_megatron.fibration import build_objective
 
@@ -6,7 +6,7 @@
     out = objective(log_ratio, advantages, weights)  # flat tensors [N] of response tokens
     (-(out.gradient * log_probs).sum()).backward()
 
-An objective of your own is one class, derived from `TokenObjective` or `Objective`: docs/fibration.md shows it.
+A custom objective is one class that derives from `TokenObjective` or `Objective`: docs/fibration.md shows it.
 
 Sources: Fibration Policy Optimization (arXiv:2603.08239) and JoyAI-LLM Flash (arXiv:2604.03044, section
 3.3). `docs/fibration.md` says which parts are theirs and which are this project's.

@@ -1,4 +1,4 @@
-"""Sums over ranks: named float64 tables travel as one flat tensor through an injected `reduce`."""
+"""Add up named float64 tables over ranks: they travel as one flat tensor through a `reduce` that the caller passes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Reduce = Callable[[Tensor], "Tensor | None"]
 
 
 def fused_sum(tables: Mapping[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:
-    """All tables summed over ranks in exactly one call of `reduce`; shapes are kept.
+    """Return all tables summed over ranks in exactly one call of `reduce`; shapes are kept.
 
     Every rank must hold the same tables in the same shapes and order, at least one of them in float64; counts may be
     integers.

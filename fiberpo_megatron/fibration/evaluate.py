@@ -1,4 +1,4 @@
-"""One objective call: three passes over this rank's tokens with two fused reductions between them.
+"""Run one objective call: three passes over this rank's tokens with two fused reductions between them.
 
 pass 1: node sums and statistics  -> reduce -> gates on nodes
 pass 2: gated ratio, direct gradient, adjoint sums -> reduce -> adjoints on nodes
@@ -26,7 +26,7 @@ from fiberpo_megatron.fibration.tree import parent_tables
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """What an objective returns."""
+    """Holds what an objective returns."""
 
     gated_ratio: Tensor
     """G, [N], in log_ratio's dtype."""
@@ -59,7 +59,7 @@ def evaluate(
 
 
 def seen_keys(rule: Rule, batch: TokenBatch, *, with_metrics: bool) -> tuple[str, ...]:
-    """Keys whose ids a call looks at: the rule's, base keys first, and "trajectory" for the metrics."""
+    """Return the keys whose ids a call looks at: the rule's, base keys first, and "trajectory" for the metrics."""
     keys = (*rule.base_keys, *rule.parent_keys)
     return (*keys, TRAJECTORY_KEY) if with_metrics and TRAJECTORY_KEY in batch.ids.keys() - set(keys) else keys
 

@@ -1,4 +1,4 @@
-"""The fibred objectives: FiberPO, FiberPO-Domain, both expert presets and any nested chain."""
+"""Define the fibred objectives: FiberPO, FiberPO-Domain, both expert presets and any nested chain."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ class FiberPO(Objective):
 
     @cached_property
     def bounds(self) -> Epsilon:
-        """Width of the token clip (for positive, for non-positive advantage)."""
+        """Return the width of the token clip (for positive, for non-positive advantage)."""
         return epsilon_pair(self.epsilon)
 
     @cached_property
     def chain(self) -> LevelChain:
-        """The checked levels with their budgets."""
+        """Return the checked levels with their budgets."""
         levels = check_levels(self.preset if self.levels is None else self.levels)
         if self.budgets is None:
             names = [level_name(level) for level in levels]
@@ -95,32 +95,32 @@ class FiberPO(Objective):
 
     @property
     def base_keys(self) -> tuple[str, ...]:
-        """Keys of the finest level, without "expert"."""
+        """Return the keys of the finest level, without "expert"."""
         return self.chain.base_keys
 
     @property
     def parent_keys(self) -> tuple[str, ...]:
-        """Keys that only coarser levels name."""
+        """Return the keys that only coarser levels name."""
         return self.chain.parent_keys
 
     @property
     def level_names(self) -> tuple[str, ...]:
-        """Names of the levels, fine to coarse."""
+        """Return the names of the levels, fine to coarse."""
         return tuple(level.name for level in self.chain.levels)
 
     @property
     def uses_experts(self) -> bool:
-        """Whether a level has the key "expert"."""
+        """Return whether a level has the key "expert"."""
         return self.chain.uses_experts
 
     @property
     def soft(self) -> bool:
-        """Whether tokens belong to expert partitions by their shares."""
+        """Return whether tokens belong to expert partitions by their shares."""
         return self.chain.soft
 
     @property
     def spans_micro_batches(self) -> bool:
-        """Whether a node of some level holds tokens of several trajectories."""
+        """Return whether a node of some level holds tokens of several trajectories."""
         return not self.chain.inside_trajectory
 
     def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""Gates on the nodes of a tree and their adjoints (arXiv:2604.03044, equation 4)."""
+"""Compute the gates on the nodes of a tree and their adjoints (arXiv:2604.03044, equation 4)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLUS, MINUS = 0, 1
 
 
 def gate(residual: Tensor, budget: Tensor | float, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """g(D, C, k) and its derivative in D: pass-through, rollback with slope -k, then zero.
+    """Return g(D, C, k) and its derivative in D: pass-through, rollback with slope -k, then zero.
 
     Equation 4 of arXiv:2604.03044. Continuous and odd: g is C at |D| = C and 0 from (1 + 1/k) C on.
     All arguments broadcast; at a kink the derivative is that of the inner branch.
@@ -29,7 +29,7 @@ def gate(residual: Tensor, budget: Tensor | float, tokens: Tensor) -> tuple[Tens
 
 @dataclass(frozen=True)
 class GatedLevel:
-    """Gate results of one level: slopes of both channels [2, n] and log base weights [n]."""
+    """Holds the gate results of one level: slopes of both channels [2, n] and log base weights [n]."""
 
     slope: Tensor
     log_weight: Tensor
@@ -37,7 +37,7 @@ class GatedLevel:
 
 @dataclass(frozen=True)
 class GatedTree:
-    """Gate results of every level and each finest node's summed log base weight [F]."""
+    """Holds the gate results of every level and each finest node's summed log base weight [F]."""
 
     tree: NodeTree
     levels: tuple[GatedLevel, ...]
@@ -45,7 +45,7 @@ class GatedTree:
 
 
 def gate_tree(tree: NodeTree) -> GatedTree:
-    """Residual, gate and base weight at every level.
+    """Return residual, gate and base weight at every level.
 
     Residual D_n = S_n - S_parent(n) (S_n at the coarsest level); log w_n = g(D+) - g(D-): equation 3 of
     arXiv:2604.03044 with the hierarchy of arXiv:2603.08239.
@@ -65,7 +65,7 @@ def gate_tree(tree: NodeTree) -> GatedTree:
 
 
 def adjoint(gated: GatedTree, weight: Tensor, clipped: Tensor) -> Tensor:
-    """What each token receives through the aggregates, per channel and finest node: [2, F].
+    """Return what each token receives through the aggregates, per channel and finest node: [2, F].
 
     `weight` [F] is W_n = sum_i w_i K(i, n) with w_i = mu_i A_i G_i; `clipped` [2, F] is the part of W_n
     whose fiber clip stops the gradient of channel c. A token of sign channel c adds

@@ -1,4 +1,4 @@
-"""A fixed histogram of log ratios that ranks can add up: quantiles and the maximum without gathering tokens.
+"""Count log ratios in a fixed histogram that ranks can add up: quantiles and the maximum without gathering tokens.
 
 Bins are the leading bits of the float32 pattern of |x|: 32 per octave from 2**-14 to 2**5, mirrored for the
 sign, with one bin for |x| < 2**-14. A bin's width is at most 1/32 of |x|.
@@ -21,12 +21,12 @@ FINE_BINS = 1 << FINE_BITS
 
 
 def histogram(log_ratio: Tensor) -> Tensor:
-    """Counts per bin, int64 [BINS]; log_ratio must be within +-2**5."""
+    """Return the counts per bin, int64 [BINS]; log_ratio must be within +-2**5."""
     return torch.bincount(_bin(log_ratio), minlength=BINS)
 
 
 def quantile(counts: Tensor, share: float) -> float:
-    """The log ratio below which `share` of the tokens lie, to the middle of its bin; 0 without tokens."""
+    """Return the log ratio below which `share` of the tokens lie, to the middle of its bin; 0 without tokens."""
     total = counts.sum()
     if float(total) == 0.0:
         return 0.0
@@ -35,13 +35,13 @@ def quantile(counts: Tensor, share: float) -> float:
 
 
 def top_bin(counts: Tensor) -> int:
-    """The highest bin that holds a token; -1 without tokens."""
+    """Return the highest bin that holds a token; -1 without tokens."""
     held = counts.nonzero()
     return int(held[-1]) if held.numel() else -1
 
 
 def fine_position(maximum: float, top: int) -> Tensor:
-    """One-hot [FINE_BINS] of this rank's maximum inside the global top bin; zeros when it lies below."""
+    """Return the one-hot [FINE_BINS] of this rank's maximum inside the global top bin; zeros when it lies below."""
     row = torch.zeros(FINE_BINS, dtype=torch.float64)
     if top < 0 or maximum == float("-inf"):
         return row
@@ -52,7 +52,7 @@ def fine_position(maximum: float, top: int) -> Tensor:
 
 
 def refined_maximum(top: int, fine: Tensor) -> float:
-    """The global maximum from the top bin and the summed one-hots of `fine_position`."""
+    """Return the global maximum from the top bin and the summed one-hots of `fine_position`."""
     if top < 0:
         return 0.0
     held = fine.nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""Levels of a fibration: which keys name a node, how levels nest, and each level's budgets."""
+"""Define the levels of a fibration: which keys name a node, how levels nest, and each level's budgets."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class LevelChain:
 
     @property
     def base_keys(self) -> tuple[str, ...]:
-        """Keys of the finest level that index tokens (all but the expert partition)."""
+        """Return the keys of the finest level that index tokens (all but the expert partition)."""
         return tuple(key for key in self.levels[0].keys if key != EXPERT_KEY)
 
     @property
     def parent_keys(self) -> tuple[str, ...]:
-        """Keys that only coarser levels name; a finest node must determine them."""
+        """Return the keys that only coarser levels name; a finest node must determine them."""
         known = set(self.levels[0].keys)
         found: dict[str, None] = {}
         for level in self.levels[1:]:
@@ -55,7 +55,7 @@ class LevelChain:
 
     @property
     def inside_trajectory(self) -> bool:
-        """True when no node of any level spans two trajectories."""
+        """Return whether no node of any level spans two trajectories."""
         return all(inside_trajectory(level.keys) for level in self.levels)
 
 

@@ -1,4 +1,4 @@
-"""Which finest node a token belongs to, and the two operations that cost a pass over tokens.
+"""Find the finest node that a token belongs to; here are the two operations that cost a pass over tokens.
 
 `NodeMap` sums token values into finest nodes with the membership kernel K and hands node values back
 to tokens with the same kernel. A finest node is (base node, expert partition): the base node is given
@@ -22,7 +22,7 @@ MAX_TABLE_NODES = 1 << 24
 
 @dataclass(frozen=True)
 class NodeMap:
-    """Finest nodes of this rank's tokens."""
+    """Holds the finest nodes of this rank's tokens."""
 
     keys: tuple[str, ...]
     """Keys of the base node, most significant first."""
@@ -51,7 +51,7 @@ class NodeMap:
             )
 
     def kernel(self, tokens: slice) -> Tensor | None:
-        """K(i, p) of a chunk, [n, P]: omega when soft, one-hot at its first maximum when hard."""
+        """Return K(i, p) of a chunk, [n, P]: omega when soft, one-hot at its first maximum when hard."""
         if self.share is None:
             return None
         share = self.share[tokens]
@@ -81,7 +81,7 @@ class NodeMap:
                 row.index_add_(0, base, runs.sums(kernel if value is None else kernel * value.unsqueeze(1)))
 
     def gather(self, table: Tensor, tokens: slice, runs: RunSlice) -> list[Tensor]:
-        """sum_n K(i, n) table[c, n] for each token of the chunk and each c of [C, base_nodes, P]."""
+        """Return sum_n K(i, n) table[c, n] for each token of the chunk and each c of [C, base_nodes, P]."""
         base = self.base_of_run[runs.first : runs.end]
         kernel = self.kernel(tokens)
         if kernel is None:
@@ -102,7 +102,7 @@ def make_node_map(
     soft: bool,
     shared: bool,
 ) -> NodeMap:
-    """Checked ids and the base node of every run; `all_keys` also names the coarser levels' keys."""
+    """Return the checked ids and the base node of every run; `all_keys` also names the coarser levels' keys."""
     sizes = {name: checked_size(name, id_range(runs.ids[name]), batch, shared=shared) for name in all_keys}
     base = combine_ids(runs.ids, keys, sizes, like=runs.lengths)
     nodes = NodeMap(keys, sizes, base, batch.expert_share, soft, batch.partitions)
@@ -111,7 +111,7 @@ def make_node_map(
 
 
 def combine_ids(ids: Mapping[str, Tensor], keys: Sequence[str], sizes: Mapping[str, int], *, like: Tensor) -> Tensor:
-    """One index from several ids, the first key most significant; zeros when there are no keys."""
+    """Return one index from several ids, the first key most significant; zeros when there are no keys."""
     index = torch.zeros_like(like)
     for key in keys:
         index = index * sizes[key] + ids[key]
@@ -119,7 +119,7 @@ def combine_ids(ids: Mapping[str, Tensor], keys: Sequence[str], sizes: Mapping[s
 
 
 def checked_size(name: str, ends: tuple[int, int], batch: TokenBatch, *, shared: bool) -> int:
-    """Number of ids of a key whose smallest and largest id here are `ends` ((0, -1) without tokens)."""
+    """Return the number of ids of a key whose smallest and largest id here are `ends` ((0, -1) without tokens)."""
     low, high = ends
     size = table_size(name, high, batch.counts, shared=shared)
     if low < 0 or high >= size:
@@ -133,7 +133,7 @@ def checked_size(name: str, ends: tuple[int, int], batch: TokenBatch, *, shared:
 
 
 def id_range(ids: Tensor) -> tuple[int, int]:
-    """Smallest and largest id; (0, -1) without any."""
+    """Return the smallest and largest id; (0, -1) without any."""
     if ids.numel() == 0:
         return 0, -1
     low, high = torch.aminmax(ids)

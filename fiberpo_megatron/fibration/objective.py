@@ -1,4 +1,4 @@
-"""The face of an objective: options, a call on plain tensors, and an autograd function for single-pass use.
+"""Define the face of an objective: options, a call on plain tensors, and an autograd function for single-pass use.
 
 An objective without node sums derives from `TokenObjective` and defines one method; one with node sums derives from
 `Objective`. docs/fibration.md shows both.
@@ -57,7 +57,7 @@ class Objective(Rule):
 
     @property
     def spans_micro_batches(self) -> bool:
-        """Whether a token's gradient depends on tokens of other trajectories.
+        """Return whether a token's gradient depends on tokens of other trajectories.
 
         If not, one pass per micro-batch is exact, as long as no trajectory is cut.
         """
@@ -65,7 +65,7 @@ class Objective(Rule):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys that a call must pass, "expert" apart (see `uses_experts`)."""
+        """Return the keys that a call must pass, "expert" apart (see `uses_experts`)."""
         return (*self.base_keys, *self.parent_keys)
 
     def missing_keys(self, supplied: Collection[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a user sees of an objective call: typed, global over ranks, flat for a log line."""
+"""Hold what a user sees of an objective call: typed, global over ranks, flat for a log line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fiberpo_megatron.fibration.gates import MINUS, PLUS, GatedTree
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and 99th percentile over the nodes of a level (exact: node tables are known to all ranks)."""
+    """Holds mean and 99th percentile over the nodes of a level (exact: node tables are known to all ranks)."""
 
     mean: float
     p99: float
@@ -22,7 +22,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class RatioMetrics:
-    """Importance ratio r over all tokens."""
+    """Describes the importance ratio r over all tokens."""
 
     mean: float
     p99: float
@@ -33,7 +33,7 @@ class RatioMetrics:
 
 @dataclass(frozen=True)
 class TokenMetrics:
-    """Tokens and their clip; a token is clipped when its own clip stops its direct gradient."""
+    """Describes the tokens and their clip; a token is clipped when its own clip stops its direct gradient."""
 
     count: float
     weight: float
@@ -47,7 +47,7 @@ class TokenMetrics:
 
 @dataclass(frozen=True)
 class ChannelMetrics:
-    """One channel of a level's gate: shares of nodes, and the aggregate S."""
+    """Describes one channel of a level's gate: shares of nodes, and the aggregate S."""
 
     passed: float
     rollback: float
@@ -57,7 +57,7 @@ class ChannelMetrics:
 
 @dataclass(frozen=True)
 class LevelMetrics:
-    """Gate of one level; the five joint regimes are shares of nodes and sum to 1."""
+    """Describes the gate of one level; the five joint regimes are shares of nodes and sum to 1."""
 
     name: str
     nodes: int
@@ -75,7 +75,7 @@ class LevelMetrics:
 
 @dataclass(frozen=True)
 class ExpertMetrics:
-    """Expert partitions; p indexes the partition."""
+    """Describes the expert partitions; p indexes the partition."""
 
     mass: tuple[float, ...]
     """Share of the mini-batch's weight routed to p; sums to 1."""
@@ -87,7 +87,7 @@ class ExpertMetrics:
 
 @dataclass(frozen=True)
 class ObjectiveMetrics:
-    """Everything one call reports, the same on every rank."""
+    """Holds everything that one call reports, the same on every rank."""
 
     value: float
     """J over all ranks."""
@@ -99,7 +99,7 @@ class ObjectiveMetrics:
     expert: ExpertMetrics | None
 
     def as_dict(self) -> dict[str, float]:
-        """Flat names for a metrics line."""
+        """Return flat names for a metrics line."""
         return dict(self._items())
 
     def _items(self) -> Iterator[tuple[str, float]]:
@@ -140,7 +140,7 @@ def _level_items(level: LevelMetrics) -> Iterator[tuple[str, float]]:
 
 
 def level_metrics(gated: GatedTree) -> tuple[LevelMetrics, ...]:
-    """Metrics of every level from the gated node tree."""
+    """Return the metrics of every level from the gated node tree."""
     found = []
     for nodes, level in zip(gated.tree.levels, gated.levels, strict=True):
         passed, zeroed = level.slope == 1.0, level.slope == 0.0
@@ -165,7 +165,7 @@ def level_metrics(gated: GatedTree) -> tuple[LevelMetrics, ...]:
 
 
 def spread(values: Tensor) -> Spread:
-    """Mean and 99th percentile (nearest rank) of node values; zeros without nodes."""
+    """Return mean and 99th percentile (nearest rank) of node values; zeros without nodes."""
     size = values.shape[0]
     if size == 0:
         return Spread(0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Options of an objective: the typed fields of its class, their checks, and their documentation."""
+"""Read and check the options of an objective: the typed fields of its class, their checks, and their documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The three passes over this rank's tokens in torch, on any device; `evaluate` does what lies between them."""
+"""Run the three passes over this rank's tokens in torch, on any device; `evaluate` does what lies between them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO, TokenBatch, ValueRa
 
 @dataclass(frozen=True)
 class GatedTokens:
-    """Result of the second pass."""
+    """Holds the result of the second pass."""
 
     ratio: Tensor
     """G, [N]."""
@@ -30,8 +30,8 @@ class GatedTokens:
 
 
 class Passes:
-    """The passes over one call's tokens, elementwise torch operations on chunks of them; `statistics` is None when the
-    call wants no metrics."""
+    """Runs the passes over one call's tokens, as elementwise torch operations on chunks of them; `statistics` is None
+    when the call wants no metrics."""
 
     def __init__(self, rule: Rule, batch: TokenBatch, ranges: ValueRanges, runs: Runs, nodes: NodeMap | None) -> None:
         self.rule, self.batch, self.ranges, self.runs, self.nodes = rule, batch, ranges, runs, nodes
@@ -55,7 +55,7 @@ class Passes:
         return self.nodes.gather(table, chunk.tokens, chunk.runs)
 
     def first(self, statistics: TokenStatistics | None) -> Tensor | None:
-        """Node sums [node_terms, base_nodes, P], float64; None without nodes."""
+        """Return the node sums [node_terms, base_nodes, P], float64; None without nodes."""
         sums = self._table(self.rule.node_terms)
         for chunk in self._chunks():
             if self.nodes is not None and sums is not None:
@@ -65,7 +65,7 @@ class Passes:
         return sums
 
     def second(self, gating: Gating, statistics: TokenStatistics | None) -> GatedTokens:
-        """Gated ratio, direct gradient and adjoint sums."""
+        """Return gated ratio, direct gradient and adjoint sums."""
         ratio, gradient = torch.empty_like(self.batch.log_ratio), torch.empty_like(self.batch.log_ratio)
         value = torch.zeros((), dtype=torch.float64, device=ratio.device)
         sums = self._table(self.rule.adjoint_terms)

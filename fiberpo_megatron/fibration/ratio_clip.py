@@ -1,4 +1,4 @@
-"""The pessimistic clip of a ratio, and the options of every objective that clips a ratio."""
+"""Define the pessimistic clip of a ratio, and the options of every objective that clips a ratio."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RatioClip(Objective):
 
     @cached_property
     def bounds(self) -> Epsilon:
-        """(upper, lower) width of the clip."""
+        """Return the (upper, lower) width of the clip."""
         given, default = self.epsilon, type(self).epsilon
         if self.epsilon_high is None:
             high, low = epsilon_pair(given)

@@ -1,4 +1,4 @@
-"""Objectives by short name, import path or class; `build_objective` makes one."""
+"""Find objectives by short name, import path or class; `build_objective` makes one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arithmetic that an objective brings; `passes` runs it over the tokens of a call.
+"""Declare the arithmetic that an objective brings; `passes` runs it over the tokens of a call.
 
 A `Rule` holds an objective's options. For each call it yields a `Gating`, which knows the node sums of all ranks. Both
 see the tokens as `Chunk`s of n tokens at a time. `objective.Objective` is the rule with everything that callers use.
@@ -41,22 +41,22 @@ class Chunk:
 
     @cached_property
     def ratio(self) -> Tensor:
-        """r = exp(x), the importance ratio."""
+        """Return r = exp(x), the importance ratio."""
         return self.log_ratio.exp()
 
     @cached_property
     def positive(self) -> Tensor:
-        """1 where log_ratio >= 0, else 0: zero belongs to the positive channel."""
+        """Return 1 where log_ratio >= 0, else 0: zero belongs to the positive channel."""
         return torch.ge(self.log_ratio, 0.0, out=torch.empty_like(self.log_ratio))
 
     @cached_property
     def negative(self) -> Tensor:
-        """1 where log_ratio < 0, else 0."""
+        """Return 1 where log_ratio < 0, else 0."""
         return 1.0 - self.positive
 
     @cached_property
     def counted(self) -> Tensor | None:
-        """1 for tokens that count, 0 for tokens of weight 0; None when all tokens count."""
+        """Return 1 for tokens that count, 0 for tokens of weight 0; None when all tokens count."""
         return (self.weights > 0).to(self.weights.dtype) if self.any_weightless else None
 
     def only_counted(self, value: Tensor) -> Tensor:
@@ -123,27 +123,30 @@ class Rule(ABC):
 
     @property
     def base_keys(self) -> tuple[str, ...]:
-        """Keys that name the finest node, without "expert". A class may simply set it: `base_keys = ("turn",)`."""
+        """Return the keys that name the finest node, without "expert".
+
+        A class may simply set it: `base_keys = ("turn",)`.
+        """
         return ()
 
     @property
     def parent_keys(self) -> tuple[str, ...]:
-        """Keys that only coarser levels name."""
+        """Return the keys that only coarser levels name."""
         return ()
 
     @property
     def level_names(self) -> tuple[str, ...]:
-        """Names of the gated levels, fine to coarse; empty for an objective without gated levels."""
+        """Return the names of the gated levels, fine to coarse; empty for an objective without gated levels."""
         return ()
 
     @property
     def uses_experts(self) -> bool:
-        """Whether a call needs `expert_share`."""
+        """Return whether a call needs `expert_share`."""
         return False
 
     @property
     def soft(self) -> bool:
-        """Whether a token belongs to expert partitions by its shares, rather than to the largest one alone."""
+        """Return whether a token belongs to expert partitions by its shares, rather than to the largest one alone."""
         return True
 
     def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""Runs of equal ids: packed tokens sum and gather by run, in chunks that stay in cache."""
+"""Find runs of equal ids: packed tokens sum and gather by run, in chunks that stay in cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONG_RUN = 64
 
 @dataclass(frozen=True)
 class Runs:
-    """Maximal stretches of tokens with equal ids of every key, cut at chunk boundaries.
+    """Holds the maximal stretches of tokens with equal ids of every key, cut at chunk boundaries.
 
     In a packed batch there are about as many runs as trajectories, so everything about ids is
     decided on runs; tokens in any other order are right too, only with more runs.
@@ -39,7 +39,7 @@ class Runs:
 
     @cached_property
     def chunks(self) -> list[tuple[int, int, int, int]]:
-        """Per chunk: first token, end token, first run, end run."""
+        """Return, per chunk: first token, end token, first run, end run."""
         firsts = list(range(0, self.size, self.chunk))
         run_at = torch.searchsorted(self.starts, self.starts.new_tensor(firsts)).tolist()
         ends, run_ends = [*firsts[1:], self.size], [*run_at[1:], self.starts.shape[0]]
@@ -47,7 +47,7 @@ class Runs:
 
 
 def find_runs(batch: TokenBatch, keys: tuple[str, ...]) -> Runs:
-    """Runs of the batch over `keys`; ids are taken from the first token of each run."""
+    """Return the runs of the batch over `keys`; ids are taken from the first token of each run."""
     size, device = batch.size, batch.log_ratio.device
     chunk = CPU_CHUNK if device.type == "cpu" else max(size, 1)
     if size == 0:
@@ -65,7 +65,7 @@ def find_runs(batch: TokenBatch, keys: tuple[str, ...]) -> Runs:
 
 @dataclass(frozen=True)
 class RunSlice:
-    """The runs of one chunk: n tokens in r runs, which are runs first..end of the batch."""
+    """Holds the runs of one chunk: n tokens in r runs, which are runs first..end of the batch."""
 
     tokens: int
     lengths: Tensor
@@ -74,36 +74,36 @@ class RunSlice:
 
     @property
     def rows(self) -> slice:
-        """These runs among the batch's."""
+        """Return where these runs are among the batch's."""
         return slice(self.first, self.end)
 
     @cached_property
     def run_of_token(self) -> Tensor:
-        """Run of each token within the slice, int64 [n]."""
+        """Return the run of each token within the slice, int64 [n]."""
         index = torch.arange(self.end - self.first, device=self.lengths.device)
         return torch.repeat_interleave(index, self.lengths, output_size=self.tokens)
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
-        """Token range of each run within the slice."""
+        """Return the token range of each run within the slice."""
         ends = self.lengths.cumsum(0).tolist()
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
     @property
     def long_on_cpu(self) -> bool:
-        """True where a python loop over runs costs less than one vectorised pass over [n, P] values."""
+        """Return whether a python loop over runs costs less than one vectorised pass over [n, P] values."""
         return self.lengths.device.type == "cpu" and self.tokens >= LONG_RUN * (self.end - self.first)
 
     def sums(self, values: Tensor) -> Tensor:
-        """Float64 sums of [n] or [n, C] values over each run: [r] or [r, C]."""
+        """Return the float64 sums of [n] or [n, C] values over each run: [r] or [r, C]."""
         return torch.segment_reduce(values.double(), "sum", lengths=self.lengths, axis=0, unsafe=True)
 
     def spread(self, per_run: Tensor) -> Tensor:
-        """[r] or [r, C] values handed to their tokens: [n] or [n, C]."""
+        """Return [r] or [r, C] values handed to their tokens: [n] or [n, C]."""
         return per_run.index_select(0, self.run_of_token)
 
 
 def iterate(runs: Runs) -> Iterator[tuple[slice, RunSlice]]:
-    """Chunks of the batch with their runs."""
+    """Yield the chunks of the batch with their runs."""
     for start, end, first, stop in runs.chunks:
         yield slice(start, end), RunSlice(end - start, runs.lengths[first:stop], first, stop)

@@ -1,4 +1,4 @@
-"""Objectives with one ungated node sum per trajectory: GSPO and APC-Obj."""
+"""Define objectives with one ungated node sum per trajectory: GSPO and APC-Obj."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class APC(Objective):
 
     @cached_property
     def delta(self) -> float:
-        """Mean |r - 1| that a trajectory may reach before it is censored."""
+        """Return the mean |r - 1| that a trajectory may reach before it is censored."""
         given = {TRAJECTORY_KEY: (0.12, 0.10)} if self.budgets is None else self.budgets
         if set(given) != {TRAJECTORY_KEY}:
             raise ValueError(f"objective 'apc' reads exactly budgets['trajectory']; got {sorted(given)}")

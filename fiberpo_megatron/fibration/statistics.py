@@ -1,4 +1,4 @@
-"""Token statistics of a call: local sums per chunk, carried by the objective's own two reductions."""
+"""Collect the token statistics of a call: local sums per chunk, carried by the objective's own two reductions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TokenStatistics:
         self.first_sums: dict[str, Tensor] = {}
 
     def first(self, chunk: Chunk) -> None:
-        """Sums that need only the inputs."""
+        """Add up what needs only the inputs."""
         x, ratio, mu = chunk.log_ratio, chunk.ratio, chunk.weights
         weighted = ratio * mu
         counted = float(x.shape[0])
@@ -93,8 +93,10 @@ def summarise(
     experts: bool,
     only_max: float | None,
 ) -> ObjectiveMetrics:
-    """Metrics from the global sums of both reductions; `only_max` is the largest log ratio when there is no other
-    rank, so that the maximum is exact."""
+    """Return the metrics from the global sums of both reductions.
+
+    `only_max` is the largest log ratio when there is no other rank, so that the maximum is exact.
+    """
     count, ratio, weight, weighted, square, entropy = first["sums"].tolist()
     counts = first["log_ratio_histogram"]
     tokens = max(count, 1.0)

@@ -1,4 +1,4 @@
-"""Objectives without node sums: PPO, GRPO, DAPO, CISPO and plain importance weighting."""
+"""Define objectives without node sums: PPO, GRPO, DAPO, CISPO and plain importance weighting."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class DAPO(PPO):
 @register("cispo")
 @dataclass(frozen=True)
 class CISPO(RatioClip, TokenObjective):
-    """Weights the log-prob by a clipped ratio that carries no gradient (arXiv:2506.13585, equations 4 and 5).
+    """Multiplies the log-prob by a clipped ratio that carries no gradient (arXiv:2506.13585, equations 4 and 5).
 
     The gradient is mu A clip(r, 1 - e_low, 1 + e_high) for every token. The value is sum mu A clip(r):
     because of the stop-gradient, the gradient is not the value's derivative.
@@ -79,7 +79,7 @@ class CISPO(RatioClip, TokenObjective):
 @register("reinforce")
 @dataclass(frozen=True)
 class Reinforce(TokenObjective):
-    """Weights each token by its plain importance ratio: G = r."""
+    """Multiplies each token by its plain importance ratio: G = r."""
 
     kernel = "fiberpo_megatron.fibration.kernels.formulas:REINFORCE"
 

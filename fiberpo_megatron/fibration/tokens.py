@@ -1,4 +1,4 @@
-"""The flat token tensors an objective is called with, and what is checked about them."""
+"""Check the flat token tensors that an objective is called with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIN_TABLE_SIZE = 1024
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """This rank's response tokens; all tensors are [N] unless said otherwise."""
+    """Holds this rank's response tokens; all tensors are [N] unless said otherwise."""
 
     log_ratio: Tensor
     advantages: Tensor
@@ -41,7 +41,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class ValueRanges:
-    """What a look at all values has shown."""
+    """Holds what a look at all values has shown."""
 
     any_weightless: bool
     any_beyond_clamp: bool
@@ -58,7 +58,7 @@ def make_batch(
     counts: Mapping[str, int] | None,
     expert_share: Tensor | None,
 ) -> TokenBatch:
-    """Batch with checked shapes and types; `keys` and `expert_share` hold only what the objective reads."""
+    """Return a batch with checked shapes and types; `keys` and `expert_share` hold only what the objective reads."""
     if log_ratio.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_ratio is {log_ratio.dtype}; cast it to float32 or float64")
     if log_ratio.dim() != 1:
@@ -75,7 +75,7 @@ def make_batch(
 
 
 def check_values(batch: TokenBatch) -> ValueRanges:
-    """Refuses non-finite values, negative weights and shares that do not sum to 1; waits for the device."""
+    """Refuse non-finite values, negative weights and shares that do not sum to 1; waits for the device."""
     low, high = _finite_range("log_ratio", batch.log_ratio)
     _finite_range("advantages", batch.advantages)
     smallest, _ = _finite_range("weights", batch.weights)
@@ -92,7 +92,7 @@ def check_values(batch: TokenBatch) -> ValueRanges:
 
 
 def table_size(name: str, largest: int, counts: Mapping[str, int] | None, *, shared: bool) -> int:
-    """Number of ids of one key, the same on every rank.
+    """Return the number of ids of one key, the same on every rank.
 
     With `counts` it is the caller's global number. Without, it is largest + 1 on a single rank; when
     tables are `shared` between ranks it is padded to a power of two of at least MIN_TABLE_SIZE, which
@@ -108,7 +108,7 @@ def table_size(name: str, largest: int, counts: Mapping[str, int] | None, *, sha
 
 
 def require_keys(keys: Mapping[str, Tensor] | None, names: Sequence[str], objective: str) -> dict[str, Tensor]:
-    """The tensors of the keys an objective reads; ValueError when one is missing."""
+    """Return the tensors of the keys that an objective reads; ValueError when one is missing."""
     given = keys or {}
     for name in names:
         if name not in given:

@@ -1,4 +1,4 @@
-"""The node tree of a mini-batch: compact nodes per level, parents, and aggregates of both channels.
+"""Build the node tree of a mini-batch: compact nodes per level, parents, and aggregates of both channels.
 
 Only the finest level's sums cross ranks. Every coarser aggregate follows from the tower property
 (arXiv:2603.08239: aggregates are conditional expectations, so coarsening in steps changes nothing),
@@ -20,7 +20,7 @@ from fiberpo_megatron.fibration.runs import Runs
 
 @dataclass(frozen=True)
 class LevelNodes:
-    """The n nodes of one level that hold tokens; float64."""
+    """Holds the n nodes of one level that hold tokens; float64."""
 
     level: Level
     of_finest: Tensor
@@ -35,14 +35,14 @@ class LevelNodes:
     """S+ and S-, [2, n]."""
 
     def total(self, finest: Tensor) -> Tensor:
-        """Sums of finest-node values [..., F] over this level's nodes: [..., n]."""
+        """Return the sums of finest-node values [..., F] over this level's nodes: [..., n]."""
         out = finest.new_zeros((*finest.shape[:-1], self.mass.shape[0]))
         return out.index_add_(-1, self.of_finest, finest)
 
 
 @dataclass(frozen=True)
 class NodeTree:
-    """All levels, fine to coarse, over the finest nodes that hold tokens."""
+    """Holds all levels, fine to coarse, over the finest nodes that hold tokens."""
 
     levels: tuple[LevelNodes, ...]
     index: Tensor
@@ -50,13 +50,13 @@ class NodeTree:
     dense_size: int
 
     def dense(self, finest: Tensor) -> Tensor:
-        """Finest-node values [C, F] laid out densely [C, base_nodes * P]; zero where there is no token."""
+        """Return finest-node values [C, F] laid out densely [C, base_nodes * P]; zero where there is no token."""
         out = finest.new_zeros((finest.shape[0], self.dense_size))
         return out.index_copy_(1, self.index, finest)
 
 
 def parent_tables(nodes: NodeMap, runs: Runs, parent_keys: tuple[str, ...]) -> dict[str, Tensor]:
-    """What must cross ranks so that all know each base node's coarser ids: [1 + 2 * keys, base_nodes].
+    """Return what must cross ranks so that all know each base node's coarser ids: [1 + 2 * keys, base_nodes].
 
     Row 0 counts reports of a base node; then per key the sum and the sum of squares of the reported
     ids. A rank reports a base node once, and once more for every run that disagrees with it, so
@@ -81,7 +81,7 @@ def parent_tables(nodes: NodeMap, runs: Runs, parent_keys: tuple[str, ...]) -> d
 
 
 def build_tree(chain: LevelChain, nodes: NodeMap, sums: Tensor, parents: Tensor | None) -> NodeTree:
-    """Tree from the reduced finest sums [4, base_nodes, P]: mass, tokens, mu x+, mu x-.
+    """Return the tree from the reduced finest sums [4, base_nodes, P]: mass, tokens, mu x+, mu x-.
 
     Raises ValueError, on every rank alike, when a level is not nested in the next.
     """

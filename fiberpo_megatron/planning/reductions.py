@@ -1,4 +1,4 @@
-"""What the objective's reductions over the data x context ranks carry in one optimiser step."""
+"""Count what the objective's reductions over the data x context ranks carry in one optimiser step."""
 
 import warnings
 from functools import cache
