@@ -37,7 +37,7 @@ class SlurmConfig(Section):
     """Seconds before the time limit at which the run is asked to save and stop: more than a step without its
     generation, an evaluation and a save."""
     requeue: bool = True
-    """Queue the job again when it was stopped by its time limit; the run then continues from its newest checkpoint."""
+    """Queue the job again when it was stopped by its time limit. The run then continues from its newest checkpoint."""
     chain: int = Field(1, ge=1)
     """Jobs to submit, each after the previous one, for clusters that do not requeue."""
     dependency: str | None = None
