@@ -49,11 +49,6 @@ class Job:
         self.crashes = 0
         """How many of its workers in a row have crashed for an unknown cause."""
 
-    @property
-    def waiting_for_policy(self) -> bool:
-        """Return whether the policy's answer is awaited, so that the environment has nothing to do."""
-        return False
-
     def begin(self, send: Send) -> None:
         """Note that a worker has got the job. `send` reaches that worker."""
         self.output = 0
@@ -81,10 +76,6 @@ class ConversationJob(Job):
         self._asked = 0
         self._delivery: asyncio.Task[None] | None = None
         self._send: Send | None = None
-
-    @property
-    def waiting_for_policy(self) -> bool:
-        return self._delivery is not None and not self._delivery.done()
 
     def begin(self, send: Send) -> None:
         super().begin(send)

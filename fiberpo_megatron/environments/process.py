@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fiberpo_megatron.environments import wire
+from fiberpo_megatron.environments.results import FailureKind
 from fiberpo_megatron.plugins import PluginError
 from fiberpo_megatron.subprocesses import without_launcher
 
@@ -27,7 +28,7 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 class FrameRefused(Exception):
     """A worker announced a frame that must not be read."""
 
-    def __init__(self, job: int, kind: str, message: str) -> None:
+    def __init__(self, job: int, kind: FailureKind, message: str) -> None:
         super().__init__(message)
         self.job = job
         self.kind = kind
@@ -81,6 +82,8 @@ class WorkerProcess:
         self._out = bytearray()
         self._flushing = False
         self._last = b""
+        self.closed = False
+        """Whether the process has closed its end of a pipe, so that it is ending."""
         self.page = wire.Page.create()
         commands, self._commands = os.pipe()
         self._replies, replies = os.pipe()
@@ -132,7 +135,8 @@ class WorkerProcess:
             del self._out[:written]
         except BlockingIOError:
             pass
-        except BrokenPipeError:  # it is dying; `exit_code` says how
+        except BrokenPipeError:  # `exit_code` will say how it ended
+            self.closed = True
             self._out.clear()
         if self._out:
             self._flushing = True
@@ -148,6 +152,7 @@ class WorkerProcess:
         except BlockingIOError:
             return
         if not data:
+            self.closed = True
             self._loop.remove_reader(self._replies)
         self._feed(data)
 

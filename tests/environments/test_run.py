@@ -1,7 +1,9 @@
 """Conversations share a worker: only a culprit fails, time is charged to its user, and chance can be repeated."""
 
 import asyncio
+import os
 import re
+import signal
 import time
 from types import SimpleNamespace
 
@@ -222,6 +224,18 @@ def test_after_a_crash_a_conversation_starts_again_or_is_replayed(tmp_path, use)
     assert list(outcome.metrics) == [f"policy {expected} answer {n}" for n in (1, 2, 3, 4)]
     assert len(made[-1]) == 4, "no answer was asked for twice"
     assert isinstance(beside, Outcome) and counts["restarted"] == 2 and "failures" not in counts
+
+
+def test_a_worker_that_someone_else_kills_costs_nothing_but_time():
+    async def scenario():
+        async with pool_of("Talking", workers=1, deadline_s=20.0) as pool:
+            run = asyncio.create_task(pool.run(task("fine"), policy(delay_s=1.0), seed=0))
+            await asyncio.sleep(0.5)
+            os.kill(pool._slots[0].process.pid, signal.SIGKILL)
+            return await run, pool.take_counts()
+
+    outcome, counts = asyncio.run(scenario())
+    assert outcome == Outcome(5.0) and counts == {"worker_deaths": 1, "restarted": 1}
 
 
 def test_a_replay_that_asks_something_else_is_invalid(tmp_path):
