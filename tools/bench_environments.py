@@ -3,7 +3,9 @@
     python tools/bench_environments.py --workers 2
 
 It prints the scores of a SingleTurn environment per second and the turns of a conversation per second, with a policy
-that answers at once. Both are limited by the processors that the workers and the trainer share.
+that answers at once. Both are limited by the processors that the workers and the trainer share. On two cores that
+other programs used as well (load 9 to 14) it printed 1,618, 2,421 and 3,062 scores/s in three runs that followed each
+other; a score took 156 microseconds of processor time in the trainer and 122 in the workers.
 """
 
 from __future__ import annotations
