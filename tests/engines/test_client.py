@@ -36,7 +36,12 @@ def generate(client: EngineClient, **options):
 
 def answering(*changes, **more):
     """A server whose one response has these changes."""
-    return FakeServers({"/generate": lambda host, body: [response([8, 9], [5, 6], **dict(*changes, **more))]})
+
+    def answer(host, body):
+        element = response([8, 9], [5, 6], **dict(*changes, **more))
+        return [element] if isinstance(body["input_ids"][0], list) else element
+
+    return FakeServers({"/generate": answer})
 
 
 def test_request_and_response():
@@ -114,14 +119,14 @@ def test_the_number_of_responses_must_fit():
         ask(servers, generate)
 
 
-def test_an_aborted_response_is_an_error_unless_partials_are_wanted(tmp_path):
+def test_an_aborted_response_is_an_error(tmp_path):
     log = tmp_path / "engine_0.log"
     log.write_text("one\ntwo\n")
     servers = answering(finish_reason={"type": "abort", "message": "by hand"})
     with pytest.raises(EngineAborted, match=r"aborted \(by hand\)[\s\S]*engine_0.log ---\none\ntwo"):
         ask(servers, generate, log=log)
-    (completion,) = ask(servers, lambda c: generate(c, partial=True))
-    assert completion.finish_reason == "abort" and completion.token_ids == (8, 9)
+    with pytest.raises(EngineAborted, match=r"aborted \(by hand\)"):
+        ask(servers, lambda c: c.score([5, 6]))
 
 
 def test_scores():

@@ -16,9 +16,11 @@ import pytest
 
 from fiberpo_megatron.engines.client import EngineAddress, Sampling
 from fiberpo_megatron.engines.errors import EngineRefused, EngineStartError, EngineUnreachable
+from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.engines.servers import EngineProcess, check_reachable, engines, remove_leftovers, stop_all
 from fiberpo_megatron.engines.settings import EngineConfig
-from fiberpo_megatron.rollout.generate import EngineSampler
+from fiberpo_megatron.rollout.sampler import EngineSampler
+from tests.rollout.in_order import in_order
 
 
 def start(config: EngineConfig, model: Path, folder: Path) -> None:
@@ -102,10 +104,10 @@ def check_key(address: EngineAddress) -> None:
         with pytest.raises(EngineRefused, match="the server asks for another API key .*api_key_file"):
             check_reachable(without)
         with (
-            EngineSampler([without], Sampling(1), max_concurrent=1, timeout_s=60, vocabulary=64) as sampler,
+            EnginePool([without], timeout_s=60) as pool,
             pytest.raises(EngineRefused, match=f"{seen}.*api_key_file"),
         ):
-            list(sampler.sample([[2, 3]], 1))
+            pool.run(pool.clients[0].generate([[2, 3]], Sampling(1)))
     check_reachable(address)
     assert address.log is not None and KEY not in repr(address)
     log = address.log.read_text()
@@ -152,10 +154,10 @@ def test_kill_9_of_the_run_takes_the_server_along_and_a_waiting_sampler_says_so(
     assert listening == {"127.0.0.1"}
     threading.Timer(1.0, run.kill).start()
     with (
-        EngineSampler([address], Sampling(500), max_concurrent=64, timeout_s=60, vocabulary=64) as sampler,
+        EnginePool([address], timeout_s=60) as pool,
         pytest.raises(EngineUnreachable, match=rf"{url}: the connection was lost[\s\S]*engine_0.log ---"),
     ):
-        list(sampler.sample([[2, 3, 4]] * 8, 4))
+        in_order(EngineSampler(pool, Sampling(500), max_concurrent=64, vocabulary=64), [[2, 3, 4]] * 8, 4)
     run.wait()
     wait_for(lambda: not members(server))
     remove_leftovers()

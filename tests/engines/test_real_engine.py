@@ -1,15 +1,20 @@
 """The client and the sampler against a real SGLang server."""
 
 import asyncio
+import json
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
 from fiberpo_megatron.engines.errors import EngineAborted, EngineRefused
-from fiberpo_megatron.rollout.generate import EngineSampler
+from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.environments import ToolCall
+from fiberpo_megatron.rollout.sampler import EngineSampler
 from fiberpo_megatron.types import WeightSpan
 from tests.rollout.in_order import in_order
 from tests.tiny_model import EOS, LAYERS, TOP_K, VOCABULARY, chosen_experts, load, log_probs
@@ -20,8 +25,10 @@ ROUNDING = 1e-4
 PROMPTS = [[2 + i, 9, 4, 33 - i, 6] for i in range(6)]
 
 
-def sampler(engine: EngineAddress, sampling: Sampling, **options) -> EngineSampler:
-    return EngineSampler([engine], sampling, max_concurrent=64, timeout_s=60, vocabulary=VOCABULARY, **options)
+@contextmanager
+def sampler(engine: EngineAddress, sampling: Sampling, **options) -> Iterator[EngineSampler]:
+    with EnginePool([engine], timeout_s=60) as pool:
+        yield EngineSampler(pool, sampling, max_concurrent=64, vocabulary=VOCABULARY, **options)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -96,14 +103,12 @@ def test_what_the_server_refuses_is_said(engine):
 def test_abort_pause_and_checksum(engine, checkpoint):
     async def run() -> None:
         async with EngineClient(engine, timeout_s=60) as client:
-            strict = asyncio.create_task(client.generate([[2, 3]], Sampling(400)))
-            partial = asyncio.create_task(client.generate([[2, 3]], Sampling(400), partial=True))
+            running = asyncio.create_task(client.generate([[2, 3]], Sampling(400)))
             await asyncio.sleep(0.3)
-            await client.abort_all()
+            await client.pause("abort")
             with pytest.raises(EngineAborted, match="aborted"):
-                await strict
-            (completion,) = await partial
-            assert completion.finish_reason == "abort" and 0 < len(completion.token_ids) < 400
+                await running
+            await client.resume()
 
             await client.pause()
             held = asyncio.create_task(client.generate([[2, 3]], Sampling(1)))
@@ -126,9 +131,66 @@ def test_memory_calls_leave_a_server_that_generates_the_same(engine):
     with sampler(engine, Sampling(6)) as engines:
         before = in_order(engines, PROMPTS, 2, list(range(len(PROMPTS))))
         for tags in (["kv_cache"], ["kv_cache", "weights"]):
-            engines.release_memory(tags)  # right after the last answer: it waits until the server is idle
-            engines.resume_memory(tags)
+            engines.engines.release_memory(tags)  # right after the last answer: it waits until the server is idle
+            engines.engines.resume_memory(tags)
             after = in_order(engines, PROMPTS, 2, list(range(len(PROMPTS))))
             assert [[c.token_ids for c in g] for g in after] == [[c.token_ids for c in g] for g in before]
         with pytest.raises(EngineRefused, match="cannot release their memory"):
-            engines.require_memory_saver()
+            engines.engines.require_memory_saver()
+
+
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Add two numbers.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}},
+    },
+}
+
+
+def call(arguments: str, name: str = "add") -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "around", "arguments"),
+    [
+        (call('{"a": 17, "b": 25}'), "", [{"a": 17, "b": 25}]),
+        ("\n".join(["I add.", call("{}"), call('{"a": 1}')]), "I add.", [{}, {"a": 1}]),
+        ("The sum is 42.", "The sum is 42.", []),
+        ("<tool_call>\n17 + 25\n</tool_call>", None, []),
+        ("<tool_call>\n[17, 25]\n</tool_call>", None, []),
+        ("I add. " + call('{"a": 17'), None, []),
+        ("I add. " + call("{}", name="subtract"), None, []),
+        ("<tool_call>\n", None, []),
+    ],
+    ids=["one", "two", "none", "no JSON", "another JSON", "cut JSON", "unknown tool", "cut"],
+)
+def test_tool_calls_are_found_by_the_engines_parser(engine, text, around, arguments):
+    """What does not parse comes back as text, whole: the policy may write anything."""
+
+    async def run():
+        async with EngineClient(engine, timeout_s=60) as client:
+            return await client.parse_tool_calls(text, [ADD], "qwen25")
+
+    found, calls = asyncio.run(run())
+    assert found == (text if around is None else around)
+    assert [json.loads(found.arguments) for found in calls] == arguments
+    assert [(found.name, found.id) for found in calls] == [("add", f"call_{i}") for i in range(len(arguments))]
+    assert all(isinstance(found, ToolCall) for found in calls)
+
+
+@pytest.mark.parametrize(
+    ("tools", "parser"), [([ADD], "no_such_format"), ([{"name": "add"}], "qwen25")], ids=["parser", "tools"]
+)
+def test_an_unknown_parser_or_a_bad_description_is_an_error(engine, tools, parser):
+    async def run():
+        async with EngineClient(engine, timeout_s=60) as client:
+            await client.parse_tool_calls(call("{}"), tools, parser)
+
+    seen = (
+        rf"cannot parse tool calls with rollout\.tool_call_parser = '{parser}' and the tools .*add.*parse_function_call"
+    )
+    with pytest.raises(EngineRefused, match=seen):
+        asyncio.run(run())
