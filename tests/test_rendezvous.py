@@ -9,8 +9,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from fiberpo_megatron import rendezvous
-from fiberpo_megatron.cli.rank import interface_to_master
-from fiberpo_megatron.engines.addresses import free_ports
+from fiberpo_megatron.engines.addresses import free_ports, listen_towards_master
 from fiberpo_megatron.rendezvous import master_address, ranks_store
 
 SECOND = timedelta(seconds=1)
@@ -25,6 +24,12 @@ def rank_zero_of_two(monkeypatch: pytest.MonkeyPatch) -> int:
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
     return port
+
+
+def interface_towards_master(monkeypatch: pytest.MonkeyPatch) -> str | None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    listen_towards_master()
+    return os.environ.pop("GLOO_SOCKET_IFNAME", None)
 
 
 def listening(port: int) -> set[str]:
@@ -43,10 +48,10 @@ def test_rank_zero_holds_the_store_on_one_address(rank_zero_of_two: int):
 
 def test_a_name_that_is_loopback_to_its_own_machine_alone(rank_zero_of_two: int, monkeypatch: pytest.MonkeyPatch):
     """Debian's 127.0.1.1: the other machines see another address, which rank 0 cannot know. It listens on all."""
-    assert master_address() == "127.0.0.1" and interface_to_master() == "lo"
+    assert master_address() == "127.0.0.1" and interface_towards_master(monkeypatch) == "lo"
     monkeypatch.setenv("MASTER_ADDR", "node1")
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
-    assert master_address() is None and interface_to_master() is None
+    assert master_address() is None and interface_towards_master(monkeypatch) is None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert master_address() == "127.0.1.1", "all ranks are here"
 

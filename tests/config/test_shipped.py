@@ -16,5 +16,5 @@ def test_there_are_configs():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_shipped_config_loads_and_builds_its_objective(path: Path):
     config = load_config(path)
-    build_objective(config.algorithm.objective, **config.algorithm.objective_options())
+    build_objective(config.algorithm.objective.use, **config.algorithm.objective_options())
     assert config.parallel.world_size() >= 1
