@@ -23,10 +23,13 @@ def load(settings: Mapping[str, Any]) -> tuple[Environment, dict[str, Any]]:
         environment = plugin.target(**settings["options"])
     except BaseException as error:  # a constructor of somebody else's raises what it likes
         hint = f" (memory_gib = {settings['memory_gib']:g})" if isinstance(error, MemoryError) else ""
+        message = (
+            f"{where}: {plugin.path} could not be made with options = {settings['options']!r}: {describe_error(error)}"
+        )
+        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):  # the class refuses the options
+            raise plugins.PluginError(message) from error
         raise plugins.PluginError(
-            f"{where}: {plugin.path} could not be made with options = {settings['options']!r}: "
-            f"{describe_error(error)}{hint}; correct the options or the class\n"
-            f"{trace_of(error)[-wire.TRACEBACK_CHARACTERS :]}"
+            f"{message}{hint}; correct the options or the class\n{trace_of(error)[-wire.TRACEBACK_CHARACTERS :]}"
         ) from error
     try:
         return environment, _describe(environment, plugin, where)

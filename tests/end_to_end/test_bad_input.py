@@ -50,11 +50,39 @@ def test_layouts_that_do_not_divide(model: Path, tmp_path: Path, words: tuple[st
     assert message in error and fix in error
 
 
-def test_empty_prompt_set(model: Path, tmp_path: Path):
-    (tmp_path / "empty.jsonl").write_text("")
-    task = f'{{kind = "jsonl", name = "mine", train = "{tmp_path}/empty.jsonl"}}'
-    error = failure(model, tmp_path / "run", *ONE_RANK, "--data.tasks", f"[{task}]")
-    assert "empty.jsonl" in error
+def jsonl(train: Path) -> tuple[str, str]:
+    return "--environments", f'[{{name = "mine", use = "jsonl", options = {{name = "mine", train = "{train}"}}}}]'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the prompt file"),
+        ("", "holds no prompts; write one JSON object a line"),
+        ('{"prompt": "1+1=", "answer": "2"}\n{"prompt": }', "mine.jsonl, line 2: not a JSON object"),
+    ],
+    ids=["missing", "empty", "bad line"],
+)
+def test_prompt_files(model: Path, tmp_path: Path, content: str | None, message: str):
+    path = tmp_path / "mine.jsonl"
+    if content is not None:
+        path.write_text(content)
+    error = failure(model, tmp_path / "run", *ONE_RANK, *jsonl(path))
+    assert message in error and "mine.jsonl" in error and "environment 'mine'" in error
+    assert not (tmp_path / "run/logs").exists()  # no rank was started
+
+
+def test_a_package_that_is_not_installed(model: Path, tmp_path: Path):
+    words = ("--environments", '[{name = "mine", use = "no_such_package.sums:Sums"}]')
+    error = failure(model, tmp_path / "run", *ONE_RANK, *words)
+    assert "there is no module 'no_such_package'" in error
+    assert not (tmp_path / "run/logs").exists()
+
+
+def test_a_prompt_that_is_too_long(model: Path, tmp_path: Path):
+    error = failure(model, tmp_path / "run", *ONE_RANK, "--data.max_prompt_tokens", "2")
+    assert "the prompt has 6 tokens, allowed are 1 to data.max_prompt_tokens = 2; shorten it or raise" in error
+    assert "rank 0" in error and not (tmp_path / "run/engines").exists()  # no engine was started
 
 
 def test_dead_engine(model: Path, tmp_path: Path):

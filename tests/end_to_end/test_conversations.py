@@ -26,10 +26,11 @@ def test_wrong_answers_are_tried_again(model: Path, engine: Any, tmp_path: Path)
     problems = tmp_path / "problems.jsonl"
     lines = [json.dumps({"prompt": f"what is {i}+{i}?", "answer": str(2 * i)}) for i in range(8)]
     problems.write_text("\n".join(lines))
-    task = f'{{kind = "jsonl", name = "sums", train = "{problems}", max_turns = 3, retry_message = "no, again"}}'
+    options = f'name = "sums", train = "{problems}", max_turns = 3, retry_message = "no, again"'
+    sums = f'{{name = "sums", use = "jsonl", options = {{{options}}}}}'
     words = ["--rollout.engine.urls", f'["{engine.url}"]', "--evaluation.prompts", "0", "--trainer.steps", "1"]
     words += ["--rollout.max_response_tokens", "32", "--rollout.return_routing", "true"]
-    words += ["--telemetry.rollouts_per_step", "32", "--data.tasks", f"[{task}]"]
+    words += ["--telemetry.rollouts_per_step", "32", "--environments", f"[{sums}]"]
     done = run(model, tmp_path / "run", *words)
     assert done.returncode == 0, done.stderr
     (record,) = records(tmp_path / "run", "train")

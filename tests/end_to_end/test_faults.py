@@ -5,6 +5,7 @@ A rank that is killed: test_kills.py. Faults inside a save or a step: tests/dist
 test_failures.py.
 """
 
+import json
 import os
 import re
 import shutil
@@ -19,15 +20,14 @@ import numpy as np
 import pytest
 
 from fiberpo_megatron.config import load_config
-from fiberpo_megatron.data.curriculum import build_prompts
-from fiberpo_megatron.data.tokenizer import load_tokenizer
 from fiberpo_megatron.mcore.checkpoint.folders import complete_steps, damaged_files, describe, latest
 from fiberpo_megatron.rollout.dump import Origin, RolloutDump, prompts_digest
-from fiberpo_megatron.trainer.batch import flatten
-from fiberpo_megatron.trainer.stored import shared_settings
-from fiberpo_megatron.types import Completion, RolloutGroup, Trajectory
+from fiberpo_megatron.sources.stored import shared_settings
+from fiberpo_megatron.trainer.tasks import start_tasks
+from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory, flatten
 from tests.end_to_end.test_training import CONFIG, ROOT, SMALL, command, processes_of, records, run
 from tests.tiny_model import VOCABULARY
+from tests.trainer.toy import SingleLayout
 
 STEPS = 40
 
@@ -35,12 +35,17 @@ STEPS = 40
 @pytest.fixture(scope="module")
 def rollouts(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RolloutDump:
     """Random responses to the prompts of STEPS steps, as `fiberpo dump` would store them."""
-    config = load_config(CONFIG, SMALL)
-    prompts = build_prompts(config.data, load_tokenizer(model))
+    config = load_config(
+        CONFIG, [*SMALL, "--model.path", str(model), "--run.folder", str(tmp_path_factory.mktemp("run"))]
+    )
+    prompts: list[list[Prompt]] = []
+    with start_tasks(config, json.loads((model / "config.json").read_text()), SingleLayout()) as tasks:
+        for step in range(STEPS):
+            places = tasks.prompts.prompts_at(config.run.seed, step, config.batch.prompts)
+            prompts.append(tasks.environments.prompts(places, tasks.encoder))
     dump = RolloutDump(tmp_path_factory.mktemp("rollouts"))
     random = np.random.default_rng(0)
-    for step in range(STEPS):
-        asked = prompts.prompts_at(config.run.seed, step, config.batch.prompts)
+    for step, asked in enumerate(prompts):
         groups = []
         for prompt in asked:
             answers = []

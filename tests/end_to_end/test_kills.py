@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from fiberpo_megatron.rollout.finished import finished_indices
 from tests.end_to_end.test_replay import assert_same_weights, metrics
 from tests.end_to_end.test_training import ROOT, command, processes_of, run
+from tests.rollout.finished_indices import finished_indices
 
 ENDLESS = 1000  # steps; the disturbed run must not end before its kills, on however fast a machine
 PHASES = ["generate", "forward", "save", "publish"]

@@ -61,7 +61,7 @@ def test_six_steps_straight_and_three_kill_three_are_bitwise_the_same(model: Pat
     assert len(records(replayed, "train")) < 6
     done = run(model, replayed, *replay, "--resume")
     assert done.returncode == 0, done.stderr
-    assert "Resumed from" in done.stdout and "no engine, nothing is published" in done.stdout
+    assert "Resumed from" in done.stdout and "no engine, no publication" in done.stdout
     assert_same_weights(straight, replayed)
     assert metrics(straight) == metrics(replayed)
     assert not (replayed / "engines").exists() and not (replayed / "published").exists()

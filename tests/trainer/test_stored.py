@@ -11,15 +11,15 @@ import torch
 
 from fiberpo_megatron.interfaces import WeightSource
 from fiberpo_megatron.rollout.dump import DumpError
-from fiberpo_megatron.rollout.finished import FinishedGroups, origins
 from fiberpo_megatron.sources.replay import ReplaySource
 from fiberpo_megatron.sources.stored import StoredRollouts, dump_of
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.loop import Training, train
 from fiberpo_megatron.trainer.stop import Stopped
 from fiberpo_megatron.types import Completion
+from tests.rollout.finished_indices import finished_indices
 from tests.trainer.test_loop import Memory, toy_config, training
-from tests.trainer.toy import VOCABULARY, CountingPrompts, FakeEngine, SingleLayout, TablePolicy, one_prompt, read
+from tests.trainer.toy import VOCABULARY, CountingPrompts, FakeEngine, SingleLayout, TablePolicy, read
 
 
 def run_in(
@@ -43,14 +43,6 @@ def run_in(
         )
         return replace(run, source=source), memory
     return replace(run, source=replace(run.source, store=store)), memory
-
-
-def finished_prompts(folder: Path, step: int) -> set[int]:
-    """Prompts of an interrupted step whose groups are on disk."""
-    unfinished = dump_of(folder).unfinished(step)
-    (origin,) = origins(unfinished)
-    with FinishedGroups(unfinished, origin, 0, [one_prompt(i) for i in range(4)], range(4), lambda _: True) as groups:
-        return set(groups)
 
 
 def test_a_replayed_run_is_the_run_that_was_dumped(tmp_path: Path) -> None:
@@ -174,7 +166,7 @@ def cut_while_generating(folder: Path) -> TablePolicy:
     run, _ = run_in(folder, engine=engine)
     with pytest.raises(Killed):
         train(run)
-    assert dump_of(folder).steps() == [] and finished_prompts(folder, 1) == {1, 2, 3}
+    assert dump_of(folder).steps() == [] and finished_indices(dump_of(folder).unfinished(1)) == {1, 2, 3}
     return run.policy
 
 
@@ -272,7 +264,7 @@ def test_a_request_to_stop_cuts_generation_short(tmp_path: Path) -> None:
     with pytest.raises(Stopped, match="after 1 steps"):
         train(run)
     assert memory.saved == [1] and len(memory.values("train", "reward/mean")) == 1
-    assert dump_of(tmp_path).steps() == [] and finished_prompts(tmp_path, 1) == {2, 3}
+    assert dump_of(tmp_path).steps() == [] and finished_indices(dump_of(tmp_path).unfinished(1)) == {2, 3}
     engine.survives = 10**6
     again, _ = run_in(tmp_path, resume=True, start=1, engine=engine, checkpoint={"every_steps": 0})
     train(again, start=1)
