@@ -15,7 +15,7 @@ Shard = tuple[str, Any, tuple[int, ...], tuple[int, ...]]
 
 
 def weights(model: str) -> list[tuple[list[Shard], dict[str, Any], int]]:
-    """For every layout this rank's shards, the full tensors (on rank 0), and how many shards are views of parameters."""
+    """Return for each layout this rank's shards, the full tensors (on rank 0), and how many shards are views."""
     found = []
     for parallel in LAYOUTS:
         if "expert" in parallel and "dense" in model:
