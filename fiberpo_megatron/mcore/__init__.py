@@ -1,6 +1,6 @@
-"""Everything that touches Megatron-Core.
+"""This package holds everything that touches Megatron-Core.
 
-Importing this package puts a hook in place: just before Megatron-Core is imported it sets what Megatron reads then.
+Importing it installs a hook: just before Megatron-Core is imported, the hook sets what Megatron reads at that time.
 `platform.activate` then makes the process ready for use (without a GPU it installs the CPU platform, see
 `cpu/patches.py`). `settings`, `families` and `parallel.checks` import no Megatron, so that a config, a launcher or a
 planner can use them without it.

@@ -1,4 +1,4 @@
-"""The Megatron-Core model of an architecture, and its deterministic random weights."""
+"""This module builds the Megatron-Core model of an architecture, and draws its deterministic random weights."""
 
 import hashlib
 from collections.abc import Sequence
@@ -23,19 +23,20 @@ from fiberpo_megatron.mcore.transformer_config import transformer_config
 from fiberpo_megatron.mcore.weights.global_tensors import global_shards
 
 _LATENT_NORM_EPS = 1e-6
-"""Of the norms inside latent attention, whatever `rms_norm_eps` says, as in transformers' DeepseekV3Attention."""
+"""Epsilon of the norms inside latent attention, whatever `rms_norm_eps` says, as in transformers'
+DeepseekV3Attention."""
 
 
 class PolicyModel(GPTModel):
-    """A GPTModel whose last stage answers with hidden states.
+    """This is a GPTModel whose last stage returns hidden states.
 
-    Logits are made later, for response positions only and in chunks (`log_probs.py`).
+    Logits are computed later, for response positions only and in chunks (`log_probs.py`).
     """
 
     output_rows: int
     """Rows of every rank's output layer, padding included."""
     vocab_rows: int
-    """Rows of this rank's output layer that stand for tokens; the rest pads the vocabulary."""
+    """Rows of this rank's output layer that belong to tokens; the rest pads the vocabulary."""
 
     def _preprocess(self, input_ids: Any, position_ids: Any, **kwargs: Any) -> Any:
         prepared = super()._preprocess(input_ids=input_ids, position_ids=position_ids, **kwargs)
@@ -52,7 +53,7 @@ class PolicyModel(GPTModel):
         return hidden_states
 
     def output_weight(self) -> Tensor:
-        """[vocabulary / tensor, hidden] rows of the output layer that stand for tokens."""
+        """Return the [vocabulary / tensor, hidden] rows of the output layer that belong to tokens."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return weight[: self.vocab_rows]
@@ -61,11 +62,11 @@ class PolicyModel(GPTModel):
 def build_model(
     architecture: Architecture, model: ModelConfig, layout: ParallelLayout, dtype: torch.dtype | None = None
 ) -> list[PolicyModel]:
-    """This process's model chunks, parameters not yet filled.
+    """Build this process's model chunks; their parameters are not yet filled.
 
-    Routers are frozen unless `model.train_router`; every expert parameter is marked `allreduce = False`, so that
-    its gradient is summed over the expert-data-parallel group in every layout (Megatron marks it only when
-    expert > 1, and is then wrong where expert_tensor differs from tensor).
+    Routers are frozen unless `model.train_router`. Every expert parameter is marked `allreduce = False`, so that its
+    gradient is summed over the expert-data-parallel group in every layout (Megatron marks it only when expert > 1,
+    which is wrong when expert_tensor differs from tensor).
     """
     check_routers(architecture, model, layout.parallel)
     config = transformer_config(architecture, model, layout, dtype)
@@ -133,7 +134,7 @@ def _layer_spec(architecture: Architecture, layer: int) -> Any:
 
 
 def _rotary_options(rope: Rope, *, latent: bool) -> dict[str, Any]:
-    """GPTModel's arguments. Latent attention makes its own embedding, from the TransformerConfig."""
+    """Return GPTModel's arguments; latent attention makes its own embedding, from the TransformerConfig."""
     options: dict[str, Any] = {"position_embedding_type": "rope", "rotary_base": rope.theta}
     if latent:
         return options

@@ -1,4 +1,4 @@
-"""An architecture in a layout as Megatron's TransformerConfig."""
+"""This module describes an architecture in a layout as Megatron's TransformerConfig."""
 
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def transformer_config(
     architecture: Architecture, model: ModelConfig, layout: ParallelLayout, dtype: torch.dtype | None = None
 ) -> TransformerConfig:
-    """Megatron's description of the model in this layout."""
+    """Return Megatron's description of the model in this layout."""
     dtype = dtype or DTYPES[model.dtype]
     parallel = layout.parallel
     interleaved = parallel.virtual_pipeline > 1
@@ -103,7 +103,7 @@ def _recompute_options(architecture: Architecture, model: ModelConfig) -> dict[s
 
 
 def _uneven_stages(layers: int, parallel: ParallelConfig) -> list[list[str]] | None:
-    """What each model chunk holds, in Megatron's words; None where all get the same number of layers."""
+    """Return what each model chunk holds, in Megatron's names; None if all get the same number of layers."""
     chunks = parallel.pipeline * parallel.virtual_pipeline
     if layers % chunks == 0:
         return None
@@ -175,7 +175,7 @@ def _latent_options(latent: LatentAttention, rope: Rope, options: Mapping[str, A
 
 
 def _set_yarn(config: TransformerConfig, rope: Rope) -> None:
-    """GPTModel and its attention look for these attributes, which are no fields in 0.16."""
+    """Set the attributes that GPTModel and its attention read; in 0.16 they are not fields of the config."""
     config.yarn_rotary_scaling_factor = rope.factor
     config.yarn_original_max_position_embeddings = rope.original_positions
     config.yarn_beta_fast = rope.beta_fast

@@ -278,7 +278,7 @@ def test_few_operations_and_waits(name: str) -> None:
 
 def test_no_kernels_with_an_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "__version__", "3.3.1")
-    with pytest.raises(ValueError, match="Triton is 3.3.1, the kernels need 3.4 or newer"):
+    with pytest.raises(ValueError, match="Triton is 3.3.1, but the kernels need 3.4 or newer"):
         random_case(0).call(build_objective("ppo", kernels=True))
 
 

@@ -1,4 +1,5 @@
-"""Gates and adjoints of a chain of levels on the device: the launches around `node_kernels`."""
+"""This module computes gates and adjoints of a chain of levels on the device: it launches the kernels of
+`node_kernels`."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ NODE_TILE = 128
 
 
 def coarse_counts(chain: LevelChain, nodes: NodeMap) -> list[int]:
-    """Entries of each coarser level's dense table, partitions not counted."""
+    """Return the entries of each coarser level's dense table, partitions not counted."""
     counts = []
     for level in chain.levels[1:]:
         count = 1
@@ -29,10 +30,10 @@ def coarse_counts(chain: LevelChain, nodes: NodeMap) -> list[int]:
 
 
 class DeviceTree:
-    """The nodes of one call, whose tokens are of `dtype`."""
+    """Holds the nodes of one call, whose tokens are of `dtype`."""
 
     flag: Tensor
-    """int32 [1], or [0] with one level; not 0 where levels may not nest."""
+    """int32 [1], or [0] with one level; it is not 0 if levels may not nest."""
 
     def __init__(self, chain: LevelChain, nodes: NodeMap, dtype: torch.dtype) -> None:
         self.chain, self.nodes, self.dtype = chain, nodes, dtype
@@ -56,7 +57,7 @@ class DeviceTree:
 
     @property
     def integers(self) -> int:
-        """How many integers `place_in` needs."""
+        """Return how many integers `place_in` needs."""
         return 1 + 2 * self.total if self.levels > 1 else 0
 
     def place_in(self, zeros: Tensor) -> None:
@@ -64,7 +65,7 @@ class DeviceTree:
         self.flag, self.reach = zeros[:1], zeros[1:]
 
     def gate(self, sums: Tensor, parents: Tensor | None) -> Tensor:
-        """S+, S- and the summed log base weight [3, base_nodes, P] from the reduced sums [4, base_nodes, P]."""
+        """Return S+, S- and the summed log base weight [3, base_nodes, P] from the reduced sums [4, base_nodes, P]."""
         self.sums = sums
         if self.levels > 1:
             self._place(parents)
@@ -77,7 +78,8 @@ class DeviceTree:
         return values
 
     def adjoin(self, sums: Tensor) -> Tensor:
-        """What tokens of each channel receive [2, base_nodes, P], from W and the clipped parts [3, base_nodes, P]."""
+        """Return what tokens of each channel receive, [2, base_nodes, P], from W and the clipped parts [3, base_nodes,
+        P]."""
         coarse = self._sum_up(sums, self.stopped, 3) if self.levels > 1 else None
         values = self._finest(2, self.dtype)
         tables = (sums, coarse, self.sums, self.coarse, self.place, self.stopped, values, self.experts)

@@ -1,13 +1,14 @@
-"""Each objective's arithmetic on one block of tokens, as device functions.
+"""This module holds each objective's arithmetic on one block of tokens, as device functions.
 
 They compute in Triton what an objective's `terms`, `gate` and `finish` compute in torch, in the same order of
 operations:
   terms(x, mu, counted)                -> what the first reduction sums per finest node
   gate(x, a, mu, values, OPTIONS)      -> G, direct gradient, whether the own clip is free, what the second one sums
   finish(x, a, mu, values, more, OPTIONS) -> the gradient that reaches tokens through aggregates
-x, a, mu are [BLOCK], x clamped. `values` are the node values a token receives: of gates in the fibred objectives, the
-first reduction's float64 sums in the others; in `finish` those of the adjoints, with the sums in `more`. Constants come
-in as OPTIONS and are given the tokens' dtype by `tl.full`: Triton would round a bare float to float32.
+x, a, mu are [BLOCK], x clamped. `values` are the node values that a token receives: those of gates in the fibred
+objectives, the first reduction's float64 sums in the others. In `finish` they are those of the adjoints, with the sums
+in `more`. Constants come in as OPTIONS and get the tokens' dtype by `tl.full`, because Triton would round a bare float
+to float32.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def _gspo_finish(x, a, mu, values, more, OPTIONS: tl.constexpr):
 
 @triton.jit
 def _expm1(x):
-    """exp(x) - 1 without cancellation (Kahan): the errors of exp and of its log cancel."""
+    """Return exp(x) - 1 without cancellation (Kahan): the errors of exp and of its log cancel."""
     u = tl.exp(x)
     log = tl.log(u)
     return tl.where(log == 0, x, (u - 1.0) * (x / tl.where(log == 0, 1.0, log)))

@@ -1,8 +1,8 @@
-"""One objective call in fused kernels: what `evaluate` does in torch, with two waits for the host.
+"""This module makes one objective call in fused kernels: it does what `evaluate` does in torch, with two host waits.
 
-It waits for the number of runs (where ids matter) and, when all is launched, for the metrics together with flags for
-malformed tokens and levels that do not nest. A set flag sends the call through the torch path's checks, which know the
-words. Unlike there, a malformed token is found after the reductions: then every rank raises.
+The host waits for the number of runs (if ids matter) and, when all kernels are launched, for the metrics together with
+flags for malformed tokens and levels that do not nest. If a flag is set, the call goes through the torch path's checks,
+which write the messages. Unlike in torch, a malformed token is found after the reductions: then every rank raises.
 """
 
 from __future__ import annotations
@@ -39,16 +39,18 @@ MAX_BLOCK, MIN_BLOCK = 1024, 16
 
 
 def why_not(batch: TokenBatch) -> str | None:
-    """Why these tokens cannot go through the kernels; None when they can."""
+    """Return why these tokens cannot go through the kernels; None when they can."""
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
-        return f"Triton is {triton.__version__}, the kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer"
+        return f"Triton is {triton.__version__}, but the kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer"
     if not batch.log_ratio.is_cuda and isinstance(token_kernels.first_pass, triton.JITFunction):
-        return f"the tensors are on {batch.log_ratio.device}, the kernels need CUDA tensors (or Triton's interpreter)"
+        return (
+            f"the tensors are on {batch.log_ratio.device}, but the kernels need CUDA tensors (or Triton's interpreter)"
+        )
     return None
 
 
 def block_size(partitions: int, dtype: torch.dtype) -> int:
-    """Tokens per program."""
+    """Return the number of tokens per program."""
     row = triton.next_power_of_2(partitions) * dtype.itemsize
     return min(MAX_BLOCK, max(MIN_BLOCK, TILE_BYTES // row))
 
@@ -116,7 +118,7 @@ class _FusedCall:
             self.tree.place_in(of_tree)
 
     def first_pass(self) -> dict[str, Tensor]:
-        """The first reduction's tables."""
+        """Return the first reduction's tables."""
         rows = self.rule.node_terms
         if not rows and not self.with_metrics:
             return {}
@@ -156,7 +158,7 @@ class _FusedCall:
         return fused_sum(tables, self.reduce)
 
     def second_pass(self, first: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Gated ratio, direct gradient, this rank's value, and the second reduction's tables."""
+        """Return the gated ratio, the direct gradient, this rank's value, and the second reduction's tables."""
         values = first.get("nodes") if self.tree is None else self.tree.gate(first["nodes"], first.get("parents"))
         ratio, gradient = torch.empty_like(self.x), torch.empty_like(self.x)
         rows = self.rule.adjoint_terms
@@ -228,7 +230,7 @@ class _FusedCall:
         )
 
     def finish(self, first: dict[str, Tensor], second: dict[str, Tensor]) -> ObjectiveMetrics | None:
-        """Metrics, read together with the flags; ValueError when one is set."""
+        """Return the metrics, read together with the flags. Raises ValueError when a flag is set."""
         wanted = {"totals": second["totals"]}
         if self.tree is not None and self.tree.flag.numel():
             wanted["flag"] = self.tree.flag
@@ -249,7 +251,7 @@ class _FusedCall:
         return summarise(read, read, tree, experts=self.rule.uses_experts, only_max=only_max)
 
     def _gated_tree(self, tables: dict[str, Tensor]) -> GatedTree | None:
-        """The tree in torch on the host; ValueError where levels do not nest."""
+        """Return the tree in torch on the host. Raises ValueError if levels do not nest."""
         if self.tree is None or self.plan is None:
             return None
         return gate_tree(build_tree(self.tree.chain, self.plan.nodes, tables["nodes"], tables.get("parents")))
@@ -267,7 +269,7 @@ class _FusedCall:
         return self.plan.row(TRAJECTORY_KEY) if self.plan is not None and self.trajectories else None
 
     def _run_sums(self, rows: int) -> Tensor | None:
-        """Room for `rows` sums per run and partition; every program fills its own."""
+        """Allocate `rows` sums per run and partition; every program fills its own."""
         return self._floats(self.programs, rows, self.batch.partitions) if rows else None
 
     def _floats(self, *shape: int) -> Tensor:
@@ -275,7 +277,7 @@ class _FusedCall:
 
 
 def _to_host(tables: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tables in float64, read in one copy."""
+    """Return the tables in float64, read in one copy."""
     flat = [table.reshape(-1) for table in tables.values()]
     whole = (torch.cat(flat) if len(flat) > 1 else flat[0]).cpu()
     parts = whole.split([table.numel() for table in flat])

@@ -1,4 +1,4 @@
-"""Where every kernel is started, so that tests can count and compile them."""
+"""This module starts every kernel, so that tests can count and compile them in one place."""
 
 from __future__ import annotations
 

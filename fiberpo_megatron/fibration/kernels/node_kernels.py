@@ -1,7 +1,8 @@
-"""Kernels on the nodes of a tree: what `tree.py` and `gates.py` say in torch, on dense tables and without a wait.
+"""These kernels work on the nodes of a tree: they do what `tree.py` and `gates.py` do in torch, on dense tables and
+without a wait.
 
 Levels are numbered from fine (0) to coarse (LEVELS - 1). A finest node is (base node b, partition p), at b * P + p of
-tables [..., nodes, P]. The coarser levels share one table [..., total]: place[level - 1, b], plus p where the level has
+tables [..., nodes, P]. The coarser levels share one table [..., total]: place[level - 1, b], plus p if the level has
 the key "expert", is the entry of a finest node's ancestor, and place is -1 where b holds no token. Sums over a node's
 members run over `reach`, the span of base nodes between its first and its last, in order: they are deterministic.
 """
@@ -17,7 +18,8 @@ COUNT = tl.constexpr(1)
 
 @triton.jit
 def _lanes(first, nodes, P: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
-    """Base nodes [BLOCK] from `first` on and which exist, and entries [BLOCK, PADDED] of a table and which exist."""
+    """Return base nodes [BLOCK] from `first` on and which exist, and entries [BLOCK, PADDED] of a table and which
+    exist."""
     b = (first + tl.arange(0, BLOCK)).to(tl.int64)
     p = tl.arange(0, PADDED)
     inside = b < nodes
@@ -42,10 +44,11 @@ def place_nodes(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """place [LEVELS - 1, nodes] and reach [2, total]: nodes less a node's first base node, and its last one plus 1.
+    """Write place [LEVELS - 1, nodes], and reach [2, total]: nodes less a node's first base node, and its last one plus
+    1.
 
-    sizes: per base key, then per coarser key. strides: per coarser level and key, what one id moves its place by.
-    flag becomes 1 where a base node reports several ids of a coarser key.
+    sizes: per base key, then per coarser key. strides: per coarser level and key, how far one id moves its place. flag
+    becomes 1 if a base node reports several ids of a coarser key.
     """
     b, inside, at, held = _lanes(tl.program_id(0) * BLOCK, nodes, P, PADDED, BLOCK)
     mass = tl.load(sums_ptr + at, mask=held, other=0.0)
@@ -75,7 +78,8 @@ def place_nodes(
 
 @triton.jit
 def _coarse(counts, offsets, experts, level, P: tl.constexpr, LEVELS: tl.constexpr):
-    """Of coarser level `level`: its number of nodes (partitions not counted), first entry, and 1 with "expert"."""
+    """Return for coarser level `level` its number of nodes (partitions not counted), first entry, and 1 with
+    "expert"."""
     count = level * 0
     offset = level * 0
     expert = level * 0
@@ -88,7 +92,7 @@ def _coarse(counts, offsets, experts, level, P: tl.constexpr, LEVELS: tl.constex
 
 @triton.jit
 def _store_total(out_ptr, at, column, expert, p, P: tl.constexpr):
-    """Sums per partition [PADDED]: one entry each with "expert", else their total."""
+    """Store sums per partition [PADDED]: one entry each with "expert", else their total."""
     value = tl.where(expert > 0, column, tl.sum(column, axis=0))
     tl.store(out_ptr + at + p, value, mask=(p < P) & ((expert > 0) | (p == 0)))
 
@@ -113,10 +117,11 @@ def sum_up(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [ROWS, total]: sums over each coarser node's finest nodes of sums [..., nodes, P].
+    """Write to out [ROWS, total] the sums over each coarser node's finest nodes of sums [..., nodes, P].
 
-    Of its ROWS rows; ADJOINT: of row 0, W, and of both channels' (1 - g') W of the level below, which `gate_nodes`
-    left in stopped [LEVELS, 2, nodes, P]. flag becomes 1 where base nodes of one node lie in several of the next level.
+    It sums its ROWS rows. With ADJOINT it sums row 0, W, and both channels' (1 - g') W of the level below, which
+    `gate_nodes` left in stopped [LEVELS, 2, nodes, P]. flag becomes 1 if base nodes of one node lie in several nodes of
+    the next level.
     """
     level = tl.program_id(1)
     count, offset, expert = _coarse(counts, offsets, experts, level, P, LEVELS)
@@ -155,7 +160,7 @@ def sum_up(
 
 @triton.jit
 def _gate(residual, budget, tokens):
-    """Equation 4 of arXiv:2604.03044: value and slope, as `gates.gate`."""
+    """Return value and slope of equation 4 of arXiv:2604.03044, as `gates.gate` does."""
     size = tl.abs(residual)
     passed = size <= budget
     rolled = (size < (1.0 + 1.0 / tokens) * budget) & ~passed
@@ -187,9 +192,10 @@ def gate_nodes(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """values [3, nodes, P]: S+, S- and the log base weights' sum over levels; stopped [LEVELS, 2, nodes, P]: 1 - g'.
+    """Write values [3, nodes, P] (S+, S- and the log base weights' sum over levels) and stopped [LEVELS, 2, nodes, P]
+    (1 - g').
 
-    As `gates.gate_tree`, once per finest node; BUDGETS are (C+, C-) per level.
+    It does what `gates.gate_tree` does, once per finest node; BUDGETS are (C+, C-) per level.
     """
     b, inside, at, held = _lanes(tl.program_id(0) * BLOCK, nodes, P, PADDED, BLOCK)
     size = nodes * P
@@ -240,9 +246,10 @@ def adjoin_nodes(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """values [2, nodes, P]: what tokens of each channel receive, as `gates.adjoint`.
+    """Write values [2, nodes, P], which tokens of each channel receive, as `gates.adjoint` does.
 
-    sums [3, nodes, P] are W and what the fiber clips stop, coarse [3, total] `sum_up`'s; first is `gate_nodes`' sums.
+    sums [3, nodes, P] are W and what the fiber clips stop, coarse [3, total] comes from `sum_up`; first holds the sums
+    of `gate_nodes`.
     """
     b, inside, at, held = _lanes(tl.program_id(0) * BLOCK, nodes, P, PADDED, BLOCK)
     size = nodes * P

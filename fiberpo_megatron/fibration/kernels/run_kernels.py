@@ -1,4 +1,5 @@
-"""Kernels on ids and runs: where runs begin, which node each belongs to, and the sums of a node's runs."""
+"""These kernels work on ids and runs: they find where runs begin, which node each belongs to, and the sums of a node's
+runs."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import triton.language as tl
 
 @triton.jit
 def _changes(ids, at, held, BASE: tl.constexpr):
-    """Tokens whose ids differ from the token before, and whether some base ids (the first BASE keys) are lower."""
+    """Return which tokens' ids differ from the token before, and whether some base ids (the first BASE keys) are
+    lower."""
     inner = held & (at > 0)
     changed = at < 0
     lower = at < 0
@@ -25,7 +27,7 @@ def _changes(ids, at, held, BASE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["size"])
 def find_cuts(ids, count_ptr, found_ptr, size, BASE: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr):
-    """count[block]: runs that begin in the block: where an id changes, and at every CUT-th token.
+    """Write count[block], the runs that begin in the block: where an id changes, and at every CUT-th token.
 
     found (int64, zeros before): number of runs; 1 where base ids are not in ascending order; then per key the largest
     id, and the largest negated one.
@@ -57,8 +59,10 @@ def write_runs(
     CUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """start [runs + 1], the last one `size`, and id [keys + 1, runs], whose last row is the base node; count is what
-    `find_cuts` found with the same blocks."""
+    """Write start [runs + 1], the last one `size`, and id [keys + 1, runs], whose last row is the base node.
+
+    count is what `find_cuts` found with the same blocks.
+    """
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
     held = at < size
@@ -93,7 +97,7 @@ def _first_at_least(sorted_ptr, value, size):
 
 @triton.jit
 def _runs_of(base_ptr, order_ptr, first, end, RUNS: tl.constexpr, ORDERED: tl.constexpr):
-    """Some runs of a node, `first` and later, and which of them exist."""
+    """Return some runs of a node, `first` and later, and which of them exist."""
     at = first + tl.arange(0, RUNS)
     inside = at < end
     run = at.to(tl.int64)
@@ -116,7 +120,7 @@ def sum_runs(
     PADDED: tl.constexpr,
     RUNS: tl.constexpr,
 ):
-    """table[c, n, p]: the sums [runs, ROWS, P] of node n's runs, added in the order of the tokens.
+    """Write table[c, n, p], the sums [runs, ROWS, P] of node n's runs, added in the order of the tokens.
 
     base is the base node of each run in ascending order, order (unless ORDERED) the runs in that order.
     """
@@ -146,7 +150,8 @@ def report_parents(
     ORDERED: tl.constexpr,
     RUNS: tl.constexpr,
 ):
-    """`tree.parent_tables`: per base node the reports, and per coarser key the reported ids' sum and sum of squares.
+    """Write `tree.parent_tables`: per base node the reports, and per coarser key the sum and sum of squares of reported
+    ids.
 
     Rows FIRST to FIRST + KEYS of id [..., runs] are the keys that only coarser levels name.
     """

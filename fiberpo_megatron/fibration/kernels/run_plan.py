@@ -1,4 +1,4 @@
-"""Runs and nodes of a call, found on the device with one wait for the host."""
+"""This module finds the runs and nodes of a call on the device, with one wait for the host."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUNS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """Runs over some keys, base keys first, cut at every BLOCK tokens, and the nodes they belong to."""
+    """Holds runs over some keys, base keys first, cut at every BLOCK tokens, and the nodes they belong to."""
 
     keys: tuple[str, ...]
     runs: int
@@ -37,16 +37,16 @@ class Plan:
     """Sizes of all keys and of the finest level's tables."""
 
     def row(self, key: str) -> Tensor:
-        """The id of each run."""
+        """Return the id of each run."""
         return self.ids[self.keys.index(key)]
 
     @property
     def base(self) -> Tensor:
-        """The base node of each run."""
+        """Return the base node of each run."""
         return self.ids[-1]
 
     def sum_runs(self, sums: Tensor) -> Tensor:
-        """Sums per run [R, C, P] added per node: [C, base_nodes, P]."""
+        """Add sums per run [R, C, P] per node; return [C, base_nodes, P]."""
         rows, partitions, nodes = sums.shape[1], sums.shape[2], self.nodes.base_nodes
         table = torch.empty((rows, nodes, partitions), dtype=torch.float64, device=sums.device)
         launch(
@@ -67,7 +67,7 @@ class Plan:
         return table
 
     def parent_tables(self, first: int, keys: int) -> Tensor:
-        """`tree.parent_tables` of `keys` keys from number `first` on: [1 + 2 * keys, base_nodes]."""
+        """Return `tree.parent_tables` of `keys` keys from number `first` on: [1 + 2 * keys, base_nodes]."""
         nodes = self.nodes.base_nodes
         table = torch.empty((1 + 2 * keys, nodes), dtype=torch.float64, device=self.ids.device)
         launch(
@@ -89,7 +89,7 @@ class Plan:
 
 
 def make_plan(rule: Rule, batch: TokenBatch, keys: tuple[str, ...], *, block: int, shared: bool) -> Plan:
-    """Checks the ids of `keys`, of which there is at least one; waits for the number of runs and the ids' ranges."""
+    """Check the ids of `keys`, of which there is at least one; wait for the number of runs and the ids' ranges."""
     device, size = batch.log_ratio.device, batch.size
     ids = tuple(batch.ids[key].contiguous() for key in keys)
     blocks = max(1, triton.cdiv(size, SEARCH_BLOCK))

@@ -1,9 +1,10 @@
-"""The passes over tokens: one program per run of at most BLOCK tokens, which share their base node.
+"""These kernels are the passes over tokens: one program works on a run of at most BLOCK tokens, which share a base
+node.
 
 Each program writes its own float64 sums; `run_kernels.sum_runs` adds them per node in the order of the tokens. No float
-is added atomically, so results do not depend on how programs are scheduled. Without RUNS (no ids are looked at) a
-program takes BLOCK tokens. Token tensors are contiguous; PADDED is P rounded up to a power of two; without expert
-shares P is 1.
+is added atomically, so results do not depend on how programs are scheduled. Without RUNS (no ids are needed) a program
+takes BLOCK tokens. Token tensors are contiguous; PADDED is P rounded up to a power of two; without expert shares P is
+1.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SECOND_SUMS = tl.constexpr(3)
 
 @triton.jit
 def _tokens(start_ptr, size, RUNS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's run, the positions of its tokens, and which of them exist."""
+    """Return this program's run, the positions of its tokens, and which of them exist."""
     run = tl.program_id(0).to(tl.int64)
     if RUNS:
         at = tl.load(start_ptr + run) + tl.arange(0, BLOCK)
@@ -52,7 +53,7 @@ def _finite(value):
 
 @triton.jit
 def _share(share_ptr, at, held, like, P: tl.constexpr, PADDED: tl.constexpr, EXPERTS: tl.constexpr):
-    """omega [BLOCK, PADDED]; ones without experts."""
+    """Return omega [BLOCK, PADDED]; it is 1 without experts."""
     if EXPERTS:
         p = tl.arange(0, PADDED)
         inside = held[:, None] & (p < P)[None, :]
@@ -64,7 +65,7 @@ def _share(share_ptr, at, held, like, P: tl.constexpr, PADDED: tl.constexpr, EXP
 
 @triton.jit
 def _kernel(share, PADDED: tl.constexpr, SOFT: tl.constexpr):
-    """K: omega when soft, one-hot at its first maximum when hard."""
+    """Return K: omega when soft, one-hot at its first maximum when hard."""
     kernel = share
     if not SOFT:
         best = tl.argmax(share, axis=1, tie_break_left=True)
@@ -74,7 +75,7 @@ def _kernel(share, PADDED: tl.constexpr, SOFT: tl.constexpr):
 
 @triton.jit
 def _gather(table_ptr, base, nodes, kernel, ROWS: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr):
-    """sum_n K(i, n) table[c, n] per token, for each row c of table [ROWS, nodes, P]."""
+    """Return sum_n K(i, n) table[c, n] per token, for each row c of table [ROWS, nodes, P]."""
     p = tl.arange(0, PADDED)
     values = ()
     for c in tl.static_range(ROWS):
@@ -85,7 +86,7 @@ def _gather(table_ptr, base, nodes, kernel, ROWS: tl.constexpr, P: tl.constexpr,
 
 @triton.jit
 def _store_sums(sums_ptr, run, terms, kernel, ROWS: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr):
-    """sums[run, c, p] = sum_i K(i, p) terms[c]_i, in float64."""
+    """Store sums[run, c, p] = sum_i K(i, p) terms[c]_i, in float64."""
     p = tl.arange(0, PADDED)
     for c in tl.static_range(ROWS):
         total = tl.sum((kernel * terms[c][:, None]).to(tl.float64), axis=0)
@@ -99,7 +100,7 @@ def _total(value):
 
 @triton.jit
 def _bin(x):
-    """`histogram.histogram`'s bin."""
+    """Return the bin of `histogram.histogram`."""
     bits = x.to(tl.float32).to(tl.int32, bitcast=True)
     magnitude = ((bits & 0x7FFFFFFF) >> SHIFT) - (LOWEST - 1)
     magnitude = tl.minimum(tl.maximum(magnitude, 0), PER_SIGN)
@@ -108,7 +109,7 @@ def _bin(x):
 
 @triton.jit
 def _count_bins(bins_ptr, x, counted):
-    """Adds the block to the histogram; integers, so the order does not matter."""
+    """Add the block to the histogram; its counts are integers, so the order does not matter."""
     counts = tl.histogram(tl.where(counted, _bin(x), PADDED_BINS - 1), PADDED_BINS)
     place = tl.arange(0, PADDED_BINS)
     tl.atomic_add(bins_ptr + place, counts, mask=(place < BINS) & (counts > 0))
@@ -116,8 +117,10 @@ def _count_bins(bins_ptr, x, counted):
 
 @triton.jit
 def place_maximum(bins_ptr, max_ptr, fine_ptr):
-    """`histogram.fine_position`: fine [FINE_BINS] of max (float64) inside the highest bin that holds a token; one
-    program."""
+    """Write `histogram.fine_position`: fine [FINE_BINS] of max (float64) inside the highest bin that holds a token.
+
+    One program does this.
+    """
     place = tl.arange(0, PADDED_BINS)
     counts = tl.load(bins_ptr + place, mask=place < BINS, other=0.0)
     top = tl.max(tl.where(counts > 0, place, -1), axis=0)
@@ -151,8 +154,8 @@ def first_pass(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Node sums [runs, ROWS, P] and, with STATISTICS, `TokenStatistics`' sums [runs, 6], the largest log ratio [runs],
-    the histogram and the tokens that count per trajectory."""
+    """Write node sums [runs, ROWS, P] and, with STATISTICS, `TokenStatistics`' sums [runs, 6], the largest log ratio
+    [runs], the histogram and the tokens that count per trajectory."""
     run, at, held = _tokens(start_ptr, size, RUNS, BLOCK)
     x = _clamp(tl.load(x_ptr + at, mask=held, other=0.0))
     mu = tl.load(mu_ptr + at, mask=held, other=0.0)
@@ -182,7 +185,7 @@ def first_pass(
 
 @triton.jit
 def _malformed(x, a, mu, share, held, EXPERTS: tl.constexpr):
-    """Tokens that `tokens.check_values` refuses."""
+    """Return which tokens `tokens.check_values` refuses."""
     bad = ~(_finite(x) & _finite(a) & _finite(mu) & (mu >= 0))
     if EXPERTS:
         error = tl.abs(tl.sum(share, axis=1) - 1.0)
@@ -219,8 +222,8 @@ def second_pass(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """G and the direct gradient [N], adjoint sums [runs, ROWS, P], clipped tokens per trajectory, and [runs, 3]: value,
-    clipped and malformed tokens."""
+    """Write G and the direct gradient [N], adjoint sums [runs, ROWS, P], clipped tokens per trajectory, and [runs, 3]:
+    value, clipped and malformed tokens."""
     run, at, held = _tokens(start_ptr, size, RUNS, BLOCK)
     raw = tl.load(x_ptr + at, mask=held, other=0.0)
     x = _clamp(raw)
@@ -267,7 +270,7 @@ def third_pass(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds the gradient through aggregates to gradient [N]; `more` holds node values beside the adjoints `values`.
+    """Add the gradient through aggregates to gradient [N]; `more` holds node values beside the adjoints `values`.
 
     Without `more`, a program whose node's adjoints are all zero, as they are while no gate or clip is active, reads no
     token.
