@@ -2,12 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help env demo test check format lint types clean
+.PHONY: help env demo test check format lint words types clean
 
 help:
 	@echo "make demo    warm up a tiny MoE, then train it by RL (FiberPO, Megatron-Core, SGLang)"
 	@echo "make test    all tests"
-	@echo "make check   format, lint, types, tests"
+	@echo "make check   format, lint, words, types, tests"
 	@echo "make format  reformat the code"
 
 env:
@@ -31,9 +31,13 @@ format: env
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lint: env
+lint: env words
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+# Docstrings are whole sentences, and some phrases are not used: tools/check_words.py says which, and why.
+words: env
+	$(BIN)/python tools/check_words.py
 
 types: env
 	$(BIN)/mypy
