@@ -38,7 +38,6 @@ def exact(answer: str, response: str) -> bool:
 class Jsonl(SingleTurn):
     """Offers the problems of files in file order, the held-out ones in a fixed pseudo-random order.
 
-    name: the environment's name; the order of the held-out problems depends on it.
     train: the file with the training problems.
     held_out: the file with the problems for evaluation; None: this environment is not evaluated.
     reward: exact: the stripped response equals the answer; math_verify: the math-verify library compares them.
@@ -47,6 +46,7 @@ class Jsonl(SingleTurn):
     max_turns: turns of the policy in one conversation. Above 1, `retry_message` follows a wrong answer as a user's
         message, and the last answer is scored. A turn that was cut is the last.
     retry_message: what the user says to a wrong answer that is not the last.
+    name: the fixed order of the held-out problems depends on it (and on nothing else).
 
     Raises ValueError that names the option, or file and line, with the value and the fix.
     """
@@ -56,7 +56,6 @@ class Jsonl(SingleTurn):
 
     def __init__(
         self,
-        name: str,
         train: str,
         held_out: str | None = None,
         reward: str = "exact",
@@ -64,6 +63,7 @@ class Jsonl(SingleTurn):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         max_turns: int = 1,
         retry_message: str = "That is not right. Try again.",
+        name: str = "jsonl",
     ) -> None:
         if reward not in ("exact", "math_verify"):
             raise ValueError(f'reward = {reward!r} is unknown; use "exact" or "math_verify"')

@@ -49,7 +49,7 @@ def encode(found: Encoder, task: Task, index: int = 0) -> Prompt:
 def jsonl(folder: Path, *records: dict[str, Any], **options: Any) -> Jsonl:
     path = folder / "train.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return Jsonl("file", str(path), **options)
+    return Jsonl(name="file", train=str(path), **options)
 
 
 def user(text: str) -> dict[str, str]:

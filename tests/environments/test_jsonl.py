@@ -25,12 +25,12 @@ def test_it_reads_strings_chats_and_numbers(tmp_path):
     chat = [{"role": "user", "content": "1+1?"}]
     path = write(tmp_path / "a.jsonl", {"prompt": "é?", "answer": "x"}, {"prompt": chat, "answer": 2})
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\n", 1))
-    environment = Jsonl("t", str(path))
+    environment = Jsonl(str(path), name="t")
     first, second = environment.train(0), environment.train(1)
     assert first.prompt == [{"role": "user", "content": "é?"}] and first.answer == "x"
     assert second.prompt == tuple(chat) and second.answer == "2"
     assert second.metadata == {"source": f"{path}, line 3"}
-    assert Jsonl("t", str(path), chat_template=False).train(0).prompt == "é?"
+    assert Jsonl(str(path), chat_template=False, name="t").train(0).prompt == "é?"
     assert environment.single_turn and environment.check_all_tasks and environment.deterministic
 
 
@@ -67,18 +67,18 @@ def test_a_held_out_prompt_that_is_trained_on_is_refused(tmp_path):
     train = write(tmp_path / "train.jsonl", {"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "1"})
     held_out = write(tmp_path / "test.jsonl", {"prompt": "c", "answer": "1"}, {"prompt": "b", "answer": "1"})
     with pytest.raises(ValueError, match=r"1 held-out .*test\.jsonl, line 2 = .*train\.jsonl, line 2: b; remove"):
-        Jsonl("t", str(train), str(held_out))
+        Jsonl(str(train), str(held_out), name="t")
 
 
 def test_training_problems_keep_their_order_and_held_out_ones_are_shuffled(tmp_path, train):
     held_out = write(tmp_path / "test.jsonl", *({"prompt": f"h{i}", "answer": i} for i in range(10)))
-    environment = Jsonl("t", train, str(held_out))
+    environment = Jsonl(train, str(held_out), name="t")
     assert [environment.train(i).answer for i in range(30)] == list(map(str, range(30)))
     order = [int(environment.held_out(i).answer) for i in range(10)]
-    assert order == [int(Jsonl("t", train, str(held_out)).held_out(i).answer) for i in range(10)]
+    assert order == [int(Jsonl(train, str(held_out), name="t").held_out(i).answer) for i in range(10)]
     # what runs were evaluated on before; another order would make their curves incomparable
     assert order == [7, 4, 0, 3, 8, 9, 2, 1, 6, 5]
-    assert order != [int(Jsonl("u", train, str(held_out)).held_out(i).answer) for i in range(10)]
+    assert order != [int(Jsonl(train, str(held_out), name="u").held_out(i).answer) for i in range(10)]
 
 
 @pytest.mark.parametrize(
@@ -92,25 +92,25 @@ def test_training_problems_keep_their_order_and_held_out_ones_are_shuffled(tmp_p
 )
 def test_bad_options_are_named(train, options, message):
     with pytest.raises(ValueError, match=message):
-        Jsonl("t", train, **options)
+        Jsonl(train, name="t", **options)
 
 
 @pytest.mark.parametrize("response", ["3", " 3\n"])
 def test_the_right_answer_earns_one(train, response):
-    environment = Jsonl("t", train)
+    environment = Jsonl(train)
     assert environment.score(environment.train(3), Turn(response)) == Outcome(1.0, correct=True)
 
 
 @pytest.mark.parametrize("response", ["", " ", "03", "33", "3 3", "\x00", "٣", "9" * 10**6])
 def test_everything_else_earns_nothing(train, response):
-    environment = Jsonl("t", train)
+    environment = Jsonl(train)
     assert environment.score(environment.train(3), Turn(response)) == Outcome(0.0, correct=False)
 
 
 def test_a_missing_library_is_named(train, monkeypatch):
     monkeypatch.setattr(math_answers, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install math-verify"):
-        Jsonl("t", train, reward="math_verify")
+        Jsonl(train, reward="math_verify")
 
 
 def test_a_comparison_that_never_ends_is_wrong_and_no_failure(tmp_path, monkeypatch):
@@ -153,7 +153,7 @@ def test_wrong_answers_are_asked_again(train, answers, turns, correct):
             answer = answers[len(said) - 1]
             return Turn(answer, "length" if answer == "cut" else "stop")
 
-    environment = Jsonl("t", train, max_turns=3, retry_message="no")
+    environment = Jsonl(train, max_turns=3, retry_message="no")
     task = environment.train(3)
     outcome = asyncio.run(environment.run(task, Policy()))
     assert not environment.single_turn and outcome == Outcome(float(correct), correct=correct)
