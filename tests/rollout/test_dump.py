@@ -7,27 +7,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fiberpo_megatron.environments import Task
 from fiberpo_megatron.rollout.dump import INDEX, DumpError, Origin, RolloutDump, prompts_digest
-from fiberpo_megatron.types import Prompt, RolloutBatch
+from fiberpo_megatron.types import Prompt, RolloutBatch, named_arrays
 from tests.distributed.parity import make_batch
 
 ORIGIN = Origin(3, "3", "ab", {"run.seed": 7}, "cd")
 
 
-def batch_with_routing() -> RolloutBatch:
-    batch = make_batch()
-    experts = np.random.default_rng(0).integers(-1, 8, (len(batch.tokens), 2, 2)).astype(np.int16)
-    return replace(batch, routed_experts=experts)
+def batch_with_everything() -> RolloutBatch:
+    batch, rng = make_batch(), np.random.default_rng(0)
+    count = len(batch.lengths)
+    return replace(
+        batch,
+        routed_experts=rng.integers(-1, 8, (len(batch.tokens), 2, 2)).astype(np.int16),
+        weight_versions=rng.integers(-1, 9, len(batch.tokens)),
+        engines=rng.integers(-1, 3, len(batch.tokens)).astype(np.int16),
+        failed=rng.random(count) < 0.5,
+        reward_parts={"format": rng.random(count).astype(np.float32), "a/b": np.full(count, np.nan, np.float32)},
+        environment_metrics={"calls": np.arange(count, dtype=np.float32)},
+    )
 
 
 def test_what_is_written_is_read_bitwise(tmp_path: Path) -> None:
-    dump, batch = RolloutDump(tmp_path / "dump"), batch_with_routing()
+    dump, batch = RolloutDump(tmp_path / "dump"), batch_with_everything()
     dump.write(batch, ORIGIN)
     read = dump.read(3)
-    for field in fields(RolloutBatch):
-        before, after = getattr(batch, field.name), getattr(read, field.name)
-        assert before.dtype == after.dtype and before.shape == after.shape
-        np.testing.assert_array_equal(before, after, err_msg=field.name)
+    before, after = named_arrays(batch), named_arrays(read)
+    assert before.keys() == after.keys() and len(before) == len(fields(RolloutBatch)) + 1
+    for name, array in before.items():
+        assert array.dtype == after[name].dtype and array.shape == after[name].shape
+        np.testing.assert_array_equal(array, after[name], err_msg=name)
     assert dump.origin(3) == ORIGIN
     assert sorted(path.name for path in dump.folder.iterdir()) == [INDEX, "step_000003.npz"]
 
@@ -57,7 +67,7 @@ def test_missing_steps_say_what_there_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", [0.02, 0.3, 0.6, 0.99])
 def test_flipped_bits_are_seen(tmp_path: Path, place: float) -> None:
     dump = RolloutDump(tmp_path)
-    dump.write(batch_with_routing(), ORIGIN)
+    dump.write(batch_with_everything(), ORIGIN)
     data = bytearray(dump.path(3).read_bytes())
     at = int(len(data) * place)
     data[at : at + 64] = bytes(255 - byte for byte in data[at : at + 64])
@@ -87,11 +97,27 @@ def test_files_of_other_versions_are_refused(tmp_path: Path) -> None:
         dump.read(3)
 
 
+def test_files_without_what_was_added_later_are_read(tmp_path: Path) -> None:
+    """Those of the first version know neither engines nor versions of weights by token, nor failures or rewards."""
+    dump, batch = RolloutDump(tmp_path), batch_with_everything()
+    dump.write(batch, ORIGIN)
+    added = ("weight_versions", "engines", "failed", "reward_parts", "environment_metrics", "routed_experts")
+    with np.load(dump.path(3)) as file:
+        arrays = {name: file[name] for name in file.files if name.partition("/")[0] not in added}
+    np.savez(dump.path(3), **arrays)
+    read = dump.read(3)
+    np.testing.assert_array_equal(read.tokens, batch.tokens)
+    assert (read.weight_versions == -1).all() and (read.engines == -1).all() and not read.failed.any()
+    assert read.reward_parts == read.environment_metrics == {} and read.routed_experts.shape == (0, 0, 0)
+
+
 def test_digest_depends_on_tokens_places_and_order() -> None:
-    first, second = Prompt(0, 0, (1, 2), "a", "b"), Prompt(1, 0, (3,), "c", "d")
+    first, second = Prompt(0, 0, (1, 2), "a", Task("a", id="0")), Prompt(1, 0, (3,), "c", Task("c", id="1"))
     digests = [
         prompts_digest(prompts)
         for prompts in ([first, second], [second, first], [first], [first, replace(second, token_ids=(4,))])
     ]
     assert len(set(digests)) == 4
     assert digests[0] == prompts_digest([replace(first, text="other"), second])
+    assert digests[0] == "29961d06764840ec", "dumps of earlier versions are replayed"
+    assert digests[0] != prompts_digest([replace(first, task=Task("a", id="7")), second])

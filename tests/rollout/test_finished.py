@@ -8,23 +8,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fiberpo_megatron.environments import Task
 from fiberpo_megatron.rollout.dump import Origin
-from fiberpo_megatron.rollout.finished import FinishedGroups, finished_indices, origins
+from fiberpo_megatron.rollout.finished import FinishedGroups, origins
 from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory, WeightSpan
 
 ORIGIN = Origin(3, "3", "ab", {"run.seed": 7}, "cd", "ef")
-PROMPTS = [Prompt(10 + i, 0, (i, 2), f"p{i}", "8") for i in range(6)]
+PROMPTS = [Prompt(10 + i, 0, (i, 2), f"p{i}", Task(f"p{i}", "8")) for i in range(6)]
 
 
 def group(index: int, routing: bool = False) -> RolloutGroup:
     plain = Completion((5, index), np.array([-0.1, -1 / 3], np.float32), "length", (WeightSpan("3", 0, 2),))
     experts = np.arange(3 * 2 * 2, dtype=np.int32).reshape(3, 2, 2) if routing else None
     turns = replace(
-        plain, loss_mask=np.array([True, False]), routed_experts=experts, weight_spans=(WeightSpan("3", 0, 1),) * 2
+        plain,
+        loss_mask=np.array([True, False]),
+        routed_experts=experts,
+        weight_spans=(WeightSpan("3", 0, 1),) * 2,
+        engines=np.array([2, -1], np.int16),
     )
     prompt = PROMPTS[index]
+    other = replace(prompt, token_ids=(7, 7, 7))  # the environment began with another prompt than the task's
     return RolloutGroup(
-        prompt, (Trajectory(prompt, plain, "a\u00e9", 1 / 3, False), Trajectory(prompt, turns, "", 1.0, True))
+        prompt,
+        (
+            Trajectory(prompt, plain, "a\u00e9", 1 / 3, False),
+            Trajectory(prompt, turns, "", 1.0, True, {"format": 1 / 3}, {"calls": 2.0}),
+            Trajectory(other, plain, "", 0.0, False, failure="deadline: it took too long"),
+        ),
     )
 
 
@@ -42,10 +53,10 @@ def written(folder: Path, *indices: int, rank: int = 0) -> Path:
 def assert_same(ours: RolloutGroup, theirs: RolloutGroup) -> None:
     assert ours.prompt == theirs.prompt and len(ours.trajectories) == len(theirs.trajectories)
     for a, b in zip(ours.trajectories, theirs.trajectories):
-        assert (a.prompt, a.text, a.reward, a.correct) == (b.prompt, b.text, b.reward, b.correct)
+        assert replace(a, completion=None) == replace(b, completion=None)
         x, y = a.completion, b.completion
         assert (x.token_ids, x.finish_reason, x.weight_spans) == (y.token_ids, y.finish_reason, y.weight_spans)
-        for name in ("log_probs", "routed_experts", "loss_mask"):
+        for name in ("log_probs", "routed_experts", "loss_mask", "engines"):
             left, right = getattr(x, name), getattr(y, name)
             assert (left is None) == (right is None)
             if left is not None:
@@ -65,6 +76,12 @@ def test_what_is_written_is_read_bitwise(tmp_path: Path) -> None:
     assert list(origins(tmp_path)) == [ORIGIN]
 
 
+def test_a_group_whose_trajectories_were_all_dropped_is_finished(tmp_path: Path) -> None:
+    with opened(tmp_path) as groups:
+        groups[2] = RolloutGroup(PROMPTS[2], ())
+    assert opened(tmp_path)[2] == RolloutGroup(PROMPTS[2], ())
+
+
 def test_another_layout_reads_what_is_its_own(tmp_path: Path) -> None:
     for rank, indices in enumerate(([2, 0], [5, 3])):
         written(tmp_path, *indices, rank=rank)
@@ -80,7 +97,7 @@ def test_a_torn_record_is_dropped_wherever_it_is_torn(tmp_path: Path, caplog: py
         path.write_bytes(whole[:size])
         assert set(opened(tmp_path)) == ({0} if size >= with_one else set()), size
     assert "its last record is torn and not used" in caplog.text
-    assert finished_indices(tmp_path) == {0}
+    assert opened(tmp_path).left == {0}
 
 
 def test_a_record_that_was_lost_with_its_machine_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
