@@ -90,13 +90,13 @@ class _Beats:
         except RuntimeError as error:
             return f"the rendezvous store that knows what the ranks were doing is gone as well: {error}"
         now = time.time()
-        beats = [
+        described = [
             f"rank {rank} ({beat['host']}, pid {beat['pid']}): {beat['phase']} for {beat['seconds']:.0f} s, "
             f"said {now - beat['time']:.0f} s ago"
             for rank, beat in beats
             if beat is not None
         ]
-        return "what the ranks were doing: " + "; ".join(beats)
+        return "what the ranks were doing: " + "; ".join(described)
 
     def _connect(self) -> Any:
         host, port = self._address
