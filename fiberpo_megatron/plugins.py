@@ -125,6 +125,9 @@ def find(kind: str, name: str, setting: str) -> Plugin:
 
 def _from_file(path: str) -> Any:
     """The module of a file, which keeps one name however often it is asked for."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is not None and os.path.abspath(script) == os.path.abspath(path):
+        return sys.modules["__main__"]  # the running script: it need not run a second time
     name = f"fiberpo_file_{os.path.abspath(path)}".replace(".", "_").replace(os.sep, "_")
     if name not in sys.modules:
         spec = spec_from_file_location(name, path)

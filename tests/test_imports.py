@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fiberpo_megatron"
 PARTS = {
     # part: other parts of this package that it may import
+    "closeable": set(),
     "settings": set(),
     "plugins": set(),
     "subprocesses": set(),
@@ -22,8 +23,8 @@ PARTS = {
     "planning": {"config", "fibration", "mcore", "plugins"},
     "interfaces": {"types"},
     "together": {"interfaces"},
-    "engines": {"config", "types", "rendezvous", "environments", "subprocesses"},
-    "rollout": {"config", "types", "interfaces", "data", "engines", "environments"},
+    "engines": {"closeable", "config", "types", "rendezvous", "environments", "subprocesses"},
+    "rollout": {"closeable", "config", "types", "interfaces", "data", "engines", "environments"},
     "weight_sync": {"config", "types", "interfaces", "plugins", "rendezvous", "engines"},
     "sources": {
         "config",
@@ -55,6 +56,7 @@ PARTS = {
         "interfaces",
         "together",
         "plugins",
+        "closeable",
     },
     "launch": {"config", "types", "rendezvous", "engines"},
     "doctor": {"config", "rendezvous", "telemetry", "data", "environments", "mcore", "planning", "engines", "launch"},
@@ -71,7 +73,7 @@ PARTS = {
         "doctor",
     },
 }
-TOP = {"types", "rendezvous", "settings", "plugins", "interfaces", "together", "subprocesses"}
+TOP = {"closeable", "types", "rendezvous", "settings", "plugins", "interfaces", "together", "subprocesses"}
 """Modules beside the folders."""
 SOURCES = [
     p

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -63,8 +64,8 @@ def _run(arguments: list[str], stop: StopRequest) -> None:
         return
     from fiberpo_megatron.trainer.run import Run  # imports torch and Megatron: after the cheap checks
 
-    steps = config.sft.steps if command == "sft" else None
-    with Run.from_config(config, resume=resume, stop=stop, registry=registry, total_steps=steps) as run:
+    parts: dict[str, Any] = {"command": command, "resume": resume, "stop": stop, "registry": registry}
+    with Run.from_config(config, **parts, checked=True) as run:  # by `fiberpo`, or in `_begin`
         {"train": run.train, "sft": run.fine_tune, "dump": run.dump, "eval": run.evaluate}[command]()
 
 

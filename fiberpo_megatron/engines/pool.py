@@ -3,11 +3,11 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 
+from fiberpo_megatron.closeable import Closeable
 from fiberpo_megatron.engines.background import BackgroundLoop
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient
 from fiberpo_megatron.engines.errors import EngineRefused
@@ -18,7 +18,7 @@ CONTROL_CONNECTIONS = 16
 Result = TypeVar("Result")
 
 
-class EnginePool:
+class EnginePool(Closeable):
     """This pool has the engines of a run, for sampling from them, publishing to them and managing their memory.
 
     `timeout_s` bounds one generation or scoring request; `max_concurrent` bounds the requests in flight to one engine.
@@ -105,14 +105,6 @@ class EnginePool:
         loop.run(close_all())
         if self._owned:
             loop.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _raised(item: Result | BaseException) -> Result:

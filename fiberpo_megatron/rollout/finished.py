@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from itertools import count
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from fiberpo_megatron.closeable import Closeable
 from fiberpo_megatron.rollout.dump import Origin
 from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory, WeightSpan
 
@@ -44,7 +44,7 @@ class _Record(NamedTuple):
     crc32: int
 
 
-class FinishedGroups(UserDict[int, RolloutGroup]):
+class FinishedGroups(UserDict[int, RolloutGroup], Closeable):
     """These are the finished groups of one step by index of their prompt; what is set is appended to this rank's file.
 
     `mine`: indices to read. `usable`: whether groups of that origin may stand beside those that `origin` describes.
@@ -99,14 +99,6 @@ class FinishedGroups(UserDict[int, RolloutGroup]):
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _new_file(self) -> IO[bytes]:
         """Never one that an earlier start wrote: its end may be torn."""

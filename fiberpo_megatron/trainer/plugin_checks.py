@@ -1,25 +1,17 @@
 """This module finds and checks the plug-ins of a config before anything starts, and records them with the run."""
 
-import inspect
-import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from fiberpo_megatron.config import Config, ConfigError
-from fiberpo_megatron.environments import Environment
 from fiberpo_megatron.environments.host import describe
-from fiberpo_megatron.environments.settings import EnvironmentConfig
 from fiberpo_megatron.fibration import Objective, build_objective
 from fiberpo_megatron.interfaces import AdvantageEstimator
 from fiberpo_megatron.plugins import BUILT_IN, Plugin, check_options, check_version, find
 from fiberpo_megatron.settings import PluginConfig
 from fiberpo_megatron.trainer.batch import SUPPLIED_KEYS
-
-EnvironmentsGiven = Mapping[str, type[Environment] | Environment] | Sequence[type[Environment] | Environment]
-"""Environments from Python: classes or objects, by name or in order (their names are then those of the classes)."""
 
 
 def make_objective(config: Config) -> Objective:
@@ -49,43 +41,6 @@ def make_advantage(config: Config) -> AdvantageEstimator:
     if not callable(estimator):
         raise ConfigError(f"{setting}: {plugin.path} cannot be called; define __call__(self, rollouts)")
     return estimator
-
-
-def environment_configs(given: EnvironmentsGiven) -> list[EnvironmentConfig]:
-    """Return the settings of environments that were given as classes or objects.
-
-    The workers make their own instances, from the class's import path (of a script: its file) and, for an object, from
-    the arguments of its constructor, which must be JSON values.
-    """
-    named = given.items() if isinstance(given, Mapping) else [(_class(item).__name__, item) for item in given]
-    return [EnvironmentConfig(name=name, use=_path_of(_class(item)), options=_arguments(item)) for name, item in named]
-
-
-def _class(item: type[Environment] | Environment) -> type[Environment]:
-    cls = item if inspect.isclass(item) else type(item)
-    if not issubclass(cls, Environment):
-        raise ConfigError(f"environments: {item!r} is no Environment; derive its class from it")
-    return cls
-
-
-def _path_of(cls: type) -> str:
-    """An import path that a worker process can follow; a class of the running script is found by its file."""
-    if "<locals>" in cls.__qualname__:
-        raise ConfigError(
-            f"environments: {cls.__qualname__} is defined inside a function, where its workers cannot find it; move it "
-            "to the top level of a module"
-        )
-    if cls.__module__ == "__main__":
-        return f"{Path(sys.modules['__main__'].__file__ or '').resolve()}:{cls.__qualname__}"
-    return f"{cls.__module__}:{cls.__qualname__}"
-
-
-def _arguments(item: type[Environment] | Environment) -> dict[str, Any]:
-    if inspect.isclass(item):
-        return {}
-    args, options = item.constructor_arguments
-    bound = inspect.signature(type(item)).bind(*args, **options)
-    return dict(bound.arguments)
 
 
 def check_plugins(config: Config, resume: bool, environments: bool = True) -> None:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+from fiberpo_megatron.closeable import Closeable
 from fiberpo_megatron.config import Config, dump_config
 from fiberpo_megatron.engines.addresses import listen_towards_master
 from fiberpo_megatron.engines.registry import Registry
-from fiberpo_megatron.fibration import Objective, build_objective
+from fiberpo_megatron.fibration import Objective
 from fiberpo_megatron.interfaces import AdvantageEstimator, RolloutSource
 from fiberpo_megatron.mcore.families import read_hf_config
 from fiberpo_megatron.mcore.optimizers import Optimizer
@@ -21,21 +21,19 @@ from fiberpo_megatron.sources.stored import DUMP
 from fiberpo_megatron.telemetry.metrics import Kind
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.together import together
+from fiberpo_megatron.trainer.given import EnvironmentsGiven, with_given
 from fiberpo_megatron.trainer.loop import Training, evaluate, train
-from fiberpo_megatron.trainer.plugin_checks import (
-    EnvironmentsGiven,
-    environment_configs,
-    make_advantage,
-    make_objective,
-    recorded,
-)
+from fiberpo_megatron.trainer.plugin_checks import make_advantage, make_objective, recorded
+from fiberpo_megatron.trainer.preflight import preflight
 from fiberpo_megatron.trainer.recorder import RunCheckpoints, open_recorder, restore
 from fiberpo_megatron.trainer.sft import fine_tune
 from fiberpo_megatron.trainer.stop import Stopped, leave, never
 from fiberpo_megatron.trainer.tasks import start_tasks
 
+Command = Literal["train", "sft", "dump", "eval"]
 
-class Run:
+
+class Run(Closeable):
     """This is a run on one process: the policy, its data, and what trains it. Every rank of a layout makes the same.
 
         config = load_config("train.toml")
@@ -55,87 +53,78 @@ class Run:
         environments: EnvironmentsGiven | None = None,
         objective: Objective | type[Objective] | None = None,
         optimizer: Optimizer | type[Optimizer] | None = None,
-        advantage: AdvantageEstimator | None = None,
+        advantage: AdvantageEstimator | type[AdvantageEstimator] | None = None,
+        command: Command = "train",
         resume: bool = False,
         stop: Callable[[], bool] = never,
         registry: Registry | None = None,
-        total_steps: int | None = None,
+        checked: bool = False,
     ) -> Self:
-        """Join the other ranks, start the environments and build the policy.
+        """Check the settings, join the other ranks, start the environments and build the policy.
+
+        Classes and objects take the place of settings. They must be found at the top level of a module or script, and
+        an object's options must be JSON values, because config.toml names them and workers make instances of their own.
 
         Args:
             config: what `load_config` returns.
-            environments: classes or objects that take the place of [[environments]]. Their workers import the classes
-                and make instances of their own, an object's with the arguments that its constructor got.
-            objective: takes the place of `algorithm.objective`; as a class it gets the options of [algorithm].
-            optimizer: takes the place of `optimizer.kind`; as a class it is called without arguments.
-            advantage: takes the place of `algorithm.advantage`.
+            environments: by name, or in order; in the place of [[environments]].
+            objective, optimizer, advantage: in the place of `algorithm.objective`, `optimizer.kind` and
+                `algorithm.advantage`. A class takes the options of the config, an object has its own.
+            command: what the run is for: train, sft (`fine_tune`), dump or eval (`evaluate`). The checks depend on it.
             resume: go on from the newest whole checkpoint in the run folder.
             stop: says whether this rank was asked to stop; the run then saves and raises `Stopped`.
             registry: where the engines of a SLURM job register.
-            total_steps: optimiser steps of the learning-rate schedule; by default those of the RL run.
+            checked: the settings were checked before this process was started.
 
         Raises ConfigError (a ValueError) for settings that cannot work, before any engine starts.
         """
-        if environments is not None:
-            config = config.model_copy(update={"environments": environment_configs(environments)})
-        if advantage is None:
-            advantage = make_advantage(config)
-        if isinstance(optimizer, type):
-            optimizer = optimizer()
-        return cls(config, _objective(config, objective), advantage, optimizer, resume, stop, registry, total_steps)
+        config = with_given(config, environments, objective, optimizer, advantage)
+        return cls(config, command, resume, stop, registry, checked)
 
     def __init__(
         self,
         config: Config,
-        objective: Objective,
-        advantage: AdvantageEstimator,
-        optimizer: Optimizer | None,
+        command: Command,
         resume: bool,
         stop: Callable[[], bool],
         registry: Registry | None,
-        total_steps: int | None,
+        checked: bool,
     ) -> None:
         """Use `from_config`."""
-        self.config, self.objective, self.advantage = config, objective, advantage
-        self._resume, self._stop, self._stack = resume, stop, ExitStack()
-        try:
-            self._start(self._stack, registry, optimizer, total_steps)
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def _start(
-        self, stack: ExitStack, registry: Registry | None, optimizer: Optimizer | None, total_steps: int | None
-    ) -> None:
-        config = self.config
+        self.config, self._resume, self._stop = config, resume, stop
+        self.objective, self.advantage = make_objective(config), make_advantage(config)
         hf_config = read_hf_config(config.model.path, config.model.family)
         listen_towards_master()
-        self.layout, self.timers = start_layout(hf_config, config.parallel, config.run), PhaseTimers()
-        layout = self.layout
-        stack.callback(stop_layout)
-        patience = config.run.heartbeat_timeout_s
-        stack.enter_context(heartbeat(layout.rank, layout.world_size, patience, self.timers.phase, leave))
-        self.tasks = stack.enter_context(start_tasks(config, hf_config, layout))
-        self.checkpoints = RunCheckpoints(config.run.folder / "checkpoints", config.checkpoint)
-        with together(layout, "writing config.toml"):
-            if layout.rank == 0:
-                config.run.folder.mkdir(parents=True, exist_ok=True)
-                text = dump_config(recorded(config, [(fact.path, fact.version) for fact in self.tasks.facts]))
-                (config.run.folder / "config.toml").write_text(text)
-        self.policy = build_policy(config, hf_config, layout, total_steps, optimizer)
-        self._parts = SourceParts(
-            config,
-            hf_config,
-            layout,
-            self.tasks.prompts,
-            self.tasks.encoder,
-            self.tasks.environments,
-            self.timers,
-            self._stop,
-            registry,
-            self.say,
-        )
+        with ExitStack() as stack:
+            self.layout, self.timers = start_layout(hf_config, config.parallel, config.run), PhaseTimers()
+            layout = self.layout
+            stack.callback(stop_layout)
+            patience = config.run.heartbeat_timeout_s
+            stack.enter_context(heartbeat(layout.rank, layout.world_size, patience, self.timers.phase, leave))
+            with together(layout, "checking the settings"):
+                if layout.rank == 0 and not checked:
+                    preflight(config, command, resume, layout.world_size)
+            self.tasks = stack.enter_context(start_tasks(config, hf_config, layout))
+            self.checkpoints = RunCheckpoints(config.run.folder / "checkpoints", config.checkpoint)
+            with together(layout, "writing config.toml"):
+                if layout.rank == 0:
+                    config.run.folder.mkdir(parents=True, exist_ok=True)
+                    text = dump_config(recorded(config, [(fact.path, fact.version) for fact in self.tasks.facts]))
+                    (config.run.folder / "config.toml").write_text(text)
+            self.policy = build_policy(config, hf_config, layout, config.sft.steps if command == "sft" else None)
+            self._parts = SourceParts(
+                config=config,
+                hf_config=hf_config,
+                layout=layout,
+                prompts=self.tasks.prompts,
+                encoder=self.tasks.encoder,
+                environments=self.tasks.environments,
+                timers=self.timers,
+                stop=stop,
+                registry=registry,
+                say=self.say,
+            )
+            self._stack = stack.pop_all()
 
     def train(self) -> None:
         """Train to `trainer.steps`, write the last weights as a Hugging Face folder, and the report."""
@@ -216,19 +205,11 @@ class Run:
         """End environments and process groups; idempotent."""
         self._stack.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _restore(self) -> dict[str, Any]:
         return restore(self.policy, self.checkpoints.folder, self.say) if self._resume else {}
 
     def _finish(self) -> None:
-        """The last weights as a Hugging Face folder, and the report."""
+        """Write the last weights as a Hugging Face folder, and the report."""
         folder = self.config.run.folder
         with together(self.layout, "writing the trained model"):
             save_hf(self.policy.weights.full(), folder / "hf", self.config.model.path, writer=self.layout.rank == 0)
@@ -238,10 +219,3 @@ class Run:
 
             print(f"Report: {write_report(folder)}", flush=True)
         self.layout.barrier()
-
-
-def _objective(config: Config, given: Objective | type[Objective] | None) -> Objective:
-    if given is None:
-        return make_objective(config)
-    options = config.algorithm.objective_options() if isinstance(given, type) else {}
-    return build_objective(given, kernels=config.algorithm.kernels, **options)
