@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from fiberpo_megatron.telemetry.metrics import METRICS, combine, describe, format_value, is_known
+from fiberpo_megatron.telemetry.metrics import METRICS, combine, describe, format_value
 
 
 @pytest.mark.parametrize(
@@ -23,15 +23,19 @@ from fiberpo_megatron.telemetry.metrics import METRICS, combine, describe, forma
         ("learning_rate", "", "last"),
         ("gradient_norm_max", "", "max"),
         ("gpu/3/power", "W", "mean"),
+        ("reward/format/mean", "", "mean"),
+        ("failed_share", "share", "mean"),
+        ("environment/calls/mean", "", "mean"),
+        ("environment/sums/failures", "", "sum"),
     ],
 )
 def test_names_find_their_metric(name, unit, reduction):
-    assert is_known(name)
+    assert describe(name) in METRICS
     assert (describe(name).unit, describe(name).reduction) == (unit, reduction)
 
 
 def test_unknown_names_are_kept_and_averaged():
-    assert not is_known("mine/own") and describe("mine/own").title == "mine/own"
+    assert describe("mine/own") not in METRICS and describe("mine/own").title == "mine/own"
     assert combine([{"mine/own": 1}, {"mine/own": 2}]) == {"mine/own": 1.5}
 
 

@@ -1,0 +1,137 @@
+"""Configs of earlier versions are translated, and the warning shows the text that takes the old one's place."""
+
+import re
+import tomllib
+import warnings
+from pathlib import Path
+
+import pytest
+
+from fiberpo_megatron.config import Config, ConfigError, load_config
+from fiberpo_megatron.plugins import check_options, find, import_path
+
+OLD = """
+[model]
+path = "somewhere"
+
+[data]
+max_prompt_tokens = 64
+
+[[data.tasks]]
+kind = "addition"
+digits = 3
+
+[[data.tasks]]
+kind = "sort"
+name = "sorting"
+length = 4
+weight = 2.0
+
+[[data.tasks]]
+kind = "jsonl"
+name = "problems"
+train = "train.jsonl"
+held_out = "test.jsonl"
+reward = "math_verify"
+chat_template_kwargs = {enable_thinking = false}
+max_turns = 2
+
+[rollouts]
+dump = true
+"""
+NEW = """
+[model]
+path = "somewhere"
+
+[data]
+max_prompt_tokens = 64
+
+[storage]
+dump = true
+
+[[environments]]
+name = "addition"
+use = "examples.demo.environments:Addition"
+options = {digits = 3}
+
+[[environments]]
+name = "sorting"
+use = "examples.demo.environments:Sort"
+weight = 2.0
+options = {length = 4}
+
+[[environments]]
+name = "problems"
+use = "jsonl"
+
+[environments.options]
+train = "train.jsonl"
+held_out = "test.jsonl"
+reward = "math_verify"
+chat_template_kwargs = {enable_thinking = false}
+max_turns = 2
+name = "problems"
+"""
+
+
+def load(folder: Path, text: str, *overrides: str) -> Config:
+    path = folder / "c.toml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+def test_old_names_are_the_new_config_and_the_warning_shows_it(tmp_path: Path):
+    with pytest.warns(UserWarning, match=r"c\.toml uses names of an earlier version; write instead") as found:
+        config = load(tmp_path, OLD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(tmp_path, NEW) == config
+    (warning,) = found
+    shown = str(warning.message).partition("\n\n")[2]
+    rest = {name: section for name, section in tomllib.loads(NEW).items() if name in ("model", "data")}
+    assert Config.model_validate(rest | tomllib.loads(shown)) == config, "the shown text is what to write"
+    assert tomllib.loads(shown).keys() == {"storage", "environments"}
+
+
+def test_what_is_translated_exists(tmp_path: Path):
+    """The classes are found and take the options that the old tasks had."""
+    with pytest.warns(UserWarning):
+        config = load(tmp_path, OLD)
+    for environment in config.environments:
+        plugin = find("environments", environment.use, "use")
+        check_options(plugin, environment.options, "options")
+        assert import_path("environments", environment.use, "use") == plugin.path
+
+
+def test_only_what_was_used_is_shown(tmp_path: Path):
+    text = '[model]\npath = "x"\n[rollouts]\ndump = true\n[[environments]]\nname = "a"\nuse = "x:A"\n'
+    with pytest.warns(UserWarning) as found:
+        config = load(tmp_path, text)
+    assert config.storage.dump and "environments" not in str(found[0].message).partition("\n\n")[2]
+
+
+def test_overrides_of_old_configs_take_the_old_names(tmp_path: Path):
+    with pytest.warns(UserWarning):
+        config = load(tmp_path, OLD, "--data.tasks.0.digits", "1", "--rollouts.dump", "false")
+    assert config.environments[0].options == {"digits": 1} and not config.storage.dump
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{OLD}[storage]\ndump = false\n", "[rollouts] is the old name of [storage]; keep [storage] alone"),
+        (
+            f'{OLD}[[environments]]\nname = "a"\nuse = "x:A"\n',
+            "data.tasks is the old name of [[environments]]; keep [[environments]] alone",
+        ),
+        (
+            OLD.replace('kind = "sort"', 'kind = "sorts"'),
+            "has no `kind` among addition, sort, jsonl; write it as an entry of [[environments]]",
+        ),
+        (OLD.replace('kind = "sort"', ""), "has no `kind` among addition, sort, jsonl"),
+        ('[model]\npath = "x"\n[data]\ntasks = "addition"\n', "data.tasks: 'addition' has no `kind`"),
+    ],
+)
+def test_a_mixture_of_old_and_new_is_refused(tmp_path: Path, text: str, message: str):
+    with pytest.raises(ConfigError, match=rf"c\.toml: .*{re.escape(message)}"):
+        load(tmp_path, text)
