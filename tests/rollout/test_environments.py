@@ -119,11 +119,23 @@ def test_options_of_the_template_come_from_the_environment(tmp_path):
     assert prompt.text.endswith("<think>\n\n</think>\n\n") and prompt.task.id == "e0/train/0"
 
 
-def test_an_environment_without_tasks_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "empty.py").write_text(
-        "from fiberpo_megatron.environments import SingleTurn\n\n\nclass Empty(SingleTurn):\n    train_size, held_out_size = 0, 1\n"
-        "    def score(self, task, turn):\n        return 1.0\n"
-    )
+EMPTY = """
+from fiberpo_megatron.environments import SingleTurn, Task
+
+
+class Empty(SingleTurn):
+    train_size, held_out_size = 0, 1
+
+    def held_out(self, index):
+        return Task("1+1=", "2")
+
+    def score(self, task, turn):
+        return 1.0
+"""
+
+
+def test_an_environment_without_training_tasks_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "empty.py").write_text(EMPTY)
     monkeypatch.chdir(tmp_path)
     with (
         pytest.raises(ConfigError, match=r"'e0' has no training task \(train_size is below 1\)"),
