@@ -102,7 +102,6 @@ class Objective(Rule):
         reduce: Reduce | None = None,
         counts: Mapping[str, int] | None = None,
         metrics: bool = True,
-        kernels: bool | None = None,
     ) -> ObjectiveOutput:
         """Return gated ratio, gradient, value and metrics of this rank's tokens.
 
@@ -118,7 +117,6 @@ class Objective(Rule):
             counts: global number of ids per key. Without it a single rank uses its largest id + 1; ranks
                 that share tables use max(1024, the next power of two), which must agree between them.
             metrics: False skips the metrics; the same on all ranks.
-            kernels: takes the place of the objective's own `kernels` for this call; None leaves it.
 
         Raises:
             ValueError: malformed input, or levels that do not nest; names level, node, value and fix.
@@ -142,16 +140,14 @@ class Objective(Rule):
                 counts=counts,
                 expert_share=expert_share if self.uses_experts else None,
             )
-            return evaluate(
-                self, batch, reduce, with_metrics=metrics, kernels=self.kernels if kernels is None else kernels
-            )
+            return evaluate(self, batch, reduce, with_metrics=metrics, kernels=self.kernels)
 
     def surrogate(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, **call: Any
     ) -> tuple[Tensor, ObjectiveOutput]:
         """Return this rank's share of J as a scalar whose gradient in `log_probs` [N] is the closed form.
 
-        For single-pass use: valid where one call sees every token of each of its nodes, or where `reduce`
+        It serves a single pass: it is valid when one call sees every token of each of its nodes, or when `reduce`
         joins the ranks that do. `call` takes the keyword arguments of `__call__`.
         """
         out = self(log_probs.detach() - old_log_probs.detach(), advantages, weights, **call)
@@ -167,14 +163,14 @@ class TokenObjective(Objective):
 
         @dataclass(frozen=True)
         class PowerWeight(TokenObjective):
-            "Weights tokens by a power of their ratio: G = r^power / power."
+            "Bounds no ratio, but bends it by a power: G = 1 + (r^power - 1) / power."
 
             power: float = 1.0
             "Exponent of the importance ratio."
 
             def gate(self, chunk: Chunk) -> GatedChunk:
                 powered = chunk.ratio**self.power
-                return GatedChunk(powered / self.power, chunk.weights * chunk.advantages * powered)
+                return GatedChunk(1 + (powered - 1) / self.power, chunk.weights * chunk.advantages * powered)
     """
 
     @abstractmethod

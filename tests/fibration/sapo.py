@@ -1,4 +1,4 @@
-"""SAPO, an objective that this project does not have: docs/fibration.md shows this file as its example."""
+"""Define SAPO, an objective that this project does not have; docs/fibration.md shows this file as its example."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from fiberpo_megatron.fibration import Chunk, GatedChunk, TokenObjective, regist
 @register("sapo")  # a short name is optional: an import path names the class as well
 @dataclass(frozen=True)
 class SAPO(TokenObjective):
-    """Attenuates tokens by a sigmoid of their ratio, with no hard clip (SAPO, arXiv:2511.20347)."""
+    """Replaces the hard clip of the ratio by a sigmoid (SAPO, arXiv:2511.20347)."""
 
     tau_positive: float = 1.0
     """Temperature of tokens with a positive advantage; a higher one attenuates sooner."""

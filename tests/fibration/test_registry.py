@@ -264,7 +264,7 @@ def test_a_subclass_inherits_no_kernel() -> None:
     with pytest.raises(ValueError, match=words):
         build_objective(Mine, kernels=True)
     with pytest.raises(ValueError, match=words):
-        random_case(0).call(Mine(), kernels=True)
+        build_objective(Mine(), kernels=True)
 
 
 def test_without_a_kernel_a_call_on_a_gpu_runs_in_torch() -> None:
