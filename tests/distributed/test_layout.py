@@ -18,7 +18,7 @@ def share_of(data_rank: int) -> RolloutBatch:
     groups = np.array([0, 0, 1]) if data_rank == 0 else np.array([7, 7])
     lengths = np.arange(2, 2 + len(groups)) + data_rank
     total, count = int(lengths.sum()), len(groups)
-    return RolloutBatch(
+    return RolloutBatch.filled(
         tokens=np.arange(total) + 100 * data_rank,
         response_mask=np.arange(total) % 2 == 0,
         rollout_log_probs=np.linspace(-1, 0, total, dtype=np.float32),
@@ -28,6 +28,10 @@ def share_of(data_rank: int) -> RolloutBatch:
         groups=groups,
         domains=np.full(count, data_rank),
         truncated=np.zeros(count, dtype=bool),
+        weight_versions=np.arange(total) + 7,
+        engines=np.arange(total) % 3,
+        failed=np.full(count, data_rank == 0),
+        reward_parts={"form": np.full(count, data_rank + 0.25)} | ({"late": np.ones(count)} if data_rank else {}),
     )
 
 
@@ -72,8 +76,18 @@ def test_exchanges(parallel: dict[str, int], multiple: int):
         joined = answer["joined"]
         np.testing.assert_array_equal(joined.tokens, np.concatenate([s.tokens for s in shares]))
         np.testing.assert_array_equal(joined.groups, [0, 0, 1, 2, 2])
-        for name in ("rewards", "rollout_log_probs", "correct", "response_mask"):
+        for name in (
+            "rewards",
+            "rollout_log_probs",
+            "correct",
+            "response_mask",
+            "weight_versions",
+            "engines",
+            "failed",
+        ):
             np.testing.assert_array_equal(getattr(joined, name), np.concatenate([getattr(s, name) for s in shares]))
+        parts = {name: values.tolist() for name, values in joined.reward_parts.items()}
+        assert parts == {"form": [0.25] * 3 + [1.25] * 2, "late": pytest.approx([np.nan] * 3 + [1.0] * 2, nan_ok=True)}
         assert answer["text"] == "grüße" and answer["empty"] == ""
         assert answer["untouched"] and answer["multiple"] == multiple
         places = {other["place"] for other in found}
