@@ -97,5 +97,5 @@ def test_what_cannot_work_is_one_message_before_any_rank_starts(
     (tmp_path / "model").symlink_to(model)
     process = start(tmp_path, *override)
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and re.search(message, said), said
+    assert process.returncode == 2 and re.search(message, said), said
     assert "Traceback" not in said and not (tmp_path / "run" / "logs").exists()
