@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from fiberpo_megatron.config import Config  # noqa: E402
-from fiberpo_megatron.fibration import objective_class, registered_names  # noqa: E402
+from fiberpo_megatron.fibration import OBJECTIVES, objective_class  # noqa: E402
 from fiberpo_megatron.fibration.options import options_of  # noqa: E402
 from fiberpo_megatron.plugins import BUILT_IN, find  # noqa: E402
 from fiberpo_megatron.settings import PluginConfig  # noqa: E402
@@ -180,7 +180,7 @@ def _plugins() -> Iterator[str]:
     for kind, (section, key) in KINDS.items():
         yield f"### `{key}` of `{section}`\n"
         shown: dict[str, str] = {}
-        for name in registered_names() if kind == "objectives" else tuple(BUILT_IN[kind]):
+        for name in OBJECTIVES if kind == "objectives" else tuple(BUILT_IN[kind]):
             target = objective_class(name) if kind == "objectives" else find(kind, name, key).target
             yield f"**`{name}`**: {_summary(target)}\n"
             table = _options_table(target, PASSED.get(kind, ()))
