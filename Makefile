@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help env demo test check format lint words types clean
+.PHONY: help env demo test test-all check format lint words types clean
 
 help:
 	@echo "make demo    warm up a tiny MoE, then train it by RL (FiberPO, Megatron-Core, SGLang)"
-	@echo "make test    all tests"
+	@echo "make test    all tests but the exhaustive ones"
+	@echo "make test-all  all tests"
 	@echo "make check   format, lint, words, types, tests"
 	@echo "make format  reformat the code"
 
@@ -24,8 +25,13 @@ $(TRITON): | env
 
 # Most tests wait for other processes more than they compute. Every worker keeps an SGLang server of its own (600 MB).
 TEST_WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 test: env $(TRITON)
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+	$(PYTEST) -m "not exhaustive" $(TEST_ARGS)
+
+# Everything, the cases included that only vary what others cover (marked `exhaustive`).
+test-all: env $(TRITON)
+	$(PYTEST) $(TEST_ARGS)
 
 format: env
 	$(BIN)/ruff format .
