@@ -15,8 +15,9 @@ from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.planning.estimate import Plan, make_plan
 from fiberpo_megatron.planning.hardware import GPUS, Assumptions, assume
 from fiberpo_megatron.planning.parameters import active_parameters, model_parameters
-from fiberpo_megatron.planning.reductions import gate_bytes
+from fiberpo_megatron.planning.reductions import gate_bytes, spans_micro_batches
 from fiberpo_megatron.planning.search import propose
+from fiberpo_megatron.trainer.settings import AlgorithmConfig
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "examples/planning"
@@ -74,6 +75,26 @@ def test_gates_carry_what_the_objective_reduces():
     counts = {"trajectory": 32, "prompt_group": 4, "domain": 2}
     objective(values, values, values + 1, keys=keys, counts=counts, reduce=lambda table: seen.append(table.nbytes))
     assert sent == tuple(seen) and len(sent) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "spans"),
+    [("tests.fibration.sapo:SAPO", False), ("tests.fibration.registered:TurnGSPO", False), ("fiberpo-domain", True)],
+)
+def test_custom_objectives_are_planned(name: str, spans: bool):
+    run = config().model_copy(update={"algorithm": AlgorithmConfig.model_validate({"objective": name})})
+    assert len(gate_bytes(run)) == 2 and spans_micro_batches(run) is spans
+
+
+def test_levels_of_turns_and_weight_versions_are_planned():
+    levels = [["turn"], ["trajectory"], ["weight_version"]]
+    budgets = {level[0]: (0.2, 0.1) for level in levels}
+    given = {"levels": levels, "budgets": budgets}
+    plain, turns = (
+        gate_bytes(config().model_copy(update={"algorithm": AlgorithmConfig.model_validate(options)}))
+        for options in ({}, given)
+    )
+    assert turns[0] > plain[0] and turns[1] == plain[1]  # the ids of coarser nodes cross ranks in the first reduction
 
 
 def test_what_does_not_fit_is_told():
