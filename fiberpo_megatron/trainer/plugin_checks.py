@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.environments.host import describe
-from fiberpo_megatron.fibration import Objective, build_objective
+from fiberpo_megatron.fibration import OBJECTIVES, Objective, build_objective
 from fiberpo_megatron.interfaces import AdvantageEstimator
 from fiberpo_megatron.plugins import BUILT_IN, Plugin, check_options, check_version, find
 from fiberpo_megatron.settings import PluginConfig
@@ -101,7 +101,7 @@ def recorded(config: Config, environments: Sequence[tuple[str, str | None]]) -> 
 def _imported(config: Config) -> Iterator[tuple[str, str, PluginConfig]]:
     """(setting, kind, plug-in) of all that are imported into the ranks, the built-in objectives apart."""
     objective = config.algorithm.objective
-    if ":" in objective.use:
+    if objective.use not in OBJECTIVES:
         yield "algorithm.objective", "objectives", objective
     yield "algorithm.advantage", "advantages", config.algorithm.advantage
     yield "optimizer.kind", "optimizers", config.optimizer.kind

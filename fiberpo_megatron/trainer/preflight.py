@@ -12,8 +12,9 @@ from fiberpo_megatron.mcore.parallel.checks import check_layout, check_routers
 from fiberpo_megatron.mcore.weights.files import stored_tensors
 from fiberpo_megatron.rollout.dump import RolloutDump
 from fiberpo_megatron.sources.stored import DUMP, dump_of
+from fiberpo_megatron.trainer.batch import SUPPLIED_KEYS
 from fiberpo_megatron.trainer.fp8 import missing_for_fp8
-from fiberpo_megatron.trainer.plugin_checks import check_plugins, make_advantage
+from fiberpo_megatron.trainer.plugin_checks import check_plugins, make_advantage, make_objective
 
 
 def preflight(config: Config, command: str, resume: bool, world_size: int, here: bool = True) -> None:
@@ -35,6 +36,7 @@ def preflight(config: Config, command: str, resume: bool, world_size: int, here:
         _check_routing(config)
     if command == "train":
         _check_advantages(config)
+        _check_keys(config)
     check_plugins(config, resume, environments=here)
 
 
@@ -129,6 +131,15 @@ def _check_advantages(config: Config) -> None:
             f'"{algorithm.advantage.use}", normalise_std = {str(algorithm.normalise_std).lower()}); raise it to '
             f'{least} or more, or set algorithm.advantage = "none" and algorithm.normalise_std = false'
         )
+
+
+def _check_keys(config: Config) -> None:
+    """Refuse an objective whose levels need experts that the model does not have."""
+    architecture = read_architecture(read_hf_config(config.model.path, config.model.family))
+    try:
+        make_objective(config).check_keys((*SUPPLIED_KEYS, *(("expert",) if architecture.experts else ())))
+    except ValueError as error:
+        raise ConfigError(f"[algorithm]: {error}") from error
 
 
 def _check_routing(config: Config) -> None:
