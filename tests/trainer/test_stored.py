@@ -1,11 +1,13 @@
 """The loop on stored rollouts: replay without an engine, and steps that an interrupted run had generated."""
 
 import asyncio
+import json
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +22,11 @@ from fiberpo_megatron.types import Completion
 from tests.rollout.finished_indices import finished_indices
 from tests.trainer.test_loop import Memory, toy_config, training
 from tests.trainer.toy import VOCABULARY, CountingPrompts, FakeEngine, SingleLayout, TablePolicy, read
+
+EARLIER_ARRAYS = (
+    "tokens", "response_mask", "rollout_log_probs", "lengths", "rewards", "correct", "groups", "domains", "truncated",
+    "routed_experts",
+)  # fmt: skip
 
 
 def run_in(
@@ -292,3 +299,20 @@ def test_a_fresh_start_forgets_leftovers(tmp_path: Path) -> None:
     engine = CountingEngine(seed=5)
     train(run_in(tmp_path, engine=engine)[0])
     assert engine.prompts == 12
+
+
+def test_rollouts_that_an_earlier_version_stored_are_replayed(tmp_path: Path) -> None:
+    """It called the environments data.tasks, and its files lack what batches have got since."""
+    first, recorded = run_in(tmp_path / "a", storage={"dump": True})
+    train(first)
+    dump = dump_of(tmp_path / "a")
+    for step in dump.steps():
+        with np.load(dump.path(step)) as file:
+            arrays = {name: file[name] for name in EARLIER_ARRAYS}
+        origin = asdict(dump.origin(step))
+        origin["settings"]["data.tasks"] = origin["settings"].pop("environments")
+        np.savez(dump.path(step), origin=np.frombuffer(json.dumps(origin).encode(), np.uint8), **arrays)
+    again, replayed = run_in(tmp_path / "b", storage={"replay": tmp_path / "a"})
+    train(again)
+    assert torch.equal(first.policy.table, again.policy.table)
+    assert recorded.values("train", "reward/mean") == replayed.values("train", "reward/mean")
