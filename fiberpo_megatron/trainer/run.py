@@ -176,25 +176,23 @@ class Run(Closeable):
             names, steps = self.tasks.names, config.trainer.steps
             recorder = stack.enter_context(open_recorder(config, self.layout, names, start, steps, kinds, "training"))
             source = stack.enter_context(rollout_source(self._parts, self.policy, recorder, start, resume))
-            yield (
-                source,
-                Training(
-                    self.policy,
-                    source,
-                    self.objective,
-                    self.advantage,
-                    recorder,
-                    self.checkpoints,
-                    self.timers,
-                    config.batch,
-                    config.algorithm,
-                    config.rollout.temperature,
-                    config.trainer.steps,
-                    config.evaluation.every_steps,
-                    config.checkpoint.every_steps,
-                    self._stop,
-                ),
+            training = Training(
+                policy=self.policy,
+                source=source,
+                objective=self.objective,
+                advantage=self.advantage,
+                recorder=recorder,
+                checkpoints=self.checkpoints,
+                timers=self.timers,
+                batch=config.batch,
+                algorithm=config.algorithm,
+                temperature=config.rollout.temperature,
+                steps=steps,
+                evaluate_every=config.evaluation.every_steps,
+                save_every=config.checkpoint.every_steps,
+                stop=self._stop,
             )
+            yield source, training
 
     def say(self, text: str) -> None:
         """Print one line for the person at the terminal."""
