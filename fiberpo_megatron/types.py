@@ -35,10 +35,10 @@ class Prompt:
 
     @property
     def number(self) -> int | str:
-        """This identifies the task inside its environment: it is the id, as a number where it is one. Sampling seeds
-        and the digests of stored rollouts are made of it."""
+        """Return what identifies the task inside its environment: its id, as a number where it is one, or its index
+        where it has no id of its own. Sampling seeds and the digests of stored rollouts are made of it."""
         name = self.task.id
-        if name is None:
+        if name is None or name.endswith(f"/{self.split}/{self.index}"):
             return self.index
         return int(name) if name.isdecimal() else name
 

@@ -61,7 +61,15 @@ def test_a_prompt_says_where_it_stands():
     prompt = encoder(names=("other", "addition")).prompt(Place(1, "held_out", 5), task)
     assert (prompt.index, prompt.domain, prompt.split, prompt.task) == (5, 1, "held_out", task)
     assert (prompt.text, prompt.token_ids) == ("1+2=", (2, *(ord(c) + 10 for c in "1+2=")))
-    assert prompt.number == 12 and encode(encoder(), Task("1+2=", id="a/7")).number == "a/7"
+    assert prompt.number == 12
+
+
+def test_a_task_is_identified_as_in_earlier_versions():
+    """By the number that is its id, or by its index where the environment gave it no id; a text stays a text."""
+    found = encoder()
+    for task_id, number in (("12", 12), (None, 5), ("addition/train/5", 5), ("addition/train/15", "addition/train/15")):
+        assert encode(found, Task("1+2=", id=task_id), 5).number == number
+    assert encode(found, Task("1+2=", id="addition/held_out/5"), 5).number == "addition/held_out/5"
 
 
 def test_examples_end_with_the_stop_token():
