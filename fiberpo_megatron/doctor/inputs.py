@@ -1,6 +1,5 @@
 """These checks look at what the config names: the model's files, its tokenizer, its layout, and the prompts."""
 
-
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.doctor.report import Finding
 
