@@ -7,7 +7,7 @@ import torch
 from fiberpo_megatron.mcore.parallel.layout import start_layout
 from fiberpo_megatron.mcore.policy import build_policy
 from fiberpo_megatron.mcore.router import correction_biases
-from fiberpo_megatron.types import Coefficients
+from fiberpo_megatron.types import Coefficients, batch_of, named_arrays
 from tests.distributed.parity import (
     DEEPSEEK_V3,
     QWEN3_MOE,
@@ -71,12 +71,12 @@ def idle_rank(parallel: dict[str, int]) -> tuple[int, float, list[int]]:
     layout = start_layout(QWEN3_MOE, config.parallel, config.run)
     batch = make_batch()
     one = slice(0, int(batch.lengths[0]))
-    small = type(batch)(
-        **{
-            name: getattr(batch, name)[one if len(getattr(batch, name)) > len(batch.lengths) else slice(0, 1)]
-            for name in batch.__dataclass_fields__
-        }
-    )
+    arrays = {
+        name: array[one if len(array) == len(batch.tokens) else slice(0, 1)]
+        for name, array in named_arrays(batch).items()
+        if len(array)  # the batch has no routing
+    }
+    small = batch_of(arrays)
     batches = micro_batches_for(small, layout, 72)
     policy = build_policy(config, QWEN3_MOE, layout)
     norms = [policy.step(batches, fixed_gate(batches, 3), TEMPERATURE).gradient_norm for _ in range(2)]
