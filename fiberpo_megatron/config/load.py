@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from fiberpo_megatron.config.renamed import translated
 from fiberpo_megatron.config.schema import Config
+from fiberpo_megatron.settings import PluginConfig
 
 
 class ConfigError(ValueError):
@@ -73,6 +74,12 @@ def _value(text: str) -> Any:
 
 def _put(values: Any, keys: list[str], value: Any, whole: str) -> None:
     for depth, key in enumerate(keys[:-1]):
+        if (
+            isinstance(values, dict)
+            and isinstance(values.get(key), str)
+            and keys[depth + 1] in PluginConfig.model_fields
+        ):
+            values[key] = {"use": values[key]}  # a plug-in's name alone stands for this table
         values = values[_index(values, key, whole)] if isinstance(values, list) else values.setdefault(key, {})
         if not isinstance(values, (dict, list)):
             raise ConfigError(f"--{whole}: {'.'.join(keys[: depth + 1])} is a value, not a section")

@@ -23,11 +23,16 @@ class Example:
     """Tokens of the answer, then the one that ends it: the chat template's end of turn, or the end of the sequence."""
 
 
+_SOME_TOOLS: Tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
+"""Tools with which the chat template is checked before a run."""
+
+
 class Encoder:
     """This encoder turns tasks into tokens and responses into text, with one chat template for each environment.
 
     `chat_options`: variables of the chat template by environment. `stop`: `rollout.stop`. `vocabulary`: number of token
-    ids of the model. `model`: the folder whose files name the tokens that end a text.
+    ids of the model. `model`: the folder whose files name the tokens that end a text. `tools`: conversations may pass
+    tools, so that the template is checked with them.
     """
 
     def __init__(
@@ -40,9 +45,11 @@ class Encoder:
         vocabulary: int,
         max_prompt_tokens: int,
         stop: Sequence[str] = (),
+        tools: bool = False,
     ) -> None:
         self.tokenizer, self.names, self.vocabulary = tokenizer, tuple(names), vocabulary
         self._model, self._max_prompt_tokens, self._stop = model, max_prompt_tokens, tuple(stop)
+        self._tools = tools
         self._chats = [
             ChatTemplate(tokenizer, options) if tokenizer.chat_template else None for options in chat_options
         ]
@@ -108,7 +115,7 @@ class Encoder:
         if chat is None or not self.uses_chat[domain]:
             return
         try:
-            chat.check_turns()
+            chat.check_turns(_SOME_TOOLS if self._tools else None)
         except Exception as error:  # templates are programs of the model's makers and raise what they like
             raise ValueError(f"environment {self.names[domain]!r} holds conversations, but {error}") from error
 

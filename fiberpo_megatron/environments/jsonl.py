@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,8 @@ class Jsonl(SingleTurn):
 
     def held_out(self, index: int) -> Task:
         """Return a problem for evaluation; the first few are a fair sample of all."""
-        return self._task(self._held_out[self._order(index)])
+        problem = self._held_out[self._order(index)]
+        return replace(self._task(problem), id=str(problem.index))  # its place in the file, as sampling seeds want it
 
     def score(self, task: Task, turn: Turn) -> Outcome:
         """Return 1 for a right answer, 0 for a wrong one."""

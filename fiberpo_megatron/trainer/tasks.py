@@ -73,6 +73,7 @@ def start_tasks(config: Config, hf_config: Mapping[str, Any], layout: Layout) ->
             vocabulary=int(hf_config["vocab_size"]),
             max_prompt_tokens=config.data.max_prompt_tokens,
             stop=config.rollout.stop,
+            tools=config.rollout.tool_call_parser is not None,
         )
         with together(layout, "checking the tasks"):
             if environments is not None:
