@@ -59,6 +59,7 @@ def mini_batches(
     return [
         _mini_batch(rollouts, advantages, int(first), int(last), batch, weighting, domains, layout)
         for first, last in zip(edges[:-1], edges[1:])
+        if first < last  # a part is empty where environments dropped so many groups that fewer are left than parts
     ]
 
 
