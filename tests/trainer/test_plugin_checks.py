@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fiberpo_megatron.config import Config, ConfigError
-from fiberpo_megatron.trainer.plugin_checks import make_objective, recorded
+from fiberpo_megatron import plugins
+from fiberpo_megatron.config import Config, ConfigError, dump_config
+from fiberpo_megatron.trainer.plugin_checks import check_plugins, make_objective, recorded
 from fiberpo_megatron.trainer.preflight import _check_keys, _check_routing
 
 DENSE = {
@@ -51,3 +52,34 @@ def test_only_plug_ins_from_outside_are_recorded_by_their_path(tmp_path: Path):
         [("fiberpo_megatron.environments.jsonl:Jsonl", "fiberpo-megatron 0.1.0"), ("mine.numbers:Numbers", "mine 1.2")],
     ).environments
     assert [(e.use, e.version) for e in found] == [("jsonl", None), ("mine.numbers:Numbers", "mine 1.2")]
+
+
+def test_a_run_resumes_with_the_versions_that_it_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The optimizer's package was upgraded since: the message names both versions, and how to accept the new one."""
+    (tmp_path / "mine_of_version.py").write_text(
+        "from fiberpo_megatron.mcore.optimizers import TorchOptimizer\n\n\n"
+        "class Plain(TorchOptimizer):\n"
+        "    def torch_optimizer(self, groups):\n        raise NotImplementedError\n\n"
+        "    def fresh_state(self, parameter):\n        return {}\n"
+    )
+    (tmp_path / "numbers.jsonl").write_text('{"prompt": "1", "answer": "1"}\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    version = {"mine_of_version": "mine 1.0"}
+    monkeypatch.setattr(plugins, "package_version", lambda module: version.get(module))
+    options = {"train": str(tmp_path / "numbers.jsonl")}
+    wanted = config(
+        tmp_path,
+        run={"folder": tmp_path / "run"},
+        optimizer={"kind": "mine_of_version:Plain"},
+        environments=[{"name": "numbers", "use": "jsonl", "options": options}],
+    )
+    check_plugins(wanted, resume=False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(dump_config(recorded(wanted, [("fiberpo_megatron.x:X", None)])))
+    check_plugins(wanted, resume=True)
+    version["mine_of_version"] = "mine 2.0"
+    check_plugins(wanted, resume=False)  # another run may take what is installed
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.kind: the run was started with .* of mine 1\.0, .* has mine 2\.0"
+    ):
+        check_plugins(wanted, resume=True)
