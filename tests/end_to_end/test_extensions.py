@@ -80,13 +80,23 @@ def test_everything_of_ones_own_trains_dies_and_resumes(tmp_path: Path, model: P
     ("override", "message"),
     [
         (["--algorithm.objective", "nowhere:Soft"], r"there is no module 'nowhere'"),
-        (["--algorithm.objective", "soft_clip:Hard"], r"soft_clip has no Hard; it defines SoftClip"),
+        pytest.param(
+            ["--algorithm.objective", "soft_clip:Hard"],
+            r"soft_clip has no Hard; it defines SoftClip",
+            marks=pytest.mark.exhaustive,
+        ),
         (["--algorithm.objective.options.breadth", "0.1"], r"breadth"),
-        (["--optimizer.kind", "sums:Sums"], r"lacks the method"),
-        (["--weight_sync.method", "csv_sink:CsvSink"], r"lacks the method publish"),
+        pytest.param(["--optimizer.kind", "sums:Sums"], r"lacks the method", marks=pytest.mark.exhaustive),
+        pytest.param(
+            ["--weight_sync.method", "csv_sink:CsvSink"], r"lacks the method publish", marks=pytest.mark.exhaustive
+        ),
         (["--environments.0.options.digit", "3"], r"does not take the option 'digit'"),
-        (["--environments.0.use", "sums:Outcome"], r"Outcome"),
-        (["--telemetry.sinks", '["csv_sink:Nothing"]'], r"csv_sink has no Nothing; it defines CsvSink"),
+        pytest.param(["--environments.0.use", "sums:Outcome"], r"Outcome", marks=pytest.mark.exhaustive),
+        pytest.param(
+            ["--telemetry.sinks", '["csv_sink:Nothing"]'],
+            r"csv_sink has no Nothing; it defines CsvSink",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
