@@ -266,3 +266,29 @@ def test_conversations_are_checked_before_anything_starts(tmp_path):
     good = encoder(templated(templates.CHATML))
     encode(good, Task([user("17 + 25 =")]))
     good.check_conversations(0)
+
+
+def test_a_template_is_checked_with_tools_where_conversations_may_pass_them():
+    """This template rewrites a turn that called tools once a tool has answered: only the check with tools notices."""
+    rewriting = templates.CHATML.replace(
+        "message['content'] + '<|im_end|>'",
+        "(message['content'] ~ (' called' if message.tool_calls and loop.last else '')) + '<|im_end|>'",
+    )
+    assert rewriting != templates.CHATML
+    task = Task([{"role": "user", "content": "17 + 25?"}], "42", id="0")
+    for tools in (False, True):
+        encoder = Encoder(
+            templated(rewriting),
+            ["file"],
+            [{}],
+            model=Path("unread"),
+            vocabulary=1000,
+            max_prompt_tokens=200,
+            tools=tools,
+        )
+        encoder.prompt(Place(0, "train", 0), task)
+        if tools:
+            with pytest.raises(ValueError, match=r"environment 'file' holds conversations, but .*tool"):
+                encoder.check_conversations(0)
+        else:
+            encoder.check_conversations(0)
