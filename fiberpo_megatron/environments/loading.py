@@ -16,6 +16,8 @@ def load(settings: Mapping[str, Any]) -> tuple[Environment, dict[str, Any]]:
     try:
         plugin = plugins.find("environments", settings["use"], where)
         plugins.check_version(plugin, settings["version"], where)
+        if isinstance(plugin.target, type) and not issubclass(plugin.target, Environment):
+            raise _no_environment(plugin, where)  # before its options, which say less
         plugins.check_options(plugin, settings["options"], where)
     except SystemExit as error:
         raise plugins.PluginError(f"{where} = {settings['use']!r}: its module called sys.exit({error})") from error
@@ -39,13 +41,17 @@ def load(settings: Mapping[str, Any]) -> tuple[Environment, dict[str, Any]]:
         raise plugins.PluginError(f"{where}: {plugin.path} cannot be used: {describe_error(error)}") from error
 
 
+def _no_environment(plugin: plugins.Plugin, where: str) -> plugins.PluginError:
+    return plugins.PluginError(
+        f"{where}: {plugin.path} is no environment; derive it from Environment or SingleTurn of "
+        "fiberpo_megatron.environments"
+    )
+
+
 def _describe(environment: Any, plugin: plugins.Plugin, where: str) -> dict[str, Any]:
     """Return the fields of the host's `Description`."""
     if not isinstance(environment, Environment):
-        raise plugins.PluginError(
-            f"{where}: {plugin.path} is no environment; derive it from Environment or SingleTurn of "
-            "fiberpo_megatron.environments"
-        )
+        raise _no_environment(plugin, where)
 
     def defined(method: str, *bases: type) -> bool:
         """Whether the class or the instance defines a method that `bases` do not."""

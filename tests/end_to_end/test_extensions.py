@@ -85,13 +85,18 @@ def test_everything_of_ones_own_trains_dies_and_resumes(tmp_path: Path, model: P
             r"soft_clip has no Hard; it defines SoftClip",
             marks=pytest.mark.exhaustive,
         ),
-        (["--algorithm.objective.options.breadth", "0.1"], r"breadth"),
-        pytest.param(["--optimizer.kind", "sums:Sums"], r"lacks the method", marks=pytest.mark.exhaustive),
+        (
+            ["--algorithm.objective.options.breadth", "0.1"],
+            r"does not read 'breadth'; remove it \(SoftClip reads width\)",
+        ),
+        pytest.param(["--optimizer.kind", "sums:Sums"], r"lacks the method build", marks=pytest.mark.exhaustive),
         pytest.param(
             ["--weight_sync.method", "csv_sink:CsvSink"], r"lacks the method publish", marks=pytest.mark.exhaustive
         ),
         (["--environments.0.options.digit", "3"], r"does not take the option 'digit'"),
-        pytest.param(["--environments.0.use", "sums:Outcome"], r"Outcome", marks=pytest.mark.exhaustive),
+        pytest.param(
+            ["--environments.0.use", "sums:Outcome"], r"sums:Outcome is no environment", marks=pytest.mark.exhaustive
+        ),
         pytest.param(
             ["--telemetry.sinks", '["csv_sink:Nothing"]'],
             r"csv_sink has no Nothing; it defines CsvSink",
