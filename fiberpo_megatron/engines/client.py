@@ -189,7 +189,7 @@ class EngineClient:
         """
         request = {"text": text, "tools": list(tools), "tool_call_parser": parser}
         try:
-            answer = await self._call("POST", "/parse_function_call", request, CONTROL_TIMEOUT_S)
+            answer = await self._parse(request)
         except EngineRefused:
             await self._check_parser(request)
             return text, ()
@@ -210,7 +210,7 @@ class EngineClient:
         SGLang gives the same answer (500) when it does not know a parser and when a parser fails on a text.
         """
         try:
-            await self._call("POST", "/parse_function_call", {**request, "text": ""}, CONTROL_TIMEOUT_S)
+            await self._parse({**request, "text": ""})
         except EngineRefused as error:
             raise EngineRefused(
                 self.url,
@@ -219,6 +219,15 @@ class EngineClient:
                 "Name a parser of this SGLang, and describe each tool as OpenAI's API does",
                 self.address.log,
             ) from error
+
+    async def _parse(self, request: Mapping[str, object]) -> Any:
+        """Call SGLang's parser on a connection of its own.
+
+        When the parser fails, the server answers 500 and then drops the connection without having announced it. Another
+        request that reuses the connection at that moment would be lost.
+        """
+        path = "/parse_function_call"
+        return await self._call("POST", path, request, CONTROL_TIMEOUT_S, headers={"Connection": "close"})
 
     # Control
 
@@ -364,11 +373,12 @@ class EngineClient:
         request: Mapping[str, object] | None,
         timeout_s: float,
         json: bool = True,
+        headers: Mapping[str, str] | None = None,
     ) -> Any:
         """Return the decoded answer of one request. Raises EngineError when there is none before the deadline."""
         try:
             async with asyncio.timeout(timeout_s):
-                response = await self._http.request(method, path, json=request)
+                response = await self._http.request(method, path, json=request, headers=headers)
         except TimeoutError as error:
             raise EngineTimeout(
                 self.url,
