@@ -73,8 +73,21 @@ PARTS = {
         "doctor",
     },
 }
-TOP = {"closeable", "types", "rendezvous", "settings", "plugins", "interfaces", "together", "subprocesses"}
+TOP = {
+    "closeable",
+    "durable",
+    "interfaces",
+    "plugins",
+    "printable",
+    "rendezvous",
+    "settings",
+    "subprocesses",
+    "together",
+    "types",
+}
 """Modules beside the folders."""
+ANYWHERE = {"durable", "printable"}
+"""Modules of the standard library alone that every part may import."""
 SOURCES = [
     p
     for p in sorted(PACKAGE.rglob("*.py"))
@@ -109,7 +122,7 @@ def test_imports_point_down(source: Path):
         if name.startswith("fiberpo_megatron.") and not name.startswith("fiberpo_megatron.__"):
             other = name.split(".")[1]
             settings = "settings" in name.split(".")[1:]  # the sections of the config, which stand beside their parts
-            assert other == part or settings or other in PARTS[part], f"{source} imports {name}"
+            assert other == part or settings or other in PARTS[part] | ANYWHERE, f"{source} imports {name}"
             if source.name == "settings.py":
                 assert settings or other in {"settings", "plugins"}, f"{source} imports {name}: settings load alone"
         top = name.split(".")[0]

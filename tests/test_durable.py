@@ -1,0 +1,64 @@
+"""Writing files so that neither a full disk nor a lost machine leaves half of one."""
+
+import errno
+import os
+
+import pytest
+
+from fiberpo_megatron import durable
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "notes.txt"
+    with durable.replaced(path, text=True) as file:
+        file.write("é\u2028")
+        file.flush()
+        assert not path.exists()
+    assert path.read_text(encoding="utf-8") == "é\u2028" and os.listdir(tmp_path) == ["notes.txt"]
+
+
+@pytest.mark.parametrize("when", ["while writing", "at the sync", "at the rename"])
+def test_a_full_disk_leaves_the_older_file(tmp_path, monkeypatch, when):
+    path = tmp_path / "notes.bin"
+    path.write_bytes(b"old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if when != "while writing":
+        monkeypatch.setattr(os, {"at the sync": "fsync", "at the rename": "replace"}[when], full)
+    with pytest.raises(OSError, match="No space"), durable.replaced(path) as file:
+        file.write(b"new")
+        if when == "while writing":
+            full()
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["notes.bin"]
+
+
+def test_the_folder_is_synced_after_the_rename(tmp_path, monkeypatch):
+    """Without it the name may be lost with the machine, although the content was written."""
+    deeds = []
+    fsync, replace = os.fsync, os.replace
+
+    def logged_fsync(handle):
+        deeds.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def logged_replace(old, new):
+        deeds.append(("rename", str(new)))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "replace", logged_replace)
+    with durable.replaced(tmp_path / "a") as file:
+        file.write(b"1")
+    assert deeds == [
+        ("sync", str(tmp_path / ".a.partial")),
+        ("rename", str(tmp_path / "a")),
+        ("sync", str(tmp_path)),
+    ]
+
+
+def test_a_mode_holds_whatever_the_umask(tmp_path):
+    with durable.replaced(tmp_path / "key", text=True, mode=0o600) as file:
+        file.write("secret")
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
