@@ -1,4 +1,4 @@
-"""Files that appear under their names only when they are whole, and that stay there when the machine is lost.
+"""This module writes files that appear under their names only when they are whole, and that outlive a lost machine.
 
 A rename is durable only after the folder has been synced as well, hence the second sync of every function here.
 """

@@ -1,4 +1,4 @@
-"""Text from models, engines and other programs, made safe to print."""
+"""This module makes text from models, engines and other programs safe to print."""
 
 import unicodedata
 
