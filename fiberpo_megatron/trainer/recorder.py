@@ -147,3 +147,20 @@ def restore(policy: Policy, root: Path, say: Callable[[str], None]) -> dict[str,
         )
     say(f"No complete checkpoint in {root}: starting from the beginning")
     return {}
+
+
+def last_report(folder: Path) -> str:
+    """Write report.html of a run folder after its last step, and return a line that says where it is.
+
+    The run has done what it was for. A report that cannot be written (a full disk, for example) is therefore a warning
+    in this line and no error of the run.
+    """
+    try:
+        from fiberpo_megatron.telemetry.report import write_report  # matplotlib: not for every start to pay
+
+        return f"Report: {write_report(folder)}"
+    except Exception as error:
+        return (
+            f"WARNING: the report could not be written ({type(error).__name__}: {error}). The run is complete; "
+            f"`fiberpo report {folder}` writes the report"
+        )

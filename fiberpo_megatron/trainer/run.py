@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Self
 
+from fiberpo_megatron import durable
 from fiberpo_megatron.closeable import Closeable
 from fiberpo_megatron.config import Config, dump_config
 from fiberpo_megatron.engines.addresses import listen_towards_master
@@ -16,6 +17,7 @@ from fiberpo_megatron.mcore.parallel.heartbeat import heartbeat
 from fiberpo_megatron.mcore.parallel.layout import start_layout, stop_layout
 from fiberpo_megatron.mcore.policy import build_policy
 from fiberpo_megatron.mcore.weights import save_hf
+from fiberpo_megatron.printable import printable
 from fiberpo_megatron.sources.build import SourceParts, rollout_source
 from fiberpo_megatron.sources.stored import DUMP
 from fiberpo_megatron.telemetry.metrics import Kind
@@ -25,7 +27,7 @@ from fiberpo_megatron.trainer.given import EnvironmentsGiven, with_given
 from fiberpo_megatron.trainer.loop import Training, evaluate, train
 from fiberpo_megatron.trainer.plugin_checks import make_advantage, make_objective, recorded
 from fiberpo_megatron.trainer.preflight import preflight
-from fiberpo_megatron.trainer.recorder import RunCheckpoints, open_recorder, restore
+from fiberpo_megatron.trainer.recorder import RunCheckpoints, last_report, open_recorder, restore
 from fiberpo_megatron.trainer.sft import fine_tune
 from fiberpo_megatron.trainer.stop import Stopped, leave, never
 from fiberpo_megatron.trainer.tasks import start_tasks
@@ -110,7 +112,8 @@ class Run(Closeable):
                 if layout.rank == 0:
                     config.run.folder.mkdir(parents=True, exist_ok=True)
                     text = dump_config(recorded(config, [(fact.path, fact.version) for fact in self.tasks.facts]))
-                    (config.run.folder / "config.toml").write_text(text)
+                    with durable.replaced(config.run.folder / "config.toml", text=True) as file:
+                        file.write(text)
             self.policy = build_policy(config, hf_config, layout, config.sft.steps if command == "sft" else None)
             self._parts = SourceParts(
                 config=config,
@@ -197,7 +200,7 @@ class Run(Closeable):
     def say(self, text: str) -> None:
         """Print one line for the person at the terminal."""
         if self.layout.is_logger:
-            print(text, flush=True)
+            print(printable(text, keep="\n\t"), flush=True)
 
     def close(self) -> None:
         """End environments and process groups; idempotent."""
@@ -213,7 +216,5 @@ class Run(Closeable):
             save_hf(self.policy.weights.full(), folder / "hf", self.config.model.path, writer=self.layout.rank == 0)
         self.say(f"Weights: {folder / 'hf'}")
         if self.layout.is_logger:
-            from fiberpo_megatron.telemetry.report import write_report  # matplotlib: not for every start to pay
-
-            print(f"Report: {write_report(folder)}", flush=True)
+            self.say(last_report(folder))
         self.layout.barrier()
