@@ -6,29 +6,29 @@
 """
 
 import json
-import os
+import logging
 import re
 import shutil
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from fiberpo_megatron import durable
+from fiberpo_megatron.printable import json_line, printable
 from fiberpo_megatron.types import Prompt, RolloutBatch, batch_of, named_arrays
 
 FORMAT = 1
 INDEX = "index.jsonl"
 _STEP = re.compile(r"step_(\d+)\.npz")
 _UNFINISHED = re.compile(r"step_(\d+)\.unfinished")
-_ORIGIN = "origin"
+_ORIGIN, _NAMES = "origin", "names"
 _REQUIRED = {"tokens", "response_mask", "rollout_log_probs", "lengths", "rewards", "correct", "groups", "domains"}
-_DAMAGE = (OSError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile, zlib.error)
+_log = logging.getLogger(__name__)
 
 
 class DumpError(ValueError):
@@ -91,8 +91,8 @@ class RolloutDump:
         """Write one step in one move; a file of the same step is replaced, its unfinished groups are deleted."""
         self.folder.mkdir(parents=True, exist_ok=True)
         described = np.frombuffer(json.dumps(asdict(origin)).encode(), np.uint8)
-        with _replaced(self.path(origin.step)) as file:
-            np.savez(file, allow_pickle=False, **{_ORIGIN: described}, **named_arrays(batch))
+        with durable.replaced(self.path(origin.step)) as file:
+            np.savez(file, allow_pickle=False, **{_ORIGIN: described}, **_numbered(named_arrays(batch)))
         self._index({origin.step: _summary(batch, origin)})
         shutil.rmtree(self.unfinished(origin.step), ignore_errors=True)
 
@@ -106,7 +106,7 @@ class RolloutDump:
         version."""
         with self._open(step) as file:
             _origin(file)
-            stored = {name: file[name] for name in file.files if name != _ORIGIN}
+            stored = _named(file)
             known = {fact.name for fact in fields(RolloutBatch)}
             unknown = sorted({name.partition("/")[0] for name in stored} - known)
             missing = sorted(_REQUIRED - stored.keys())
@@ -139,8 +139,9 @@ class RolloutDump:
                 yield file
         except DumpError:
             raise
-        except _DAMAGE as error:
-            raise DumpError(f"{path} is damaged ({type(error).__name__}: {error}); make the dump again") from error
+        except Exception as error:  # what zipfile, zlib, json and numpy raise on odd bytes is a long list
+            cause = printable(f"{type(error).__name__}: {error}")
+            raise DumpError(f"{path} is damaged ({cause}); make the dump again") from error
 
     def _content(self) -> str:
         steps = self.steps()
@@ -149,32 +150,53 @@ class RolloutDump:
         return f"it has {len(steps)} steps from {steps[0]} to {steps[-1]}; lower trainer.steps or dump more of them"
 
     def _index(self, changed: Mapping[int, Mapping[str, Any] | None]) -> None:
-        """Put lines into index.jsonl, or take them out (None)."""
+        """Put lines into index.jsonl, or take them out (None).
+
+        A line that is none of ours is left out with a warning: the index is for people, and must not end a run.
+        """
         path = self.folder / INDEX
-        old = map(json.loads, path.read_text().splitlines()) if path.is_file() else []
-        lines = {line["step"]: line for line in old} | dict(changed)
-        with _replaced(path) as file:
-            for step in sorted(lines):
-                if lines[step] is not None:
-                    file.write(json.dumps(lines[step]).encode() + b"\n")
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[IO[bytes]]:
-    """A file that gets its name once it is whole and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+        lines: dict[int, Mapping[str, Any] | None] = {}
+        for text in path.read_bytes().split(b"\n") if path.is_file() else ():
+            try:
+                line = json.loads(text) if text else None
+            except (ValueError, RecursionError):
+                line = text
+            if isinstance(line, dict) and type(line.get("step")) is int:
+                lines[line["step"]] = line
+            elif line is not None:
+                _log.warning("%s: a line that describes no step is left out: %.80r", path, text)
+        lines |= changed
+        with durable.replaced(path, text=True) as file:
+            file.writelines(json_line(lines[step]) + "\n" for step in sorted(lines) if lines[step] is not None)
 
 
 def _origin(file: Any) -> Origin:
     described = json.loads(file[_ORIGIN].tobytes())
+    if not isinstance(described, dict):
+        raise ValueError(f"its origin is {described!r:.80} and no JSON object")
     if described.get("format") != FORMAT:
         raise DumpError(f"{file.fid.name} has format {described.get('format')}; this version reads {FORMAT}")
     return Origin(**described)
+
+
+def _numbered(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays under names that a file can have: environments choose the names behind the slash, with any characters
+    and of any length. They stand in the file as numbers, and `_NAMES` says what the numbers mean."""
+    stored: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for name, array in arrays.items():
+        fact, slash, _ = name.partition("/")
+        key = f"{fact}/{len(names)}" if slash else name
+        if slash:
+            names[key] = name
+        stored[key] = array
+    return stored | ({_NAMES: np.frombuffer(json.dumps(names).encode(), np.uint8)} if names else {})
+
+
+def _named(file: Any) -> dict[str, Any]:
+    """The inverse of `_numbered`, for files of earlier versions too, which have the names themselves."""
+    names = json.loads(file[_NAMES].tobytes()) if _NAMES in file.files else {}
+    return {names.get(key, key): file[key] for key in file.files if key not in (_ORIGIN, _NAMES)}
 
 
 def _summary(batch: RolloutBatch, origin: Origin) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from fiberpo_megatron.closeable import Closeable
+from fiberpo_megatron.printable import printable
 from fiberpo_megatron.rollout.dump import Origin
 from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory, WeightSpan
 
@@ -65,18 +66,17 @@ class FinishedGroups(UserDict[int, RolloutGroup], Closeable):
         self._file: IO[bytes] | None = None
         self.left: set[int] = set()
         """Indices of all usable groups that earlier starts left, whichever rank they are for."""
-        for path in sorted(folder.glob("rank_*")):
-            with path.open("rb") as file:
-                records = _records(file)
-                found = _origin(file, next(records, None))
-                if found is None or not usable(found):
-                    _log.warning("%s is not used: it is of another configuration or other weights", path)
-                    continue
-                for record in records:
-                    self.left.add(record.prompt)
-                    payload = _payload(file, record) if record.prompt in mine else None
-                    if payload is not None:
-                        self.data[record.prompt] = _decode(payload, prompts[record.prompt])
+        for file in _files(folder):
+            records = _records(file)
+            found = _origin(file, next(records, None))
+            if found is None or not usable(found):
+                _log.warning("%s is not used: it is of another configuration or other weights", file.name)
+                continue
+            for record in records:
+                self.left.add(record.prompt)
+                group = _group(file, record, prompts[record.prompt]) if record.prompt in mine else None
+                if group is not None:
+                    self.data[record.prompt] = group
 
     def __setitem__(self, index: int, group: RolloutGroup) -> None:
         """Raises OSError naming the file and the fix when it cannot be written."""
@@ -117,11 +117,22 @@ class FinishedGroups(UserDict[int, RolloutGroup], Closeable):
 
 def origins(folder: Path) -> Iterator[Origin]:
     """Yield where the files of a folder come from, as far as they say it."""
-    for path in sorted(folder.glob("rank_*")):
-        with path.open("rb") as file:
-            found = _origin(file, next(_records(file), None))
+    for file in _files(folder):
+        found = _origin(file, next(_records(file), None))
         if found is not None:
             yield found
+
+
+def _files(folder: Path) -> Iterator[IO[bytes]]:
+    """Yield the files of all ranks and starts, open; one that cannot be opened is skipped with a warning."""
+    for path in sorted(folder.glob("rank_*")):
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            _log.warning("%s is not used: it cannot be read (%s)", path, error.strerror)
+            continue
+        with file:
+            yield file
 
 
 def _records(file: IO[bytes]) -> Iterator[_Record]:
@@ -148,10 +159,31 @@ def _payload(file: IO[bytes], record: _Record) -> bytes | None:
     return None
 
 
+def _group(file: IO[bytes], record: _Record, prompt: Prompt) -> RolloutGroup | None:
+    """The group of a record; None when it is damaged, or whole but of another program or version."""
+    payload = _payload(file, record)
+    if payload is None:
+        return None
+    try:
+        return _decode(payload, prompt)
+    except Exception as error:  # the bytes are what was written, but anything may have been
+        cause = printable(f"{type(error).__name__}: {error}")
+        _log.warning(
+            "%s: the record at byte %d is no group of rollouts and not used (%s)", file.name, record.begin, cause
+        )
+        return None
+
+
 def _origin(file: IO[bytes], first: _Record | None) -> Origin | None:
-    """What the first record says; None when it is damaged or of another version of the format."""
+    """What the first record says; None when it is damaged, no JSON object, or of another version of the format."""
     payload = None if first is None or first.prompt != _ORIGIN else _payload(file, first)
-    described = {} if payload is None else json.loads(payload)
+    try:
+        described = {} if payload is None else json.loads(payload)
+    except (ValueError, RecursionError):
+        described = None
+    if not isinstance(described, dict):
+        _log.warning("%s: its first record does not say where the rollouts come from; they are not used", file.name)
+        return None
     return Origin(**described) if described.keys() == {field.name for field in fields(Origin)} else None
 
 

@@ -3,9 +3,12 @@
 import json
 from dataclasses import fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fiberpo_megatron.environments import Task
 from fiberpo_megatron.rollout.dump import INDEX, DumpError, Origin, RolloutDump, prompts_digest
@@ -109,6 +112,70 @@ def test_files_without_what_was_added_later_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.tokens, batch.tokens)
     assert (read.weight_versions == -1).all() and (read.engines == -1).all() and not read.failed.any()
     assert read.reward_parts == read.environment_metrics == {} and read.routed_experts.shape == (0, 0, 0)
+
+
+NAMES = ("", "\x00", "a\x00b", "a\x00c", "\ud83d", "x", "x.npy", "../x", "/etc/passwd", "\u202e\x1b[2J", "é" * 40_000)
+"""Names that an environment may choose for its numbers, and that no member of a zip file can have."""
+
+
+def test_numbers_of_environments_may_have_any_name(tmp_path: Path) -> None:
+    dump, plain = RolloutDump(tmp_path), make_batch()
+    parts = {name: np.full(len(plain.lengths), i, np.float32) for i, name in enumerate(NAMES)}
+    dump.write(replace(plain, reward_parts=parts, environment_metrics={"\ud83d": parts["x"]}), ORIGIN)
+    read = dump.read(3)
+    assert {name: values[0] for name, values in read.reward_parts.items()} == {n: i for i, n in enumerate(NAMES)}
+    assert list(read.environment_metrics) == ["\ud83d"]
+
+
+def test_files_with_plain_names_of_numbers_are_read(tmp_path: Path) -> None:
+    """Earlier versions stored the names themselves."""
+    dump, batch = RolloutDump(tmp_path), batch_with_everything()
+    dump.write(batch, ORIGIN)
+    with np.load(dump.path(3)) as file:
+        origin = file["origin"]
+    np.savez(dump.path(3), origin=origin, **named_arrays(batch))
+    np.testing.assert_array_equal(dump.read(3).reward_parts["format"], batch.reward_parts["format"])
+    assert dump.read(3).reward_parts.keys() == {"format", "a/b"}
+
+
+def test_odd_lines_of_the_index_end_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dump, odd = (
+        RolloutDump(tmp_path),
+        ["oops", "[1]", "{}", '{"step": "x"}', '{"step": true}', "\x1b[2J\x85", "[" * 10**5],
+    )
+    dump.write(make_batch(), ORIGIN)
+    with (tmp_path / INDEX).open("ab") as file:
+        file.write(b"\xff\n" + "\n".join(odd).encode() + b'\n\n{"step": 4, "tor')
+    dump.write(make_batch(), replace(ORIGIN, step=5))
+    assert [json.loads(line)["step"] for line in (tmp_path / INDEX).read_text().splitlines()] == [3, 5]
+    assert caplog.text.count("a line that describes no step is left out") == 9 and "\x1b" not in caplog.text
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_change_of_bytes_does_anything_but_be_refused(data: st.DataObject) -> None:
+    with TemporaryDirectory() as folder:
+        dump = RolloutDump(Path(folder))
+        dump.write(batch_with_everything(), ORIGIN)
+        whole = bytearray(dump.path(3).read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            whole[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
+        dump.path(3).write_bytes(whole[: data.draw(st.integers(1, len(whole)))])
+        try:
+            read = dump.read(3)
+        except DumpError:
+            return
+        before, after = named_arrays(batch_with_everything()), named_arrays(read)
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[name], after[name], equal_nan=True) for name in before)
+
+
+def test_an_origin_that_is_no_object_is_damage(tmp_path: Path) -> None:
+    dump = RolloutDump(tmp_path)
+    dump.write(make_batch(), ORIGIN)
+    np.savez(dump.path(3), origin=np.frombuffer(b"[1]", np.uint8), **named_arrays(make_batch()))
+    with pytest.raises(DumpError, match=r"is damaged \(ValueError: its origin is \[1\] and no JSON object"):
+        dump.origin(3)
 
 
 def test_digest_depends_on_tokens_places_and_order() -> None:

@@ -1,6 +1,8 @@
 """Groups of a step that was cut short: what was finished is read, what is torn or of other weights is not."""
 
 import logging
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +127,44 @@ def test_other_origins_are_not_used(tmp_path: Path, change: dict, caplog: pytest
     with caplog.at_level(logging.WARNING):
         groups = opened(tmp_path, wanted=replace(ORIGIN, **change))
     assert not groups and not groups.left and "is of another configuration or other weights" in caplog.text
+
+
+@pytest.mark.parametrize("described", [b"[1, 2]", b"null", b"7", b'"text"', b"{", b"\xff", b"[" * 10**5])
+def test_an_origin_that_is_no_json_object_is_not_used(
+    tmp_path: Path, described: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checksum is right: the record is what its writer wrote."""
+    path, other = written(tmp_path, 0), written(tmp_path, 1, rank=1)
+    head = struct.Struct("<4sqQI")
+    whole = path.read_bytes()
+    rest = whole[head.size + head.unpack_from(whole)[2] :]
+    path.write_bytes(head.pack(b"grp1", -1, len(described), zlib.crc32(described)) + described + rest)
+    with caplog.at_level(logging.WARNING):
+        assert set(opened(tmp_path)) == {1} and list(origins(tmp_path)) == [ORIGIN], other
+    assert f"{path}: its first record does not say where the rollouts come from" in caplog.text
+
+
+@pytest.mark.parametrize("payload", [b"", b"{}", b"PK\x03\x04 cut", b"\x93NUMPY"])
+def test_a_record_that_is_no_group_is_not_used(
+    tmp_path: Path, payload: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(tmp_path) as groups:
+        groups[0] = group(0)
+        groups._append(1, payload)
+        groups[2] = group(2)
+    with caplog.at_level(logging.WARNING):
+        assert set(opened(tmp_path)) == {0, 2}
+    assert "is no group of rollouts and not used" in caplog.text
+
+
+def test_what_is_no_readable_file_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written(tmp_path, 0)
+    (tmp_path / "rank_00001.0").mkdir()
+    (tmp_path / "rank_00002.0").symlink_to(tmp_path / "gone")
+    with caplog.at_level(logging.WARNING):
+        assert set(opened(tmp_path)) == {0} and list(origins(tmp_path)) == [ORIGIN]
+    assert "rank_00001.0 is not used: it cannot be read (Is a directory)" in caplog.text
+    assert "rank_00002.0 is not used: it cannot be read (No such file or directory)" in caplog.text
 
 
 def test_a_full_disk_says_what_to_do(tmp_path: Path) -> None:
