@@ -12,6 +12,8 @@ PARTS = {
     "settings": set(),
     "plugins": set(),
     "subprocesses": set(),
+    "process_identity": set(),
+    "run_lock": {"closeable", "process_identity"},
     "config": {"settings", "plugins"},
     "types": {"environments"},
     "rendezvous": set(),
@@ -23,7 +25,7 @@ PARTS = {
     "planning": {"config", "fibration", "mcore", "plugins"},
     "interfaces": {"types"},
     "together": {"interfaces"},
-    "engines": {"closeable", "config", "types", "rendezvous", "environments", "subprocesses"},
+    "engines": {"closeable", "config", "types", "rendezvous", "environments", "subprocesses", "process_identity"},
     "rollout": {"closeable", "config", "types", "interfaces", "data", "engines", "environments"},
     "weight_sync": {"config", "types", "interfaces", "plugins", "rendezvous", "engines"},
     "sources": {
@@ -57,6 +59,7 @@ PARTS = {
         "together",
         "plugins",
         "closeable",
+        "run_lock",
     },
     "launch": {"config", "types", "rendezvous", "engines"},
     "doctor": {"config", "rendezvous", "telemetry", "data", "environments", "mcore", "planning", "engines", "launch"},
@@ -71,6 +74,7 @@ PARTS = {
         "planning",
         "engines",
         "doctor",
+        "run_lock",
     },
 }
 TOP = {
@@ -79,7 +83,9 @@ TOP = {
     "interfaces",
     "plugins",
     "printable",
+    "process_identity",
     "rendezvous",
+    "run_lock",
     "settings",
     "subprocesses",
     "together",

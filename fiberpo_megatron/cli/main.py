@@ -9,6 +9,7 @@ from pathlib import Path
 import fiberpo_megatron
 from fiberpo_megatron.cli import doctor, plan, slurm
 from fiberpo_megatron.config import Config, ConfigError, load_config
+from fiberpo_megatron.run_lock import refuse
 from fiberpo_megatron.trainer.preflight import preflight
 
 _OVERRIDES = "further --section.key value pairs override the config, e.g. --parallel.tensor 2"
@@ -92,6 +93,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
         return run_rank(words)
     world_size = local_world_size(config)
     preflight(config, options.command, resume, world_size)
+    refuse(config.run.folder)  # rank 0 takes the lock; what can be seen at once should not cost a start
     doctor.warn(config)
     from fiberpo_megatron.launch.local import launch_ranks
 

@@ -24,7 +24,7 @@ def preflight(config: Config, command: str, resume: bool, world_size: int, here:
     _check_layout(config, world_size)
     if here:
         _check_fp8(config)
-    _check_folder(config, command, resume)
+    check_folder(config, command, resume)
     _check_rollouts(config, command, resume)
     if command == "sft" and config.algorithm.routing_replay != "none":
         raise ConfigError(
@@ -90,7 +90,8 @@ def _check_fp8(config: Config) -> None:
         raise ConfigError(f'model.fp8 = "{model.fp8}": {missing}; or set model.fp8 = "none"')
 
 
-def _check_folder(config: Config, command: str, resume: bool) -> None:
+def check_folder(config: Config, command: str, resume: bool) -> None:
+    """Raise ConfigError if the run folder holds another run, or cannot be made or written."""
     folder = config.run.folder
     metrics = folder / "metrics.jsonl"
     if command in ("train", "sft") and not resume and metrics.exists():

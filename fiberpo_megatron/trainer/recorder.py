@@ -10,6 +10,7 @@ from typing import Any
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.interfaces import Layout, PendingSave, Policy
 from fiberpo_megatron.mcore import checkpoint
+from fiberpo_megatron.run_lock import RunLock
 from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.gpu import GpuMonitor, gpu_metrics
 from fiberpo_megatron.telemetry.metrics import Kind
@@ -46,8 +47,9 @@ class RunRecorder:
 class RunCheckpoints:
     """Implements the loop's Checkpoints in <run folder>/checkpoints."""
 
-    def __init__(self, folder: Path, settings: CheckpointConfig) -> None:
-        self.folder, self._settings = folder, settings
+    def __init__(self, folder: Path, settings: CheckpointConfig, lock: RunLock | None = None) -> None:
+        """`lock` is that of the run folder, on rank 0: nothing is written or deleted after another run took over."""
+        self.folder, self._settings, self._lock = folder, settings, lock
         self._pending: tuple[Policy, int, PendingSave] | None = None
         self._complete = 0
 
@@ -57,6 +59,7 @@ class RunCheckpoints:
         metrics: dict[str, float] = {}
         with together(policy.layout, "saving a checkpoint"):
             if policy.layout.rank == 0:
+                self._check_lock()
                 metrics = self._best_value(measured)
         state = {"step": step, "prompts": dict(prompts), "metrics": metrics}
         folder = str(checkpoint.step_folder(self.folder, step))
@@ -70,9 +73,15 @@ class RunCheckpoints:
         """See the protocol."""
         if self._pending is not None and (wait or self._pending[2].written()):
             (policy, step, pending), self._pending = self._pending, None
+            with together(policy.layout, "completing a checkpoint"):
+                self._check_lock()
             pending.finish()
             self._saved(policy, step)
         return self._complete
+
+    def _check_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.check()
 
     def _best_value(self, measured: Mapping[str, float]) -> dict[str, float]:
         """The metric by which the best is kept, if this step has records of its kind."""
@@ -88,6 +97,7 @@ class RunCheckpoints:
     def _saved(self, policy: Policy, step: int) -> None:
         self._complete = step
         if policy.layout.rank == 0:
+            self._check_lock()
             name, mode = self._settings.keep_best_metric, self._settings.keep_best_mode
             best = checkpoint.best(self.folder, name, mode) if name else None
             checkpoint.prune(self.folder, self._settings.keep, spare=[best] if best else [])

@@ -18,6 +18,7 @@ from fiberpo_megatron.mcore.parallel.layout import start_layout, stop_layout
 from fiberpo_megatron.mcore.policy import build_policy
 from fiberpo_megatron.mcore.weights import save_hf
 from fiberpo_megatron.printable import printable
+from fiberpo_megatron.run_lock import take
 from fiberpo_megatron.sources.build import SourceParts, rollout_source
 from fiberpo_megatron.sources.stored import DUMP
 from fiberpo_megatron.telemetry.metrics import Kind
@@ -26,7 +27,7 @@ from fiberpo_megatron.together import together
 from fiberpo_megatron.trainer.given import EnvironmentsGiven, with_given
 from fiberpo_megatron.trainer.loop import Training, evaluate, train
 from fiberpo_megatron.trainer.plugin_checks import make_advantage, make_objective, recorded
-from fiberpo_megatron.trainer.preflight import preflight
+from fiberpo_megatron.trainer.preflight import check_folder, preflight
 from fiberpo_megatron.trainer.recorder import RunCheckpoints, last_report, open_recorder, restore
 from fiberpo_megatron.trainer.sft import fine_tune
 from fiberpo_megatron.trainer.stop import Stopped, leave, never
@@ -101,13 +102,16 @@ class Run(Closeable):
             self.layout, self.timers = start_layout(hf_config, config.parallel, config.run), PhaseTimers()
             layout = self.layout
             stack.callback(stop_layout)
-            patience = config.run.heartbeat_timeout_s
+            patience, lock = config.run.heartbeat_timeout_s, None
             stack.enter_context(heartbeat(layout.rank, layout.world_size, patience, self.timers.phase, leave))
             with together(layout, "checking the settings"):
-                if layout.rank == 0 and not checked:
-                    preflight(config, command, resume, layout.world_size)
+                if layout.rank == 0:
+                    if not checked:
+                        preflight(config, command, resume, layout.world_size)
+                    lock = stack.enter_context(take(config.run.folder, command, leave))
+                    check_folder(config, command, resume)  # again: a run may have ended while this one waited
             self.tasks = stack.enter_context(start_tasks(config, hf_config, layout))
-            self.checkpoints = RunCheckpoints(config.run.folder / "checkpoints", config.checkpoint)
+            self.checkpoints = RunCheckpoints(config.run.folder / "checkpoints", config.checkpoint, lock)
             with together(layout, "writing config.toml"):
                 if layout.rank == 0:
                     config.run.folder.mkdir(parents=True, exist_ok=True)
