@@ -170,6 +170,19 @@ def test_no_change_of_bytes_does_anything_but_be_refused(data: st.DataObject) ->
         assert all(np.array_equal(before[name], after[name], equal_nan=True) for name in before)
 
 
+@pytest.mark.parametrize(("place", "value"), [(8, 1), (10, 99)], ids=["encrypted", "compressed in an unknown way"])
+def test_heads_of_members_that_zipfile_does_not_understand_are_damage(tmp_path: Path, place: int, value: int) -> None:
+    dump = RolloutDump(tmp_path)
+    dump.write(make_batch(), ORIGIN)
+    data = bytearray(dump.path(3).read_bytes())
+    at = -1
+    while (at := data.find(b"PK\x01\x02", at + 1)) >= 0:
+        data[at + place] = value
+    dump.path(3).write_bytes(data)
+    with pytest.raises(DumpError, match=r"step_000003\.npz is damaged"):
+        dump.read(3)
+
+
 def test_an_origin_that_is_no_object_is_damage(tmp_path: Path) -> None:
     dump = RolloutDump(tmp_path)
     dump.write(make_batch(), ORIGIN)
