@@ -13,9 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 class Section(BaseModel):
     """This is the base of all sections. They are frozen, refuse unknown keys and numbers that are not finite, and the
-    docstring under a field becomes its description."""
+    docstring under a field becomes its description. Pydantic's own messages show no values, which may hold a secret."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+    )
 
 
 class PluginConfig(Section):

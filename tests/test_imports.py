@@ -94,6 +94,8 @@ TOP = {
 """Modules beside the folders."""
 ANYWHERE = {"durable", "printable"}
 """Modules of the standard library alone that every part may import."""
+FOR_SETTINGS = {"fiberpo_megatron.engines.arguments", "fiberpo_megatron.engines.urls"}
+"""Modules of the standard library alone with which settings check their values."""
 SOURCES = [
     p
     for p in sorted(PACKAGE.rglob("*.py"))
@@ -130,7 +132,10 @@ def test_imports_point_down(source: Path):
             settings = "settings" in name.split(".")[1:]  # the sections of the config, which stand beside their parts
             assert other == part or settings or other in PARTS[part] | ANYWHERE, f"{source} imports {name}"
             if source.name == "settings.py":
-                assert settings or other in {"settings", "plugins"}, f"{source} imports {name}: settings load alone"
+                alone = name.rpartition(".")[0] in FOR_SETTINGS or other in {"settings", "plugins"}
+                assert settings or alone, f"{source} imports {name}: settings load alone"
+            if ".".join(source.relative_to(PACKAGE.parent).with_suffix("").parts) in FOR_SETTINGS:
+                assert other in ANYWHERE, f"{source} imports {name}, but settings import it and load alone"
         top = name.split(".")[0]
         if top == "megatron":
             assert part == "mcore", f"{source}: only mcore imports Megatron"

@@ -1,40 +1,121 @@
-"""This module checks SGLang's JSON answers and gives them types.
+"""This module checks SGLang's JSON answers and gives them types. It trusts nothing about them.
 
-A bad answer raises ValueError; the client adds the server's address.
+A bad answer raises ValueError, and no other exception; the client adds the server's address.
 """
 
 import base64
-import math
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fiberpo_megatron.environments import ToolCall
+from fiberpo_megatron.printable import printable
 from fiberpo_megatron.types import Completion, WeightSpan
+
+CONTROL_BYTES = 32 << 20
+"""Largest answer to a call that generates nothing; the longest known one names a checksum for every tensor."""
+RESPONSE_BYTES = 64 << 10
+"""Largest part of a response that does not grow with its tokens."""
+OUTPUT_TOKEN_BYTES = 256
+"""Largest share of one response token: id, log-prob, text and weight version take about 50 bytes in a usual answer, and
+170 where every token has other weights."""
+INPUT_TOKEN_BYTES = 128
+"""Largest share of one prompt token: its log-prob, where it is scored, or its id."""
+LOWEST, HIGHEST = float(np.finfo(np.float32).min), 1e-4
+"""Range of log-probs: float32, and rounding of log(softmax) may leave a hair above 0."""
+LARGEST_TOKEN = 2**31 - 1
+REASONS = ("stop", "length")
+PREFERENCES: dict[str, object] = {
+    "preferred_sampling_params": None,
+    "watermark_default_enabled": False,
+    "watermark_enforce_all": False,
+    "speculative_accept_threshold_single": 1.0,
+    "speculative_accept_threshold_acc": 1.0,
+    "enable_strict_thinking": False,
+    "allow_auto_truncate": False,
+}
+"""Arguments of a server by which it departs from what a request asks for, with the values that change nothing."""
+
+
+@dataclass(frozen=True)
+class RoutingShape:
+    """Says what the experts of one token look like in an answer."""
+
+    layers: int
+    """MoE layers."""
+    top_k: int
+    """Experts that a token goes to in a layer."""
+    experts: int
+    """Experts of a layer; their ids are below it."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Says what a request has asked for, so that its answer can be held against it."""
+
+    prompt_tokens: int
+    max_response_tokens: int
+    vocabulary: int | None = None
+    """Ids of response tokens are below it; None: they are not checked."""
+    routing: RoutingShape | None = None
+    """Shape of the experts where they were asked for."""
+
+    @property
+    def largest_bytes(self) -> int:
+        """Return the size above which an answer is refused unread."""
+        rows = self.prompt_tokens + self.max_response_tokens
+        experts = 0 if self.routing is None else 6 * rows * self.routing.layers * self.routing.top_k  # base64 of int32
+        tokens = OUTPUT_TOKEN_BYTES * self.max_response_tokens + INPUT_TOKEN_BYTES * self.prompt_tokens
+        return RESPONSE_BYTES + tokens + experts
+
+
+def parsed(body: bytes | bytearray) -> Any:
+    """Return the value of a JSON text."""
+    try:
+        return json.loads(body)
+    except RecursionError:
+        raise ValueError(f"its {len(body)} bytes of JSON are nested too deeply") from None
+
+
+def short(value: object, characters: int = 200) -> str:
+    """Return the begin of a text, or of the text for a value, without control characters."""
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # too many digits, or nested too deeply
+        text = f"a {type(value).__name__} that cannot be shown"
+    return printable(text[:characters])
 
 
 def field(answer: object, name: str, kind: type | tuple[type, ...]) -> Any:
     """Return `answer[name]`, which must be of type `kind`."""
     if not isinstance(answer, Mapping) or name not in answer:
-        have = sorted(answer) if isinstance(answer, Mapping) else type(answer).__name__
+        have = short(sorted(answer)) if isinstance(answer, Mapping) else type(answer).__name__
         raise ValueError(f"the answer lacks the field {name!r} (it has: {have})")
     value = answer[name]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"the field {name!r} of the answer is {value!r:.200}")
+        raise ValueError(f"the field {name!r} of the answer is {short(value)} ({type(value).__name__})")
     return value
 
 
-def completion(answer: object, routed_experts: tuple[int, int] | None = None) -> Completion:
-    """Return one element of a /generate answer. `routed_experts`: (MoE layers, top_k) if they were asked for."""
-    token_ids = tuple(field(answer, "output_ids", list))
+def completion(answer: object, asked: Asked) -> Completion:
+    """Return one element of a /generate answer."""
+    token_ids = tuple(_token_ids(field(answer, "output_ids", list), asked))
     info = field(answer, "meta_info", dict)
     reason = field(field(info, "finish_reason", dict), "type", str)
+    if reason not in REASONS:
+        raise ValueError(f"the finish reason is {short(reason)}; known are {', '.join(REASONS)}")
+    prompt_tokens = field(info, "prompt_tokens", int)
+    if prompt_tokens != asked.prompt_tokens:
+        raise ValueError(f"it answers a prompt of {short(prompt_tokens)} tokens, but {asked.prompt_tokens} were sent")
     log_probs = _log_probs(field(info, "output_token_logprobs", list), token_ids)
     experts = None
-    if routed_experts is not None:
-        rows = field(info, "prompt_tokens", int) + len(token_ids) - 1
-        experts = experts_array(field(info, "routed_experts", str), rows, *routed_experts)
+    if asked.routing is not None:
+        rows = prompt_tokens + len(token_ids) - 1
+        experts = experts_array(field(info, "routed_experts", str), rows, asked.routing)
     return Completion(token_ids, log_probs, reason, _weight_spans(info, len(token_ids)), experts)
 
 
@@ -48,7 +129,7 @@ def prompt_log_probs(answer: object, token_ids: Sequence[int]) -> NDArray[np.flo
     if len(entries) != len(token_ids):
         raise ValueError(f"{len(token_ids)} tokens were to be scored, but the answer has log-probs for {len(entries)}")
     last = max(token_ids)
-    replaced = [a == last and int(entry[1]) == 0 != a for a, entry in zip(token_ids[1:], entries[1:])]
+    replaced = [a == last and _named(entry) == 0 != a for a, entry in zip(token_ids[1:], entries[1:])]
     named = [0 if wrong else token for token, wrong in zip(token_ids[1:], replaced)]
     return np.where(replaced, np.float32(np.nan), _log_probs(entries[1:], named))
 
@@ -56,33 +137,98 @@ def prompt_log_probs(answer: object, token_ids: Sequence[int]) -> NDArray[np.flo
 def abort_message(answer: object) -> str | None:
     """Return why the engine aborted this response; None when it did not."""
     reason = field(field(answer, "meta_info", dict), "finish_reason", dict)
-    return str(reason.get("message", "no reason given")) if reason.get("type") == "abort" else None
+    if reason.get("type") != "abort":
+        return None
+    return short(reason.get("message", "no reason given"))
 
 
-def experts_array(encoded: str, rows: int, layers: int, top_k: int) -> NDArray[np.int32]:
+def tool_calls(answer: object) -> tuple[str, tuple[ToolCall, ...]]:
+    """Return the text around the tool calls in an answer to /parse_function_call, and the calls."""
+    calls = tuple(
+        ToolCall(field(call, "name", str), field(call, "parameters", str), f"call_{number}")
+        for number, call in enumerate(field(answer, "calls", list))
+    )
+    return field(answer, "normal_text", str), calls
+
+
+def parallel_size(answer: object) -> int:
+    """Return the tensor-parallel ranks of a server, from /server_info."""
+    if field(answer, "dp_size", int) != 1:
+        raise ValueError("it runs data-parallel replicas (dp_size > 1); start one server per replica")
+    size = int(field(answer, "tp_size", int))
+    if size < 1:
+        raise ValueError(f"it says that it has {short(size)} tensor-parallel ranks")
+    return size
+
+
+def checksum(answer: object) -> str:
+    """Return the checksums of all ranks joined, from /weights_checker."""
+    ranks = field(answer, "ranks", list)
+    if not ranks:
+        raise ValueError("it names no rank")
+    return "-".join(field(rank, "per_gpu_checksum", str) for rank in ranks)
+
+
+def preferences(answer: object) -> list[str]:
+    """Return, from /server_info, the arguments by which a server departs from what requests ask for, in words."""
+    if not isinstance(answer, Mapping):
+        raise ValueError(f"the answer is a {type(answer).__name__}, not an object")
+    return [
+        f"{name} = {short(answer[name])}"
+        for name, neutral in PREFERENCES.items()
+        if answer.get(name, neutral) != neutral and answer[name] not in (None, {}, "")
+    ]
+
+
+def experts_array(encoded: str, rows: int, shape: RoutingShape) -> NDArray[np.int32]:
     """Return [rows, layers, top_k] from base64 of little-endian int32."""
     raw = base64.b64decode(encoded, validate=True)
-    if len(raw) != 4 * rows * layers * top_k:
+    wanted = 4 * rows * shape.layers * shape.top_k
+    if len(raw) != wanted:
         raise ValueError(
-            f"routed_experts has {len(raw)} bytes, {4 * rows * layers * top_k} were expected for {rows} "
-            f"positions x {layers} layers x top-{top_k}"
+            f"routed_experts has {len(raw)} bytes, {wanted} were expected for {rows} "
+            f"positions x {shape.layers} layers x top-{shape.top_k}"
         )
-    return np.frombuffer(raw, dtype="<i4").astype(np.int32).reshape(rows, layers, top_k)
+    experts = np.frombuffer(raw, dtype="<i4").astype(np.int32).reshape(rows, shape.layers, shape.top_k)
+    if experts.size and not 0 <= experts.min() <= experts.max() < shape.experts:
+        raise ValueError(
+            f"routed_experts names experts {experts.min()} .. {experts.max()}, but a layer has {shape.experts}"
+        )
+    return experts
+
+
+def _token_ids(values: Sequence[Any], asked: Asked) -> Sequence[int]:
+    if len(values) > asked.max_response_tokens:
+        raise ValueError(
+            f"it has {len(values)} response tokens, but at most {asked.max_response_tokens} were asked for"
+        )
+    end = LARGEST_TOKEN + 1 if asked.vocabulary is None else asked.vocabulary
+    for position, value in enumerate(values):
+        if type(value) is not int or not 0 <= value < end:
+            raise ValueError(f"response token {position} is {short(value)}; the vocabulary is 0 .. {end - 1}")
+    return values
+
+
+def _named(entry: object) -> int:
+    """Return the token id of SGLang's [log_prob, token id, text] triple."""
+    if not isinstance(entry, list) or len(entry) < 2 or type(entry[1]) is not int:
+        raise ValueError(f"log-prob entries are not [number, token id, ..]: {short(entry)}")
+    return entry[1]
 
 
 def _log_probs(entries: Sequence[Any], token_ids: Sequence[int]) -> NDArray[np.float32]:
-    """Return the log-probs of SGLang's [log_prob, token id, text] triples, which must name `token_ids`."""
-    try:
-        named = [int(entry[1]) for entry in entries]
-        values = [float(entry[0]) for entry in entries]
-    except (TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"log-prob entries are not [number, token id, ..]: {entries!r:.200}") from error
+    """Return the log-probs of SGLang's triples, which must name `token_ids`."""
+    named = list(map(_named, entries))
     if named != list(token_ids):
-        raise ValueError(f"log-probs of {len(named)} tokens {named} came for {len(token_ids)}: {list(token_ids)}")
-    for index, value in enumerate(values):
-        if not math.isfinite(value) or value > 1e-4:  # rounding of log(softmax) may leave a hair above 0
-            raise ValueError(f"the log-prob of token {token_ids[index]} at position {index} is {value}")
-    return np.asarray(values, dtype=np.float32)
+        raise ValueError(
+            f"log-probs of {len(named)} tokens {short(named)} came for {len(token_ids)}: {short(list(token_ids))}"
+        )
+    for index, (value, *_) in enumerate(entries):
+        if type(value) not in (int, float):
+            raise ValueError(f"log-prob entries are not [number, token id, ..]: {short(entries[index])}")
+        if not LOWEST <= value <= HIGHEST:  # nan is in no range
+            raise ValueError(f"the log-prob of token {token_ids[index]} at position {index} is {short(value)}")
+    return np.asarray([float(value) for value, *_ in entries], dtype=np.float32)
 
 
 def _weight_spans(info: Mapping[str, Any], tokens: int) -> tuple[WeightSpan, ...]:
@@ -92,6 +238,6 @@ def _weight_spans(info: Mapping[str, Any], tokens: int) -> tuple[WeightSpan, ...
         for s in field(info, "weight_versions", list)
     )
     edges = [0, *(span.end for span in spans)]
-    if [span.start for span in spans] != edges[:-1] or edges[-1] != tokens:
-        raise ValueError(f"weight_versions {spans} do not cover the {tokens} response tokens")
+    if [span.start for span in spans] != edges[:-1] or edges != sorted(edges) or edges[-1] != tokens:
+        raise ValueError(f"weight_versions {short(spans)} do not cover the {tokens} response tokens")
     return spans

@@ -1,6 +1,7 @@
 """This is an async HTTP client for one SGLang server; every call has a deadline and fails with an `EngineError`.
 
-There are no retries: a failed generation is reported, and a weight update must never run twice unnoticed.
+There are no retries: a failed generation is reported, and a weight update must never run twice unnoticed. What a server
+answers is not trusted: it is read up to a size that follows from the request, and `answers.py` checks it.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fiberpo_megatron.engines import answers
+from fiberpo_megatron.engines.answers import CONTROL_BYTES, RESPONSE_BYTES, Asked, RoutingShape
 from fiberpo_megatron.engines.errors import (
     EngineAborted,
     EngineAnswerError,
@@ -23,6 +25,7 @@ from fiberpo_megatron.engines.errors import (
     EngineTimeout,
     EngineUnreachable,
 )
+from fiberpo_megatron.engines.urls import checked_url
 from fiberpo_megatron.environments import ToolCall
 from fiberpo_megatron.types import Completion
 
@@ -34,7 +37,8 @@ KEEP_ALIVE_S = 3.0
 
 @dataclass(frozen=True)
 class EngineAddress:
-    """Says where a server is, and where its log is if this machine can read it."""
+    """Says where a server is, and where its log is if this machine can read it. Raises ValueError for a url that is no
+    address of a server."""
 
     url: str
     """http://host:port"""
@@ -42,9 +46,38 @@ class EngineAddress:
     api_key: str | None = field(default=None, repr=False)
     """Sent with every request (`Authorization: Bearer`); never shown."""
 
+    def __post_init__(self) -> None:
+        checked_url(self.url)
+
     @property
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+
+NEUTRAL: dict[str, object] = {
+    "min_p": 0.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_new_tokens": 0,
+    "n": 1,
+    "beam_width": None,
+    "logit_bias": None,
+    "watermark": None,
+    "custom_params": None,
+    "json_schema": None,
+    "regex": None,
+    "ebnf": None,
+    "structural_tag": None,
+    "stop": None,
+    "stop_regex": None,
+    "ignore_eos": False,
+    "no_stop_trim": False,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "stream_interval": None,
+}
+"""Sampling parameters that a run does not use, with the values that change nothing."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +92,19 @@ class Sampling:
     top_k: int = -1
     """-1: all tokens."""
 
-    def as_json(self) -> dict[str, object]:
+    def as_json(self, seed: int | None = None) -> dict[str, object]:
+        """Return every sampling parameter that SGLang has, so that no default of a server's takes part.
+
+        A parameter that a request does not name is taken from a server's --preferred-sampling-params.
+        """
         return {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
             "max_new_tokens": self.max_response_tokens,
             "stop_token_ids": list(self.stop_token_ids),
+            "sampling_seed": seed,
+            **NEUTRAL,
         }
 
 
@@ -99,7 +138,10 @@ class EngineClient:
         # trust_env=False: a proxy of the environment must not stand between trainer and engines
         self._http = httpx.AsyncClient(
             base_url=self.url,
-            headers=address.headers,
+            headers={
+                **address.headers,
+                "Accept-Encoding": "identity",
+            },  # a small answer must not unfold into a large one
             timeout=None,
             limits=limits,
             trust_env=False,
@@ -125,46 +167,47 @@ class EngineClient:
         sampling: Sampling,
         *,
         seeds: Sequence[int] | None = None,
-        routed_experts: tuple[int, int] | None = None,
+        vocabulary: int | None = None,
+        routing: RoutingShape | None = None,
     ) -> list[Completion]:
         """Return one response to each prompt (token ids), in order; for several responses, repeat the prompt.
 
         SGLang's `n` is not used, because its responses would share one seed. `seeds`: one per prompt; this needs a
-        server started with `--enable-deterministic-inference`. `routed_experts`: (MoE layers, top_k) fills
-        `Completion.routed_experts`; this needs `--enable-return-routed-experts`.
+        server started with `--enable-deterministic-inference`. `vocabulary`: a response with a token that is not below
+        it is refused. `routing`: the shape in which experts are asked for; it fills `Completion.routed_experts`, and
+        needs `--enable-return-routed-experts`. Raises EngineAnswerError for an answer that does not fit the request.
         """
         if seeds is not None and len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; pass one seed per prompt")
-        parameters: object = sampling.as_json()
-        if seeds is not None:
-            parameters = [sampling.as_json() | {"sampling_seed": seed} for seed in seeds]
         request: dict[str, object] = {
             "input_ids": [list(prompt) for prompt in prompts],
-            "sampling_params": parameters,
+            "sampling_params": [sampling.as_json(seed) for seed in seeds or [None] * len(prompts)],
             "return_logprob": True,
             "stream": False,
         }
-        if routed_experts is not None:
+        if routing is not None:
             request["return_routed_experts"] = True
-        answer = await self._call("POST", "/generate", request, self.timeout_s)
+        asked = [Asked(len(prompt), sampling.max_response_tokens, vocabulary, routing) for prompt in prompts]
+        limit = sum(one.largest_bytes for one in asked)
+        answer = await self._call("POST", "/generate", request, self.timeout_s, limit)
         with self._answer_errors("/generate"):
             found = len(answer) if isinstance(answer, list) else 1
             if not isinstance(answer, list) or found != len(prompts):
                 raise ValueError(f"{len(prompts)} responses were asked for, but {found} came")
             for element in answer:
                 self._refuse_abort(element)
-            return [answers.completion(element, routed_experts) for element in answer]
+            return [answers.completion(element, one) for element, one in zip(answer, asked)]
 
     async def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Return the [len - 1] log-probs of token_ids[1:] at temperature 1 (SGLang scores prompts at no other)."""
         request = {
             "input_ids": list(token_ids),
-            "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
+            "sampling_params": Sampling(0).as_json(),
             "return_logprob": True,
             "logprob_start_len": 0,
             "stream": False,
         }
-        answer = await self._call("POST", "/generate", request, self.timeout_s)
+        answer = await self._call("POST", "/generate", request, self.timeout_s, Asked(len(token_ids), 0).largest_bytes)
         with self._answer_errors("/generate"):
             self._refuse_abort(answer)
             return answers.prompt_log_probs(answer, token_ids)
@@ -194,15 +237,8 @@ class EngineClient:
             await self._check_parser(request)
             return text, ()
         with self._answer_errors("/parse_function_call"):
-            calls = tuple(
-                ToolCall(
-                    answers.field(call, "name", str),
-                    answers.field(call, "parameters", str),
-                    f"call_{number}",
-                )
-                for number, call in enumerate(answers.field(answer, "calls", list))
-            )
-            return (answers.field(answer, "normal_text", str), calls) if calls else (text, ())
+            around, calls = answers.tool_calls(answer)
+            return (around, calls) if calls else (text, ())
 
     async def _check_parser(self, request: Mapping[str, object]) -> None:
         """Raise EngineRefused when a parser cannot even read an empty text.
@@ -215,7 +251,7 @@ class EngineClient:
             raise EngineRefused(
                 self.url,
                 f"it cannot parse tool calls with rollout.tool_call_parser = {request['tool_call_parser']!r} and the "
-                f"tools {request['tools']!r:.300} ({error.what})",
+                f"tools {answers.short(request['tools'], 300)} ({error.what})",
                 "Name a parser of this SGLang, and describe each tool as OpenAI's API does",
                 self.address.log,
             ) from error
@@ -227,7 +263,8 @@ class EngineClient:
         request that reuses the connection at that moment would be lost.
         """
         path = "/parse_function_call"
-        return await self._call("POST", path, request, CONTROL_TIMEOUT_S, headers={"Connection": "close"})
+        limit = RESPONSE_BYTES + 12 * len(str(request["text"]))  # JSON in JSON writes a character with 12 at most
+        return await self._call("POST", path, request, CONTROL_TIMEOUT_S, limit, headers={"Connection": "close"})
 
     # Control
 
@@ -247,9 +284,22 @@ class EngineClient:
         """
         answer = await self._call("GET", "/server_info", None, timeout_s)
         with self._answer_errors("/server_info"):
-            if answers.field(answer, "dp_size", int) != 1:
-                raise ValueError("it runs data-parallel replicas (dp_size > 1); start one server per replica")
-            return int(answers.field(answer, "tp_size", int))
+            return answers.parallel_size(answer)
+
+    async def check_preferences(self) -> None:
+        """Raise EngineRefused when the server was started with arguments that change what requests ask for.
+
+        Requests name every sampling parameter, but a watermark, for example, does not depend on them.
+        """
+        answer = await self._call("GET", "/server_info", None, CONTROL_TIMEOUT_S)
+        with self._answer_errors("/server_info"):
+            found = answers.preferences(answer)
+        if found:
+            raise EngineRefused(
+                self.url,
+                f"it was started with {', '.join(found)}, so that its tokens or prompts may not be those asked for",
+                "Start it without these arguments; [rollout] says how to sample",
+            )
 
     async def pause(self, mode: Literal["abort", "retract", "in_place"] = "retract") -> None:
         """Stop generating. `retract` puts running requests back into the queue; new ones queue."""
@@ -286,8 +336,7 @@ class EngineClient:
         """Return the checksum of the weights that the server holds, joined over its tensor-parallel ranks."""
         answer = await self._command("/weights_checker", {"action": "checksum"}, CONTROL_TIMEOUT_S)
         with self._answer_errors("/weights_checker"):
-            ranks = answers.field(answer, "ranks", list)
-            return "-".join(answers.field(rank, "per_gpu_checksum", str) for rank in ranks)
+            return answers.checksum(answer)
 
     # Weights
 
@@ -363,7 +412,7 @@ class EngineClient:
         answer = await self._call("POST", path, request, timeout_s)
         with self._answer_errors(path):
             if not answers.field(answer, "success", bool):
-                raise self._refused(path, str(answer.get("message", answer)))
+                raise self._refused(path, answers.short(answer.get("message", answer), 1000))
         return answer
 
     async def _call(
@@ -372,13 +421,21 @@ class EngineClient:
         path: str,
         request: Mapping[str, object] | None,
         timeout_s: float,
+        limit: int = CONTROL_BYTES,
         json: bool = True,
         headers: Mapping[str, str] | None = None,
     ) -> Any:
-        """Return the decoded answer of one request. Raises EngineError when there is none before the deadline."""
+        """Return the decoded answer of one request, which may have `limit` bytes.
+
+        Raises EngineError when there is none before the deadline, or none that can be used.
+        """
         try:
-            async with asyncio.timeout(timeout_s):
-                response = await self._http.request(method, path, json=request, headers=headers)
+            async with (
+                asyncio.timeout(timeout_s),
+                self._http.stream(method, path, json=request, headers=headers) as response,
+            ):
+                fine = response.status_code == httpx.codes.OK
+                body, size = await _read(response, limit if fine else RESPONSE_BYTES)
         except TimeoutError as error:
             raise EngineTimeout(
                 self.url,
@@ -402,12 +459,15 @@ class EngineClient:
             ) from error
         if response.status_code == httpx.codes.UNAUTHORIZED:
             raise EngineRefused(self.url, f"{path} was refused: {_key_seen(self.address)}", KEY_FIX)
-        if response.status_code != httpx.codes.OK:
-            raise self._refused(path, f"HTTP {response.status_code}: {_reason(response)}")
-        if not json:
-            return None
+        if not fine:
+            raise self._refused(path, f"HTTP {response.status_code}: {_reason(body)}")
         with self._answer_errors(path):
-            return response.json()
+            if size > limit:
+                raise ValueError(f"it has {size} bytes or more, but an answer to this request has {limit} at most")
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if encoding != "identity":
+                raise ValueError(f"it is compressed ({answers.short(encoding)}), although the request forbids that")
+            return answers.parsed(body) if json else None
 
     def _refused(self, path: str, reason: str) -> EngineRefused:
         return EngineRefused(self.url, f"{path} was refused: {reason:.1000}", "See the server's log")
@@ -426,11 +486,24 @@ def _key_seen(address: EngineAddress) -> str:
     return "another API key is needed" if address.api_key else "an API key is needed, but none was given"
 
 
-def _reason(response: httpx.Response) -> str:
-    """Return the message inside SGLang's error bodies, or the whole body."""
+async def _read(response: httpx.Response, limit: int) -> tuple[bytearray, int]:
+    """Return the answer's bytes as they were sent and how many were announced or seen; above `limit` it is cut off."""
+    announced = response.headers.get("Content-Length", "")
+    size = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
+    body = bytearray()
+    if size <= limit or response.status_code != httpx.codes.OK:
+        async for chunk in response.aiter_raw():
+            body += chunk
+            if len(body) > limit:
+                break
+    return body[: limit + 1], max(size, len(body))
+
+
+def _reason(body: bytearray) -> str:
+    """Return the message inside SGLang's error bodies, or the whole body, without control characters."""
     try:
-        body = response.json()
+        found = answers.parsed(body)
     except ValueError:
-        return response.text or "no body"
-    inner = body.get("error", body) if isinstance(body, dict) else body
-    return str(inner.get("message", inner)) if isinstance(inner, dict) else str(inner)
+        return answers.short(body.decode(errors="replace"), 1000) or "no body"
+    inner = found.get("error", found) if isinstance(found, dict) else found
+    return answers.short(inner.get("message", inner) if isinstance(inner, dict) else inner, 1000)

@@ -45,7 +45,11 @@ class Server:
 
 
 def server_command(server: Server, config: EngineConfig) -> list[str]:
-    """Return `python -m sglang.launch_server ..`; `engine.extra_args` come last, so that they take precedence."""
+    """Return `python -m sglang.launch_server ..` with `engine.extra_args`.
+
+    Where an argument stands twice SGLang takes the last. The settings refuse what is set before `extra_args`; the
+    choices without a GPU follow them.
+    """
     command = [interpreter(config), "-m", "sglang.launch_server"]
     command += [
         "--model-path",
@@ -70,9 +74,6 @@ def server_command(server: Server, config: EngineConfig) -> list[str]:
     if server.gpu:
         command += ["--tp-size", str(config.tensor), "--base-gpu-id", str(server.first_gpu)]
         command += ["--mem-fraction-static", str(config.memory_fraction)]
-    else:
-        command += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
-        command += ["--disable-overlap-schedule", "--disable-cuda-graph", "--disable-radix-cache"]
     tokens = config.max_total_tokens or (None if server.gpu else CPU_KV_TOKENS)
     if tokens is not None:
         command += ["--max-total-tokens", str(tokens)]
@@ -82,7 +83,11 @@ def server_command(server: Server, config: EngineConfig) -> list[str]:
         command.append("--enable-memory-saver")
     if server.deterministic:
         command.append("--enable-deterministic-inference")
-    return command + config.extra_args
+    command += config.extra_args
+    if not server.gpu:
+        command += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
+        command += ["--disable-overlap-schedule", "--disable-cuda-graph", "--disable-radix-cache"]
+    return command
 
 
 def interpreter(config: EngineConfig) -> str:

@@ -70,6 +70,10 @@ class EnginePool(Closeable):
 
         return self.run(all_engines())
 
+    def check_preferences(self) -> None:
+        """Raise EngineRefused when an engine was started with arguments that change what requests ask for."""
+        self.on_all(lambda client: client.check_preferences())
+
     def require_memory_saver(self) -> None:
         """Raise EngineRefused when an engine was started in a way that never gives memory up."""
 

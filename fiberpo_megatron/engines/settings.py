@@ -1,10 +1,12 @@
 """These settings describe the SGLang servers: [rollout.engine]."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from fiberpo_megatron.engines.arguments import check_extra_args
+from fiberpo_megatron.engines.urls import checked_url
 from fiberpo_megatron.settings import Section
 
 
@@ -12,7 +14,8 @@ class EngineConfig(Section):
     """These settings hold either the addresses of running SGLang servers, or how to start servers."""
 
     urls: list[str] = []
-    """Addresses of running servers (http://host:port). Empty: the run starts `count` servers itself."""
+    """Addresses of running servers (http://host:port, or https). Empty: the run starts `count` servers itself. Servers
+    that change the distribution of the tokens by themselves (--preferred-sampling-params and the like) are refused."""
     api_key_file: Path | None = None
     """File (mode 0600) with the API key of the servers in `urls`. Servers that the run starts get a fresh key each run
     when this is unset."""
@@ -44,4 +47,25 @@ class EngineConfig(Section):
     """Interpreter that has SGLang, for cases where SGLang's pinned versions disagree with the trainer's. Unset: the
     environment variable FIBERPO_SGLANG_PYTHON (set in the CUDA image), else the trainer's own."""
     extra_args: list[str] = []
-    """Further arguments of `python -m sglang.launch_server`."""
+    """Further arguments of `python -m sglang.launch_server`. Those that the run sets itself are refused, and so are
+    those that would make it inexact or unsafe. Without a GPU the run's own choice of backends takes precedence."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def nothing_secret_or_overriding(cls, values: Any) -> Any:
+        """Check `urls` and `extra_args` before any other message could show a password or key that stands in them."""
+        if not isinstance(values, dict):
+            return values
+        urls, arguments = values.get("urls"), values.get("extra_args")
+        if isinstance(urls, str):
+            checked_url(urls)
+            raise ValueError("rollout.engine.urls is a text; write a list of texts, even for one address")
+        if isinstance(urls, list):
+            found = [checked_url(url) for url in urls]
+            if len(set(found)) < len(found):
+                raise ValueError("rollout.engine.urls names a server twice; each would get its weights twice")
+        if isinstance(arguments, str):
+            arguments = arguments.split()
+        if isinstance(arguments, list):
+            check_extra_args(arguments)
+        return values

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fiberpo_megatron.engines.answers import RoutingShape
 from fiberpo_megatron.engines.client import Sampling
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.types import Completion
@@ -17,9 +18,9 @@ from fiberpo_megatron.types import Completion
 class EngineSampler:
     """This sampler uses the engines of a pool; it implements `interfaces.Sampler`.
 
-    `max_concurrent`: responses in flight, all engines together (one request's at least). `vocabulary`: token ids of a
-    prompt must lie below it (without tokenizer, others kill SGLang's scheduler). `routed_experts`: (MoE layers, top_k)
-    when the experts of every token are asked for.
+    `max_concurrent`: responses in flight, all engines together (one request's at least). `vocabulary`: token ids of
+    prompts and responses must lie below it (without tokenizer, others kill SGLang's scheduler). `routing`: what the
+    experts of a token look like, when those of every token are asked for.
 
         sampler = EngineSampler(pool, Sampling(max_response_tokens=64), max_concurrent=256, vocabulary=151936)
         completions = pool.run(sampler.sample([1, 2, 3], seeds=[7, 8]))
@@ -32,10 +33,9 @@ class EngineSampler:
         *,
         max_concurrent: int,
         vocabulary: int,
-        routed_experts: tuple[int, int] | None = None,
+        routing: RoutingShape | None = None,
     ) -> None:
-        self.engines, self.sampling, self.vocabulary = engines, sampling, vocabulary
-        self.routed_experts = routed_experts
+        self.engines, self.sampling, self.vocabulary, self.routing = engines, sampling, vocabulary, routing
         self._slots = _Slots(max_concurrent)
         self._in_flight = [0] * len(engines.clients)
 
@@ -63,7 +63,7 @@ class EngineSampler:
             self._in_flight[engine] += len(seeds)
             try:
                 completions = await self.engines.clients[engine].generate(
-                    [prompt] * len(seeds), sampling, seeds=seeds, routed_experts=self.routed_experts
+                    [prompt] * len(seeds), sampling, seeds=seeds, vocabulary=self.vocabulary, routing=self.routing
                 )
             finally:
                 self._in_flight[engine] -= len(seeds)

@@ -14,6 +14,7 @@ import torch
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.data.encoding import Encoder
 from fiberpo_megatron.data.prompts import PromptSets
+from fiberpo_megatron.engines.answers import RoutingShape
 from fiberpo_megatron.engines.api_key import new_key, read_key
 from fiberpo_megatron.engines.client import EngineAddress, Sampling
 from fiberpo_megatron.engines.pool import EnginePool
@@ -77,10 +78,12 @@ def rollout_source(
     with ExitStack() as stack:
         shared = SharedDevices(policy) if config.rollout.engine.colocated else None
         pool = stack.enter_context(engine_pool(parts))
-        if shared is not None:
-            with together(parts.layout, "checking the engines"):
-                if parts.layout.rank == 0 and parts.layout.device.type == "cuda":
+        with together(parts.layout, "checking the engines"):
+            if parts.layout.rank == 0:
+                pool.check_preferences()
+                if shared is not None and parts.layout.device.type == "cuda":
                     pool.require_memory_saver()
+        if shared is not None:
             shared.attach(pool)
         sampler = make_sampler(config, parts.hf_config, parts.encoder, pool)
         publisher = stack.enter_context(
@@ -122,7 +125,7 @@ def make_sampler(config: Config, hf_config: Mapping[str, Any], encoder: Encoder,
         ),
         max_concurrent=rollout.max_concurrent_requests,
         vocabulary=int(hf_config["vocab_size"]),
-        routed_experts=_routing_shape(hf_config) if config.needs_rollout_routing else None,
+        routing=_routing_shape(hf_config) if config.needs_rollout_routing else None,
     )
 
 
@@ -142,11 +145,11 @@ def _generator(
     )
 
 
-def _routing_shape(hf_config: Mapping[str, Any]) -> tuple[int, int]:
-    """(MoE layers, top_k) of the engine's answers; preflight has refused models that have none."""
+def _routing_shape(hf_config: Mapping[str, Any]) -> RoutingShape:
+    """The experts in the engine's answers; preflight has refused models that have none."""
     architecture = read_architecture(hf_config)
     assert architecture.experts is not None
-    return architecture.layers, architecture.experts.per_token
+    return RoutingShape(architecture.layers, architecture.experts.per_token, architecture.experts.count)
 
 
 @contextmanager

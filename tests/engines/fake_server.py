@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -20,6 +20,19 @@ def response(token_ids: list[int], prompt: list[int], **changes: Any) -> dict[st
     }
     info |= changes
     return {"output_ids": token_ids, "meta_info": {k: v for k, v in info.items() if v is not None}}
+
+
+class Pieces(httpx.AsyncByteStream):
+    """A body that comes in pieces; `read` counts the bytes that were taken."""
+
+    def __init__(self, content: bytes, size: int = 4096) -> None:
+        self.content, self.size, self.read = content, size, 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for begin in range(0, len(self.content), self.size):
+            piece = self.content[begin : begin + self.size]
+            self.read += len(piece)
+            yield piece
 
 
 class FakeServers(httpx.AsyncBaseTransport):
@@ -45,7 +58,10 @@ class FakeServers(httpx.AsyncBaseTransport):
             answer = self.rules[path](host, body)
         else:
             answer = await self._usual(host, path, body)
-        return answer if isinstance(answer, httpx.Response) else httpx.Response(200, json=answer)
+        response = answer if isinstance(answer, httpx.Response) else httpx.Response(200, json=answer)
+        if response.is_stream_consumed:  # made whole: it goes over the wire in pieces
+            return httpx.Response(response.status_code, headers=response.headers, stream=Pieces(response.content))
+        return response
 
     async def _usual(self, host: str, path: str, body: Any) -> Answer:
         if path == "/generate":

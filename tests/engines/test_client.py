@@ -8,7 +8,8 @@ import httpx
 import numpy as np
 import pytest
 
-from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
+from fiberpo_megatron.engines.answers import RoutingShape
+from fiberpo_megatron.engines.client import NEUTRAL, EngineAddress, EngineClient, Sampling
 from fiberpo_megatron.engines.errors import (
     EngineAborted,
     EngineAnswerError,
@@ -61,6 +62,7 @@ def test_request_and_response():
                 "max_new_tokens": 4,
                 "stop_token_ids": [9],
                 "sampling_seed": 77,
+                **NEUTRAL,
             }
         ],
         "return_logprob": True,
@@ -75,11 +77,11 @@ def test_request_and_response():
 def test_routed_experts_are_decoded():
     experts = np.arange(3 * 2 * 2, dtype="<i4").reshape(3, 2, 2)
     servers = answering(routed_experts=base64.b64encode(experts.tobytes()).decode())
-    (completion,) = ask(servers, lambda c: generate(c, routed_experts=(2, 2)))
+    (completion,) = ask(servers, lambda c: generate(c, routing=RoutingShape(2, 2, 12)))
     np.testing.assert_array_equal(completion.routed_experts, experts)
     assert servers.calls[0][2]["return_routed_experts"] is True
     with pytest.raises(EngineAnswerError, match=r"48 bytes, 72 were expected for 3 positions x 3 layers x top-2"):
-        ask(servers, lambda c: generate(c, routed_experts=(3, 2)))
+        ask(servers, lambda c: generate(c, routing=RoutingShape(3, 2, 12)))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_routed_experts_are_decoded():
         ({"weight_versions": None}, "lacks the field 'weight_versions'"),
         ({"weight_versions": [{"version": "1", "start": 0, "end": 1}]}, "do not cover the 2"),
         ({"finish_reason": None}, "lacks the field 'finish_reason'"),
-        ({"finish_reason": "stop"}, "field 'finish_reason' of the answer is 'stop'"),
+        ({"finish_reason": "stop"}, "field 'finish_reason' of the answer is stop \\(str\\)"),
     ],
 )
 def test_a_response_that_does_not_fit_is_refused(changes, message):
@@ -136,7 +138,7 @@ def test_scores():
     )
     np.testing.assert_array_equal(ask(servers, lambda c: c.score([5, 6, 7])), np.float32([-1.5, -2.0]))
     sent = servers.calls[0][2]
-    assert sent["sampling_params"] == {"temperature": 1.0, "max_new_tokens": 0} and sent["logprob_start_len"] == 0
+    assert sent["sampling_params"] == Sampling(0).as_json() and sent["logprob_start_len"] == 0
     with pytest.raises(EngineAnswerError, match="2 tokens were to be scored, but the answer has log-probs for 3"):
         ask(servers, lambda c: c.score([5, 6]))
 

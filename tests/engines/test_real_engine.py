@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from fiberpo_megatron.engines.answers import RoutingShape
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
 from fiberpo_megatron.engines.errors import EngineAborted, EngineRefused
 from fiberpo_megatron.engines.pool import EnginePool
@@ -35,7 +36,7 @@ def sampler(engine: EngineAddress, sampling: Sampling, **options) -> Iterator[En
 def test_log_probs_and_experts_are_those_of_transformers(engine, checkpoint, temperature):
     model = load(checkpoint)
     sampling = Sampling(8, temperature=temperature)
-    with sampler(engine, sampling, routed_experts=(LAYERS, TOP_K)) as engines:
+    with sampler(engine, sampling, routing=RoutingShape(LAYERS, TOP_K, 4)) as engines:
         groups = in_order(engines, PROMPTS, 2)
     assert [len(group) for group in groups] == [2] * len(PROMPTS)
     for prompt, group in zip(PROMPTS, groups):
