@@ -1,15 +1,16 @@
-# syntax=docker/dockerfile:1
 # Two images of this package:
 #   docker build --target cpu  --tag fiberpo-megatron:cpu  .    the demo and the tests, no GPU
 #   docker build --target cuda --tag fiberpo-megatron:cuda .    training on NVIDIA GPUs
 # Without a Docker engine: tools/image/build_cpu.sh builds the cpu target on plain Debian. Apptainer: apptainer.def.
-ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
-ARG PYTORCH_IMAGE=nvcr.io/nvidia/pytorch:25.12-py3
+# The base images by their content (each digest is that of the index over all processors), so that no later build gets
+# another one unnoticed. tools/image/base_images.sh compares the digests with the registries.
+ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
+ARG PYTORCH_IMAGE=nvcr.io/nvidia/pytorch:25.12-py3@sha256:1dc787f5c6264fcc1c99809f99b84823e73ed4588d5a581b94290fc2a8fecff8
 
 FROM ${PYTORCH_IMAGE} AS cuda
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # Everything that changes rarely, in layers of their own: SGLang alone is several GB.
-COPY tools/image/cuda_sglang.sh /opt/build/
+COPY tools/image/cuda_sglang.sh tools/image/sglang.lock /opt/build/
 RUN /opt/build/cuda_sglang.sh
 COPY setup.py README.md /opt/fiberpo/
 COPY tools/image/cuda_python.sh /opt/build/
@@ -40,7 +41,7 @@ RUN apt-get update \
     && install --directory --owner fiberpo --group fiberpo /opt/fiberpo /opt/fiberpo/runs
 USER 10001:10001
 WORKDIR /opt/fiberpo
-COPY --chown=fiberpo:fiberpo tools/make_env.sh tools/requirements-cpu*.txt tools/
+COPY --chown=fiberpo:fiberpo tools/make_env.sh tools/requirements-cpu.txt tools/requirements-cpu.lock tools/
 RUN tools/make_env.sh requirements
 COPY --chown=fiberpo:fiberpo . .
 RUN tools/make_env.sh

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help env demo test test-all check format lint words types clean
+.PHONY: help env demo test test-all check format lint words types lock licences clean
 
 help:
 	@echo "make demo    warm up a tiny MoE, then train it by RL (FiberPO, Megatron-Core, SGLang)"
@@ -10,6 +10,8 @@ help:
 	@echo "make test-all  all tests"
 	@echo "make check   format, lint, words, types, tests"
 	@echo "make format  reformat the code"
+	@echo "make lock    lock the versions and hashes of all packages again (needs the package index)"
+	@echo "make licences  write docs/licences.md again"
 
 env:
 	@PYTHON=$(PYTHON) tools/make_env.sh
@@ -21,7 +23,8 @@ demo: env
 # not in it: Megatron and SGLang behave differently where Triton can be imported. 3.7.1 is what torch 2.13 uses on CUDA.
 TRITON := .venv/triton-3.7.1
 $(TRITON): | env
-	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ triton==3.7.1
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --only-binary :all: \
+		--target $@ -r tools/requirements-triton.lock
 
 # Most tests wait for other processes more than they compute. Every worker keeps an SGLang server of its own (600 MB).
 TEST_WORKERS ?= 2
@@ -49,6 +52,17 @@ types: env
 	$(BIN)/mypy
 
 check: lint types test
+
+# The tool that resolves versions is not part of the environment.
+UV := .venv/uv-0.13.9
+$(UV): | env
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ uv==0.13.9
+lock: $(UV)
+	$(BIN)/python tools/lock_requirements.py $(UV)/bin/uv
+	$(MAKE) licences
+
+licences: env
+	$(BIN)/python tools/make_licences_page.py
 
 clean:
 	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

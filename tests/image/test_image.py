@@ -3,6 +3,7 @@
 tools/image/build_cpu.sh builds the cpu target for real (minutes, root); nothing here does.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -29,9 +30,11 @@ def test_shellcheck_has_nothing_to_say(script):
 def test_apptainer_builds_what_docker_builds():
     """Same base image, the same build scripts, the same environment."""
     docker, apptainer = (ROOT / "Dockerfile").read_text(), (ROOT / "apptainer.def").read_text()
-    base = re.findall(r"^ARG PYTORCH_IMAGE=(\S+)$", docker, re.MULTILINE)
-    assert base == re.findall(r"^From: (\S+)$", apptainer, re.MULTILINE)
-    assert re.search(r":\d\d\.\d\d-py3$", base[0]), "the base image's version is pinned"
+    (base,) = re.findall(r"^ARG PYTORCH_IMAGE=(\S+)$", docker, re.MULTILINE)
+    (same,) = re.findall(r"^From: (\S+)$", apptainer, re.MULTILINE)
+    assert same == re.sub(r":[^:@]+@", "@", base), "Apptainer takes no tag beside a digest"
+    assert base.partition("@")[0] in apptainer, "a comment names the tag"
+    assert re.search(r":\d\d\.\d\d-py3@", base), "the base image's version is named"
     cuda = docker.split(" AS cpu")[0]
     steps = r"/opt/build/(\w+\.sh)( /opt/fiberpo)?$"
     assert re.findall("^RUN " + steps, cuda, re.MULTILINE) == re.findall("^    " + steps, apptainer, re.MULTILINE)
@@ -39,12 +42,68 @@ def test_apptainer_builds_what_docker_builds():
         assert setting in cuda and f"export {setting}" in apptainer
 
 
+def test_every_base_image_is_named_by_its_digest():
+    docker = (ROOT / "Dockerfile").read_text()
+    images = dict(re.findall(r"^ARG (\w+_IMAGE)=(\S+)$", docker, re.MULTILINE))
+    for name, image in images.items():
+        assert re.fullmatch(r"\S+:\S+@sha256:[0-9a-f]{64}", image), name
+    used = re.findall(r"^FROM (\S+)", docker, re.MULTILINE)
+    assert used == ["${PYTORCH_IMAGE}", "${PYTHON_IMAGE}"] and len(images) == 2
+    assert "# syntax=" not in docker, "a frontend is an image, too, and would have to be named by its digest"
+    (apptainer,) = re.findall(r"^From: (\S+)$", (ROOT / "apptainer.def").read_text(), re.MULTILINE)
+    assert re.fullmatch(r"[^:@]+@sha256:[0-9a-f]{64}", apptainer)
+
+
+DOCKER = """#!/usr/bin/env bash
+case $4 in
+  *@sha256:b*) echo "not found" >&2; exit 1 ;;
+  *@*) echo "${4#*@}" ;;
+  *) echo "sha256:$(printf 'a%.0s' {1..64})" ;;
+esac
+"""
+"""A registry in which every tag names sha256:aa..., and nothing has a digest that begins with b."""
+
+
+@pytest.mark.parametrize(
+    ("digest", "code", "message"),
+    [
+        ("@sha256:" + 64 * "a", 0, "X_IMAGE: host/python:3 is the named image"),
+        ("@sha256:" + 64 * "c", 0, f"host/python:3 is now sha256:{64 * 'a'}"),
+        ("@sha256:" + 64 * "b", 1, f"the registry does not have sha256:{64 * 'b'} of host/python:3"),
+        ("", 1, "X_IMAGE=host/python:3 has no digest; write host/python:3@sha256:..."),
+        ("@sha256:abc", 1, "has no digest"),
+    ],
+)
+def test_base_images_are_compared_with_their_registry(tmp_path, digest, code, message):
+    docker = tmp_path / "docker"
+    docker.write_text(DOCKER)
+    docker.chmod(0o755)
+    file = tmp_path / "Dockerfile"
+    file.write_text(f"ARG X_IMAGE=host/python:3{digest}\nFROM $X_IMAGE\n")
+    command = ["bash", ROOT / "tools/image/base_images.sh", file]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
+    assert (done.returncode, message in done.stdout + done.stderr) == (code, True), done
+
+
 def test_one_version_of_sglang_everywhere():
     versions = {
-        re.search(r"sglang==([\d.]+)", (ROOT / name).read_text()).group(1)
-        for name in ("setup.py", "tools/requirements-cpu-nodeps.txt", "tools/image/cuda_sglang.sh")
+        version
+        for name in (
+            "setup.py",
+            "tools/requirements-cpu-nodeps.txt",
+            "tools/image/sglang.txt",
+            "tools/image/sglang.lock",
+        )
+        for version in re.findall(r"sglang==([\d.]+)", (ROOT / name).read_text())
     }
     assert len(versions) == 1
+
+
+def test_the_engines_of_the_cuda_image_come_from_a_lock():
+    script = (ROOT / "tools/image/cuda_sglang.sh").read_text()
+    assert "--no-deps --require-hashes --only-binary :all:" in script and "sglang.lock" in script
+    assert "COPY tools/image/cuda_sglang.sh tools/image/sglang.lock /opt/build/" in (ROOT / "Dockerfile").read_text()
 
 
 @pytest.mark.parametrize("stage", ["cuda", "cpu"])

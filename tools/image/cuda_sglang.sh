@@ -4,7 +4,9 @@
 set -euo pipefail
 python3 -m venv /opt/sglang
 # The base image's constraint file is about its own packages, which this environment does not share.
-PIP_CONSTRAINT='' /opt/sglang/bin/python -m pip install --no-cache-dir sglang==0.5.23
+# The lock, beside this script, has SGLang with all that it asks for; pip refuses a file of another content.
+PIP_CONSTRAINT='' /opt/sglang/bin/python -m pip install --no-cache-dir --no-deps --require-hashes --only-binary :all: \
+  -r "$(dirname "$0")/sglang.lock"
 # NCCL refuses a communicator of two versions, and the trainer broadcasts weights to the engines: both sides load this
 # one, the newer of the two (an NCCL serves programs that were built against an older one).
 library=$(find /opt/sglang -path '*/nvidia/*' -name 'libnccl.so.2' -print -quit)
