@@ -1,5 +1,6 @@
 """`fiberpo slurm` writes a batch script for SLURM from a config, and submits it."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import jinja2
 
 from fiberpo_megatron.config import Config, ConfigError, dump_config
+from fiberpo_megatron.durable import replaced
 from fiberpo_megatron.types import EXIT_STOPPED
 
 SUBMIT_TIMEOUT_S = 60.0
@@ -81,17 +83,25 @@ def shape_of(config: Config) -> Shape:
 
 
 def render(config: Config, config_file: Path, working_folder: Path) -> str:
-    """Return the batch script; `config_file` is the resolved config that the job reads."""
+    """Return the batch script; `config_file` is the resolved config that the job reads.
+
+    Raises ConfigError for a value that the script cannot hold, so that no line of it comes from a value.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fiberpo_megatron.launch"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # it is a shell script, where every value goes through the filter `sh`
+        autoescape=False,  # it is a shell script, where every text goes through one of these filters
     )
-    environment.filters["sh"] = lambda value: shlex.quote(str(value))
-    slurm = config.slurm
+    environment.filters |= {"line": _line, "sh": _for_bash, "sbatch": _for_sbatch, "pattern": _literal_pattern}
+    slurm, here = config.slurm, _line(working_folder.resolve())
+    if slurm.container != "none" and set(":,") & set(here):
+        raise ConfigError(
+            f"the current folder {here} cannot be mounted in a container: its name has a colon or a "
+            "comma; run the command in a folder without them"
+        )
     return environment.get_template("job.sbatch.jinja").render(
         slurm=slurm,
         shape=shape_of(config),
@@ -100,10 +110,45 @@ def render(config: Config, config_file: Path, working_folder: Path) -> str:
         seed=config.run.seed,
         threads=config.run.threads_per_rank,
         config_file=config_file.resolve(),
-        working_folder=working_folder.resolve(),
-        mounts=[f"{working_folder.resolve()}:{working_folder.resolve()}", *slurm.mounts],
+        working_folder=here,
+        mounts=[f"{here}:{here}", *slurm.mounts],
         exit_stopped=EXIT_STOPPED,
     )
+
+
+def _line(value: object) -> str:
+    """Return the value as text of a single line. Raises ConfigError for one with other characters."""
+    text = str(value)
+    if not text.isprintable():
+        raise ConfigError(
+            f"{ascii(text)} has a line break or another character that is not printable, which a batch script cannot "
+            "hold; rename that folder (run.folder, the current one), or change that setting"
+        )
+    return text
+
+
+def _for_bash(value: object) -> str:
+    return shlex.quote(_line(value))
+
+
+def _for_sbatch(value: object) -> str:
+    """Return the value as a word of an #SBATCH line, where a backslash protects the next character inside of quotes
+    too."""
+    text = _line(value)
+    if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII):
+        return text
+    return "'" + re.sub(r"([\\'])", r"\\\1", text) + "'"
+
+
+def _literal_pattern(value: object) -> str:
+    """Return a path as the part of sbatch's --output that stands for itself: %j and others are patterns there."""
+    text = _line(value)
+    if "\\" in text:
+        raise ConfigError(
+            f"{text}: SLURM reads a backslash in the path of a log as the end of all patterns; choose a run.folder "
+            "without one"
+        )
+    return text.replace("%", "%%")
 
 
 def write_job(config: Config, resume: bool) -> Path:
@@ -118,8 +163,9 @@ def write_job(config: Config, resume: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config_file, script = folder / "config.toml", folder / "job.sbatch"
     text = render(config, config_file, Path.cwd())
-    config_file.write_text(dump_config(config))
-    script.write_text(text)
+    for path, content in ((config_file, dump_config(config)), (script, text)):
+        with replaced(path, text=True) as file:
+            file.write(content)
     for name in ("complete", "stalled"):  # with --resume there may be more to do
         for mark in config.run.folder.glob(f"**/slurm/{name}"):
             mark.unlink()
