@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fiberpo_megatron.config import Config, load_config
+from fiberpo_megatron.printable import printable
 
 
 def add_parser(commands: Any, overrides: str) -> None:
@@ -38,7 +39,8 @@ def warn(config: Config) -> None:
     found = examination.before_a_run(config)
     for finding in found:
         fix = f". {finding.fix}" if finding.fix else ""
-        print(f"fiberpo: {finding.status}: {finding.check}: {finding.seen}{fix}", file=sys.stderr, flush=True)
+        line = f"fiberpo: {finding.status}: {finding.check}: {finding.seen}{fix}"
+        print(printable(line, keep="\n\t"), file=sys.stderr, flush=True)
     for finding in found:
         if (finding.check, finding.status) == ("ranks", "fail"):
             raise RuntimeError(f"{finding.seen}. {finding.fix}")

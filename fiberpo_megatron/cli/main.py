@@ -9,6 +9,7 @@ from pathlib import Path
 import fiberpo_megatron
 from fiberpo_megatron.cli import doctor, plan, slurm
 from fiberpo_megatron.config import Config, ConfigError, load_config
+from fiberpo_megatron.printable import printable
 from fiberpo_megatron.run_lock import refuse
 from fiberpo_megatron.trainer.preflight import preflight
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return slurm.run_engine(options, overrides)
         return _run(options, overrides)
     except (ConfigError, FileNotFoundError, ValueError) as error:
-        print(f"fiberpo: {error}", file=sys.stderr)
+        print(printable(f"fiberpo: {error}", keep="\n\t"), file=sys.stderr)
         return 2
 
 
@@ -77,7 +78,10 @@ def _report(folder: Path) -> int:
 
     if not folder.is_dir():
         raise FileNotFoundError(f"run folder {folder} does not exist")
-    print(write_report(folder))
+    try:
+        print(write_report(folder))
+    except OSError as error:
+        raise ValueError(f"the report of {folder} cannot be written: {error}") from error
     return 0
 
 

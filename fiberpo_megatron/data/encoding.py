@@ -1,4 +1,9 @@
-"""This stands between tasks and tokens: prompts, supervised examples, the next turn, the text of a response."""
+"""This stands between tasks and tokens: prompts, supervised examples, the next turn, the text of a response.
+
+Text that becomes tokens must be valid Unicode: a lone surrogate in it is refused, with the environment and the task.
+Text that is only recorded (answers, metadata, messages of failures) may hold anything: files and pages show such
+characters as escapes (`printable.py`).
+"""
 
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -76,6 +81,7 @@ class Encoder:
         end = self.tokenizer.eos_token_id if end is None else end
         if end is None:
             raise ValueError("the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+        _check_whole(answer, self._source(prompt.domain, prompt.task), "the answer")
         return Example(prompt, (*self.tokenizer.encode(answer, add_special_tokens=False), end))
 
     def first(self, prompt: Prompt, new: str | Sequence[Message], tools: Tools) -> tuple[int, ...]:
@@ -91,9 +97,13 @@ class Encoder:
 
         A string is appended as it is; messages are written by the chat template. ValueError when they cannot follow.
         """
-        if isinstance(new, str):
-            return tuple(self.tokenizer.encode(new, add_special_tokens=False))
         source = self._source(prompt.domain, prompt.task)
+        if isinstance(new, str):
+            _check_whole(new, source, "what is said")
+            return tuple(self.tokenizer.encode(new, add_special_tokens=False))
+        for message in new:
+            for text in message.values():
+                _check_whole(str(text), source, "what is said")
         chat = self._chat(prompt.domain, source)
         try:
             tokens = chat.continuation(response_ids, new, tools)
@@ -162,6 +172,7 @@ class Encoder:
         """Return a prompt's tokens and its text, checked."""
         source = self._source(domain, task)
         if isinstance(prompt, str):
+            _check_whole(prompt, source, "the prompt")
             text, ids = prompt, self.tokenizer.encode(prompt, add_special_tokens=True)
             self._check_characters(ids, text, source)
         else:
@@ -170,6 +181,7 @@ class Encoder:
                 text = chat.prompt(prompt, tools)
             except Exception as error:  # templates are programs of the model's makers and raise what they like
                 raise ValueError(f"{source}: the chat template refuses the prompt: {error}") from error
+            _check_whole(text, source, "the prompt")
             ids = self.tokenizer.encode(text, add_special_tokens=False)  # the template has written the special tokens
         self._check_length(ids, text, source)
         return tuple(ids), text
@@ -198,6 +210,17 @@ class Encoder:
         """Return where a task came from, for messages: environment and id, then file and line if known."""
         place = f", {task.metadata['source']}" if "source" in task.metadata else ""
         return f"environment {self.names[domain]!r}, task {task.id}{place}"
+
+
+def _check_whole(text: str, source: str, what: str) -> None:
+    """Raise ValueError for a text with half a character (a lone surrogate): no tokenizer has tokens for it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{source}: {what} holds the lone surrogate {text[error.start]!a} at character {error.start}, half of a "
+            "character that was cut; give the whole character, or leave it out"
+        ) from None
 
 
 def _essential(text: str) -> set[str]:

@@ -8,6 +8,9 @@ from typing import Literal
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
+
+from fiberpo_megatron.printable import printable
 
 Status = Literal["pass", "warn", "fail"]
 _COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
@@ -62,5 +65,6 @@ def print_table(findings: Sequence[Finding]) -> None:
     table = Table(*(Column(name, overflow="fold") for name in ("check", "", "seen", "fix")))  # paths are not cut
     for finding in findings:
         colour = _COLOURS[finding.status]
-        table.add_row(finding.check, f"[{colour}]{finding.status}[/{colour}]", finding.seen, finding.fix)
+        said = (Text(printable(text, keep="\n\t")) for text in (finding.seen, finding.fix))  # Text: no markup in it
+        table.add_row(finding.check, Text(finding.status, style=colour), *said)
     Console().print(table)

@@ -2,13 +2,19 @@
 
 from pathlib import Path
 
+from fiberpo_megatron.printable import printable, tail
+
 LOG_TAIL_LINES = 25
 
 
 class EngineError(RuntimeError):
-    """An engine did not do what it was asked to; `url` names it, `what` and `fix` make the message."""
+    """An engine did not do what it was asked to; `url` names it, `what` and `fix` make the message.
+
+    What an engine or its log says is a part of the message, with all but line feeds and tabs escaped.
+    """
 
     def __init__(self, url: str, what: str, fix: str, log: Path | None = None) -> None:
+        what = printable(what, keep="\n\t")
         self.url, self.what, self.fix, self.log = url, what, fix, log
         message = f"engine {url}: {what}. {fix}"
         if log is not None:
@@ -41,12 +47,10 @@ class EngineStartError(EngineError):
 
 
 def log_tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:
-    """Return the last lines of a log under a heading that names the file, or a line that says why there are none."""
+    """Return the last lines of a log, safe to print, under a heading that names the file, or a line that says why there
+    are none."""
     try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 200 * lines))
-            text = file.read().decode(errors="replace")
+        last = tail(log, lines)
     except OSError as error:
         return f"(its log {log} cannot be read: {error.strerror})"
-    tail = text.splitlines()[-lines:]
-    return "\n".join([f"--- end of {log} ---", *tail] if tail else [f"(its log {log} is empty)"])
+    return "\n".join([f"--- end of {log} ---", *last] if last else [f"(its log {log} is empty)"])

@@ -1,15 +1,16 @@
 """Engines on other machines become known to a run through files in a folder that all machines see."""
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fiberpo_megatron import durable
 from fiberpo_megatron.engines.api_key import read_key
 from fiberpo_megatron.engines.client import EngineAddress
 from fiberpo_megatron.engines.errors import EngineStartError
+from fiberpo_megatron.printable import json_line
 
 POLL_S = 0.2
 SLACK_S = 60.0
@@ -46,10 +47,8 @@ class Registry:
         self._write(host, {"error": error})
 
     def _write(self, host: str, record: dict[str, object]) -> None:
-        path = self.folder / f"{host}.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(record))
-        os.replace(part, path)  # readers see the whole file or no file
+        with durable.replaced(self.folder / f"{host}.json", text=True) as file:  # readers see it whole or not yet
+            file.write(json_line(record))
 
     def wait(self, timeout_s: float) -> list[EngineAddress]:
         """Return the servers of all hosts, in the order of `hosts`.
@@ -71,13 +70,24 @@ class Registry:
     def _engines(self, host: str, key: str) -> list[EngineAddress]:
         record = self._read(host)
         assert record is not None, "waited for"
-        return [EngineAddress(s["url"], Path(s["log"]) if s["log"] else None, key) for s in record["engines"]]
+        try:
+            return [EngineAddress(s["url"], Path(s["log"]) if s["log"] else None, key) for s in record["engines"]]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise self._odd(host, f"{type(error).__name__}: {error}") from error
 
     def _read(self, host: str) -> dict[str, Any] | None:
         try:
-            record = json.loads((self.folder / f"{host}.json").read_text())
+            record = json.loads((self.folder / f"{host}.json").read_bytes())
         except FileNotFoundError:
             return None
+        except (ValueError, RecursionError) as error:
+            raise self._odd(host, f"{type(error).__name__}: {error}") from error
+        if not isinstance(record, dict):
+            raise self._odd(host, f"it holds {record!r:.80} and no JSON object")
         if "error" in record:
-            raise EngineStartError(f"on {host}", record["error"], "Its log has more")
-        return dict(record)
+            raise EngineStartError(f"on {host}", str(record["error"]), "Its log has more")
+        return record
+
+    def _odd(self, host: str, why: str) -> EngineStartError:
+        path = self.folder / f"{host}.json"
+        return EngineStartError(f"on {host}", f"{path} does not say where its servers are ({why})", "Submit again")

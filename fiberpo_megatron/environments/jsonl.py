@@ -7,6 +7,7 @@ is right or wrong and earns 1 or 0. This module imports the standard library alo
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from fiberpo_megatron.environments import Conversation, Message, Outcome, SingleTurn, Task, Turn
 from fiberpo_megatron.environments.math_answers import MathVerifier
 from fiberpo_megatron.environments.shuffle import Permutation, derive_key
+from fiberpo_megatron.printable import printable
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _parse_line(line: bytes, index: int, source: str) -> Problem:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and thousands of brackets
         raise ValueError(f"{source}: not a JSON object ({error}): {_short(line.decode())}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{source}: expected a JSON object with `prompt` and `answer`, got {_short(record)}")
@@ -159,9 +161,12 @@ def _parse_line(line: bytes, index: int, source: str) -> Problem:
 def _parse_prompt(record: dict[str, object], source: str) -> str | tuple[dict[str, str], ...]:
     prompt = record.get("prompt")
     if isinstance(prompt, str) and prompt.strip():
-        return prompt
+        return _checked_text(prompt, "prompt", source)
     if isinstance(prompt, list) and prompt and all(map(_is_message, prompt)):
-        return tuple({"role": message["role"], "content": message["content"]} for message in prompt)
+        return tuple(
+            {key: _checked_text(message[key], f"prompt[{number}].{key}", source) for key in ("role", "content")}
+            for number, message in enumerate(prompt)
+        )
     raise ValueError(
         f"{source}: `prompt` must be a non-empty string or a list of chat messages with string `role` and "
         f"`content`, got {_short(prompt)}"
@@ -174,11 +179,23 @@ def _is_message(message: object) -> bool:
 
 def _parse_answer(record: dict[str, object], source: str) -> str:
     answer = record.get("answer")
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
         return str(answer)
     if isinstance(answer, str) and answer.strip():
-        return answer
+        return _checked_text(answer, "answer", source)
     raise ValueError(f"{source}: `answer` must be a non-empty string or a number, got {_short(answer)}")
+
+
+def _checked_text(text: str, field: str, source: str) -> str:
+    """Return the text. Raises ValueError for half a character, which JSON can express and no encoding can."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{source}: `{field}` holds the lone surrogate {text[error.start]!a} at character {error.start}, half of a "
+            f"character that was cut; write the whole character, or leave it out: {_short(text)}"
+        ) from None
+    return text
 
 
 def refuse_overlap(train: Sequence[Problem], held_out: Sequence[Problem]) -> None:
@@ -195,4 +212,4 @@ def refuse_overlap(train: Sequence[Problem], held_out: Sequence[Problem]) -> Non
 
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 120 else f"{text[:120]}..."
+    return printable(text if len(text) <= 120 else f"{text[:120]}...")

@@ -13,6 +13,7 @@ from pathlib import Path
 from fiberpo_megatron.environments import wire
 from fiberpo_megatron.environments.results import FailureKind
 from fiberpo_megatron.plugins import PluginError
+from fiberpo_megatron.printable import printable
 from fiberpo_megatron.subprocesses import without_launcher
 
 BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
@@ -181,8 +182,8 @@ class WorkerProcess:
             self._last = (self._last + data)[-LAST_BYTES:]
 
     def last_output(self) -> str:
-        """Return the end of what it printed."""
-        return self._last.decode("utf-8", "replace").strip()
+        """Return the end of what it printed, safe to print."""
+        return printable(self._last.decode("utf-8", "replace").strip(), keep="\n\t")
 
     # ---- its end ----
 

@@ -1,4 +1,5 @@
-"""This module describes the errors of a user's class, also of one that raises when it is shown."""
+"""This module describes the errors of a user's class, also of one that raises when it is shown. Its texts are safe to
+print: an error may quote what the policy or another program said."""
 
 from __future__ import annotations
 
@@ -8,20 +9,22 @@ from types import FrameType
 from typing import Any
 
 from fiberpo_megatron.environments.wire import InvalidReply
+from fiberpo_megatron.printable import printable
 
 
 def describe_error(error: BaseException) -> str:
     if isinstance(error, InvalidReply):
-        return str(error)
+        return printable(str(error), keep="\n\t")
     try:
-        return f"{type(error).__name__}: {error}"
+        return printable(f"{type(error).__name__}: {error}", keep="\n\t")
     except Exception as another:  # a class of somebody else's raises what it likes, also when it is shown
         return f"{type(error).__name__}, whose text raises {type(another).__name__}"
 
 
 def trace_of(error: BaseException) -> str:
     try:
-        return "".join(traceback.format_exception(type(error), error, error.__traceback__, limit=-20))
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__, limit=-20))
+        return printable(text, keep="\n\t")
     except Exception as another:
         return f"(no traceback: {type(another).__name__})"
 

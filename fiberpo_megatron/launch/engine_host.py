@@ -11,6 +11,7 @@ from fiberpo_megatron.engines.addresses import local_address
 from fiberpo_megatron.engines.errors import EngineError
 from fiberpo_megatron.engines.registry import Registry
 from fiberpo_megatron.engines.servers import check_reachable, engines
+from fiberpo_megatron.printable import printable
 
 WATCH_S = 5.0
 
@@ -50,7 +51,7 @@ def serve(config: Config, folder: Path, host: str, clients: list[str], first_gpu
         return 0
     except (EngineError, OSError, ValueError) as error:
         registry.fail(host, str(error))
-        print(f"fiberpo: engines of {host}: {error}", file=sys.stderr)
+        print(printable(f"fiberpo: engines of {host}: {error}", keep="\n\t"), file=sys.stderr)
         return 1
 
 

@@ -16,7 +16,7 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from fiberpo_megatron.launch.failures import TAIL_LINES, lost_a_peer
+from fiberpo_megatron.launch.failures import lost_a_peer, quoted, shown
 from fiberpo_megatron.rendezvous import store_on
 from fiberpo_megatron.types import EXIT_STOPPED
 
@@ -105,10 +105,9 @@ def _explain(failures: Mapping[int, ProcessFailure], logs: Mapping[int, str]) ->
 
     first = min(failures.values(), key=order)
     log = logs.get(first.local_rank, "")
-    lines = [f"fiberpo: rank {first.local_rank}: {_message(first)}"]
-    if not _wrote_error(first):
-        tail = Path(log).read_text(errors="replace").splitlines()[-TAIL_LINES:] if log else []
-        lines += [f"  | {line}" for line in tail]
+    lines = [f"fiberpo: rank {first.local_rank}: {shown(_message(first))}"]
+    if not _wrote_error(first) and log:
+        lines += quoted(Path(log))
     return "\n".join([*lines, f"fiberpo: log of that rank: {log}"])
 
 

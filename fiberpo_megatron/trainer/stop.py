@@ -9,6 +9,8 @@ from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from fiberpo_megatron.printable import printable
+
 
 class Stopped(Exception):
     """The run was asked to stop and has: the first `done` steps are in a checkpoint (with 0, there is none)."""
@@ -58,7 +60,7 @@ def leave(error: Exception) -> NoReturn:
     The error is written where the launcher reads it, its traceback to stderr, with the message as the last line.
     """
     get_error_handler().record_exception(error)
-    traceback.print_exception(error)
-    print(f"fiberpo: rank {os.environ.get('RANK', '?')}: {error}", file=sys.stderr, flush=True)
+    last = f"fiberpo: rank {os.environ.get('RANK', '?')}: {error}"
+    print(printable("".join([*traceback.format_exception(error), last]), keep="\n\t"), file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)

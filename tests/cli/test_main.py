@@ -73,3 +73,14 @@ def test_supervised_training_refuses_routing_replay(capsys: pytest.CaptureFixtur
     words = ["sft", str(ROOT / "examples/demo/warmup.toml"), "--algorithm.routing_replay", "old"]
     assert main([*words, "--model.path", str(ROOT / "examples/demo/model"), "--run.folder", str(tmp_path)]) == 2
     assert "no recorded routing" in capsys.readouterr().err
+
+
+def test_what_it_prints_does_not_steer_a_terminal(capsys: pytest.CaptureFixture[str]):
+    assert main(["report", "gone\x1b[2J\udcff"]) == 2
+    assert capsys.readouterr().err == "fiberpo: run folder gone\\x1b[2J\\udcff does not exist\n"
+
+
+def test_a_report_that_cannot_be_written_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    (tmp_path / "report.html").mkdir()
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"fiberpo: the report of {tmp_path} cannot be written: ")

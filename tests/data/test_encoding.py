@@ -292,3 +292,24 @@ def test_a_template_is_checked_with_tools_where_conversations_may_pass_them():
                 encoder.check_conversations(0)
         else:
             encoder.check_conversations(0)
+
+
+def test_half_a_character_never_reaches_the_tokenizer():
+    """Tokenizers raise TypeError for it, far from the environment that is to blame."""
+    found, chat = encoder(), encoder(templated(templates.CHATML))
+    half = "half \ud83d"
+    place = r"environment 'addition', task 7: "
+    for one, task in ((found, Task(half, "1", id="7")), (chat, Task([user(half)], "1", id="7"))):
+        with pytest.raises(ValueError, match=rf"{place}the prompt holds the lone surrogate '\\ud83d' at character"):
+            encode(one, task)
+    with pytest.raises(ValueError, match=rf"{place}the answer holds the lone surrogate"):
+        found.example(encode(found, Task("1+2=", half, id="7")))
+    prompt = encode(chat, Task([user("1+2")], "1", id="7"))
+    for new in (half, [user(half)]):
+        with pytest.raises(ValueError, match=rf"{place}what is said holds the lone surrogate"):
+            chat.following(prompt, [1], new, None)
+
+
+def test_half_a_character_beside_the_prompt_is_kept():
+    task = Task("1+2=", "half \ud83d", {"note": "\udc00"}, "7")
+    assert encode(encoder(), task).task == task

@@ -235,3 +235,9 @@ def test_engines_of_another_version(paths: list[str] | None, version: str, statu
         server.server_close()
     assert finding.status == status and seen in finding.seen and finding.check == f"engine {url}"
     assert "no SGLang server answers" in only(engines.servers(config("--rollout.engine.urls", f'["{url}"]'))).seen
+
+
+def test_what_a_check_saw_is_shown_as_it_is(capsys):
+    """Neither markup of the table nor control characters in it have an effect."""
+    report.print_table([Finding("inputs", "fail", "[/nothing] [red]x\x1b[2J", "see \u202e")])
+    assert "[/nothing] [red]x\\x1b[2J" in (said := capsys.readouterr().out) and "\x1b" not in said and r"\u202e" in said

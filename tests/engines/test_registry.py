@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fiberpo_megatron import durable
 from fiberpo_megatron.engines.api_key import write_key
 from fiberpo_megatron.engines.client import EngineAddress
 from fiberpo_megatron.engines.errors import EngineStartError
@@ -46,3 +47,30 @@ def test_a_host_that_failed_ends_the_wait_at_once(registry: Registry):
 def test_a_folder_that_is_none(tmp_path: Path):
     with pytest.raises(ValueError, match="which names the engines' hosts, cannot be read"):
         Registry(tmp_path).wait(1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[1]", b"null", b"\xff", b"[" * 10**5, b"{}", b'{"engines": 3}', b'{"engines": [{"url": "http://n4:1"}]}',
+     b'{"engines": [{"url": 7, "log": 7}]}'],
+)  # fmt: skip
+def test_a_file_that_says_no_servers_is_named(registry: Registry, content: bytes):
+    registry.register("n3", [EngineAddress("http://n3:1")])
+    (registry.folder / "n4.json").write_bytes(content)
+    with pytest.raises(EngineStartError, match=r"engine on n4: .*n4\.json does not say where its servers are"):
+        registry.wait(1)
+
+
+def test_what_a_host_says_does_not_steer_a_terminal(registry: Registry):
+    registry.fail("n4", "its log ends with \x1b]0;title\x07 \u2028 \ud83d\nand a line")
+    with pytest.raises(EngineStartError, match=r"ends with \\x1b\]0;title\\x07 \\u2028 \\ud83d\nand a line"):
+        registry.wait(1)
+
+
+def test_the_folder_is_synced_after_a_host_has_registered(registry: Registry, monkeypatch):
+    synced = []
+    monkeypatch.setattr(durable, "sync", synced.append)
+    registry.register("n3", [EngineAddress("http://n3:1")])
+    assert synced == [registry.folder] and sorted(p.name for p in registry.folder.iterdir()) == [
+        "api_key", "hosts", "n3.json"
+    ]  # fmt: skip

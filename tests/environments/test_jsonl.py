@@ -46,12 +46,46 @@ def test_it_reads_strings_chats_and_numbers(tmp_path):
         (b'{"prompt": [], "answer": "a"}', "`prompt` must be"),
         (b'{"prompt": [{"role": "user"}], "answer": "a"}', "`prompt` must be"),
         (b"\xff\xfe", "not UTF-8"),
+        (b'{"prompt": "a", "answer": NaN}', "`answer` must be .* got nan"),
+        (b'{"prompt": "a", "answer": 1e999}', "`answer` must be .* got inf"),
+        (b'{"prompt": "a", "answer": ' + b"1" * 5000 + b"}", "not a JSON object .Exceeds the limit"),
+        (b"[" * 10**5, "not a JSON object .maximum recursion depth"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"prompt": "a", "answer": "b"}\n' + line)
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2: .*{message}"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({"prompt": "a", "answer": "half \ud83d"}, "`answer` holds the lone surrogate '\\\\ud83d' at character 5"),
+        ({"prompt": "\udc00", "answer": "b"}, "`prompt` holds the lone surrogate '\\\\udc00' at character 0"),
+        (
+            {"prompt": [{"role": "user", "content": "a"}, {"role": "user", "content": "\ud800"}], "answer": "b"},
+            r"`prompt\[1\].content` holds the lone surrogate",
+        ),
+        (
+            {"prompt": [{"role": "\ud800", "content": "a"}], "answer": "b"},
+            r"`prompt\[0\].role` holds the lone surrogate",
+        ),
+    ],
+)
+def test_half_a_character_is_refused_with_file_line_and_field(tmp_path, record, field):
+    """It passes for text until the first file is written."""
+    path = write(tmp_path / "bad.jsonl", {"prompt": "whole 🙂", "answer": "🙂"}, record)
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2: {field}") as error:
+        read_jsonl(path)
+    str(error.value).encode("utf-8")
+
+
+def test_hidden_characters_of_a_bad_line_are_escaped(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b"\x1b[2J\xc2\x85 no JSON")
+    with pytest.raises(ValueError, match=r"line 1: not a JSON object .*: \\x1b\[2J\\x85 no JSON"):
         read_jsonl(path)
 
 

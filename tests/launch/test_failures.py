@@ -55,3 +55,44 @@ def test_a_rank_that_never_got_as_far_as_a_message_comes_before_those_that_srun_
 
 def test_nothing_to_be_found(tmp_path: Path):
     assert explain(tmp_path) == f"fiberpo: no rank left a message; see the logs in {tmp_path}"
+
+
+def test_what_ranks_say_does_not_steer_a_terminal(tmp_path: Path):
+    error(tmp_path, 1, "ValueError: \x1b[2J\x9b5m\u2028 \ud83d\nsecond line", 9)
+    said = explain(tmp_path)
+    assert said.splitlines()[:2] == [r"fiberpo: rank 1: ValueError: \x1b[2J\x9b5m\u2028 \ud83d", "second line"]
+    (tmp_path / "errors/rank_1.json").unlink()
+    (tmp_path / "srun.log").write_text("srun: error: n2: task 1: Killed\n")
+    (tmp_path / "rank_1.log").write_text("a\x1b]0;title\x07b\x85c\n")
+    assert r"  | a\x1b]0;title\x07b\x85c" in explain(tmp_path).splitlines()
+
+
+def test_files_that_are_no_messages_are_left_out(tmp_path: Path):
+    error(tmp_path, 3, "ValueError: the cause", 5)
+    for number, text in enumerate(
+        ("", "[1]", '{"message": 3}', '{"mess', '{"message": {"message": "x", "extraInfo": 3}}')
+    ):
+        (tmp_path / f"errors/rank_{10 + number}.json").write_text(text)
+    (tmp_path / "errors/rank_20.json").write_bytes(b"\xff")
+    (tmp_path / "errors/rank_x.json").write_text('{"message": {"message": "no rank", "extraInfo": {}}}')
+    (tmp_path / "errors/rank_21.json").write_text('{"message": {"message": "y", "extraInfo": {"timestamp": "nan"}}}')
+    (tmp_path / "errors/rank_22.json").mkdir()
+    (tmp_path / "errors/rank_4.json").write_text('{"message": "without a time"}')
+    assert [f.rank for f in failures(tmp_path)] == [4, 3]
+
+
+def test_what_a_rank_prints_is_not_taken_for_what_srun_says(tmp_path: Path):
+    (tmp_path / "srun.log").write_text(
+        "the policy said: task 0: Killed\nsrun: error: n: tasks 0-999999999999: Killed\n"
+        "srun: error: n: tasks -,5-3,,: Killed\nsrun: error: n1: task 2: Killed\n"
+    )
+    assert [f.rank for f in failures(tmp_path)] == [2]
+
+
+def test_of_a_long_log_only_the_end_is_read(tmp_path: Path):
+    (tmp_path / "srun.log").write_text("srun: error: n1: task 2: Killed\n")
+    with (tmp_path / "rank_2.log").open("wb") as log:
+        log.truncate(2**40)  # a terabyte without contents
+        log.seek(0, 2)
+        log.write(b"\nthe end\n")
+    assert "  | the end" in explain(tmp_path).splitlines()

@@ -77,3 +77,10 @@ def test_a_second_sigterm_ends_the_process():
         assert process.stdout.readline() == "asked\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == -signal.SIGTERM
+
+
+def test_an_error_that_ends_a_rank_does_not_steer_a_terminal():
+    code = "from fiberpo_megatron.trainer.stop import leave; leave(ValueError('half \\ud83d\\x1b[2J\\nline'))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and ended.stderr.splitlines()[-2:] == [r"fiberpo: rank ?: half \ud83d\x1b[2J", "line"]
+    assert "\x1b" not in ended.stderr
