@@ -232,6 +232,16 @@ class Objective(Protocol):
         """This says whether a token's coefficient depends on tokens of other trajectories."""
         ...
 
+    @property
+    def keys(self) -> Sequence[str]:
+        """These are the keys that a call must pass."""
+        ...
+
+    @property
+    def weighting(self) -> str:
+        """This is the objective's own kind of token weights, "seq-mean" or "token-mean"."""
+        ...
+
     def __call__(
         self,
         log_ratio: Tensor,

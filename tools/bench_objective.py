@@ -36,7 +36,7 @@ LOG_SIGMA = 0.8
 PARTITIONS = 8
 GROUP = 16
 DOMAINS = 6
-WITH_BASELINE = (*PRESET_LEVELS, "ppo", "grpo", "dapo", "gspo", "cispo", "apc", "reinforce")
+WITH_BASELINE = (*PRESET_LEVELS, "ppo", "grpo", "dapo", "gspo", "cispo", "apc", "apc-trajectory", "reinforce")
 """Objectives whose formula this file also has for padded tensors."""
 EPSILON = 0.05
 BUDGET = (0.12, 0.10)
@@ -74,6 +74,10 @@ class Result:
     peak_ratio: float
 
 
+SHARED_PREFIX = 8
+"""Tokens that all samples of a group begin with: the states that `apc` couples."""
+
+
 def make_packed(tokens: int, *, experts: bool, scale: float, device: str, seed: int = 0) -> Packed:
     """Draw log-normal lengths of mean MEAN_LENGTH, capped at 4 x that, and log ratios of deviation `scale`."""
     draw = torch.Generator().manual_seed(seed)
@@ -83,6 +87,7 @@ def make_packed(tokens: int, *, experts: bool, scale: float, device: str, seed: 
     lengths[-1] = (lengths[-1] + tokens - lengths.sum()).clamp(1, 4 * MEAN_LENGTH)
     trajectory = torch.repeat_interleave(torch.arange(count), lengths)
     size = trajectory.shape[0]
+    within = torch.arange(size) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     group = torch.arange(count) // GROUP
     domain = group % DOMAINS
     share = None
@@ -97,6 +102,7 @@ def make_packed(tokens: int, *, experts: bool, scale: float, device: str, seed: 
             "trajectory": trajectory.to(device),
             "prompt_group": group[trajectory].to(device),
             "domain": domain[trajectory].to(device),
+            "state": torch.where(within < SHARED_PREFIX, group[trajectory] * SHARED_PREFIX + within, -1).to(device),
         },
         share,
         lengths.to(device),
@@ -190,10 +196,20 @@ def padded_token(name: str, x: Tensor, advantages: Tensor, mu: Tensor, mask: Ten
         return (mu * ratio * advantages * mask).sum()
     if name == "cispo":
         return (mu * ratio.clamp(0.0, 5.0).detach() * advantages * x * mask).sum()
-    if name == "apc":
+    if name in ("apc", "apc-trajectory"):
         change = ratio - 1
         size = change.abs() * mask
-        bound = (mask.sum(1, keepdim=True) * sum(BUDGET) - (size.sum(1, keepdim=True) - size)).clamp(min=0)
+        if name == "apc":  # samples of a group share their first states; all others are alone
+            group = torch.arange(x.shape[0], device=x.device) // GROUP
+            shared = min(SHARED_PREFIX, x.shape[1])
+            table = x.new_zeros(int(group[-1]) + 1, shared)
+            samples, total = mask.to(x.dtype), size.clone()
+            samples[:, shared:] = 1.0
+            samples[:, :shared] = table.index_add(0, group, samples[:, :shared])[group]
+            total[:, :shared] = table.index_add(0, group, size[:, :shared])[group]
+        else:
+            samples, total = mask.sum(1, keepdim=True), size.sum(1, keepdim=True)
+        bound = (samples * sum(BUDGET) - (total - size)).clamp(min=0)
         return (mu * (1 + torch.maximum(torch.minimum(change, bound), -bound)) * advantages * mask).sum()
     upper = 1.28 if name == "dapo" else 1.2
     best = torch.minimum(ratio * advantages, ratio.clamp(0.8, upper) * advantages)

@@ -73,6 +73,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 GROUPS, SAMPLES, DOMAINS = 6, 4, 3
+SHARED_PREFIX = 6
 LEARNING_RATE, ADAM_EPS, CLIP_GRAD = 1e-2, 1e-3, 0.3
 """Settings of `--steps`. Adam divides by the gradient's size: an eps far below it would turn rounding noise of elements
 whose gradient is nearly zero into whole steps, in either run."""
@@ -140,9 +141,17 @@ class Gate:
         self.advantages = torch.from_numpy(problem.advantages[trajectory])
         self.weights = torch.from_numpy(1.0 / (len(problem.lengths) * responses[trajectory]))
         self.share = torch.from_numpy(problem.expert_share[index])
-        ids = {"trajectory": trajectory, "prompt_group": group, "domain": group % DOMAINS}
+        # As if the samples of a group began alike: their first tokens have states in common, on any rank.
+        place = (np.cumsum(problem.response_mask) - 1)[index] - (np.cumsum(responses) - responses)[trajectory]
+        state = np.where(place < SHARED_PREFIX, group * SHARED_PREFIX + place, -1)
+        ids = {"trajectory": trajectory, "prompt_group": group, "domain": group % DOMAINS, "state": state}
         self.keys = {name: torch.from_numpy(values) for name, values in ids.items()}
-        self.counts = {"trajectory": len(problem.lengths), "prompt_group": GROUPS, "domain": DOMAINS}
+        self.counts = {
+            "trajectory": len(problem.lengths),
+            "prompt_group": GROUPS,
+            "domain": DOMAINS,
+            "state": GROUPS * SHARED_PREFIX,
+        }
 
     def __call__(self, log_probs: Tensor, where: slice, reduce: Any) -> Tensor:
         device = log_probs.device

@@ -32,7 +32,7 @@ from fiberpo_megatron.fibration.registry import (
     registered_names,
 )
 from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating
-from fiberpo_megatron.fibration.sequence import APC, GSPO
+from fiberpo_megatron.fibration.sequence import APC, GSPO, APCTrajectory
 from fiberpo_megatron.fibration.token_clip import CISPO, DAPO, GRPO, PPO, Reinforce
 
 OBJECTIVES = registered_names()
@@ -45,6 +45,7 @@ PRESET_LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 __all__ = [
     "APC",
+    "APCTrajectory",
     "CISPO",
     "DAPO",
     "DEFAULT_BUDGETS",

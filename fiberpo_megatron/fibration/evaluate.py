@@ -116,6 +116,8 @@ class _Call:
         if self.statistics is not None:
             tables.update(self.statistics.first_tables())
         reduced = self._fused(tables)
+        if "nodes" in reduced:
+            self.rule.blind_lone_node(reduced["nodes"])
         if self.statistics is not None:
             self.statistics.after_first(reduced)
         return reduced, self.rule.prepare(

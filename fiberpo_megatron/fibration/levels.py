@@ -10,6 +10,8 @@ from dataclasses import dataclass
 EXPERT_KEY = "expert"
 TRAJECTORY_KEY = "trajectory"
 TURN_KEY = "turn"
+STATE_KEY = "state"
+"""Prompt and tokens before a token; -1 where the mini-batch has no other token after the same ones."""
 WITHIN_TRAJECTORY = frozenset((TRAJECTORY_KEY, TURN_KEY))
 """Keys each of whose ids belongs to one trajectory. A weight version, an engine or a domain spans several."""
 
@@ -96,6 +98,11 @@ def check_levels(levels: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]
             raise ValueError(f"a level must be a non-empty list of key names such as ['trajectory']; got {level!r}")
         if len(set(level)) != len(level):
             raise ValueError(f"level {level_name(level)!r} names a key twice; name each key once")
+        if STATE_KEY in level:
+            raise ValueError(
+                f"level {level_name(level)!r} has the key 'state', whose id of -1 stands for many states; only 'apc' "
+                "reads it, so name another key"
+            )
         if frozenset(level) in seen:
             raise ValueError(f"level {level_name(level)!r} occurs twice in the chain; keep one of them")
         seen[frozenset(level)] = level_name(level)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fiberpo_megatron.fibration.levels import level_name
 from fiberpo_megatron.fibration.runs import Runs, RunSlice
-from fiberpo_megatron.fibration.tokens import TokenBatch, table_size
+from fiberpo_megatron.fibration.tokens import LONE, TokenBatch, table_size
 
 MAX_TABLE_NODES = 1 << 24
 
@@ -125,9 +125,10 @@ def checked_size(name: str, ends: tuple[int, int], batch: TokenBatch, *, shared:
     if low < 0 or high >= size:
         bad = low if low < 0 else high
         at = int((batch.ids[name] == bad).nonzero()[0])
+        lone = name == batch.lone_key  # its ids from the number of nodes on were moved up by one
         raise ValueError(
-            f"keys[{name!r}][{at}] is {bad}, outside 0..{size - 1}; ids must be global, dense and "
-            f"below counts[{name!r}]"
+            f"keys[{name!r}][{at}] is {bad - (lone and bad > 0)}, outside 0..{size - 1 - lone}; ids must be global, "
+            f"dense and below counts[{name!r}]" + (f", or {LONE} for a token alone in its node" if lone else "")
         )
     return size
 

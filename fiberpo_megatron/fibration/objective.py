@@ -20,7 +20,7 @@ from fiberpo_megatron.fibration.levels import EXPERT_KEY, TRAJECTORY_KEY, inside
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.options import check_values
 from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating, Rule
-from fiberpo_megatron.fibration.tokens import make_batch, require_keys
+from fiberpo_megatron.fibration.tokens import make_batch, require_keys, with_lone_node
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class Objective(Rule):
             log_ratio: log pi_theta - log pi_old, [N], float32 or float64; clamped to +-20.
             advantages: A, [N].
             weights: mu >= 0, [N], summing to 1 over all ranks; a token of weight 0 is not in the sum.
-            keys: per key the token's global dense id, int64 or int32 [N]. "trajectory" also serves metrics.
+            keys: per key the token's global dense id, int64 or int32 [N]. "trajectory" also serves metrics. Objectives
+                with `lone_nodes` take -1 for a token that is alone in its node.
             expert_share: omega [N, P], rows sum to 1; ignored unless `uses_experts`. A rank without
                 tokens passes [0, P].
             reduce: sums a flat float64 tensor over the ranks that share the mini-batch, in place or by
@@ -140,6 +141,8 @@ class Objective(Rule):
                 counts=counts,
                 expert_share=expert_share if self.uses_experts else None,
             )
+            if self.lone_nodes:
+                batch = with_lone_node(batch, self.base_keys[0], shared=reduce is not None)
             return evaluate(self, batch, reduce, with_metrics=metrics, kernels=self.kernels)
 
     def surrogate(

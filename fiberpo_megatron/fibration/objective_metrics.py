@@ -57,20 +57,29 @@ class ChannelMetrics:
 
 @dataclass(frozen=True)
 class LevelMetrics:
-    """Describes the gate of one level; the five joint regimes are shares of nodes and sum to 1."""
+    """Describes the gate of one level; the five joint regimes of both channels are shares of nodes and sum to 1.
+
+    They are those of figure 2 and page 12 of arXiv:2603.08239.
+    """
 
     name: str
     nodes: int
     plus: ChannelMetrics
     minus: ChannelMetrics
     base_weight: Spread
+    total_variation: Spread
+    """Bound on the mean total variation between old and current policy over a node's tokens: sqrt(|S+ - S-| / 2), by
+    Pinsker's inequality as in claim 3.5 of arXiv:2603.08239, with the drift as the estimate of the divergence."""
     both_pass: float
+    """G-I."""
     one_rollback: float
-    """Exactly one channel in rollback, the other passing."""
+    """G-II,r: one channel is in rollback, the other passes."""
     one_zeroed: float
-    """Exactly one channel zeroed, the other passing or in rollback."""
+    """G-II: one channel is zeroed, the other passes."""
     both_rollback: float
+    """G-III,r: both channels are beyond their budgets, at least one of them in rollback."""
     both_zeroed: float
+    """G-III."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,8 @@ def _level_items(level: LevelMetrics) -> Iterator[tuple[str, float]]:
         yield f"{head}/s_{channel}/p99", values.aggregate.p99
     yield f"{head}/base_weight/mean", level.base_weight.mean
     yield f"{head}/base_weight/p99", level.base_weight.p99
+    yield f"{head}/total_variation/mean", level.total_variation.mean
+    yield f"{head}/total_variation/p99", level.total_variation.p99
     for regime in ("both_pass", "one_rollback", "one_zeroed", "both_rollback", "both_zeroed"):
         yield f"{head}/regime/{regime}", getattr(level, regime)
 
@@ -149,8 +160,8 @@ def level_metrics(gated: GatedTree) -> tuple[LevelMetrics, ...]:
             [
                 passed.all(0),
                 (rolled.sum(0) == 1) & (passed.sum(0) == 1),
-                zeroed.sum(0) == 1,
-                rolled.all(0),
+                (zeroed.sum(0) == 1) & (passed.sum(0) == 1),
+                ~passed.any(0) & rolled.any(0),
                 zeroed.all(0),
             ]
         )
@@ -160,7 +171,9 @@ def level_metrics(gated: GatedTree) -> tuple[LevelMetrics, ...]:
             ChannelMetrics(shares[c][0], shares[c][1], shares[c][2], spread(nodes.aggregate[c])) for c in (PLUS, MINUS)
         )
         size = nodes.mass.shape[0]
-        found.append(LevelMetrics(nodes.level.name, size, plus, minus, spread(level.log_weight.exp()), *regimes))
+        variation = (nodes.aggregate[PLUS] - nodes.aggregate[MINUS]).abs().mul(0.5).sqrt()
+        weights, variations = spread(level.log_weight.exp()), spread(variation)
+        found.append(LevelMetrics(nodes.level.name, size, plus, minus, weights, variations, *regimes))
     return tuple(found)
 
 

@@ -120,6 +120,13 @@ class Rule(ABC):
     """Number of values that the first reduction sums per node; 0 for an objective without node sums."""
     adjoint_terms: ClassVar[int] = 0
     """Number of values that the second reduction sums per node."""
+    lone_nodes: ClassVar[bool] = False
+    """Whether an id of -1 says that a token is alone in its node, which then takes no room in the tables of the
+    reductions. All such tokens share one more node, the last, whose sums arrive as NaN. Such an objective has one base
+    key."""
+    weighting: ClassVar[str] = "seq-mean"
+    """The token weights mu that the objective's paper has, "seq-mean" or "token-mean"; a run takes them unless its
+    config sets `algorithm.weighting`."""
 
     @property
     def base_keys(self) -> tuple[str, ...]:
@@ -163,6 +170,12 @@ class Rule(ABC):
             parents: ids of the coarser levels' nodes, as `tree.parent_tables` packs them.
             like: a token tensor of the call, for the dtype that node values must have.
         """
+
+    def blind_lone_node(self, sums: Tensor) -> Tensor:
+        """Set the sums [C, base_nodes, P] of the node of all lone tokens to NaN, where there is one; return them."""
+        if self.lone_nodes:
+            sums[:, -1] = float("nan")
+        return sums
 
     def require_kernel(self) -> str:
         """Return `kernel`. Raises ValueError when the objective has none."""

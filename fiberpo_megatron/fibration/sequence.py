@@ -1,4 +1,4 @@
-"""Define objectives with one ungated node sum per trajectory: GSPO and APC-Obj."""
+"""Define objectives with ungated node sums: GSPO, APC-Obj, and its coupling over a trajectory."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY, check_budget
+from fiberpo_megatron.fibration.levels import STATE_KEY, TRAJECTORY_KEY, check_budget
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.objective import Objective
 from fiberpo_megatron.fibration.options import Epsilon, pair
@@ -63,36 +64,30 @@ class _GSPOGating(Gating):
         return chunk.only_counted(values[0])
 
 
-@register("apc")
 @dataclass(frozen=True)
-class APC(Objective):
-    """Bounds how far a trajectory's ratios move in sum: APC-Obj (arXiv:2603.08239) over the tokens of a trajectory.
-
-    G_i = 1 + clip(r_i - 1, -B_i, B_i) with B_i = max(0, T delta - sum of the others' |r_j - 1|); T counts the
-    trajectory's tokens. With slack = T delta - sum of all |r_j - 1|, G = r while slack >= 0 and
-    |G_i - 1| = max(0, |r_i - 1| + slack) beyond.
-    """
+class _BoundedSum(Objective):
+    """Bounds the sum of |r - 1| over the tokens of each node: what `APC` and `APCTrajectory` share."""
 
     budgets: Mapping[str, Sequence[float]] | None = None
-    """The pair (C+, C-) of the level "trajectory", whose sum is delta. Unset: (0.12, 0.10)."""
+    """The pair (C+, C-) of the objective's one level, whose sum is delta. Unset: (0.12, 0.10)."""
 
-    kernel = "fiberpo_megatron.fibration.kernels.formulas:APC"
-    base_keys = (TRAJECTORY_KEY,)
+    level: ClassVar[str]
+    """Key that names the nodes."""
     node_terms = 2
     adjoint_terms = 1
 
     @cached_property
     def delta(self) -> float:
-        """Return the mean |r - 1| that a trajectory may reach before it is censored."""
-        given = {TRAJECTORY_KEY: (0.12, 0.10)} if self.budgets is None else self.budgets
-        if set(given) != {TRAJECTORY_KEY}:
-            raise ValueError(f"objective 'apc' reads exactly budgets['trajectory']; got {sorted(given)}")
+        """Return the mean |r - 1| that a node may reach before it is censored."""
+        given = {self.level: (0.12, 0.10)} if self.budgets is None else self.budgets
+        if set(given) != {self.level}:
+            raise ValueError(f"objective {self.name!r} reads exactly budgets[{self.level!r}]; got {sorted(given)}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # only the sum counts here
-            return sum(check_budget(TRAJECTORY_KEY, pair("budgets['trajectory']", given[TRAJECTORY_KEY])))
+            return sum(check_budget(self.level, pair(f"budgets[{self.level!r}]", given[self.level])))
 
     def check(self) -> None:
-        """Refuse budgets that are not a pair of positive numbers for the trajectory."""
+        """Refuse budgets that are not a pair of positive numbers for the objective's level."""
         _ = self.delta
 
     def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
@@ -100,28 +95,70 @@ class APC(Objective):
         return chunk.counted, chunk.only_counted(torch.expm1(chunk.log_ratio).abs_())
 
     def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> Gating:
-        """Return the gating that holds each trajectory's slack."""
+        """Return the gating that holds each node's slack."""
         assert sums is not None
-        return _APCGating((sums[0] * self.delta - sums[1]).unsqueeze(0), like)
+        slack = (sums[0] * self.delta - sums[1]).unsqueeze(0)
+        return _APCGating(slack, self.delta if self.lone_nodes else None, like)
+
+
+@register("apc")
+@dataclass(frozen=True)
+class APC(_BoundedSum):
+    """Bounds how far the policy moves in each state: APC-Obj (arXiv:2603.08239, definition 3.2).
+
+    G_i = 1 + clip(r_i - 1, -B_i, B_i) with B_i = max(0, T_s delta - sum of |r_j - 1| over the other samples of the same
+    state). The samples of a state s are the T_s tokens of the mini-batch that were drawn after the same prompt and the
+    same tokens; with free ratios the maximum is the sample-based update of TV-TRPO (theorem 3.3). A state that was
+    sampled once has the id -1, and B = delta. The paper's mu is 1/T over all T tokens.
+    """
+
+    level = STATE_KEY
+    base_keys = (STATE_KEY,)
+    lone_nodes = True
+    weighting = "token-mean"
+    kernel = "fiberpo_megatron.fibration.kernels.formulas:APC"
+
+
+@register("apc-trajectory")
+@dataclass(frozen=True)
+class APCTrajectory(_BoundedSum):
+    """Bounds how far a trajectory's ratios move in sum: a step of the derivation of FiberPO (arXiv:2603.08239, E.5.3).
+
+    G_i = 1 + clip(r_i - 1, -B_i, B_i) with B_i = max(0, T delta - sum of the others' |r_j - 1|); T counts the
+    trajectory's tokens. With slack = T delta - sum of all |r_j - 1|, G = r while slack >= 0 and
+    |G_i - 1| = max(0, |r_i - 1| + slack) beyond.
+    """
+
+    level = TRAJECTORY_KEY
+    base_keys = (TRAJECTORY_KEY,)
+    kernel = APC.kernel
 
 
 class _APCGating(Gating):
-    def __init__(self, slack: Tensor, like: Tensor) -> None:
+    def __init__(self, slack: Tensor, lone_bound: float | None, like: Tensor) -> None:
         self.dtype = like.dtype
+        self.lone_bound = lone_bound
         self.node_values: Tensor = slack.to(like.dtype)
 
     def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
-        change = torch.expm1(chunk.log_ratio)
-        slack = values[0]
+        change, (slack,) = torch.expm1(chunk.log_ratio), values
+        size = change.abs()
         free = torch.ge(slack, 0.0, out=torch.empty_like(slack))
-        censored = (change.abs() + slack).clamp_(min=0.0).mul_(change.sign()).add_(1.0)
+        reach = (size + slack).clamp_(min=0.0)
+        if self.lone_bound is not None:  # the slack of lone tokens' node is not a number (`Rule.lone_nodes`)
+            lone = slack.isnan()
+            bound = size.clamp(max=self.lone_bound)
+            free, reach = torch.where(lone, equal(bound, size), free), torch.where(lone, bound, reach)
         free_ratio = chunk.ratio * free
-        ratio = (1.0 - free).mul_(censored).add_(free_ratio)
+        ratio = (1.0 - free).mul_(reach.mul_(change.sign()).add_(1.0)).add_(free_ratio)
         gradient = free_ratio.mul_(chunk.weights).mul_(chunk.advantages)
         return GatedChunk(ratio, gradient, free, (self._pushed(chunk, change, slack),))
 
     def _pushed(self, chunk: Chunk, change: Tensor, slack: Tensor) -> Tensor:
-        """q_i = mu A sign(r_i - 1) where the bound B_i > 0 is what G_i follows."""
+        """q_i = mu A sign(r_i - 1) where the bound B_i > 0 is what G_i follows.
+
+        A lone token's bound does not depend on any ratio, and neither comparison holds for its slack.
+        """
         follows = torch.gt(change.abs() + slack, 0.0, out=torch.empty_like(slack))
         follows.mul_(torch.lt(slack, 0.0, out=torch.empty_like(slack)))
         return follows.mul_(chunk.weights).mul_(chunk.advantages).mul_(change.sign())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ MAX_LOG_RATIO = 20.0
 
 SHARE_TOLERANCE = 1e-4
 """How far a token's expert shares may sum from 1 (float32 counts are within 1e-6)."""
+
+LONE = -1
+"""Id of a token that is alone in its node, for objectives with `lone_nodes`."""
 
 MIN_TABLE_SIZE = 1024
 """Smallest node table per key when ranks must agree on its size without knowing `counts`."""
@@ -29,6 +32,8 @@ class TokenBatch:
     counts: Mapping[str, int] | None
     expert_share: Tensor | None
     """[N, P], rows sum to 1."""
+    lone_key: str | None = None
+    """The key whose last id, one more than the caller's, stands for the caller's -1."""
 
     @property
     def size(self) -> int:
@@ -105,6 +110,21 @@ def table_size(name: str, largest: int, counts: Mapping[str, int] | None, *, sha
     if not shared:
         return max(1, largest + 1)
     return int(max(MIN_TABLE_SIZE, 1 << max(0, largest).bit_length()))
+
+
+def with_lone_node(batch: TokenBatch, key: str, *, shared: bool) -> TokenBatch:
+    """Return the batch with one more id of `key`, which the tokens of id -1 get.
+
+    Other ids below 0 or from counts[key] on stay out of range, so that the check of ids refuses them.
+    """
+    counts = batch.counts
+    if counts is None:
+        largest = {name: int(ids.max()) if batch.size else -1 for name, ids in batch.ids.items()}
+        counts = {name: table_size(name, largest[name], None, shared=shared) for name in batch.ids}
+    size = table_size(key, 0, counts, shared=shared)
+    ids = batch.ids[key].long()
+    ids = torch.where(ids == LONE, size, ids + (ids >= size))
+    return replace(batch, ids={**batch.ids, key: ids}, counts={**counts, key: size + 1}, lone_key=key)
 
 
 def require_keys(keys: Mapping[str, Tensor] | None, names: Sequence[str], objective: str) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ def gate_bytes(config: Config) -> tuple[int, ...]:
     No formula is used: the objective itself, a user's own included, is called on one token per trajectory of a
     mini-batch, with a reduction that counts. Its tables have a row per node, so their size does not depend on the
     number of tokens. Where levels name turns, the plan counts one turn per trajectory; where they name weight versions
-    or engines, it counts one of them.
+    or engines, it counts one of them. For `apc` it counts one state that was sampled repeatedly, because how many there
+    are depends on the responses; a run reports the bytes in `gate/reduce_bytes`.
     """
     return _gate_bytes(
         config.algorithm.model_dump_json(),

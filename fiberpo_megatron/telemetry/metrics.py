@@ -59,6 +59,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("token/*", "token-level clipping", "share"),
     Metric("gate/time_share", "time in the gate, reductions included", "share"),
     Metric("gate/reduce_share", "time in the reductions of the gate", "share"),
+    Metric("gate/reduce_bytes", "size of the gate's reductions in an optimiser step", "bytes"),
+    Metric("gate/*/total_variation/*", "bound on the total variation of a node", ""),
     Metric("gate/*/nodes", "nodes of the level", ""),
     Metric("gate/*/s_plus/p99", "99th percentile of S+", "", "max"),
     Metric("gate/*/s_minus/p99", "99th percentile of S-", "", "max"),

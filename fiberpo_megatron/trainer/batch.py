@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fiberpo_megatron.data.packing import PackingEfficiency, assign_rows, pack, packing_efficiency, padded_lengths
+from fiberpo_megatron.fibration.levels import STATE_KEY
 from fiberpo_megatron.interfaces import Layout
 from fiberpo_megatron.telemetry.metrics import combine
 from fiberpo_megatron.trainer.settings import BatchConfig
+from fiberpo_megatron.trainer.states import state_ids
 from fiberpo_megatron.types import MicroBatch, RolloutBatch, concatenated_response_tokens
 
-SUPPLIED_KEYS = ("turn", "trajectory", "prompt_group", "domain", "weight_version", "engine")
+SUPPLIED_KEYS = ("turn", "trajectory", "prompt_group", "domain", "weight_version", "engine", "state")
 """Keys by which an objective may group tokens. Expert partitions are no key: a token belongs to several of them."""
 
 
@@ -29,7 +31,8 @@ class MiniBatch:
     weights: Tensor
     """float64 [n] mu: positive, summing to 1 over the mini-batch, over all ranks."""
     keys: dict[str, Tensor]
-    """int64 [n] per key (SUPPLIED_KEYS): dense ids inside the mini-batch."""
+    """int64 [n] per key (SUPPLIED_KEYS): dense ids inside the mini-batch; "state" is -1 for a state that was sampled
+    once, and there only where it was asked for."""
     counts: dict[str, int]
     """Number of ids of each key over all ranks."""
     rollout_log_probs: Tensor
@@ -46,18 +49,19 @@ def mini_batches(
     weighting: str,
     domains: int,
     layout: Layout,
+    states: bool = False,
 ) -> list[MiniBatch]:
     """Return the step's mini-batches: cut at group boundaries into `batch.mini_batches` parts and pack this rank's
     share of each.
 
     Which trajectories form a part does not depend on the layout. `advantages` is [B], `domains` the number of
-    domains.
+    domains; `states` asks for the key "state", which costs a search through the tokens.
     """
     edges = np.searchsorted(
         rollouts.groups, np.linspace(0, rollouts.groups[-1] + 1, batch.mini_batches + 1).round().astype(int)
     )
     return [
-        _mini_batch(rollouts, advantages, int(first), int(last), batch, weighting, domains, layout)
+        _mini_batch(rollouts, advantages, int(first), int(last), batch, weighting, domains, layout, states)
         for first, last in zip(edges[:-1], edges[1:])
         if first < last  # a part is empty where environments dropped so many groups that fewer are left than parts
     ]
@@ -72,12 +76,15 @@ def _mini_batch(
     weighting: str,
     domains: int,
     layout: Layout,
+    states: bool,
 ) -> MiniBatch:
     micro_batches, efficiency = pack_share(rollouts, range(first, last), batch, layout)
     tokens = concatenated_response_tokens(micro_batches).numpy()
     trajectory = np.searchsorted(rollouts.offsets, tokens, side="right") - 1
     weights = token_weights(rollouts.response_lengths[first:last], weighting)
     keys = token_keys(rollouts, first, last, domains)
+    if states:
+        keys[STATE_KEY] = state_ids(rollouts, first, last)
     return MiniBatch(
         micro_batches=micro_batches,
         packing=efficiency,
@@ -91,6 +98,8 @@ def _mini_batch(
 
 def token_keys(rollouts: RolloutBatch, first: int, last: int, domains: int) -> dict[str, tuple[NDArray[np.int64], int]]:
     """Return per key (dense ids of all tokens [N], number of ids) of the mini-batch of trajectories [first, last).
+
+    The key "state" is not among them (`states.state_ids`).
 
     Ids of tokens outside the mini-batch, and of tokens that are no response tokens, mean nothing.
     """

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fiberpo_megatron.fibration.levels import STATE_KEY
 from fiberpo_megatron.interfaces import (
     AdvantageEstimator,
     Checkpoints,
@@ -94,9 +95,10 @@ def learn(run: Training, rollouts: RolloutBatch) -> dict[str, float]:
             rollouts,
             estimate(run.advantage, rollouts),
             batch=run.batch,
-            weighting=run.algorithm.weighting,
+            weighting=run.algorithm.weighting or run.objective.weighting,
             domains=len(run.source.domains),
             layout=run.policy.layout,
+            states=STATE_KEY in run.objective.keys,
         )
     with run.source.training(publishes=True):
         metrics = optimise(

@@ -37,6 +37,8 @@ class ObjectiveGate:
     """Time spent in the objective, its reductions included."""
     reduce_seconds: float = 0.0
     """The part of it inside reductions: moving the node sums, and waiting for the slowest rank."""
+    reduce_bytes: int = 0
+    """Size of what the reductions summed."""
 
     def __call__(self, log_probs: Tensor, part: slice) -> Coefficients:
         self.seen.append(log_probs.detach())
@@ -76,6 +78,7 @@ class ObjectiveGate:
             began = time.perf_counter()
             out = reduce(sums)
             self.reduce_seconds += time.perf_counter() - began
+            self.reduce_bytes += sums.nbytes
             return out
 
         return timed
@@ -106,6 +109,7 @@ def optimise(
                 steps.append(_step(policy, objective, part, old, temperature, fresh))
     timers.add("gate", sum(gate.seconds for _, gate, _ in steps))
     timers.add("gate_reduce", sum(gate.reduce_seconds for _, gate, _ in steps))
+    metrics["gate/reduce_bytes"] = sum(gate.reduce_bytes for _, gate, _ in steps) / max(1, len(steps))
     return metrics | _summary([(outcome, recorded) for outcome, _, recorded in steps], parts)
 
 

@@ -78,9 +78,11 @@ def check_plugins(config: Config, resume: bool, environments: bool = True) -> No
 def recorded(config: Config, environments: Sequence[tuple[str, str | None]]) -> Config:
     """Return the config with the import path and version of every plug-in that is not this package's own.
 
-    `environments`: (import path, version) of each environment, as its worker said them.
+    The token weights that the objective chooses are written out as well. `environments`: (import path, version) of each
+    environment, as its worker said them.
     """
     values = config.model_dump(mode="json", exclude_none=True)
+    values["algorithm"].setdefault("weighting", make_objective(config).weighting)
     for values_of, (path, version) in zip(values["environments"], environments):
         if not path.startswith("fiberpo_megatron."):
             values_of |= {"use": path} | ({"version": version} if version else {})

@@ -16,8 +16,8 @@ class AlgorithmConfig(Section):
 
     objective: PluginConfig = PluginConfig(use="fiberpo")
     """What is maximised: fiberpo, fiberpo-domain, fiberpo-expert, fiberpo-expert-global, ppo, grpo, dapo, gspo, cispo,
-    apc, reinforce, or the import path of an objective of yours (docs/extending.md). `{use = "...", options = {...}}`
-    gives it options."""
+    apc, apc-trajectory, reinforce, or the import path of an objective of yours (docs/extending.md).
+    `{use = "...", options = {...}}` gives it options."""
     epsilon: float | tuple[float, float] | None = None
     """Token-level clip width (log ratio for fiberpo). A pair is (positive, non-positive advantage). Unset: the
     objective's default."""
@@ -36,8 +36,9 @@ class AlgorithmConfig(Section):
     """Bound c of the dual-clip overlay: tokens with A < 0 and x > 0 use max(r A, c A)."""
     unclip_positive: bool = False
     """Overlay: tokens with A > 0 and x < 0 use r A."""
-    weighting: Literal["seq-mean", "token-mean"] = "seq-mean"
-    """mu of a token: 1/(trajectories x its trajectory's tokens), or 1/tokens."""
+    weighting: Literal["seq-mean", "token-mean"] | None = None
+    """mu of a token: 1/(trajectories x its trajectory's tokens), or 1/tokens. Unset: what the objective's paper has,
+    which is token-mean for apc and seq-mean for the others."""
     advantage: PluginConfig = PluginConfig(use="group-mean")
     """Baseline that is subtracted from a reward: group-mean (the group's mean), leave-one-out (the mean of the others),
     none, or the import path of an estimator of yours."""
@@ -117,6 +118,9 @@ class CheckpointConfig(Section):
     asynchronous: bool = False
     """Copy the state to host memory and let a thread write it while training goes on. The checkpoint counts from the
     first step's end that finds it written; the run waits before the next save and before it ends."""
+    trust_others: bool = False
+    """Load checkpoints that other users own or may write to. Loading one executes nothing in any case, but whoever can
+    write a checkpoint decides the weights."""
 
     @model_validator(mode="after")
     def metric_has_a_kind(self) -> "CheckpointConfig":

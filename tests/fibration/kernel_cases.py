@@ -76,6 +76,8 @@ def hard_case(dtype: torch.dtype = torch.float64, *, partitions: int = 3, seed: 
     share = (share.to(dtype) / share.to(dtype).sum(1, keepdim=True)).contiguous()
     group = trajectory // 2
     ids = {"trajectory": trajectory, "prompt_group": group, "domain": group // 2}
+    place = torch.arange(n)  # every change of state is a run of its own, and a program of the interpreter
+    ids["state"] = torch.where((place < 24) | (place > n - 8), place % 5 + (place == 11) * 5, -1)
     return on_device(Case(x.to(dtype), advantages.to(dtype), weights.to(dtype), ids, share))
 
 

@@ -184,12 +184,18 @@ def slow_gspo(case: Case, epsilon: tuple[float, float]) -> tuple[Tensor, Tensor,
     return _finish(case, x, torch.stack(ratio))
 
 
-def slow_apc(case: Case, delta: float) -> tuple[Tensor, Tensor, Tensor]:
+def slow_apc(case: Case, delta: float, key: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of weight 0 are no samples; an id of -1 is a node of one token."""
     x = case.x.clone().requires_grad_(True)
     r = torch.exp(x)
     ratio = []
     for i in range(x.shape[0]):
-        same = [j for j in range(x.shape[0]) if case.ids["trajectory"][j] == case.ids["trajectory"][i]]
+        node = int(case.ids[key][i])
+        same = [
+            j
+            for j in range(x.shape[0])
+            if float(case.weights[j]) > 0 and (j == i or (node >= 0 and int(case.ids[key][j]) == node))
+        ]
         others = [(r[j] - 1).abs() for j in same if j != i]
         bound = len(same) * delta - sum(others, torch.zeros((), dtype=torch.float64))
         bound = bound if float(bound) > 0 else bound * 0.0
@@ -242,4 +248,6 @@ def random_case(seed: int, *, trajectories: int = 6, longest: int = 6, partition
     x = torch.randn(n, generator=draw, dtype=torch.float64) * scale
     x[torch.rand(n, generator=draw) < 0.15] = 0.0
     advantages = torch.randn(n, generator=draw, dtype=torch.float64)
+    states = torch.Generator().manual_seed(1000 + seed)  # -1 is a state that was sampled once
+    ids["state"] = torch.randint(-1, 4, (n,), generator=states)
     return Case(x, advantages, weights / weights.sum(), ids, share / share.sum(1, keepdim=True))

@@ -34,6 +34,6 @@ def tight(name: str, *, soft: bool = True) -> Objective:
         return build_objective(
             name, epsilon=0.1, budgets=dict.fromkeys(levels, TIGHT_BUDGET), expert_membership=membership
         )
-    if name == "apc":
-        return build_objective(name, budgets={"trajectory": (0.1, 0.1)})
+    if name in ("apc", "apc-trajectory"):
+        return build_objective(name, budgets={"state" if name == "apc" else "trajectory": (0.1, 0.1)})
     return build_objective(name)

@@ -109,11 +109,13 @@ def production_case(tokens: int) -> Case:
     trajectory = torch.arange(tokens) * 1024 // tokens
     share = torch.full((tokens, 8), 1 / 8, dtype=torch.float64)
     group = trajectory // 16
+    first = torch.cat([torch.ones(1, dtype=torch.bool), trajectory[1:] != trajectory[:-1]])
+    state = torch.where(first, group, -1)  # what `apc` sends grows with the states that were sampled repeatedly
     return Case(
         torch.zeros(tokens, dtype=torch.float64),
         torch.ones(tokens, dtype=torch.float64),
         torch.full((tokens,), 1 / tokens, dtype=torch.float64),
-        {"turn": trajectory, "trajectory": trajectory, "prompt_group": group, "domain": group % 6},
+        {"turn": trajectory, "trajectory": trajectory, "prompt_group": group, "domain": group % 6, "state": state},
         share,
     )
 

@@ -87,6 +87,20 @@ def test_zeroed_regimes() -> None:
     assert shares == pytest.approx([1 / 3, 0, 1 / 3, 0, 1 / 3])
 
 
+def test_a_zeroed_channel_beside_one_in_rollback_is_both_beyond() -> None:
+    """G-III,r of figure 2 of arXiv:2603.08239; two tokens roll back up to 1.5 times the budget."""
+    objective = build_objective("fiberpo", budgets={"trajectory": (0.1, 0.08)})
+    x = torch.tensor([0.25, -0.5, 0.25, -0.02, 0.02, -0.5], dtype=torch.float64)
+    out = objective(x, x, torch.full_like(x, 1 / 6), keys={"trajectory": torch.tensor([0, 0, 1, 1, 2, 2])})
+    found = out.metrics.as_dict()
+    shares = {regime: found[f"gate/trajectory/regime/{regime}"] for regime in REGIMES}
+    assert shares["both_rollback"] == shares["one_rollback"] == shares["one_zeroed"] == pytest.approx(1 / 3)
+    # claim 3.5: a mean log ratio of -e bounds the mean total variation by sqrt(e / 2)
+    bounds = [math.sqrt(0.125 / 2), math.sqrt(0.115 / 2), math.sqrt(0.24 / 2)]
+    assert found["gate/trajectory/total_variation/mean"] == pytest.approx(sum(bounds) / 3)
+    assert found["gate/trajectory/total_variation/p99"] == pytest.approx(max(bounds))
+
+
 def test_clip_shares_of_ppo() -> None:
     x = torch.log(torch.tensor([1.5, 1.1, 0.5, 0.5], dtype=torch.float64))
     advantages = torch.tensor([1.0, 1.0, -1.0, 1.0], dtype=torch.float64)

@@ -53,10 +53,51 @@ def test_gspo(seed: int, epsilon: tuple[float, float]) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("delta", [0.05, 0.2, 2.0])
-def test_apc(seed: int, delta: float) -> None:
+@pytest.mark.parametrize(("name", "key"), [("apc", "state"), ("apc-trajectory", "trajectory")])
+def test_apc(seed: int, delta: float, name: str, key: str) -> None:
     case = random_case(seed)
-    out = case.call(build_objective("apc", budgets={"trajectory": (0.6 * delta, 0.4 * delta)}))
-    close(out, slow_apc(case, delta))
+    case.weights[::5] = 0.0  # no samples of their state
+    out = case.call(build_objective(name, budgets={key: (0.6 * delta, 0.4 * delta)}))
+    ratio, gradient, value = slow_apc(case, delta, key)
+    nothing = case.weights == 0  # a token that is not in the sum has no gated ratio
+    out.gated_ratio[nothing] = ratio[nothing]
+    close(out, (ratio, gradient, value))
+
+
+def test_a_state_is_no_level() -> None:
+    with pytest.raises(ValueError, match="level 'state' has the key 'state'.*only 'apc' reads it"):
+        build_objective("fiberpo", levels=[["state"]], budgets={"state": (0.1, 0.08)})
+
+
+@pytest.mark.parametrize("counts", [None, {"state": 4}])
+@pytest.mark.parametrize(("bad", "seen"), [(-2, "is -2, outside 0..3"), (4, "is 4, outside 0..3")])
+def test_apc_refuses_ids_out_of_range(counts, bad: int, seen: str) -> None:
+    if counts is None and bad == 4:
+        pytest.skip("without counts the largest id decides")
+    x = torch.zeros(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=seen + ".*or -1 for a token alone"):
+        build_objective("apc")(x, x, x, keys={"state": torch.tensor([3, -1, bad])}, counts=counts)
+
+
+def test_lone_states_take_no_room_in_the_reductions() -> None:
+    sizes: list[int] = []
+    x = torch.full((1000,), 0.5, dtype=torch.float64)
+    state = torch.full((1000,), -1)
+    state[:6] = torch.tensor([0, 1, 2, 0, 1, 2])
+    out = build_objective("apc", budgets={"state": (0.1, 0.1)})(
+        x,
+        x,
+        x / 500,
+        keys={"state": state},
+        counts={"state": 3},
+        reduce=lambda table: sizes.append(table.numel()),
+        metrics=False,
+    )
+    assert sizes == [2 * (3 + 1), 1 * (3 + 1)]
+    assert torch.allclose(out.gated_ratio[6:], torch.tensor(1.2, dtype=torch.float64)), (
+        "the bound of one sample is delta"
+    )
+    assert not out.gradient[6:].any()
 
 
 def test_cispo_and_reinforce_by_hand() -> None:
@@ -118,33 +159,60 @@ def constrained_optimum(advantages: np.ndarray, budget: float) -> tuple[float, n
     return float(advantages.sum() - solution.fun), 1 + solution.x[:size] - solution.x[size:]
 
 
-def apc_value(ratio: np.ndarray, advantages: np.ndarray, delta: float) -> float:
+def apc_value(ratio: np.ndarray, advantages: np.ndarray, states: np.ndarray, delta: float) -> float:
     size = ratio.shape[0]
-    objective = build_objective("apc", budgets={"trajectory": (0.5 * delta, 0.5 * delta)})
+    objective = build_objective("apc", budgets={"state": (0.5 * delta, 0.5 * delta)})
     out = objective(
         torch.from_numpy(np.log(np.maximum(ratio, 1e-8))),
         torch.from_numpy(advantages),
         torch.ones(size, dtype=torch.float64),
-        keys={"trajectory": torch.zeros(size, dtype=torch.long)},
+        keys={"state": torch.from_numpy(states)},
     )
     return float(out.value)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 6), st.floats(0.01, 0.6), st.floats(0.01, 2.0))
-def test_apc_never_exceeds_the_constrained_optimum_and_reaches_it(
-    seed: int, size: int, delta: float, spread: float
+@given(
+    st.integers(0, 10_000),
+    st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    st.floats(0.01, 0.6),
+    st.floats(0.01, 2.0),
+)
+def test_apc_never_exceeds_the_trust_region_optimum_of_every_state_and_reaches_it(
+    seed: int, samples: list[int], delta: float, spread: float
 ) -> None:
+    """Theorem 3.3 of arXiv:2603.08239: with free ratios, the maximiser is the sample-based TV-TRPO update, which is one
+    linear programme per state. Samples of a state that drew the same action count as often as they occur."""
     draw = np.random.default_rng(seed)
-    advantages = draw.normal(size=size)
-    optimum, best = constrained_optimum(advantages, size * delta)
+    states = np.repeat(np.arange(len(samples)), samples)
+    advantages = draw.normal(size=states.size)
+    best = np.empty(states.size)
+    optimum = 0.0
+    for state, size in enumerate(samples):
+        found, best[states == state] = constrained_optimum(advantages[states == state], size * delta)
+        optimum += found
+    known = np.where(np.repeat(samples, samples) == 1, -1, states)  # a state that was sampled once
+    known[known >= 0] = np.unique(known[known >= 0], return_inverse=True)[1]
     for _ in range(5):
-        ratio = np.exp(draw.normal(size=size) * spread)
-        assert apc_value(ratio, advantages, delta) <= optimum + 1e-9
-        towards = best + draw.normal(size=size) * 0.05  # also close to the optimum
-        assert apc_value(np.maximum(towards, 1e-6), advantages, delta) <= optimum + 1e-6
+        ratio = np.exp(draw.normal(size=states.size) * spread)
+        assert apc_value(ratio, advantages, known, delta) <= optimum + 1e-9
+        towards = best + draw.normal(size=states.size) * 0.05  # also close to the optimum
+        assert apc_value(np.maximum(towards, 1e-6), advantages, known, delta) <= optimum + 1e-6
     # shrunk by 1e-9 so that rounding of the log ratio stays inside the constraint
-    assert apc_value(1 + (best - 1) * (1 - 1e-9), advantages, delta) == pytest.approx(optimum, abs=1e-6)
+    assert apc_value(1 + (best - 1) * (1 - 1e-9), advantages, known, delta) == pytest.approx(optimum, abs=1e-6)
+
+
+def test_equal_actions_of_a_state_are_bounded_as_often_as_they_were_drawn() -> None:
+    """The programme over distinct actions with multiplicities has the same optimum as the one over samples."""
+    advantages, times = np.array([1.0, -0.5, 0.25]), np.array([3, 1, 2])
+    delta = 0.1
+    size = times.sum()
+    cost = np.concatenate([-advantages * times, advantages * times])
+    bounds = [(0, None)] * 3 + [(0, 1)] * 3
+    solution = linprog(cost, A_ub=np.concatenate([times, times])[None], b_ub=[size * delta], bounds=bounds)
+    ratio = np.repeat(1 + solution.x[:3] - solution.x[3:], times)
+    found = apc_value(1 + (ratio - 1) * (1 - 1e-9), np.repeat(advantages, times), np.zeros(size, dtype=np.int64), delta)
+    assert found == pytest.approx(float((advantages * times).sum() - solution.fun), abs=1e-6)
 
 
 # ---- names, options and defaults ----
@@ -171,7 +239,8 @@ def test_defaults_work_without_a_warning(name: str) -> None:
             True,
             ("trajectory+expert", "prompt_group+expert", "domain+expert", "expert"),
         ),
-        *((name, False, False, ()) for name in ("ppo", "grpo", "dapo", "gspo", "cispo", "apc", "reinforce")),
+        ("apc", True, False, ()),
+        *((name, False, False, ()) for name in ("ppo", "grpo", "dapo", "gspo", "cispo", "apc-trajectory", "reinforce")),
     ],
 )
 def test_attributes(name: str, spans: bool, experts: bool, levels: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from fiberpo_megatron.trainer.batch import SUPPLIED_KEYS, mini_batches, token_keys
 from fiberpo_megatron.trainer.settings import BatchConfig
+from fiberpo_megatron.trainer.states import state_ids
 from fiberpo_megatron.types import RolloutBatch, concatenated_response_tokens
 from tests.trainer.toy import SingleLayout
 
@@ -34,7 +35,7 @@ def batch(seed: int) -> RolloutBatch:
 
 def plain_ids(rollouts: RolloutBatch, first: int, last: int) -> dict[str, dict[int, Any]]:
     """What each response token of the trajectories [first, last) belongs to, by flat index, counted in a loop."""
-    found: dict[str, dict[int, Any]] = {name: {} for name in SUPPLIED_KEYS}
+    found: dict[str, dict[int, Any]] = {name: {} for name in SUPPLIED_KEYS if name != "state"}
     turn = -1
     position = 0
     for trajectory, length in enumerate(rollouts.lengths.tolist()):
@@ -60,7 +61,7 @@ def plain_ids(rollouts: RolloutBatch, first: int, last: int) -> dict[str, dict[i
 def test_keys_are_those_of_a_loop_over_the_tokens(seed, first, last):
     rollouts = batch(seed)
     keys, wanted = token_keys(rollouts, first, last, DOMAINS), plain_ids(rollouts, first, last)
-    assert keys.keys() == wanted.keys() == set(SUPPLIED_KEYS)
+    assert keys.keys() == wanted.keys() == set(SUPPLIED_KEYS) - {"state"}
     for name, (ids, count) in keys.items():
         values = wanted[name]
         mine = {position: int(ids[position]) for position in values}
@@ -72,6 +73,60 @@ def test_keys_are_those_of_a_loop_over_the_tokens(seed, first, last):
         pairs = set(zip(values.values(), mine.values()))
         assert len(pairs) == count, f"{name}: ids and values must correspond one to one"
         assert [found for _, found in sorted(pairs)] == list(range(count)), f"{name}: ids follow the order of values"
+
+
+def alike(seed: int) -> RolloutBatch:
+    """Trajectories over two letters with prompts of one or two tokens, so that many states occur more than once."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, 9, 24)
+    prompts = rng.integers(1, 3, 24)
+    mask = np.concatenate(
+        [np.r_[np.zeros(p, bool), True, rng.random(n - p - 1) < 0.8] for p, n in zip(prompts, lengths)]
+    )
+    return RolloutBatch.filled(
+        tokens=rng.integers(0, 2, lengths.sum()),
+        response_mask=mask,
+        lengths=lengths,
+        groups=np.repeat(np.arange(8), 3),
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("first", "last"), [(0, 24), (3, 12), (6, 7)])
+def test_states_are_equal_prompts_with_equal_tokens_after_them(seed, first, last):
+    rollouts = alike(seed)
+    ids, count = state_ids(rollouts, first, last)
+    tokens_of: dict[tuple[int, bytes], list[int]] = {}
+    for trajectory in range(first, last):
+        begin = int(rollouts.offsets[trajectory])
+        mask = rollouts.response_mask[begin : begin + int(rollouts.lengths[trajectory])]
+        prompt = mask.tolist().index(True)
+        for at in np.flatnonzero(mask):
+            # (length of the prompt, everything before the token): "1 | 0" and "1 0 |" are two states
+            state = (prompt, rollouts.tokens[begin : begin + at].tobytes())
+            tokens_of.setdefault(state, []).append(begin + int(at))
+    repeated = [tokens for tokens in tokens_of.values() if len(tokens) > 1]
+    assert count == len(repeated) and (last - first < 2 or count > 3)
+    assert sorted({int(ids[tokens[0]]) for tokens in repeated}) == list(range(count))
+    assert all(len(set(ids[tokens].tolist())) == 1 for tokens in repeated)
+    known = [token for tokens in repeated for token in tokens]
+    assert (np.delete(ids, known) == -1).all(), "states that were sampled once, prompts and other mini-batches"
+
+
+def test_a_mini_batch_has_states_where_they_are_asked_for():
+    rollouts = alike(0)
+    common = {
+        "batch": BatchConfig(prompts=8, mini_batches=2, micro_batch_tokens=32),
+        "weighting": "token-mean",
+        "domains": 1,
+        "layout": SingleLayout(),
+    }
+    advantages = np.zeros(len(rollouts.lengths), np.float32)
+    for part, first, last in zip(mini_batches(rollouts, advantages, **common, states=True), (0, 12), (12, 24)):
+        ids, count = state_ids(rollouts, first, last)
+        tokens = concatenated_response_tokens(part.micro_batches)
+        assert part.keys["state"].tolist() == ids[tokens.numpy()].tolist() and part.counts["state"] == count > 0
+    assert "state" not in mini_batches(rollouts, advantages, **common)[0].keys
 
 
 def test_a_mini_batch_has_the_keys_of_its_tokens():

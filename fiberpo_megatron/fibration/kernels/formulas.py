@@ -171,9 +171,15 @@ def _apc_pushed(change, a, mu, slack):
 @triton.jit
 def _apc_gate(x, a, mu, values, OPTIONS: tl.constexpr):
     change, slack = _expm1(x), _apc_slack(values, x, OPTIONS)
+    size = tl.abs(change)
     free = slack >= 0
+    reach = tl.maximum(size + slack, 0.0)
+    if OPTIONS[1]:  # the slack of lone tokens' node is not a number
+        lone = slack != slack
+        bound = tl.minimum(size, tl.full((), OPTIONS[0], x.dtype))
+        free, reach = tl.where(lone, bound == size, free), tl.where(lone, bound, reach)
     raw = tl.exp(x)
-    ratio = tl.where(free, raw, tl.maximum(tl.abs(change) + slack, 0.0) * _sign(change) + 1.0)
+    ratio = tl.where(free, raw, reach * _sign(change) + 1.0)
     return ratio, tl.where(free, raw * mu * a, 0.0), free, (_apc_pushed(change, a, mu, slack),)
 
 
@@ -199,5 +205,5 @@ FIBER = Formulas(_fiber_terms, _fiber_gate, _fiber_finish, lambda it: (*it.bound
 PPO = Formulas(no_terms, _ppo_gate, no_finish, lambda it: (*it.bounds, it.dual_clip))
 CISPO = Formulas(no_terms, _cispo_gate, no_finish, lambda it: it.bounds)
 REINFORCE = Formulas(no_terms, _reinforce_gate, no_finish, lambda it: ())
-APC = Formulas(_apc_terms, _apc_gate, _apc_finish, lambda it: (it.delta,))
+APC = Formulas(_apc_terms, _apc_gate, _apc_finish, lambda it: (it.delta, it.lone_nodes))
 GSPO = Formulas(_gspo_terms, _gspo_gate, _gspo_finish, lambda it: (*it.bounds, None))

@@ -155,7 +155,10 @@ class _FusedCall:
             self.top = top.amax()
             if self.trajectories:
                 tables["trajectory_tokens"] = self.tokens_of
-        return fused_sum(tables, self.reduce)
+        reduced = fused_sum(tables, self.reduce)
+        if "nodes" in reduced:
+            self.rule.blind_lone_node(reduced["nodes"])
+        return reduced
 
     def second_pass(self, first: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Return the gated ratio, the direct gradient, this rank's value, and the second reduction's tables."""

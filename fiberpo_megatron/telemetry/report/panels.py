@@ -13,7 +13,7 @@ STATES = {"pass": "#7fc8a9", "rollback": "#f2b84b", "zeroed": "#d1495b"}
 REGIMES = {
     "both_pass": ("both pass", "#7fc8a9"),
     "one_rollback": ("one in rollback", "#f6d58a"),
-    "both_rollback": ("both in rollback", "#f2b84b"),
+    "both_rollback": ("both beyond, some in rollback", "#f2b84b"),
     "one_zeroed": ("one zeroed", "#e58b94"),
     "both_zeroed": ("both zeroed", "#b5303f"),
 }
