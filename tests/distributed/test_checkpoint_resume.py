@@ -31,6 +31,7 @@ from tests.distributed.parity import (
     pieces,
 )
 from tests.distributed.spawn import run_ranks
+from tests.variations import varied
 
 STATE = {"step": 2, "prompts": [3, 1], "text": "ü"}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -60,6 +61,8 @@ class Case:
     """Whether training goes on while the checkpoint is written."""
     model: str = "moe"
     """Key of MODELS."""
+    exhaustive: bool = False
+    """Whether only `make test-all` runs it."""
 
 
 BF16 = {"model": {"dtype": "bfloat16"}}
@@ -70,16 +73,16 @@ CASES = [
     Case("EP2", "EP2"),
     Case("VPP2", "VPP2"),
     Case("TP2", "EP2", 1e-6),
-    Case("1", "PP2", 1e-6),
-    Case("TP2xEP2", "DP2", 1e-6),
+    Case("1", "PP2", 1e-6, exhaustive=True),
+    Case("TP2xEP2", "DP2", 1e-6, exhaustive=True),
     Case("EP2", "EP2", sections=BF16),
     Case("TP2", "TP2", sections=PLAIN),
-    Case("EP2", "TP2", 1e-6, PLAIN),
+    Case("EP2", "TP2", 1e-6, PLAIN, exhaustive=True),
     Case("TP2xPP2", "EP4", 1e-6, BALANCED, model="deepseek"),
-    Case("1", "TP2xPP2", 1e-6),
-    Case("DP2", "EP2", 1e-6),
+    Case("1", "TP2xPP2", 1e-6, exhaustive=True),
+    Case("DP2", "EP2", 1e-6, exhaustive=True),
     Case("EP2", "EP2", sections=BALANCED, background=True, model="deepseek"),
-    Case("TP2", "TP2", sections=PLAIN, background=True),
+    Case("TP2", "TP2", sections=PLAIN, background=True, exhaustive=True),
     Case("VPP2", "1", 1e-6, background=True),
 ]
 
@@ -167,7 +170,7 @@ def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize(
     "case",
-    CASES,
+    varied(CASES, [case for case in CASES if not case.exhaustive]),
     ids=lambda case: (
         f"{case.saved} to {case.resumed}{' background' * case.background} {case.model} {case.sections or ''}"
     ),

@@ -78,8 +78,8 @@ def alone() -> dict[str, Any]:
     "parallel, recompute",
     [
         ({"tensor": 2}, FULL),
-        ({"pipeline": 2}, FULL),
-        ({"pipeline": 2}, SELECTIVE),
+        pytest.param({"pipeline": 2}, FULL, marks=pytest.mark.exhaustive),
+        pytest.param({"pipeline": 2}, SELECTIVE, marks=pytest.mark.exhaustive),
         ({"context": 2}, {}),
         ({"data": 2, "expert": 2}, {}),
         ({"pipeline": 2, "virtual_pipeline": 2}, SELECTIVE),
