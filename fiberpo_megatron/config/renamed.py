@@ -10,6 +10,8 @@ import tomli_w
 DEMO = "examples.demo.environments"
 """Where the built-in tasks of earlier versions live now."""
 _TASK_CLASSES = {"addition": f"{DEMO}:Addition", "sort": f"{DEMO}:Sort", "jsonl": "jsonl"}
+TRAJECTORY_APC = "apc-trajectory"
+"""What earlier versions called apc; today's apc couples the samples of a state."""
 _ALL = ("kind", "name", "weight")
 
 
@@ -31,13 +33,28 @@ def translated(values: Mapping[str, Any], source: Path | str) -> dict[str, Any]:
         values["data"] = {key: value for key, value in data.items() if key != "tasks"}
         tasks = data["tasks"] if isinstance(data["tasks"], list) else [data["tasks"]]
         new["environments"] = values["environments"] = [_environment(task) for task in tasks]
+    algorithm = values.get("algorithm")
+    if isinstance(algorithm, Mapping) and _bounds_trajectories(algorithm):
+        objective = algorithm["objective"]
+        changed = {**objective, "use": TRAJECTORY_APC} if isinstance(objective, Mapping) else TRAJECTORY_APC
+        new["algorithm"] = {"objective": changed}
+        values["algorithm"] = {**algorithm, "objective": changed}
     if new:
         warnings.warn(
-            f"{source} uses names of an earlier version; write instead of [rollouts] and data.tasks:\n\n"
+            f"{source} uses names of an earlier version; write instead of [rollouts], data.tasks and 'apc':\n\n"
             f"{tomli_w.dumps(_writable(new))}",
             stacklevel=2,
         )
     return values
+
+
+def _bounds_trajectories(algorithm: Mapping[str, Any]) -> bool:
+    """Whether the objective is the one that earlier versions called apc: it has a budget for trajectories."""
+    objective = algorithm.get("objective")
+    table = objective if isinstance(objective, Mapping) else {"use": objective}
+    options = table.get("options")
+    budgets = (algorithm.get("budgets"), options.get("budgets") if isinstance(options, Mapping) else None)
+    return table.get("use") == "apc" and any(isinstance(given, Mapping) and "trajectory" in given for given in budgets)
 
 
 def _environment(task: Any) -> Any:

@@ -110,6 +110,24 @@ def test_only_what_was_used_is_shown(tmp_path: Path):
     assert config.storage.dump and "environments" not in str(found[0].message).partition("\n\n")[2]
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        'objective = "apc"\nbudgets = {trajectory = [0.2, 0.1]}',
+        'objective = {use = "apc", options = {budgets = {trajectory = [0.2, 0.1]}}}',
+    ],
+)
+def test_a_budget_of_trajectories_belongs_to_what_apc_was(tmp_path: Path, written: str):
+    rest = '[model]\npath = "x"\n[[environments]]\nname = "a"\nuse = "x:A"\n'
+    with pytest.warns(UserWarning, match="apc-trajectory"):
+        config = load(tmp_path, f"{rest}[algorithm]\n{written}\n")
+    assert config.algorithm.objective.use == "apc-trajectory"
+    assert list(config.algorithm.objective_options()["budgets"]) == ["trajectory"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(tmp_path, f'{rest}[algorithm]\nobjective = "apc"\n').algorithm.objective.use == "apc"
+
+
 def test_overrides_of_old_configs_take_the_old_names(tmp_path: Path):
     with pytest.warns(UserWarning):
         config = load(tmp_path, OLD, "--data.tasks.0.digits", "1", "--rollouts.dump", "false")

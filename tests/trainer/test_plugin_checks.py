@@ -54,6 +54,18 @@ def test_only_plug_ins_from_outside_are_recorded_by_their_path(tmp_path: Path):
     assert [(e.use, e.version) for e in found] == [("jsonl", None), ("mine.numbers:Numbers", "mine 1.2")]
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "weighting"),
+    [
+        ({"objective": "apc"}, "token-mean"),
+        ({"objective": "grpo"}, "seq-mean"),
+        ({"objective": "apc", "weighting": "seq-mean"}, "seq-mean"),
+    ],
+)
+def test_the_token_weights_that_the_objective_chose_are_recorded(tmp_path: Path, algorithm, weighting: str):
+    assert recorded(config(tmp_path, algorithm=algorithm), []).algorithm.weighting == weighting
+
+
 def test_a_run_resumes_with_the_versions_that_it_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The optimizer's package was upgraded since: the message names both versions, and how to accept the new one."""
     (tmp_path / "mine_of_version.py").write_text(
