@@ -21,6 +21,7 @@ from time import monotonic, monotonic_ns
 from typing import Any
 
 from fiberpo_megatron.environments import Outcome, Split, Task, Trajectory, Turn, wire
+from fiberpo_megatron.environments.failure_log import FailureLog
 from fiberpo_megatron.environments.jobs import ConversationJob, Job, Say
 from fiberpo_megatron.environments.process import WorkerLog, interpreter
 from fiberpo_megatron.environments.results import Description, EnvironmentFailed, Failure, FailureKind
@@ -54,6 +55,7 @@ class EnvironmentPool:
         self._config = config
         self._folder = folder
         self._prefix = f"{config.name}_rank{rank:05d}"
+        self._failures = FailureLog(folder and folder / f"{self._prefix}.failures.jsonl")
         self._slots: list[Slot] = []
         self._waiting_calls: deque[Job] = deque()
         self._waiting_runs: deque[Job] = deque()
@@ -368,11 +370,10 @@ class EnvironmentPool:
         failure = Failure(kind, f"environment {self._config.name!r}: {job.what} failed ({kind}): {message}", trace)
         self._counts["failures"] += 1
         self._counts[f"failures/{kind}"] += 1
-        if self._folder is not None:
-            task = None if job.task is None else wire.task_to_json(job.task)
-            line = {"call": job.what, "task": task, "seed": job.seed, **asdict(failure)}
-            with (self._folder / f"{self._prefix}.failures.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        task = None if job.task is None else wire.task_to_json(job.task)
+        record = {"call": job.what, "task": task, "seed": job.seed, **asdict(failure)}
+        if not self._failures.write(record):
+            self._counts["failures/not_written"] += 1
         job.future.set_result(failure)
 
     async def _watch(self) -> None:

@@ -38,6 +38,8 @@ class FrameRefused(Exception):
 class WorkerLog:
     """Keeps the first part of what the processes of one worker print in a file, and drops the rest.
 
+    A disk that does not take it does not end the run: what is printed is dropped after one warning on stderr.
+
     path: None keeps no file.
     """
 
@@ -50,10 +52,19 @@ class WorkerLog:
         if self._path is None or self._left <= 0 or not data:
             return
         self._left -= len(data)
-        with self._path.open("ab") as file:
-            file.write(data[: self._left + len(data)])
-            if self._left <= 0:
-                file.write(b"\n(what was printed after this is not kept)\n")
+        try:
+            with self._path.open("ab") as file:
+                file.write(data[: self._left + len(data)])
+                if self._left <= 0:
+                    file.write(b"\n(what was printed after this is not kept)\n")
+        except OSError as error:
+            self._left = 0
+            print(
+                f"WARNING: {self._path} cannot be written ({error.strerror}): what the worker prints from now on is not "
+                "kept. Make room, or make the folder writable",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class WorkerProcess:
