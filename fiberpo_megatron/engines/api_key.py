@@ -1,4 +1,8 @@
-"""A server refuses requests without its key, which travels by file (mode 0600), never by command line or log."""
+"""A server refuses requests without its key, which no command line, environment or log shows.
+
+A server that a run starts gets its key through a pipe. Keys in files (mode 0600) are those of given servers, and of the
+engines of a SLURM job, which are on other machines.
+"""
 
 import os
 import secrets
@@ -10,10 +14,13 @@ def new_key() -> str:
     return secrets.token_urlsafe(32)
 
 
-def write_key(path: Path, key: str) -> None:
-    """Write the key to a new file that only its owner can read."""
-    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-        file.write(f"{key}\n")
+def key_pipe(key: str) -> int:
+    """Return a file descriptor from which one process can read the key once, as a line; close it after the start of
+    that process."""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as file:
+        file.write(f"{key}\n")  # a pipe takes it at once: it is far shorter than what the kernel holds for a reader
+    return reader
 
 
 def read_key(path: Path) -> str:

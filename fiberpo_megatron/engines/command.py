@@ -113,11 +113,12 @@ def sglang_version(python: str) -> str | None:
 
 
 def server_environment(
-    parent: Mapping[str, str], config: EngineConfig, server: Server, key_file: Path | None
+    parent: Mapping[str, str], config: EngineConfig, server: Server, key: int | None
 ) -> dict[str, str]:
     """Return the parent's environment without the variables of its own launcher, with those that the server needs.
 
-    `key_file` holds the API key, which must appear neither in the environment nor on the command line.
+    `key` is the file descriptor from which the server reads its API key, which must appear neither in the environment
+    nor on the command line.
     """
     environment = without_launcher(parent)
     environment["PYTHONUNBUFFERED"] = "1"
@@ -128,8 +129,8 @@ def server_environment(
     interface = interface_of(server.host)
     if interface is not None:  # gloo would listen on the address of the host's name, whoever can reach that
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)
-    if key_file is not None:
-        environment["FIBERPO_API_KEY_FILE"] = str(key_file)
+    if key is not None:
+        environment["FIBERPO_API_KEY_FD"] = str(key)
     if server.gpu:
         return environment
     return environment | {

@@ -12,6 +12,7 @@ from fiberpo_megatron.engines.client import EngineAddress
 from fiberpo_megatron.engines.errors import EngineStartError
 from fiberpo_megatron.printable import json_line
 
+KEY = "api_key"
 POLL_S = 0.2
 SLACK_S = 60.0
 """Added to the servers' own deadline, so that a server that is late can report this first."""
@@ -21,14 +22,15 @@ SLACK_S = 60.0
 class Registry:
     """Reads and writes the folder of one job, in which the hosts that start engines report to the run.
 
-    `hosts` names these machines, one per line; `api_key` (mode 0600) holds the servers' key. For each host that has
-    finished starting there is <host>.json, with the addresses of its healthy servers or with the error.
+    `hosts` names these machines, one per line; `api_key` (mode 0600) holds the servers' key until all of them and the
+    run have read it. For each host that has finished starting there is <host>.json, with the addresses of its healthy
+    servers or with the error.
     """
 
     folder: Path
 
     def key(self) -> str:
-        return read_key(self.folder / "api_key")
+        return read_key(self.folder / KEY)
 
     def hosts(self) -> list[str]:
         path = self.folder / "hosts"
@@ -51,7 +53,10 @@ class Registry:
             file.write(json_line(record))
 
     def wait(self, timeout_s: float) -> list[EngineAddress]:
-        """Return the servers of all hosts, in the order of `hosts`.
+        """Return the servers of all hosts, in the order of `hosts`, and delete the file with their key.
+
+        The run that calls this has the lock of its folder, so key files of other jobs in it are deleted as well: they
+        belong to jobs that were killed.
 
         Raises EngineStartError when a host reports a failure, and when some have reported nothing after `timeout_s`.
         """
@@ -65,6 +70,8 @@ class Registry:
                     f"See their logs in {self.folder.parent}; raise rollout.engine.start_timeout_s if they still load",
                 )
             time.sleep(POLL_S)
+        for path in self.folder.parent.parent.glob(f"*/{self.folder.name}/{KEY}"):
+            path.unlink(missing_ok=True)
         return [engine for host in hosts for engine in self._engines(host, key)]
 
     def _engines(self, host: str, key: str) -> list[EngineAddress]:

@@ -1,11 +1,9 @@
 """This module starts SGLang servers on this machine and stops them, or checks those whose addresses are given."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,15 +14,15 @@ import httpx
 import torch
 
 from fiberpo_megatron.engines.addresses import free_ports, is_free
-from fiberpo_megatron.engines.api_key import write_key
+from fiberpo_megatron.engines.api_key import key_pipe
 from fiberpo_megatron.engines.client import KEY_FIX, EngineAddress
 from fiberpo_megatron.engines.command import Server, interpreter, server_command, server_environment, sglang_version
 from fiberpo_megatron.engines.errors import EngineRefused, EngineStartError, EngineUnreachable
 from fiberpo_megatron.engines.settings import EngineConfig
+from fiberpo_megatron.engines.temporary import TemporaryFolder, make_temporary, remove_leftovers
 
 POLL_S = 0.1
 CHECK_TIMEOUT_S = 30.0
-TEMPORARY = "fiberpo-engine-"
 ONE_TOKEN = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
 LAUNCHER = Path(__file__).with_name("launcher.py")
 
@@ -141,8 +139,7 @@ class EngineProcess:
 
     address: EngineAddress
     process: "subprocess.Popen[bytes]"
-    temporary: Path
-    """Its sockets and other temporary files, which SGLang leaves behind."""
+    temporary: TemporaryFolder
 
     def wait_until_healthy(self, deadline: float) -> None:
         """Return once the server has generated a token, and has refused to do so without the API key.
@@ -182,23 +179,32 @@ class EngineProcess:
 
 def start_server(server: Server, config: EngineConfig, log: Path, api_key: str | None = None) -> EngineProcess:
     """Start one server in a separate process group; it dies with this process, even when that is killed with
-    SIGKILL."""
+    SIGKILL.
+
+    The API key goes through a pipe, so that it is in no file that could stay behind.
+    """
     command = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *server_command(server, config)]
-    temporary = tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-")  # mode 0700
-    key_file = Path(temporary) / "api_key" if api_key else None
-    if key_file and api_key:
-        write_key(key_file, api_key)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=server_environment(os.environ, config, server, key_file) | {"TMPDIR": temporary},
-            start_new_session=True,
-        )
+    temporary = make_temporary()
+    key = key_pipe(api_key) if api_key else None
+    try:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=server_environment(os.environ, config, server, key) | {"TMPDIR": str(temporary.path)},
+                pass_fds=() if key is None else (key,),
+                start_new_session=True,
+            )
+    except BaseException:
+        temporary.remove()
+        raise
+    finally:
+        if key is not None:
+            os.close(key)
     address = EngineAddress(f"http://{server.host}:{server.port}", log, api_key)
-    return EngineProcess(address, process, Path(temporary))
+    return EngineProcess(address, process, temporary)
 
 
 def stop_all(started: Sequence[EngineProcess]) -> None:
@@ -211,15 +217,7 @@ def stop_all(started: Sequence[EngineProcess]) -> None:
             os.killpg(engine.process.pid, signal.SIGKILL)
     for engine in started:
         engine.process.wait()
-        shutil.rmtree(engine.temporary, ignore_errors=True)
-
-
-def remove_leftovers() -> None:
-    """Remove temporary files of engines whose run was killed before it could remove them."""
-    for left in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*-*"):
-        run = left.name.removeprefix(TEMPORARY).partition("-")[0]
-        if run.isdigit() and not Path(f"/proc/{run}").exists():
-            shutil.rmtree(left, ignore_errors=True)
+        engine.temporary.remove()
 
 
 def _generates(http: httpx.Client, timeout_s: float) -> bool:

@@ -59,12 +59,12 @@ def test_the_launchers_variables_do_not_reach_the_server():
     """Under torchrun the server's own rendezvous would join the trainer's store and hang."""
     parent = {"RANK": "1", "MASTER_PORT": "5", "TORCHELASTIC_USE_AGENT_STORE": "True", "HOME": "/h", "PYTHONPATH": "/p"}
     where = server(Path("/m"), gpu=True)
-    gpu = server_environment(parent, EngineConfig(), where, key_file=Path("/private/key"))
+    gpu = server_environment(parent, EngineConfig(), where, key=7)
     assert not set(gpu) & {"RANK", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"}
     assert gpu["HOME"] == "/h" and gpu["PYTHONPATH"] == f"{PLUGIN}:/p"
-    assert gpu["FIBERPO_API_KEY_FILE"] == "/private/key" and gpu["GLOO_SOCKET_IFNAME"] == "lo"
-    cpu = server_environment(parent, EngineConfig(threads=2), replace(where, gpu=False), key_file=None)
-    assert "FIBERPO_API_KEY_FILE" not in cpu
+    assert gpu["FIBERPO_API_KEY_FD"] == "7" and gpu["GLOO_SOCKET_IFNAME"] == "lo"
+    cpu = server_environment(parent, EngineConfig(threads=2), replace(where, gpu=False), key=None)
+    assert "FIBERPO_API_KEY_FD" not in cpu
     assert cpu["PYTHONPATH"] == f"{PLUGIN}:{CPU_STAND_INS}:/p" and cpu["OMP_NUM_THREADS"] == "2"
     assert (CPU_STAND_INS / "triton" / "__init__.py").is_file()
 

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -17,8 +16,9 @@ import pytest
 from fiberpo_megatron.engines.client import EngineAddress, Sampling
 from fiberpo_megatron.engines.errors import EngineRefused, EngineStartError, EngineUnreachable
 from fiberpo_megatron.engines.pool import EnginePool
-from fiberpo_megatron.engines.servers import EngineProcess, check_reachable, engines, remove_leftovers, stop_all
+from fiberpo_megatron.engines.servers import EngineProcess, check_reachable, engines, stop_all
 from fiberpo_megatron.engines.settings import EngineConfig
+from fiberpo_megatron.engines.temporary import make_temporary, remove_leftovers
 from fiberpo_megatron.rollout.sampler import EngineSampler
 from tests.rollout.in_order import in_order
 
@@ -56,8 +56,7 @@ def sleeper(tmp_path):
     code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(600)"
     child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", code, child], start_new_session=True)
-    (tmp_path / "temporary").mkdir()
-    engine = EngineProcess(EngineAddress("http://127.0.0.1:9", log), process, tmp_path / "temporary")
+    engine = EngineProcess(EngineAddress("http://127.0.0.1:9", log), process, make_temporary())
     yield engine
     stop_all([engine])
 
@@ -80,7 +79,7 @@ def test_stop_takes_the_whole_group(sleeper):
     wait_for(lambda: len(members(group)) == 2)
     stop_all([sleeper])
     wait_for(lambda: not members(group))
-    assert not sleeper.temporary.exists()
+    assert not sleeper.temporary.path.exists()
 
 
 @pytest.mark.sglang
@@ -150,6 +149,7 @@ def test_kill_9_of_the_run_takes_the_server_along_and_a_waiting_sampler_says_so(
     assert len(members(server)) >= 3, "server, scheduler and detokenizer"
     address = EngineAddress(url, tmp_path / "engine_0.log", KEY)
     check_key(address)
+    temporary = Path(psutil.Process(server).environ()["TMPDIR"])
     listening = {c.laddr.ip for pid in members(server) for c in psutil.Process(pid).net_connections() if not c.raddr}
     assert listening == {"127.0.0.1"}
     threading.Timer(1.0, run.kill).start()
@@ -160,8 +160,10 @@ def test_kill_9_of_the_run_takes_the_server_along_and_a_waiting_sampler_says_so(
         in_order(EngineSampler(pool, Sampling(500), max_concurrent=64, vocabulary=64), [[2, 3, 4]] * 8, 4)
     run.wait()
     wait_for(lambda: not members(server))
+    left = [path for path in temporary.rglob("*") if path.is_file()]
+    assert temporary.is_dir() and not [path for path in left if KEY.encode() in path.read_bytes()]
     remove_leftovers()
-    assert not list(Path(tempfile.gettempdir()).glob(f"fiberpo-engine-{run.pid}-*"))
+    assert not temporary.exists()
 
 
 def stat(pid: int) -> list[str]:

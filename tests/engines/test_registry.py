@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from fiberpo_megatron import durable
-from fiberpo_megatron.engines.api_key import write_key
 from fiberpo_megatron.engines.client import EngineAddress
 from fiberpo_megatron.engines.errors import EngineStartError
 from fiberpo_megatron.engines.registry import Registry
@@ -14,10 +13,11 @@ from fiberpo_megatron.engines.registry import Registry
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    folder = tmp_path / "engines"
-    folder.mkdir()
+    folder = tmp_path / "slurm/7.1/engines"
+    folder.mkdir(parents=True)
     (folder / "hosts").write_text("n3\nn4\n")
-    write_key(folder / "api_key", "secret")
+    (folder / "api_key").write_text("secret\n")
+    (folder / "api_key").chmod(0o600)
     return Registry(folder)
 
 
@@ -30,6 +30,21 @@ def test_addresses_come_in_the_order_of_the_hosts_with_the_key(registry: Registr
     assert [e.url for e in found] == ["http://n3:1", "http://n3:2", "http://n4:1"]
     assert {e.api_key for e in found} == {"secret"} and found[2].log == log
     assert "secret" not in "".join(p.read_text() for p in registry.folder.glob("*.json"))
+
+
+def test_no_key_stays_once_all_have_read_it(registry: Registry, tmp_path: Path):
+    """Neither this job's, nor that of one which was killed while it started."""
+    killed, other = tmp_path / "slurm/6.0/engines/api_key", tmp_path / "slurm/6.0/engines/hosts"
+    killed.parent.mkdir(parents=True)
+    killed.touch()
+    other.touch()
+    registry.register("n3", [EngineAddress("http://n3:1")])
+    with pytest.raises(EngineStartError):
+        registry.wait(0.1)
+    assert (registry.folder / "api_key").exists(), "n4 has not read it yet"
+    registry.register("n4", [EngineAddress("http://n4:1")])
+    registry.wait(30)
+    assert not list(tmp_path.rglob("api_key")) and other.exists()
 
 
 def test_who_is_missing_is_named_after_the_deadline(registry: Registry):

@@ -6,18 +6,19 @@ each hook is for.
 
 import os
 import socket
-from pathlib import Path
 from typing import Any
 
-KEY_FILE = "FIBERPO_API_KEY_FILE"
+KEY_FD = "FIBERPO_API_KEY_FD"
+"""Environment variable with the file descriptor of a pipe, from which the key can be read once."""
 
 _kept: list[Any] = []
 """The rendezvous store, which must live as long as the process."""
 
 
 def _with_key(server_args: Any, *args: object, **kwargs: object) -> Any:
-    """Return the parsed arguments with the API key of the file; anybody on the machine could read a command line."""
-    server_args.api_key = Path(os.environ[KEY_FILE]).read_text().strip()
+    """Return the parsed arguments with the API key of the pipe; anybody on the machine could read a command line."""
+    with os.fdopen(int(os.environ[KEY_FD])) as pipe:
+        server_args.api_key = pipe.readline().strip()
     return server_args
 
 
@@ -43,7 +44,7 @@ def register() -> None:
     """Register the hooks; SGLang calls this entry point."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    if KEY_FILE in os.environ:
+    if KEY_FD in os.environ:
         HookRegistry.register("sglang.srt.server_args.prepare_server_args", _with_key, HookType.AFTER)
         HookRegistry.register("sglang.srt.entrypoints.engine._server_args_for_logging", _without_key, HookType.AFTER)
     HookRegistry.register(
