@@ -179,9 +179,10 @@ class EngineClient:
         """
         if seeds is not None and len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; pass one seed per prompt")
+        seed_of: Sequence[int | None] = [None] * len(prompts) if seeds is None else seeds
         request: dict[str, object] = {
             "input_ids": [list(prompt) for prompt in prompts],
-            "sampling_params": [sampling.as_json(seed) for seed in seeds or [None] * len(prompts)],
+            "sampling_params": [sampling.as_json(seed) for seed in seed_of],
             "return_logprob": True,
             "stream": False,
         }

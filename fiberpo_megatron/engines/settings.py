@@ -14,8 +14,9 @@ class EngineConfig(Section):
     """These settings hold either the addresses of running SGLang servers, or how to start servers."""
 
     urls: list[str] = []
-    """Addresses of running servers (http://host:port, or https). Empty: the run starts `count` servers itself. Servers
-    that change the distribution of the tokens by themselves (--preferred-sampling-params and the like) are refused."""
+    """Addresses of running servers (http://host:port, or https). Empty: the run starts `count` servers itself. A
+    server that was started with arguments which change the distribution of its tokens, such as
+    --preferred-sampling-params, is refused."""
     api_key_file: Path | None = None
     """File (mode 0600) with the API key of the servers in `urls`. Servers that the run starts get a fresh key each run
     when this is unset."""

@@ -21,6 +21,7 @@ from time import monotonic, monotonic_ns
 from typing import Any
 
 from fiberpo_megatron.environments import Outcome, Split, Task, Trajectory, Turn, wire
+from fiberpo_megatron.environments.budget import StepBudget
 from fiberpo_megatron.environments.failure_log import FailureLog
 from fiberpo_megatron.environments.jobs import ConversationJob, Job, Say
 from fiberpo_megatron.environments.process import WorkerLog, interpreter
@@ -60,6 +61,8 @@ class EnvironmentPool:
         self._waiting_calls: deque[Job] = deque()
         self._waiting_runs: deque[Job] = deque()
         self._counts: Counter[str] = Counter()
+        self._budgets: dict[StepBudget, set[Job]] = {}
+        """Jobs that have not ended, by the budget of their step."""
         self._jobs = 0
         self._call_s = 2 * QUEUE_S
         """Running median of the time that a call takes in a worker; a mean would follow a busy machine's pauses."""
@@ -171,8 +174,8 @@ class EnvironmentPool:
                 job.future.set_exception(EnvironmentFailed(self._ended))
 
     def take_counts(self) -> Counter[str]:
-        """Return what was counted since the last call: `failures`, `failures/KIND`, `restarted` conversations and
-        `worker_deaths`."""
+        """Return what was counted since the last call: `failures`, `failures/KIND`, `restarted` conversations,
+        `worker_deaths`, and `cut_by_budget`, the failures for which a step's budget was spent."""
         counts, self._counts = self._counts, Counter()
         return counts
 
@@ -215,17 +218,23 @@ class EnvironmentPool:
             for job in jobs:
                 self._release(job)
 
-    async def score(self, task: Task, turn: Turn, *, seed: int) -> Outcome | Failure:
-        """Return what the class's `score` says about an answer."""
+    async def score(
+        self, task: Task, turn: Turn, *, seed: int, sample: int | None = None, budget: StepBudget | None = None
+    ) -> Outcome | Failure:
+        """Return what the class's `score` says about an answer.
+
+        sample: which of the task's trajectories it is, for the record of a failure. budget: the time of its step.
+        """
         fields = {"task": wire.task_to_json(task), "turn": wire.turn_to_json(turn), "seed": seed}
-        return await self._result(
-            self._job(
-                Kind.SCORE, fields, f"score() of task {task.id}", task, seed, lambda value: _outcome(value, "score()")
-            )
-        )
+
+        def decode(value: Any) -> Outcome:
+            return _outcome(value, "score()")
+
+        what = f"score() of task {task.id}"
+        return await self._result(self._job(Kind.SCORE, fields, what, task, seed, decode, sample, budget))
 
     async def score_group(
-        self, task: Task, trajectories: Sequence[Trajectory], *, seed: int
+        self, task: Task, trajectories: Sequence[Trajectory], *, seed: int, budget: StepBudget | None = None
     ) -> list[Outcome] | Failure:
         """Return what the class's `score_group` says about all trajectories of a task, in their order."""
         count = len(trajectories)
@@ -240,9 +249,18 @@ class EnvironmentPool:
                 raise InvalidReply(f"score_group() gave no list of {count} outcomes")
             return [_outcome(value, "score_group()") for value in values]
 
-        return await self._result(self._job(Kind.GROUP, fields, f"score_group() of task {task.id}", task, seed, decode))
+        what = f"score_group() of task {task.id}"
+        return await self._result(self._job(Kind.GROUP, fields, what, task, seed, decode, None, budget))
 
-    async def run(self, task: Task, converse: Callable[[], Say], *, seed: int) -> Outcome | Failure:
+    async def run(
+        self,
+        task: Task,
+        converse: Callable[[], Say],
+        *,
+        seed: int,
+        sample: int | None = None,
+        budget: StepBudget | None = None,
+    ) -> Outcome | Failure:
         """Hold one conversation about a task and return its outcome.
 
         converse: makes the policy's side of a new conversation. It is called once more when the conversation has to
@@ -258,6 +276,8 @@ class EnvironmentPool:
             task,
             seed,
             lambda value: _outcome(value, "run()"),
+            sample,
+            budget,
             converse=converse,
             deterministic=self._described().deterministic,
         )
@@ -282,8 +302,10 @@ class EnvironmentPool:
         task: Task | None,
         seed: int,
         decode: Callable[[Any], Any],
+        sample: int | None = None,
+        budget: StepBudget | None = None,
     ) -> Job:
-        return Job(*self._next(kind, fields), what, task, seed, decode)
+        return Job(*self._next(kind, fields), what, task, seed, decode, sample, budget)
 
     async def _result(self, job: Job) -> Any:
         try:
@@ -296,12 +318,23 @@ class EnvironmentPool:
         self._described()
         if self._ended is not None:
             raise EnvironmentFailed(self._ended)
+        if job.budget is not None:
+            if job.budget.exhausted:
+                self._cut(job)
+                return
+            self._budgets.setdefault(job.budget, set()).add(job)
         (self._waiting_runs if job.kind == Kind.RUN else self._waiting_calls).append(job)
         self._dispatch()
 
     def _release(self, job: Job) -> None:
         """Forget a job whose caller has gone or has its result; a worker that still has it is asked to end it."""
         unfinished = not job.future.done()
+        if job.budget is not None:
+            job.budget.end_call()
+            left = self._budgets.get(job.budget, set())
+            left.discard(job)
+            if not left:
+                self._budgets.pop(job.budget, None)
         job.release()
         if unfinished:
             job.future.cancel()  # where it waits for a worker, `_dispatch` skips it
@@ -371,10 +404,35 @@ class EnvironmentPool:
         self._counts["failures"] += 1
         self._counts[f"failures/{kind}"] += 1
         task = None if job.task is None else wire.task_to_json(job.task)
-        record = {"call": job.what, "task": task, "seed": job.seed, **asdict(failure)}
+        record = {"call": job.what, "task": task, "sample": job.sample, "seed": job.seed, **asdict(failure)}
         if not self._failures.write(record):
             self._counts["failures/not_written"] += 1
         job.future.set_result(failure)
+
+    def _cut(self, job: Job) -> None:
+        """Fail a job because the budget of its step does not reach for it."""
+        assert job.budget is not None
+        job.cut = True
+        self._counts["cut_by_budget"] += 1
+        slot = next((slot for slot in self._slots if slot.job(job.id) is job), None)
+        message = job.budget.describe()
+        if slot is None or not slot.stop(job, message):
+            self._fail(job, "deadline", message, "")
+
+    def _spend(self, now: int, seconds: float) -> None:
+        """Count time against the budgets, and cut the calls that they do not reach for."""
+        first = [slot.first_call(now) for slot in self._slots]
+        for budget, jobs in list(self._budgets.items()):
+            if not any(job.works for job in jobs):
+                continue
+            budget.spend(seconds)
+            if budget.exhausted:
+                for job in [job for job in jobs if job.works]:
+                    self._cut(job)
+            elif (part_s := budget.part_s) is not None:
+                for job, taken_s in filter(None, first):
+                    if job.budget is budget and job.works and taken_s > part_s:
+                        self._cut(job)
 
     async def _watch(self) -> None:
         """Look after the workers for as long as the pool lives."""
@@ -385,10 +443,12 @@ class EnvironmentPool:
             now = monotonic_ns()
             if now - last > 1e9:
                 resumed_at = now
+            elapsed_s = min(1.0, (now - last) / 1e9)
             last, ticks = now, ticks + 1
             try:
                 for slot in self._slots:
                     slot.look_after(now, resumed_at, memory=ticks % MEMORY_TICKS == 0)
+                self._spend(now, elapsed_s)
             except Exception as error:
                 self._end(f"environment {self._config.name!r}: the watch over its workers failed: {error!r}")
                 raise
@@ -407,8 +467,8 @@ class EnvironmentPool:
         """Fail the job that ended a worker, and let the others wait for another one."""
         calls = [job for job in slot.calls.values() if not job.future.done()]
         runs = [job for job in slot.runs.values() if not job.future.done()]
+        known = slot.job(doom.job) is not None
         slot.calls, slot.runs = {}, {}
-        known = any(job.id == doom.job for job in (*calls, *runs))
         alone = len(calls) + len(runs) == 1
         for job in (*reversed(calls), *runs):
             if not known:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from fiberpo_megatron.environments import Message, Task, Turn, wire
+from fiberpo_megatron.environments.budget import StepBudget
 from fiberpo_megatron.environments.wire import InvalidReply, Kind
 
 Say = Callable[
@@ -21,6 +22,7 @@ class Job:
 
     future: becomes the decoded result, a Failure, or an exception that is not the environment's fault.
     decode: turns the JSON of the result into what the caller gets; it raises InvalidReply.
+    sample: which of the task's trajectories it is about. budget: the time of the step that it belongs to.
     """
 
     def __init__(
@@ -32,6 +34,8 @@ class Job:
         task: Task | None,
         seed: int,
         decode: Callable[[Any], Any],
+        sample: int | None = None,
+        budget: StepBudget | None = None,
     ) -> None:
         self.id = number
         self.kind = kind
@@ -41,6 +45,10 @@ class Job:
         self.task = task
         self.seed = seed
         self.decode = decode
+        self.sample = sample
+        self.budget = budget
+        self.cut = False
+        """Whether its step's budget has ended it."""
         self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.output = 0
         """Bytes that the worker has announced for it."""
@@ -48,6 +56,11 @@ class Job:
         """How many conversations may share a worker with it, itself included; less after each crash."""
         self.crashes = 0
         """How many of its workers in a row have crashed for an unknown cause."""
+
+    @property
+    def works(self) -> bool:
+        """Return whether the environment has to do something for it, or a worker to become free."""
+        return not self.cut and not self.future.done()
 
     def begin(self, send: Send) -> None:
         """Note that a worker has got the job. `send` reaches that worker."""
@@ -76,6 +89,12 @@ class ConversationJob(Job):
         self._asked = 0
         self._delivery: asyncio.Task[None] | None = None
         self._send: Send | None = None
+        self._policy_speaks = False
+
+    @property
+    def works(self) -> bool:
+        """Return whether the environment has to do something for it: not while the policy samples."""
+        return super().works and not self._policy_speaks
 
     def begin(self, send: Send) -> None:
         super().begin(send)
@@ -84,6 +103,7 @@ class ConversationJob(Job):
 
     def restart(self) -> None:
         self._send = None
+        self._policy_speaks = False
         if self._delivery is not None:
             self._delivery.cancel()
         if not self._deterministic:
@@ -118,6 +138,7 @@ class ConversationJob(Job):
             answer = asyncio.get_running_loop().create_task(self._ask(request))
             answer.add_done_callback(_retrieve)
             self._record.append((request, answer))
+        self._policy_speaks = True
         self._delivery = asyncio.get_running_loop().create_task(self._deliver(answer))
 
     async def _ask(self, request: dict[str, Any]) -> Turn:
@@ -139,6 +160,7 @@ class ConversationJob(Job):
                 self.future.set_exception(error)
             return
         if self._send is not None:
+            self._policy_speaks = False
             self._send(Kind.TURN, self.id, payload)
 
 

@@ -60,6 +60,7 @@ class Slot:
         self.retiring = False
         """Whether the process gets no more jobs, because a failed job has left a thread running in it."""
         self._doom: Doom | None = None
+        self._first: tuple[Job, int] | None = None
         self._ready: asyncio.Future[dict[str, Any]] | None = None
         self._ready_at = 0
 
@@ -76,6 +77,19 @@ class Slot:
     def place_of(self, job: Job) -> dict[int, Job]:
         """Return `calls` or `runs`, wherever a job belongs."""
         return self.runs if job.kind == Kind.RUN else self.calls
+
+    def first_call(self, now: int) -> tuple[Job, float] | None:
+        """Return the call that the process works on, and for how many seconds it has been the first. Ask at every tick.
+
+        now: CLOCK_MONOTONIC in ns.
+        """
+        job = next((job for job in self.calls.values() if not job.future.done()), None)
+        if job is None:
+            self._first = None
+            return None
+        if self._first is None or self._first[0] is not job:
+            self._first = job, now
+        return job, (now - self._first[1]) / 1e9
 
     # ---- start ----
 
@@ -155,6 +169,24 @@ class Slot:
             self.process.ask_where()
             asyncio.get_running_loop().call_later(TRACEBACK_S, self.process.kill)
 
+    def stop(self, job: Job, message: str) -> bool:
+        """Have the process end a job that was cut; return whether the process itself has to end for that.
+
+        It then fails the job with this message when it is dead, with the place where it stood.
+        """
+        process = self.process
+        if process is None or self._doom is not None:
+            return False
+        if self._holds(process, job):
+            self._end(job.id, "deadline", message)
+            return True
+        process.send(Kind.CANCEL, job.id, b"")
+        return False
+
+    def _holds(self, process: WorkerProcess, job: Job) -> bool:
+        holder = process.page.holder()
+        return holder is not None and holder[0] == job.id
+
     def look_after(self, now: int, resumed_at: int, *, memory: bool) -> None:
         """Take what the process has printed, end it when a bound is exceeded, and deal with its end.
 
@@ -180,7 +212,10 @@ class Slot:
         holder = process.page.holder()
         if holder is not None:
             job, since, before = holder
-            if before + now - max(since, resumed_at) > deadline_s * 1e9:
+            held = self.job(job)
+            if held is not None and held.cut:
+                self._end(job, "deadline", "it was cut, but went on")
+            elif before + now - max(since, resumed_at) > deadline_s * 1e9:
                 self._end(job, "deadline", f"it held its worker longer than deadline_s = {deadline_s:g} s")
         elif self.calls or self.runs:
             heard = max(process.page.last_beat(), self._ready_at, resumed_at)

@@ -10,6 +10,7 @@ from fiberpo_megatron.data.encoding import Encoder, Example
 from fiberpo_megatron.data.prompts import Domain, Place
 from fiberpo_megatron.engines.background import BackgroundLoop
 from fiberpo_megatron.environments import Outcome, Split, Task, Trajectory, Turn
+from fiberpo_megatron.environments.budget import StepBudget
 from fiberpo_megatron.environments.host import Description, EnvironmentPool, Failure
 from fiberpo_megatron.environments.jobs import Say
 from fiberpo_megatron.environments.settings import EnvironmentConfig
@@ -39,12 +40,22 @@ class Workers(Protocol):
 
     async def tasks(self, split: Split, indices: Sequence[int]) -> list[Task]: ...
 
-    async def score(self, task: Task, turn: Turn, *, seed: int) -> Outcome | Failure: ...
+    async def score(
+        self, task: Task, turn: Turn, *, seed: int, sample: int | None = None, budget: StepBudget | None = None
+    ) -> Outcome | Failure: ...
 
-    async def run(self, task: Task, converse: Callable[[], Say], *, seed: int) -> Outcome | Failure: ...
+    async def run(
+        self,
+        task: Task,
+        converse: Callable[[], Say],
+        *,
+        seed: int,
+        sample: int | None = None,
+        budget: StepBudget | None = None,
+    ) -> Outcome | Failure: ...
 
     async def score_group(
-        self, task: Task, trajectories: Sequence[Trajectory], *, seed: int
+        self, task: Task, trajectories: Sequence[Trajectory], *, seed: int, budget: StepBudget | None = None
     ) -> list[Outcome] | Failure: ...
 
     def take_counts(self) -> Mapping[str, int]: ...
@@ -59,6 +70,11 @@ class RunningEnvironment:
     config: EnvironmentConfig
     description: Description
     pool: Workers
+
+    def step_budget(self, prompts: int, samples: int) -> StepBudget:
+        """Return the time of one step in which each of `prompts` prompts has `samples` trajectories."""
+        calls = prompts * samples + prompts * self.description.scores_groups
+        return StepBudget(self.config.step_seconds, workers=self.config.workers, calls=calls)
 
 
 class Environments:

@@ -1,6 +1,7 @@
 """This module makes scored groups of prompts: sampling, the environments' work, and what follows from failures."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 from fiberpo_megatron.engines.background import BackgroundLoop
 from fiberpo_megatron.environments import Outcome, Turn
 from fiberpo_megatron.environments import Trajectory as EnvironmentTrajectory
+from fiberpo_megatron.environments.budget import StepBudget
 from fiberpo_megatron.environments.host import EnvironmentFailed, Failure
 from fiberpo_megatron.interfaces import ConversationEncoder, Sampler
 from fiberpo_megatron.rollout.conversation import ParseTools, PolicyConversation, response_seeds
@@ -64,6 +66,8 @@ class Generator:
         with other weights: this source is synchronous, so that would mean that a publication was lost.
         """
         came: SimpleQueue[tuple[int, RolloutGroup] | None] = SimpleQueue()  # None: there is no more
+        asked = Counter(prompt.domain for prompt in prompts)
+        budgets = {domain: self.environments[domain].step_budget(asked[domain], count) for domain in asked}
 
         async def all_groups() -> None:
             async with asyncio.TaskGroup() as tasks:
@@ -71,7 +75,7 @@ class Generator:
                     tasks.create_task(one(index, prompt))
 
         async def one(index: int, prompt: Prompt) -> None:
-            came.put((index, await self.group(prompt, count, version)))
+            came.put((index, await self.group(prompt, count, version, budgets[prompt.domain])))
 
         work = self.loop.submit(all_groups())
         work.add_done_callback(lambda _: came.put(None))
@@ -93,20 +97,20 @@ class Generator:
         finally:
             work.cancel()
 
-    async def group(self, prompt: Prompt, count: int, version: str) -> RolloutGroup:
-        """Return the `count` scored trajectories of one prompt."""
+    async def group(self, prompt: Prompt, count: int, version: str, budget: StepBudget | None = None) -> RolloutGroup:
+        """Return the `count` scored trajectories of one prompt. `budget` bounds the time of its environment."""
         environment = self.environments[prompt.domain]
         if environment.description.single_turn:
-            samples = await self._single_turns(environment, prompt, count, version)
+            samples = await self._single_turns(environment, prompt, count, version, budget)
         else:
-            samples = await _together(self._conversation(environment, prompt, i, version) for i in range(count))
+            samples = await _together(self._conversation(environment, prompt, i, version, budget) for i in range(count))
         if environment.description.scores_groups:
-            samples = await self._score_group(environment, prompt, samples)
+            samples = await self._score_group(environment, prompt, samples, budget)
         trajectories = [self._trajectory(environment, sample, i) for i, sample in enumerate(samples)]
         return RolloutGroup(prompt, tuple(t for t in trajectories if t is not None))
 
     async def _single_turns(
-        self, environment: RunningEnvironment, prompt: Prompt, count: int, version: str
+        self, environment: RunningEnvironment, prompt: Prompt, count: int, version: str, budget: StepBudget | None
     ) -> list[_Sample]:
         """One request for all answers, as engines share the work on a prompt; then the scores."""
         completions = await self.sampler.sample(prompt.token_ids, response_seeds(self._seed(prompt, version), count))
@@ -118,14 +122,16 @@ class Generator:
             turns.append(Turn(self.encoder.text(completion.token_ids), completion.finish_reason, completion.token_ids))
         scored: Sequence[Outcome | Failure] = [Outcome(0.0)] * count
         if environment.description.scores:
-            seeds = (self._environment_seed(prompt, i) for i in range(count))
             scored = await _together(
-                environment.pool.score(prompt.task, turn, seed=seed) for turn, seed in zip(turns, seeds)
+                environment.pool.score(
+                    prompt.task, turn, seed=self._environment_seed(prompt, i), sample=i, budget=budget
+                )
+                for i, turn in enumerate(turns)
             )
         return [_Sample(prompt, c, t.text, (t,), r) for c, t, r in zip(completions, turns, scored)]
 
     async def _conversation(
-        self, environment: RunningEnvironment, prompt: Prompt, sample: int, version: str
+        self, environment: RunningEnvironment, prompt: Prompt, sample: int, version: str, budget: StepBudget | None
     ) -> _Sample:
         seed = self._seed(prompt, version)
         conversations: list[PolicyConversation] = []
@@ -145,7 +151,13 @@ class Generator:
 
             return say
 
-        result = await environment.pool.run(prompt.task, begin, seed=self._environment_seed(prompt, sample))  # type: ignore[arg-type]
+        result = await environment.pool.run(
+            prompt.task,
+            begin,  # type: ignore[arg-type]
+            seed=self._environment_seed(prompt, sample),
+            sample=sample,
+            budget=budget,
+        )
         if not conversations or not conversations[-1].turns:
             if isinstance(result, Outcome):
                 result = Failure("invalid", "run() returned an outcome before it let the policy say anything")
@@ -155,14 +167,19 @@ class Generator:
         return _Sample(asked, last.completion, last.text, tuple(turns[-1]), result)
 
     async def _score_group(
-        self, environment: RunningEnvironment, prompt: Prompt, samples: Sequence[_Sample]
+        self,
+        environment: RunningEnvironment,
+        prompt: Prompt,
+        samples: Sequence[_Sample],
+        budget: StepBudget | None,
     ) -> list[_Sample]:
         """The samples with the outcomes that their group gave them."""
         whole = [i for i, sample in enumerate(samples) if isinstance(sample.result, Outcome)]
         if not whole:
             return list(samples)
         seen = [EnvironmentTrajectory(samples[i].turns, samples[i].result) for i in whole]  # type: ignore[arg-type]
-        found = await environment.pool.score_group(prompt.task, seen, seed=self._environment_seed(prompt, -1))
+        seed = self._environment_seed(prompt, -1)
+        found = await environment.pool.score_group(prompt.task, seen, seed=seed, budget=budget)
         results: Sequence[Outcome | Failure] = [found] * len(whole) if isinstance(found, Failure) else found
         scored: dict[int, Outcome | Failure] = dict(zip(whole, results, strict=True))
         return [replace(sample, result=scored.get(i, sample.result)) for i, sample in enumerate(samples)]

@@ -16,6 +16,7 @@ from fiberpo_megatron.engines.errors import EngineRefused
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.environments import Conversation, Environment, Outcome, SingleTurn, Task, Turn
 from fiberpo_megatron.environments import Trajectory as EnvironmentTrajectory
+from fiberpo_megatron.environments.budget import StepBudget
 from fiberpo_megatron.environments.host import EnvironmentFailed, Failure
 from fiberpo_megatron.rollout.conversation import response_seeds
 from fiberpo_megatron.rollout.generator import Generator, share
@@ -494,12 +495,43 @@ def test_an_environment_that_scores_groups_alone_needs_no_score():
 
 def test_a_failure_of_the_group_is_a_failure_of_each():
     class NoRanking(InProcess):
-        async def score_group(self, *arguments: Any, seed: int) -> Failure:
+        async def score_group(self, *arguments: Any, **options: Any) -> Failure:
             return Failure("exception", "no ranking")
 
     one = replace(running(Ranked(), on_failure="zero"), pool=NoRanking(Ranked()))
     group = groups_of(Generator(by_seed(1, 2), [one], Words(), LOOP, seed=0), PROMPTS[:1], 2)[0]
     assert [(t.reward, t.failure) for t in group.trajectories] == [(0.0, "exception: no ranking")] * 2
+
+
+def test_all_calls_of_a_step_share_a_budget_and_are_numbered():
+    """It is that of the domain: prompts x samples calls, and one for each group."""
+    asked: list[tuple[str, int | None, StepBudget | None]] = []
+
+    class Counting(InProcess):
+        async def score(self, task: Task, turn: Turn, **options: Any) -> Outcome | Failure:
+            asked.append(("score", options["sample"], options["budget"]))
+            return Failure("deadline", "cut") if options["sample"] == 1 else await super().score(task, turn, seed=0)
+
+        async def score_group(self, *arguments: Any, **options: Any) -> list[Outcome]:
+            asked.append(("group", None, options["budget"]))
+            return [Outcome(1.0)]
+
+    ranked = replace(running(Ranked(), on_failure="zero", step_budget_s=80, workers=1), pool=Counting(FirstToken()))
+    prompts = [replace(prompt, domain=index % 2) for index, prompt in enumerate(PROMPTS[:5])]
+    found = Generator(Seeded(), [ranked, ranked], Words(), LOOP, seed=0)
+    groups = groups_of(found, prompts, 2)
+    assert [[t.failure for t in group.trajectories] for group in groups.values()] == [[None, "deadline: cut"]] * 5
+    assert sorted(sample for call, sample, _ in asked if sample is not None) == [0] * 5 + [1] * 5
+    budgets = {id(budget): budget for _, _, budget in asked}.values()
+    assert len(budgets) == 2
+    for budget in budgets:
+        assert budget is not None and budget.seconds == 80
+        budget.spend(40)
+    # 3 prompts of one domain and 2 of the other, each with two samples and a group
+    assert sorted(budget.part_s for budget in budgets if budget) == [40 / 9, 40 / 6]
+    asked.clear()
+    groups_of(found, prompts[:1], 2)
+    assert not {id(budget) for _, _, budget in asked} & set(map(id, budgets)), "the next step begins anew"
 
 
 def test_environments_get_seeds_of_their_own_by_prompt_and_sample():

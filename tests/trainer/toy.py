@@ -24,6 +24,7 @@ from fiberpo_megatron.environments import (
     Turn,
 )
 from fiberpo_megatron.environments import Trajectory as EnvironmentTrajectory
+from fiberpo_megatron.environments.budget import StepBudget
 from fiberpo_megatron.environments.host import Description, Failure
 from fiberpo_megatron.environments.jobs import Say
 from fiberpo_megatron.environments.settings import EnvironmentConfig
@@ -374,7 +375,9 @@ class InProcess:
         get = self.environment.train if split == "train" else self.environment.held_out
         return [get(index) for index in indices]
 
-    async def score(self, task: Task, turn: Turn, *, seed: int) -> Outcome | Failure:
+    async def score(
+        self, task: Task, turn: Turn, *, seed: int, sample: int | None = None, budget: StepBudget | None = None
+    ) -> Outcome | Failure:
         assert isinstance(self.environment, SingleTurn)
         try:
             result = self.environment.score(task, turn)
@@ -383,7 +386,15 @@ class InProcess:
             return Failure("exception", str(error))
         return result if isinstance(result, Outcome) else Outcome(result)
 
-    async def run(self, task: Task, converse: Callable[[], Say], *, seed: int) -> Outcome | Failure:
+    async def run(
+        self,
+        task: Task,
+        converse: Callable[[], Say],
+        *,
+        seed: int,
+        sample: int | None = None,
+        budget: StepBudget | None = None,
+    ) -> Outcome | Failure:
         try:
             return await self.environment.run(task, Speaker(converse(), seed))
         except ArithmeticError as error:
@@ -391,7 +402,7 @@ class InProcess:
             return Failure("exception", str(error))
 
     async def score_group(
-        self, task: Task, trajectories: Sequence[EnvironmentTrajectory], *, seed: int
+        self, task: Task, trajectories: Sequence[EnvironmentTrajectory], *, seed: int, budget: StepBudget | None = None
     ) -> list[Outcome] | Failure:
         return list(self.environment.score_group(task, trajectories))  # type: ignore[attr-defined]
 
