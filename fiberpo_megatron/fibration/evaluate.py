@@ -20,7 +20,7 @@ from fiberpo_megatron.fibration.passes import GatedTokens, Passes
 from fiberpo_megatron.fibration.rule import Gating, Rule
 from fiberpo_megatron.fibration.runs import Runs, find_runs
 from fiberpo_megatron.fibration.statistics import TokenStatistics, summarise
-from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO, TokenBatch, ValueRanges, check_values
+from fiberpo_megatron.fibration.tokens import TokenBatch, ValueRanges, check_values
 from fiberpo_megatron.fibration.tree import parent_tables
 
 
@@ -84,7 +84,7 @@ class _Call:
 
     def __init__(self, rule: Rule, batch: TokenBatch, reduce: Reduce | None, *, with_metrics: bool) -> None:
         self.rule, self.batch, self.reduce = rule, batch, reduce
-        self.ranges: ValueRanges = check_values(batch)
+        self.ranges: ValueRanges = check_values(batch, rule.max_log_ratio)
         seen = seen_keys(rule, batch, with_metrics=with_metrics)
         self.runs: Runs = find_runs(batch, seen)
         shared = reduce is not None
@@ -136,4 +136,4 @@ class _Call:
         if table is not None and bool(table.any()):
             self.passes.third(gating, table, gradient)
         if self.ranges.any_beyond_clamp:
-            gradient.masked_fill_(self.batch.log_ratio.abs() > MAX_LOG_RATIO, 0.0)
+            gradient.masked_fill_(self.batch.log_ratio.abs() > self.rule.max_log_ratio, 0.0)

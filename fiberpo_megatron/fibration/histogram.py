@@ -1,6 +1,6 @@
 """Count log ratios in a fixed histogram that ranks can add up: quantiles and the maximum without gathering tokens.
 
-Bins are the leading bits of the float32 pattern of |x|: 32 per octave from 2**-14 to 2**5, mirrored for the
+Bins are the leading bits of the float32 pattern of |x|: 32 per octave from 2**-14 to 2**7, mirrored for the
 sign, with one bin for |x| < 2**-14. A bin's width is at most 1/32 of |x|.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 _MANTISSA_BITS = 5
 SHIFT = 23 - _MANTISSA_BITS
 LOWEST = (127 - 14) << _MANTISSA_BITS
-PER_SIGN = 19 << _MANTISSA_BITS
+PER_SIGN = 21 << _MANTISSA_BITS
 BINS = 2 * PER_SIGN + 1
 """A bin is min(max((pattern of |x| >> SHIFT) - LOWEST + 1, 0), PER_SIGN), mirrored around PER_SIGN."""
 FINE_BITS = 10
@@ -21,7 +21,7 @@ FINE_BINS = 1 << FINE_BITS
 
 
 def histogram(log_ratio: Tensor) -> Tensor:
-    """Return the counts per bin, int64 [BINS]; log_ratio must be within +-2**5."""
+    """Return the counts per bin, int64 [BINS]; log_ratio must be within +-2**7."""
     return torch.bincount(_bin(log_ratio), minlength=BINS)
 
 

@@ -106,7 +106,7 @@ class Objective(Rule):
         """Return gated ratio, gradient, value and metrics of this rank's tokens.
 
         Args:
-            log_ratio: log pi_theta - log pi_old, [N], float32 or float64; clamped to +-20.
+            log_ratio: log pi_theta - log pi_old, [N], float32 or float64; clamped to +-`max_log_ratio`.
             advantages: A, [N].
             weights: mu >= 0, [N], summing to 1 over all ranks; a token of weight 0 is not in the sum.
             keys: per key the token's global dense id, int64 or int32 [N]. "trajectory" also serves metrics. Objectives

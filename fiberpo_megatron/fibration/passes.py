@@ -12,7 +12,7 @@ from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.rule import Chunk, Gating, Rule
 from fiberpo_megatron.fibration.runs import Runs, iterate
 from fiberpo_megatron.fibration.statistics import TokenStatistics
-from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO, TokenBatch, ValueRanges
+from fiberpo_megatron.fibration.tokens import TokenBatch, ValueRanges
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Passes:
         for tokens, runs in iterate(self.runs):
             x = batch.log_ratio[tokens]
             if self.ranges.any_beyond_clamp:
-                x = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+                x = x.clamp(-self.rule.max_log_ratio, self.rule.max_log_ratio)
             yield Chunk(tokens, runs, x, batch.advantages[tokens], batch.weights[tokens], self.ranges.any_weightless)
 
     def _table(self, rows: int) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fiberpo_megatron.fibration.gates import GatedTree
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.runs import RunSlice
+from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Chunk:
     runs: RunSlice
     """How these tokens fall into stretches of equal ids."""
     log_ratio: Tensor
-    """x = log pi_theta - log pi_old, clamped to +-20."""
+    """x = log pi_theta - log pi_old, clamped to +-`Rule.max_log_ratio`."""
     advantages: Tensor
     """A."""
     weights: Tensor
@@ -124,6 +125,8 @@ class Rule(ABC):
     """Whether an id of -1 says that a token is alone in its node, which then takes no room in the tables of the
     reductions. All such tokens share one more node, the last, whose sums arrive as NaN. Such an objective has one base
     key."""
+    max_log_ratio: ClassVar[float] = MAX_LOG_RATIO
+    """Log ratios are clamped to plus and minus this; a token beyond has the gradient zero. At most 80."""
     weighting: ClassVar[str] = "seq-mean"
     """The token weights mu that the objective's paper has, "seq-mean" or "token-mean"; a run takes them unless its
     config sets `algorithm.weighting`."""

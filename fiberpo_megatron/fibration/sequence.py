@@ -18,6 +18,7 @@ from fiberpo_megatron.fibration.options import Epsilon, pair
 from fiberpo_megatron.fibration.ratio_clip import RatioClip, pessimistic_clip
 from fiberpo_megatron.fibration.registry import register
 from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating, equal
+from fiberpo_megatron.fibration.tokens import WIDEST_LOG_RATIO
 
 
 @register("gspo")
@@ -32,6 +33,7 @@ class GSPO(RatioClip):
     base_keys = (TRAJECTORY_KEY,)
     node_terms = 2
     adjoint_terms = 1
+    max_log_ratio = WIDEST_LOG_RATIO
 
     def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
         """Return 1 and x, whose sums give the mean log ratio."""

@@ -20,6 +20,7 @@ from fiberpo_megatron.fibration.objective_metrics import (
 )
 from fiberpo_megatron.fibration.rule import Chunk, GatedChunk
 from fiberpo_megatron.fibration.runs import Runs
+from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO
 
 
 class TokenStatistics:
@@ -55,12 +56,18 @@ class TokenStatistics:
             entropy = -(mu @ log_share.mul_(share)).sum(dtype=torch.float64)
         wide = torch.float64
         parts = [mu.new_tensor(counted, dtype=wide), ratio.sum(dtype=wide), mu.sum(dtype=wide)]
-        parts += [weighted.sum(dtype=wide), weighted.mul_(chunk.ratio).sum(dtype=wide), entropy]
+        parts += [weighted.sum(dtype=wide), self._square(weighted, chunk.ratio), entropy]
         tokens = None if self.tokens_of is None else _per_run(chunk, chunk.counted)
         self.sums += torch.stack(parts)
         self.counts += histogram.histogram(x)
         if self.tokens_of is not None and tokens is not None:
             self.tokens_of.index_add_(0, self.runs.ids[TRAJECTORY_KEY][chunk.runs.rows], tokens)
+
+    def _square(self, weighted: Tensor, ratio: Tensor) -> Tensor:
+        """The sum of mu r^2, whose terms overflow float32 where r is above exp(44)."""
+        if self.local_max > MAX_LOG_RATIO:
+            weighted, ratio = weighted.double(), ratio.double()
+        return weighted.mul_(ratio).sum(dtype=torch.float64)
 
     def first_tables(self) -> dict[str, Tensor]:
         tables = {"sums": self.sums, "log_ratio_histogram": self.counts}

@@ -9,6 +9,7 @@ from fiberpo_megatron.fibration.objective import TokenObjective
 from fiberpo_megatron.fibration.ratio_clip import RatioClip, check_dual_clip, pessimistic_clip
 from fiberpo_megatron.fibration.registry import register
 from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, equal
+from fiberpo_megatron.fibration.tokens import WIDEST_LOG_RATIO
 
 
 @register("ppo")
@@ -66,6 +67,7 @@ class CISPO(RatioClip, TokenObjective):
 
     gradient_is_derivative = False
     may_lack_lower_bound = True
+    max_log_ratio = WIDEST_LOG_RATIO
     kernel = "fiberpo_megatron.fibration.kernels.formulas:CISPO"
 
     def gate(self, chunk: Chunk) -> GatedChunk:

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Log ratios are clamped to +-20 (exp(20) = 4.9e8); the gradient beyond is zero."""
+"""Log ratios are clamped to +-20 (exp(20) = 4.9e8), unless an objective sets `Rule.max_log_ratio`; the gradient beyond
+is zero."""
+WIDEST_LOG_RATIO = 80.0
+"""The largest clamp that an objective may set: exp(80) = 5.5e34, and a thousand times that, is finite in float32."""
 
 SHARE_TOLERANCE = 1e-4
 """How far a token's expert shares may sum from 1 (float32 counts are within 1e-6)."""
@@ -79,8 +82,11 @@ def make_batch(
     )
 
 
-def check_values(batch: TokenBatch) -> ValueRanges:
-    """Refuse non-finite values, negative weights and shares that do not sum to 1; waits for the device."""
+def check_values(batch: TokenBatch, limit: float) -> ValueRanges:
+    """Refuse non-finite values, negative weights and shares that do not sum to 1; waits for the device.
+
+    Log ratios are clamped to +-`limit`.
+    """
     low, high = _finite_range("log_ratio", batch.log_ratio)
     _finite_range("advantages", batch.advantages)
     smallest, _ = _finite_range("weights", batch.weights)
@@ -91,8 +97,8 @@ def check_values(batch: TokenBatch) -> ValueRanges:
         _check_share(batch.expert_share)
     return ValueRanges(
         any_weightless=smallest == 0.0,
-        any_beyond_clamp=low < -MAX_LOG_RATIO or high > MAX_LOG_RATIO,
-        max_log_ratio=min(max(high, -MAX_LOG_RATIO), MAX_LOG_RATIO) if batch.size else float("-inf"),
+        any_beyond_clamp=low < -limit or high > limit,
+        max_log_ratio=min(max(high, -limit), limit) if batch.size else float("-inf"),
     )
 
 

@@ -100,6 +100,29 @@ def test_lone_states_take_no_room_in_the_reductions() -> None:
     assert not out.gradient[6:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gspo_and_cispo_are_the_papers_far_from_the_old_policy(dtype: torch.dtype) -> None:
+    """Up to |x| = 80, where exp(x) squared overflows float32; beyond, the token is at the clamp."""
+    case = random_case(2, scale=0.2)
+    case.x[::3] = torch.linspace(-80, 80, case.x[::3].shape[0], dtype=torch.float64)
+    exact = slow_gspo(case, (4e-4, 3e-4))
+    ratio = case.x.exp().clamp(0.0, 5.0)
+    case.x, case.advantages, case.weights = (t.to(dtype) for t in (case.x, case.advantages, case.weights))
+    found = case.call(build_objective("gspo"))
+    # the error of x in float32, times 80
+    tolerance = {"rtol": 1e-12 if dtype == torch.float64 else 1e-4, "atol": 1e-12 if dtype == torch.float64 else 1e-6}
+    torch.testing.assert_close(found.gated_ratio.double(), exact[0], **tolerance)
+    torch.testing.assert_close(found.gradient.double(), exact[1], **tolerance)
+    clipped = case.call(build_objective("cispo"))
+    torch.testing.assert_close(clipped.gated_ratio.double(), ratio, **tolerance)
+    torch.testing.assert_close(clipped.gradient, case.weights * case.advantages * clipped.gated_ratio)
+    assert clipped.gradient[::3].ne(0).any() and clipped.metrics.ratio.max == pytest.approx(math.exp(80), rel=1e-5)
+    for out in (found, clipped):
+        assert all(math.isfinite(value) for value in out.metrics.as_dict().values()), out.metrics
+    case.x[0] = 90.0
+    assert case.call(build_objective("cispo")).gradient[0] == 0
+
+
 def test_cispo_and_reinforce_by_hand() -> None:
     x = torch.tensor([0.0, math.log(3.0), -math.log(4.0)], dtype=torch.float64)
     advantages = torch.tensor([2.0, 1.0, -1.0], dtype=torch.float64)

@@ -101,6 +101,7 @@ class _FusedCall:
             "P": batch.partitions,
             "PADDED": triton.next_power_of_2(batch.partitions),
             "BLOCK": block,
+            "CLAMP": rule.max_log_ratio,
         }
         self.trajectories = 0
         if self.plan is not None and with_metrics and TRAJECTORY_KEY in keys:
@@ -242,7 +243,7 @@ class _FusedCall:
         read = _to_host(wanted)
         value, clipped, malformed = read["totals"].tolist()
         if malformed:
-            check_values(self.batch)
+            check_values(self.batch, self.rule.max_log_ratio)
             raise ValueError(f"{malformed:.0f} tokens of other ranks are malformed; their ranks' errors name them")
         if "flag" in read and read["flag"].any() and not self.with_metrics:
             self._gated_tree(_to_host(first))

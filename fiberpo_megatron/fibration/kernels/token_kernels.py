@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fiberpo_megatron.fibration import histogram
-from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO, SHARE_TOLERANCE
+from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO, SHARE_TOLERANCE, WIDEST_LOG_RATIO
 
 BINS = tl.constexpr(histogram.BINS)
 PADDED_BINS = tl.constexpr(1 << histogram.BINS.bit_length())
@@ -22,7 +22,8 @@ LOWEST = tl.constexpr(histogram.LOWEST)
 PER_SIGN = tl.constexpr(histogram.PER_SIGN)
 FINE_BITS = tl.constexpr(histogram.FINE_BITS)
 FINE_BINS = tl.constexpr(histogram.FINE_BINS)
-CLAMP = tl.constexpr(MAX_LOG_RATIO)
+WIDEST = tl.constexpr(WIDEST_LOG_RATIO)
+NARROW = tl.constexpr(MAX_LOG_RATIO)
 TOLERANCE = tl.constexpr(SHARE_TOLERANCE)
 FIRST_SUMS = tl.constexpr(6)
 SECOND_SUMS = tl.constexpr(3)
@@ -42,7 +43,7 @@ def _tokens(start_ptr, size, RUNS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _clamp(x):
+def _clamp(x, CLAMP: tl.constexpr):
     return tl.minimum(tl.maximum(x, -CLAMP), CLAMP)
 
 
@@ -127,7 +128,7 @@ def place_maximum(bins_ptr, max_ptr, fine_ptr):
     value = tl.load(max_ptr + tl.arange(0, 1)).to(tl.float32)
     fine = (value.to(tl.int32, bitcast=True) >> (SHIFT - FINE_BITS)) & (FINE_BINS - 1)
     row = tl.arange(0, FINE_BINS)
-    tl.store(fine_ptr + row, ((row == fine) & (_bin(value) == top) & (value > -2.0 * CLAMP)).to(tl.float64))
+    tl.store(fine_ptr + row, ((row == fine) & (_bin(value) == top) & (value > -2.0 * WIDEST)).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["bins_ptr", "tokens_ptr"])
@@ -153,11 +154,12 @@ def first_pass(
     P: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
+    CLAMP: tl.constexpr,
 ):
     """Write node sums [runs, ROWS, P] and, with STATISTICS, `TokenStatistics`' sums [runs, 6], the largest log ratio
     [runs], the histogram and the tokens that count per trajectory."""
     run, at, held = _tokens(start_ptr, size, RUNS, BLOCK)
-    x = _clamp(tl.load(x_ptr + at, mask=held, other=0.0))
+    x = _clamp(tl.load(x_ptr + at, mask=held, other=0.0), CLAMP)
     mu = tl.load(mu_ptr + at, mask=held, other=0.0)
     counted = mu > 0
     share = _share(share_ptr, at, held, x, P, PADDED, EXPERTS)
@@ -172,7 +174,10 @@ def first_pass(
         tl.store(out + 1, _total(tl.where(counted, ratio, 0.0)))
         tl.store(out + 2, _total(mu))
         tl.store(out + 3, _total(weighted))
-        tl.store(out + 4, _total(weighted * ratio))
+        if CLAMP > NARROW:  # the square of a ratio above exp(44) overflows float32
+            tl.store(out + 4, _total(weighted.to(tl.float64) * ratio.to(tl.float64)))
+        else:
+            tl.store(out + 4, _total(weighted * ratio))
         entropy = tl.zeros_like(x)
         if EXPERTS:
             entropy = tl.sum(tl.where(share > 0, share * tl.log(tl.where(share > 0, share, 1.0)), 0.0), axis=1)
@@ -221,12 +226,13 @@ def second_pass(
     P: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
+    CLAMP: tl.constexpr,
 ):
     """Write G and the direct gradient [N], adjoint sums [runs, ROWS, P], clipped tokens per trajectory, and [runs, 3]:
     value, clipped and malformed tokens."""
     run, at, held = _tokens(start_ptr, size, RUNS, BLOCK)
     raw = tl.load(x_ptr + at, mask=held, other=0.0)
-    x = _clamp(raw)
+    x = _clamp(raw, CLAMP)
     a = tl.load(a_ptr + at, mask=held, other=0.0)
     mu = tl.load(mu_ptr + at, mask=held, other=0.0)
     share = _share(share_ptr, at, held, x, P, PADDED, EXPERTS)
@@ -269,6 +275,7 @@ def third_pass(
     P: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
+    CLAMP: tl.constexpr,
 ):
     """Add the gradient through aggregates to gradient [N]; `more` holds node values beside the adjoints `values`.
 
@@ -283,7 +290,7 @@ def third_pass(
         active = active | (tl.load(values_ptr + (c * nodes + base) * P + p, mask=p < P, other=0.0) != 0).to(tl.int32)
     if tl.max(active, axis=0) > 0:
         raw = tl.load(x_ptr + at, mask=held, other=0.0)
-        x = _clamp(raw)
+        x = _clamp(raw, CLAMP)
         a = tl.load(a_ptr + at, mask=held, other=0.0)  # no load where FINISH does not use it
         mu = tl.load(mu_ptr + at, mask=held, other=0.0)
         kernel = _kernel(_share(share_ptr, at, held, x, P, PADDED, EXPERTS), PADDED, SOFT)
