@@ -3,11 +3,49 @@
 A rename is durable only after the folder has been synced as well, hence the second sync of every function here.
 """
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+
+class WriteFailed(OSError):
+    """This error names a file or folder that could not be written, the cause, and what to do."""
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Raise an OSError of the block again as WriteFailed about `path`.
+
+    The kernel's own errors of a write or a sync name no file, and none says what to do.
+    """
+    try:
+        yield
+    except WriteFailed:
+        raise
+    except OSError as error:
+        name = error.filename if isinstance(error.filename, str) else path
+        raise WriteFailed(error.errno, f"{error.strerror or error}; {_fix(error.errno, path)}", str(name)) from error
+
+
+def _fix(number: int | None, path: Path) -> str:
+    again = "then start again, a run with --resume"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"{_free(path)}. Make room, or have the quota raised, {again}"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"make it writable for user {os.geteuid()}, {again}"
+    if number in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+        return f"it was removed, moved or unmounted meanwhile: bring it back, {again}"
+    return f"look at the file system and its logs, {again}"
+
+
+def _free(path: Path) -> str:
+    """Return how much room a file system has, as far as it says."""
+    existing = next((folder for folder in (path, *path.parents) if folder.exists()), Path("/"))
+    return f"{shutil.disk_usage(existing).free / 2**20:.0f} MiB are free there"
 
 
 @contextmanager
@@ -16,35 +54,39 @@ def replaced(path: Path, *, text: bool = False, mode: int | None = None) -> Iter
 
     An older file of that name stays as it is until then, and for good if the block raises (a full disk, for example).
     `text` means UTF-8. `mode` is the permission of the new file; the umask decides without it. Only one process may
-    write a path at a time. Raises OSError.
+    write a path at a time. Raises WriteFailed, an OSError.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w" if text else "wb", encoding="utf-8" if text else None) as file:
-            if mode is not None:
-                os.fchmod(file.fileno(), mode)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        rename(partial, path)
+        with explained(path):
+            with partial.open("w" if text else "wb", encoding="utf-8" if text else None) as file:
+                if mode is not None:
+                    os.fchmod(file.fileno(), mode)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            rename(partial, path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to raise
+            partial.unlink(missing_ok=True)
         raise
 
 
 def rename(old: Path, new: Path) -> None:
     """Rename a file or a folder in the same parent folder, replacing a file of that name, and sync the parent."""
-    os.replace(old, new)
+    with explained(new):
+        os.replace(old, new)
     sync(new.parent)
 
 
 def sync(path: Path) -> None:
-    """Write a file, or the names in a folder, to the disk. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Write a file, or the names in a folder, to the disk. Raises WriteFailed."""
+    with explained(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def sync_tree(folder: Path) -> None:

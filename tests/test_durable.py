@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +63,42 @@ def test_a_mode_holds_whatever_the_umask(tmp_path):
     with durable.replaced(tmp_path / "key", text=True, mode=0o600) as file:
         file.write("secret")
     assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, r"No space left on device; \d+ MiB are free there\. Make room"),
+        (errno.EDQUOT, "have the quota raised"),
+        (errno.EROFS, rf"make it writable for user {os.geteuid()}"),
+        (errno.EACCES, "make it writable"),
+        (errno.ENOENT, "removed, moved or unmounted meanwhile: bring it back"),
+        (errno.EIO, "look at the file system"),
+    ],
+)
+@pytest.mark.parametrize("deed", ["replaced", "rename", "sync"])
+def test_an_error_names_the_file_the_cause_and_the_fix(tmp_path, monkeypatch, number, fix, deed):
+    """The kernel says no more than "No space left on device" when a write or a sync fails."""
+
+    def failing(*_):
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "notes.txt"
+    path.write_text("old")
+    monkeypatch.setattr(os, {"rename": "replace"}.get(deed, "fsync"), failing)
+    with pytest.raises(durable.WriteFailed, match=fix) as failed:
+        if deed == "replaced":
+            with durable.replaced(path) as file:
+                file.write(b"new")
+        elif deed == "rename":
+            durable.rename(path, tmp_path / "other")
+        else:
+            durable.sync(path)
+    assert failed.value.errno == number and str(failed.value).endswith(f"{failed.value.filename!r}")
+    assert Path(failed.value.filename).parent == tmp_path and path.read_text() == "old"
+
+
+def test_an_error_is_explained_once(tmp_path):
+    with pytest.raises(durable.WriteFailed) as failed, durable.explained(tmp_path), durable.explained(tmp_path / "a"):
+        open(tmp_path / "a" / "b")  # noqa: SIM115 - it fails
+    assert str(failed.value).count("bring it back") == 1 and failed.value.filename == str(tmp_path / "a" / "b")
