@@ -4,12 +4,16 @@ A rename is durable only after the folder has been synced as well, hence the sec
 """
 
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+
+_log = logging.getLogger(__name__)
 
 
 class WriteFailed(OSError):
@@ -20,13 +24,14 @@ class WriteFailed(OSError):
 def explained(path: Path) -> Iterator[None]:
     """Raise an OSError of the block again as WriteFailed about `path`.
 
-    The kernel's own errors of a write or a sync name no file, and none says what to do.
+    The kernel's own errors of a write or a sync name no file, and none says what to do. An error without a number is
+    raised as it is.
     """
     try:
         yield
-    except WriteFailed:
-        raise
     except OSError as error:
+        if error.errno is None or isinstance(error, WriteFailed):  # it says something of its own
+            raise
         name = error.filename if isinstance(error.filename, str) else path
         raise WriteFailed(error.errno, f"{error.strerror or error}; {_fix(error.errno, path)}", str(name)) from error
 
@@ -94,3 +99,10 @@ def sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder of which nothing is needed any more; what cannot be deleted is left there with a warning."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        _log.warning("%s could not be deleted and takes room; delete it by hand", folder)

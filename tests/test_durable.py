@@ -98,7 +98,23 @@ def test_an_error_names_the_file_the_cause_and_the_fix(tmp_path, monkeypatch, nu
     assert Path(failed.value.filename).parent == tmp_path and path.read_text() == "old"
 
 
+def test_an_error_of_somebody_else_keeps_its_words(tmp_path):
+    with pytest.raises(FileExistsError, match="^notes was not written by this run$"), durable.explained(tmp_path):
+        raise FileExistsError("notes was not written by this run")
+
+
 def test_an_error_is_explained_once(tmp_path):
     with pytest.raises(durable.WriteFailed) as failed, durable.explained(tmp_path), durable.explained(tmp_path / "a"):
         open(tmp_path / "a" / "b")  # noqa: SIM115 - it fails
     assert str(failed.value).count("bring it back") == 1 and failed.value.filename == str(tmp_path / "a" / "b")
+
+
+def test_a_folder_that_cannot_be_deleted_is_named(tmp_path, monkeypatch, caplog):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").write_text("x")
+    durable.remove_tree(tmp_path / "old")
+    assert not (tmp_path / "old").exists() and not caplog.text
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr(os, "rmdir", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    durable.remove_tree(tmp_path / "kept")
+    assert f"{tmp_path / 'kept'} could not be deleted and takes room" in caplog.text

@@ -8,7 +8,6 @@
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -89,12 +88,13 @@ class RolloutDump:
 
     def write(self, batch: RolloutBatch, origin: Origin) -> None:
         """Write one step in one move; a file of the same step is replaced, its unfinished groups are deleted."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with durable.explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         described = np.frombuffer(json.dumps(asdict(origin)).encode(), np.uint8)
         with durable.replaced(self.path(origin.step)) as file:
             np.savez(file, allow_pickle=False, **{_ORIGIN: described}, **_numbered(named_arrays(batch)))
         self._index({origin.step: _summary(batch, origin)})
-        shutil.rmtree(self.unfinished(origin.step), ignore_errors=True)
+        durable.remove_tree(self.unfinished(origin.step))
 
     def origin(self, step: int) -> Origin:
         """Return where a stored step comes from; raises DumpError."""
@@ -124,8 +124,9 @@ class RolloutDump:
     def forget(self, steps: Sequence[int]) -> None:
         """Delete these steps, finished or not."""
         for step in steps:
-            self.path(step).unlink(missing_ok=True)
-            shutil.rmtree(self.unfinished(step), ignore_errors=True)
+            with durable.explained(self.path(step)):
+                self.path(step).unlink(missing_ok=True)
+            durable.remove_tree(self.unfinished(step))
         if steps:
             self._index(dict.fromkeys(steps))
 
@@ -156,7 +157,9 @@ class RolloutDump:
         """
         path = self.folder / INDEX
         lines: dict[int, Mapping[str, Any] | None] = {}
-        for text in path.read_bytes().split(b"\n") if path.is_file() else ():
+        with durable.explained(path):
+            found = path.read_bytes().split(b"\n") if path.is_file() else []
+        for text in found:
             try:
                 line = json.loads(text) if text else None
             except (ValueError, RecursionError):
