@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,9 +58,13 @@ class FiberPO(Objective):
     """How a token belongs to expert partitions: "soft" by its routing shares, "hard" to its largest share alone. Unset:
     soft. Only a chain with the key "expert" reads it."""
     dual_clip: float | None = None
-    """Bound c > 1: tokens with A < 0 and x > 0 use max(r A, c A) on the raw ratio. Unset: no such overlay."""
+    """Bound c > 1: tokens with A < 0 and x > 0 use max(r A, c A) on the raw ratio. Together with `pessimistic`, the
+    objective of tokens with A < 0 is at least c A. Unset: no bound."""
     unclip_positive: bool = False
     """Whether tokens with A > 0 and x < 0 use r A on the raw ratio."""
+    pessimistic: bool = False
+    """Whether a token's objective is the smaller one of G A and r A, as in PPO, so that a token that was pushed to the
+    wrong side keeps its gradient. A token that takes r A counts in the aggregates and hands no adjoint to them."""
 
     preset: ClassVar[tuple[tuple[str, ...], ...]] = (("trajectory",),)
     """The levels that `levels` replaces."""
@@ -86,6 +91,11 @@ class FiberPO(Objective):
     def check(self) -> None:
         """Refuse levels that cannot nest, budgets that do not fit them, and bounds that are not positive."""
         check_dual_clip(self.dual_clip)
+        if self.pessimistic and self.unclip_positive:
+            raise ValueError(
+                f"objective {self.name!r}: `pessimistic` already uses r A where A > 0 and r is the smaller ratio; "
+                "remove `unclip_positive`"
+            )
         if self.expert_membership is not None and not self.chain.uses_experts:
             raise ValueError(
                 f"objective {self.name!r} has no level with the key 'expert' and does not read 'expert_membership'; "
@@ -187,11 +197,22 @@ class FiberGating(Gating):
         other = (q * s_plus).sub_(p * s_minus)
         own_clipped, other_clipped = self._clip(own, chunk), self._clip(other, chunk)
         own_free, other_free = equal(own_clipped, own), equal(other_clipped, other)
-        ratio = own_clipped.sub_(other_clipped).add_(log_weight).exp_()
+        log_ratio = own_clipped.sub_(other_clipped).add_(log_weight)
+        beyond = self._pessimistic(chunk, log_ratio) if self.rule.pessimistic else None
+        ratio = log_ratio.exp_()
         scale = chunk.weights * chunk.advantages
         weight = scale * ratio
         gradient, free = weight * own_free, own_free
-        if self.rule.dual_clip is not None or self.rule.unclip_positive:
+        if beyond is not None:
+            on_raw, bounded = beyond
+            ratio = torch.where(on_raw, chunk.ratio, ratio)
+            gradient = torch.where(on_raw, scale * chunk.ratio, gradient)
+            free, weight = free.masked_fill(on_raw, 1.0), weight.masked_fill(on_raw, 0.0)
+            if self.rule.dual_clip is not None:
+                ratio = ratio.masked_fill(bounded, self.rule.dual_clip)
+                gradient, free = gradient.masked_fill(bounded, 0.0), free.masked_fill(bounded, 0.0)
+                weight = weight.masked_fill(bounded, 0.0)
+        elif self.rule.dual_clip is not None or self.rule.unclip_positive:
             ratio, gradient, free, weight = self._overlay(chunk, scale, ratio, gradient, free, weight)
         # What stops S+'s gradient: a token's own clip where x >= 0, else its other clip; S- the other way.
         stopped_plus = weight - (p * own_free).addcmul_(q, other_free).mul_(weight)
@@ -200,7 +221,7 @@ class FiberGating(Gating):
 
     def _clip(self, value: Tensor, chunk: Chunk) -> Tensor:
         gain, loss = self.rule.bounds
-        lifted = self.rule.dual_clip is not None
+        lifted = self.rule.dual_clip is not None and not self.rule.pessimistic
         if gain == loss and not lifted:
             return value.clamp(-gain, gain)
         positive = torch.gt(chunk.advantages, 0.0, out=torch.empty_like(value))
@@ -209,6 +230,15 @@ class FiberGating(Gating):
         if lifted:
             upper = bound + UNBOUNDED * (chunk.advantages < 0).to(self.dtype)
         return torch.minimum(torch.maximum(value, -bound), upper)
+
+    def _pessimistic(self, chunk: Chunk, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Which tokens have r A < G A, and which have less than c A: compared by logarithms, where ties go to G."""
+        x, advantages = chunk.log_ratio, chunk.advantages
+        bad = advantages < 0
+        on_raw = ((advantages > 0) & (x < log_ratio)) | (bad & (x > log_ratio))
+        if self.rule.dual_clip is None:
+            return on_raw, on_raw
+        return on_raw, bad & (torch.maximum(x, log_ratio) > math.log(self.rule.dual_clip))
 
     def _overlay(
         self, chunk: Chunk, scale: Tensor, ratio: Tensor, gradient: Tensor, free: Tensor, weight: Tensor

@@ -44,7 +44,12 @@ def with_given(
     if objective is not None:
         algorithm["objective"] = _plugin(objective, "objective")
         if isinstance(objective, Objective):
-            algorithm |= {**dict.fromkeys(_FLAT), "unclip_positive": False, "kernels": objective.kernels}
+            algorithm |= {
+                **dict.fromkeys(_FLAT),
+                "unclip_positive": False,
+                "pessimistic": False,
+                "kernels": objective.kernels,
+            }
     if advantage is not None:
         algorithm["advantage"] = _plugin(advantage, "advantage")
     if optimizer is not None:

@@ -36,6 +36,9 @@ class AlgorithmConfig(Section):
     """Bound c of the dual-clip overlay: tokens with A < 0 and x > 0 use max(r A, c A)."""
     unclip_positive: bool = False
     """Overlay: tokens with A > 0 and x < 0 use r A."""
+    pessimistic: bool = False
+    """The objective of a token is the smaller one of G A and r A, as in PPO. Read by the fibred objectives; with
+    `dual_clip` = c, tokens with A < 0 have at least c A."""
     weighting: Literal["seq-mean", "token-mean"] | None = None
     """mu of a token: 1/(trajectories x its trajectory's tokens), or 1/tokens. Unset: what the objective's paper has,
     which is token-mean for apc and seq-mean for the others."""
@@ -63,8 +66,7 @@ class AlgorithmConfig(Section):
         """Return the objective's options that are set: the flat ones of [algorithm], then those of its table."""
         names = ("epsilon", "epsilon_high", "budgets", "levels", "expert_membership", "dual_clip")
         options: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.unclip_positive:
-            options["unclip_positive"] = True
+        options |= {name: True for name in ("unclip_positive", "pessimistic") if getattr(self, name)}
         twice = sorted(options.keys() & self.objective.options.keys())
         if twice:
             raise ValueError(f"algorithm.{twice[0]} is set and also an option of algorithm.objective; keep one of them")

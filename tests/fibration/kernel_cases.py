@@ -111,6 +111,8 @@ def test_float32() -> None:
     [
         ("fiberpo", {"dual_clip": 1.2}),
         ("fiberpo", {"unclip_positive": True}),
+        ("fiberpo-domain", {"pessimistic": True, "dual_clip": 1.2, "epsilon": (0.03, 0.02)}),
+        ("fiberpo", {"pessimistic": True}),
         ("fiberpo-expert", {"dual_clip": 1.2, "unclip_positive": True, "epsilon": (0.03, 0.02)}),
     ],
     ids=str,

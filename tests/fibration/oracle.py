@@ -45,6 +45,7 @@ class Spec:
     soft: bool = True
     dual_clip: float | None = None
     unclip_positive: bool = False
+    pessimistic: bool = False
     extra: dict = field(default_factory=dict)
 
     def build(self, build_objective, name: str = "fiberpo"):
@@ -57,6 +58,7 @@ class Spec:
             expert_membership=("soft" if self.soft else "hard") if uses_experts else None,
             dual_clip=self.dual_clip,
             unclip_positive=self.unclip_positive,
+            pessimistic=self.pessimistic,
         )
 
 
@@ -151,12 +153,13 @@ def _level_sums(case, level, shares, plus, minus) -> dict:
 def _token(case, spec, i, x, pairs, finest, log_weight) -> Tensor:
     advantage = float(case.advantages[i])
     raw = torch.exp(x)
-    if spec.dual_clip is not None and advantage < 0 and float(x) > 0:
+    if spec.dual_clip is not None and not spec.pessimistic and advantage < 0 and float(x) > 0:
         return slow_clip(raw, 0.0, spec.dual_clip)
     if spec.unclip_positive and advantage > 0 and float(x) < 0:
         return raw
     epsilon = spec.epsilon[0] if advantage > 0 else spec.epsilon[1]
-    upper = float("inf") if spec.dual_clip is not None and advantage < 0 else epsilon
+    lifted = spec.dual_clip is not None and not spec.pessimistic and advantage < 0
+    upper = float("inf") if lifted else epsilon
     s_plus = s_minus = total = torch.zeros((), dtype=torch.float64)
     for p, share in pairs:
         node = node_of(case, spec.levels[0], i, p)
@@ -170,7 +173,13 @@ def _token(case, spec, i, x, pairs, finest, log_weight) -> Tensor:
         fiber = slow_clip(x - s_plus, -epsilon, upper) - slow_clip(-s_minus, -epsilon, upper)
     else:
         fiber = slow_clip(x + s_minus, -epsilon, upper) - slow_clip(s_plus, -epsilon, upper)
-    return torch.exp(fiber + total)
+    gated = torch.exp(fiber + total)
+    if not spec.pessimistic or advantage == 0:
+        return gated
+    best = raw if float(raw) * advantage < float(gated) * advantage else gated
+    if spec.dual_clip is not None and advantage < 0 and float(best) > spec.dual_clip:
+        return best * 0.0 + spec.dual_clip
+    return best
 
 
 def slow_gspo(case: Case, epsilon: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,6 +49,60 @@ def test_overlays_match_the_oracle(
     assert not torch.equal(case.call(spec.build(build_objective)).gated_ratio, plain.gated_ratio)
 
 
+@pytest.mark.parametrize("dual_clip", [None, 1.2])
+@pytest.mark.parametrize("epsilon", [(0.2, 0.2), (0.03, 0.02)])
+@pytest.mark.parametrize(("name", "soft"), PRESETS)
+def test_the_pessimistic_minimum_matches_the_oracle(
+    name: str, soft: bool, epsilon: tuple[float, float], dual_clip: float | None
+) -> None:
+    spec = preset(name, soft=soft, epsilon=epsilon, dual_clip=dual_clip, pessimistic=True)
+    case = random_case(3)
+    case.advantages[::4] = 0.0
+    case.weights[::7] = 0.0
+    ratio, gradient, value = slow_fiber(case, spec)
+    out = case.call(spec.build(build_objective))
+    counted = case.weights > 0
+    torch.testing.assert_close(out.gradient, gradient, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(out.gated_ratio[counted], ratio[counted], rtol=1e-12, atol=0)
+    assert float(out.value) == pytest.approx(float(value), abs=1e-13)
+    plain = case.call(preset(name, soft=soft, epsilon=epsilon).build(build_objective))
+    assert not torch.equal(out.gradient, plain.gradient)
+    surplus = case.advantages * (out.gated_ratio - plain.gated_ratio)
+    if dual_clip is None:
+        assert float(surplus[counted].max()) <= 1e-14, "J is never above that of the two-sided clip"
+
+
+@pytest.mark.parametrize("dual_clip", [None, 1.2])
+def test_the_pessimistic_gradient_is_the_finite_difference(dual_clip: float | None) -> None:
+    spec = preset("fiberpo-domain", soft=True, epsilon=(0.03, 0.02), dual_clip=dual_clip, pessimistic=True)
+    objective, case, step = spec.build(build_objective), random_case(5), 1e-6
+    case.x[case.x == 0] = 0.01
+    gradient, at = case.call(objective).gradient, case.x.clone()
+    for i in range(at.shape[0]):
+        values = []
+        for sign in (1, -1):
+            case.x = at.clone()
+            case.x[i] += sign * step
+            values.append(float(case.call(objective, metrics=False).value))
+        assert (values[0] - values[1]) / (2 * step) == pytest.approx(float(gradient[i]), rel=1e-6, abs=1e-7)
+
+
+def test_a_token_on_the_wrong_side_keeps_its_gradient_under_the_pessimistic_minimum() -> None:
+    """A good token whose probability fell, and a bad one whose probability rose, far beyond the clip."""
+    x = torch.tensor([-0.5, 0.5], dtype=torch.float64)
+    advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    keys = {"trajectory": torch.tensor([0, 1])}
+    mu = torch.full_like(x, 0.5)
+    two_sided = build_objective("fiberpo")(x, advantages, mu, keys=keys)
+    pessimistic = build_objective("fiberpo", pessimistic=True)(x, advantages, mu, keys=keys)
+    bounded = build_objective("fiberpo", pessimistic=True, dual_clip=1.5)(x, advantages, mu, keys=keys)
+    assert two_sided.gradient.tolist() == [0.0, 0.0]
+    torch.testing.assert_close(pessimistic.gradient, mu * advantages * x.exp(), rtol=1e-15, atol=0)
+    assert bounded.gradient.tolist() == [pessimistic.gradient[0].item(), 0.0], "exp(0.5) is beyond c = 1.5"
+    assert bounded.gated_ratio[1] == 1.5
+    assert pessimistic.metrics.token.clip_share == 0.0 and bounded.metrics.token.clip_share == 0.5
+
+
 @st.composite
 def nested_specs(draw: st.DrawFn) -> Spec:
     """A random nested chain of depth 1 to 6; the expert partition on a random number of fine levels."""

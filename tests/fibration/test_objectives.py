@@ -310,6 +310,8 @@ def test_experts_inside_a_trajectory_do_not_span_micro_batches() -> None:
         ("fiberpo", {"levels": [["trajectory", "trajectory"]]}, "names a key twice"),
         ("fiberpo", {"levels": [["trajectory"], ["expert"]]}, "'trajectory' is not nested in 'expert'"),
         ("fiberpo", {"dual_clip": 0.9}, "must be above 1"),
+        ("fiberpo", {"pessimistic": True, "unclip_positive": True}, "remove `unclip_positive`"),
+        ("gspo", {"pessimistic": True}, "does not read 'pessimistic'"),
         ("apc", {"budgets": {"domain": (0.1, 0.1)}}, "exactly budgets"),
     ],
 )

@@ -13,6 +13,7 @@ to float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ def _fiber_clip(value, a, OPTIONS: tl.constexpr):
     loss = tl.full((), OPTIONS[1], value.dtype)
     bound = tl.where(a > 0, gain, loss)
     upper = bound
-    if OPTIONS[2] is not None:
+    if OPTIONS[2] is not None and not OPTIONS[4]:
         upper = tl.where(a < 0, _UNBOUNDED, bound)
     return tl.minimum(tl.maximum(value, -bound), upper)
 
@@ -51,12 +52,26 @@ def _fiber_gate(x, a, mu, values, OPTIONS: tl.constexpr):
     other_clipped = _fiber_clip(other, a, OPTIONS)
     own_free = own_clipped == own
     other_free = other_clipped == other
-    ratio = tl.exp(own_clipped - other_clipped + log_weight)
+    log_ratio = own_clipped - other_clipped + log_weight
+    ratio = tl.exp(log_ratio)
     scale = mu * a
     weight = scale * ratio
     gradient = tl.where(own_free, weight, 0.0)
     free = own_free
-    if OPTIONS[2] is not None or OPTIONS[3]:
+    if OPTIONS[4]:
+        raw = tl.exp(x)
+        on_raw = ((a > 0) & (x < log_ratio)) | ((a < 0) & (x > log_ratio))
+        ratio = tl.where(on_raw, raw, ratio)
+        gradient = tl.where(on_raw, scale * raw, gradient)
+        free = free | on_raw
+        weight = tl.where(on_raw, 0.0, weight)
+        if OPTIONS[2] is not None:
+            bounded = (a < 0) & (tl.maximum(x, log_ratio) > tl.full((), OPTIONS[5], x.dtype))
+            ratio = tl.where(bounded, tl.full((), OPTIONS[2], x.dtype), ratio)
+            gradient = tl.where(bounded, 0.0, gradient)
+            free = free & ~bounded
+            weight = tl.where(bounded, 0.0, weight)
+    elif OPTIONS[2] is not None or OPTIONS[3]:
         raw = tl.exp(x)
         on_raw = x != x
         raw_gated = raw
@@ -201,7 +216,12 @@ class Formulas:
     """Returns the constants that the functions read as OPTIONS, from the objective."""
 
 
-FIBER = Formulas(_fiber_terms, _fiber_gate, _fiber_finish, lambda it: (*it.bounds, it.dual_clip, it.unclip_positive))
+def _fiber_options(it: Any) -> tuple[float | bool | None, ...]:
+    bound = None if it.dual_clip is None else math.log(it.dual_clip)
+    return (*it.bounds, it.dual_clip, it.unclip_positive, it.pessimistic, bound)
+
+
+FIBER = Formulas(_fiber_terms, _fiber_gate, _fiber_finish, _fiber_options)
 PPO = Formulas(no_terms, _ppo_gate, no_finish, lambda it: (*it.bounds, it.dual_clip))
 CISPO = Formulas(no_terms, _cispo_gate, no_finish, lambda it: it.bounds)
 REINFORCE = Formulas(no_terms, _reinforce_gate, no_finish, lambda it: ())
