@@ -31,6 +31,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from fiberpo_megatron import durable
 from fiberpo_megatron.closeable import Closeable
 from fiberpo_megatron.printable import printable
 from fiberpo_megatron.process_identity import ProcessIdentity, this_process
@@ -188,6 +189,19 @@ def take(
     over; it should end the process. If the holder's process cannot be seen from here, its beats are watched for at most
     `watch_s` seconds, and `say` prints the progress. Raises RunLocked, naming the holder, and OSError.
     """
+    with durable.explained(folder / "lock"):
+        return _take(folder, command, lost, say, beat_s, poll_s, watch_s)
+
+
+def _take(
+    folder: Path,
+    command: str,
+    lost: Callable[[RunLockLost], object],
+    say: Say,
+    beat_s: float,
+    poll_s: float,
+    watch_s: float,
+) -> RunLock:
     locks = folder / "lock"
     locks.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(16)
