@@ -81,6 +81,7 @@ TOP = {
     "closeable",
     "durable",
     "interfaces",
+    "json_files",
     "plugins",
     "printable",
     "process_identity",
@@ -92,7 +93,7 @@ TOP = {
     "types",
 }
 """Modules beside the folders."""
-ANYWHERE = {"durable", "printable"}
+ANYWHERE = {"durable", "json_files", "printable"}
 """Modules of the standard library alone that every part may import."""
 FOR_SETTINGS = {"fiberpo_megatron.engines.arguments", "fiberpo_megatron.engines.urls"}
 """Modules of the standard library alone with which settings check their values."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tomli_w
 
-from fiberpo_megatron.config import load_config
+from fiberpo_megatron.config import ConfigError, load_config
 
 
 def check_model(folder: Path, prompt: str | None, tolerance: float, overrides: Sequence[str]) -> int:
@@ -24,6 +24,11 @@ def check_model(folder: Path, prompt: str | None, tolerance: float, overrides: S
     code = 2
     try:
         config = load_config(scratch / "config.toml", overrides)
+        if config.run.folder != scratch:
+            raise ConfigError(
+                f"run.folder = {config.run.folder}: check-model writes into a temporary folder of its own, which only "
+                "you can read; leave --run.folder out"
+            )
         from fiberpo_megatron.trainer.transformers_reference import disagrees, prepare
 
         prepare(config, prompt, tolerance)

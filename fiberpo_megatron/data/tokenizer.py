@@ -1,9 +1,11 @@
 """This module reads the tokenizer of a model folder, from local files only."""
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
+
+from fiberpo_megatron.json_files import read_object
+from fiberpo_megatron.printable import printable
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -32,9 +34,10 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """Load the tokenizer of a Hugging Face folder without network access.
+    """Load the tokenizer of a Hugging Face folder without network access and without running code from the folder.
 
-    Raises ValueError if the folder or its tokenizer files are missing or broken.
+    Raises ValueError if the folder or its tokenizer files are missing or broken, or if the tokenizer exists only as
+    code in the folder (`auto_map`).
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -51,9 +54,12 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     )  # it is slow to import, and tests with another tokenizer do not need it
 
     try:
-        return cast(Tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        # Without `trust_remote_code` transformers asks at the terminal whether to run the folder's code.
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return cast(Tokenizer, found)
     except Exception as error:  # transformers raises many types; each means that these files cannot be used
-        raise ValueError(f"cannot load the tokenizer of model.path = {folder}: {error}") from error
+        text = printable(str(error), keep="\n")
+        raise ValueError(f"cannot load the tokenizer of model.path = {folder}: {text}") from error
 
 
 def stop_token_ids(folder: Path | str, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -77,12 +83,13 @@ def stop_token_ids(folder: Path | str, tokenizer: Tokenizer) -> tuple[int, ...]:
 def _listed_ends(path: Path) -> list[int]:
     """Return `eos_token_id` of a file as a list; the file may hold a number, a list or nothing."""
     try:
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
+        listed = read_object(path).get("eos_token_id")
+    except ValueError as error:
         raise ValueError(f"{path} is not a JSON object ({error}); download it again") from error
     ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    if not all(isinstance(token, int) and token >= 0 for token in ids):
-        raise ValueError(f"{path}: eos_token_id = {listed!r}; it must be token ids (whole numbers)")
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        shown = printable(repr(listed))[:200]
+        raise ValueError(f"{path}: eos_token_id = {shown}; it must be token ids (whole numbers below 2^31)")
     return ids
 
 

@@ -79,6 +79,7 @@ class MegatronPolicy:
         chunk = config.model.log_prob_chunk_tokens
         self.schedule = Schedule(self.chunks, models, layout, chunk, self.routing)
         self._aux_loss = config.model.router_aux_loss
+        self._trust_others = config.checkpoint.trust_others
 
     def log_probs(
         self, micro_batches: Sequence[MicroBatch], temperature: float, *, routing: RoutingMode = "off"
@@ -207,7 +208,7 @@ class MegatronPolicy:
         from fiberpo_megatron.mcore import checkpoint
 
         with self.memory.state("loading a checkpoint"):
-            return checkpoint.load(self, folder)
+            return checkpoint.load(self, folder, trust_others=self._trust_others)
 
 
 class _GateCalls:

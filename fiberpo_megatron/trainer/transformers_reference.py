@@ -1,17 +1,18 @@
 """This module computes what transformers says about a model folder: the reference of `fiberpo check-model`."""
 
 import json
-import pickle
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.data.tokenizer import load_tokenizer
+from fiberpo_megatron.mcore.families import read_hf_config
 from fiberpo_megatron.mcore.parallel.checks import check_layout
 
 
@@ -40,7 +41,7 @@ class Job:
 
 
 DEFAULT_PROMPT = "Mix 3 eggs with 200 g of flour, then bake the cake for 45 minutes at 180 degrees."
-_JOB = "check.pickle"
+_JOB = "check.npz"
 _DISAGREES = "disagrees"
 
 
@@ -54,20 +55,38 @@ def prepare(config: Config, prompt: str | None, tolerance: float) -> None:
             f"parallel.context = {config.parallel.context}: check-model compares one short prompt, which is not cut; "
             "leave it at 1"
         )
-    hf_config = json.loads((folder / "config.json").read_text())
-    check_layout(hf_config, config.parallel, config.parallel.world_size())
+    check_layout(read_hf_config(folder, config.model.family), config.parallel, config.parallel.world_size())
     tokens, words = prompt_tokens(folder, prompt or DEFAULT_PROMPT)
     if len(tokens) < 2:
         raise ConfigError(f"--prompt {prompt!r} is {len(tokens)} token(s) long; at least 2 are needed")
     job = Job(run(load_model(folder), tokens), words, tolerance)
-    config.run.folder.mkdir(parents=True, exist_ok=True)
-    (config.run.folder / _JOB).write_bytes(pickle.dumps(job))
+    write_job(job, config.run.folder)
+
+
+def write_job(job: Job, folder: Path) -> None:
+    """Write what the ranks compare with, as plain arrays: reading them cannot run code, whoever wrote them."""
+    expected = job.expected
+    described = json.dumps({"words": job.words, "tolerance": job.tolerance})
+    arrays = {"tokens": expected.tokens, "logits": expected.logits}
+    arrays |= {f"layers/{layer}": hidden for layer, hidden in expected.layers.items()}
+    arrays |= {f"routers/{layer}": chosen for layer, chosen in expected.routers.items()}
+    named = {name: tensor.numpy() for name, tensor in arrays.items()}
+    np.savez(folder / _JOB, allow_pickle=False, described=np.array(described), **named)
 
 
 def read_job(folder: Path) -> Job:
-    """Return what `prepare` left."""
-    job: Job = pickle.loads((folder / _JOB).read_bytes())
-    return job
+    """Return what `write_job` wrote into a folder."""
+    with np.load(folder / _JOB, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    described = json.loads(str(arrays.pop("described")))
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def by_layer(kind: str) -> dict[int, Tensor]:
+        parts = ((name.partition("/"), tensor) for name, tensor in tensors.items())
+        return {int(layer): tensor for (found, _, layer), tensor in parts if found == kind}
+
+    expected = Reference(tensors["tokens"], tensors["logits"], by_layer("layers"), by_layer("routers"))
+    return Job(expected, described["words"], described["tolerance"])
 
 
 def leave_disagreement(folder: Path) -> None:
@@ -81,12 +100,13 @@ def disagrees(folder: Path) -> bool:
 
 
 def load_model(folder: Path) -> Any:
-    """Return the model in float32 and its plainest implementation."""
+    """Return the model in float32 and its plainest implementation, without running code from the folder."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    options = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    options: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    options |= {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 

@@ -4,12 +4,14 @@ The trainer's side checks this, because SGLang accepts missing and unknown tenso
 process.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from fiberpo_megatron.json_files import read_object
+from fiberpo_megatron.printable import printable
 
 Shape = tuple[int, ...]
 TIED = "lm_head.weight"
@@ -21,7 +23,7 @@ class Manifest:
     def __init__(self, model: Path) -> None:
         self.shapes: Mapping[str, Shape] | None = folder_shapes(model) or None
         self.source = str(model)
-        configuration = json.loads((model / "config.json").read_text())
+        configuration = read_object(model / "config.json")
         self.tied = bool(configuration.get("tie_word_embeddings", False))
         """Whether the output layer shares the embedding's weight, so that it may be left out."""
 
@@ -61,10 +63,16 @@ class Manifest:
 
 
 def folder_shapes(folder: Path) -> dict[str, Shape]:
-    """Return names and shapes in a folder's safetensors files, read from their headers."""
+    """Return names and shapes in a folder's safetensors files, read from their headers.
+
+    Raises ValueError for a file that cannot be read.
+    """
     shapes: dict[str, Shape] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+    for file in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"cannot read {file} ({printable(str(error))}); download it again") from error
     return shapes

@@ -128,7 +128,7 @@ def test_disk_refuses_to_replace_a_folder_that_is_not_its_own(model, tmp_path):
     (tmp_path / "published" / "1").mkdir(parents=True)
     with (
         disk(model, FakeServers(), tmp_path / "published") as publishing,
-        pytest.raises(FileExistsError, match=r"published/1 was not written by a publication"),
+        pytest.raises(FileExistsError, match=r"published/1 was not published by this run"),
     ):
         publishing.publish(Tensors(WEIGHTS.items()), "1")
 

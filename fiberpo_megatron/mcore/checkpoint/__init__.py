@@ -1,6 +1,7 @@
 """This package saves and resumes with Megatron's distributed checkpoints, written so that a crash loses no earlier one.
 
-`save.py` writes; `folders.py` decides whether a folder is complete and undamaged.
+`save.py` writes; `folders.py` decides whether a folder is complete and undamaged, and `owners.py` whether others could
+have written it; `reading.py` and `metadata.py` read it without executing anything.
 """
 
 import json
@@ -27,6 +28,8 @@ from fiberpo_megatron.mcore.checkpoint.folders import (
     step_folder,
     step_of,
 )
+from fiberpo_megatron.mcore.checkpoint.owners import untrusted
+from fiberpo_megatron.mcore.checkpoint.reading import CommonStrategy, Contents, TensorStrategy, read_contents
 from fiberpo_megatron.mcore.checkpoint.save import Saving, cause
 from fiberpo_megatron.mcore.checkpoint.state import (
     random_state,
@@ -94,31 +97,53 @@ def begin_save(
     return Saving(policy, folder, described, background=background)
 
 
-def load(policy: CheckpointedPolicy, folder: str | Path) -> dict[str, object]:
+def load(policy: CheckpointedPolicy, folder: str | Path, *, trust_others: bool = False) -> dict[str, object]:
     """Read a checkpoint written under any layout into the policy; return the caller's state.
 
-    Every rank calls this. Random states are restored only when the layout is the one that wrote them. Raises on every
-    rank, before the policy is changed: DamagedCheckpoint when files are missing or not as they were written,
-    CheckpointError when it is of another model.
+    Every rank calls this. Random states are restored only when the layout is the one that wrote them. Nothing in the
+    files is executed. Raises on every rank, before the policy is changed: DamagedCheckpoint when files are missing or
+    not as they were written; CheckpointError when it is of another model, when its description or common state is not
+    what a save writes, or when another user could have written it and `trust_others` is false. Raises CheckpointError
+    as well, after the policy may have been changed, for tensors that cannot be read.
     """
     layout = policy.layout
     folder = Path(folder)
     description = _whole(layout, folder)
+    error = untrusted(folder) if layout.rank == 0 and not trust_others else None
+    _agree(layout, error, folder)
     _agree(layout, _other_model(description, policy, folder), folder)
+    contents = _contents(layout, folder, description)
     same_layout = dict(description.layout) == _dimensions(layout)
     wanted = sharded_state(policy, is_loading=True)
     if same_layout:
         wanted["random_state"] = random_state(layout.rank, layout.world_size, with_data=False)
     error = None
     try:
-        loaded = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+        loaded = dist_checkpointing.load(
+            wanted,
+            str(folder),
+            sharded_strategy=TensorStrategy(contents),
+            common_strategy=CommonStrategy(contents),
+            strict=StrictHandling.RAISE_UNEXPECTED,
+        )
         restore_state(policy, loaded)
+        if same_layout:
+            restore_random_state(loaded["random_state"])
     except (Exception, CheckpointException) as caught:  # a damaged file raises many types
         error = f"{cause(caught, folder)}; the checkpoint is of another model or version; use an earlier one"
     _agree(layout, error, folder)
-    if same_layout:
-        restore_random_state(loaded["random_state"])
     return dict(description.state)
+
+
+def _contents(layout: ParallelLayout, folder: Path, description: Description) -> Contents:
+    """Return what a checkpoint holds beside its tensors; every rank reads it."""
+    error = None
+    try:
+        contents = read_contents(folder, description.files)
+    except (CheckpointError, OSError) as caught:
+        error = str(caught)
+    _agree(layout, error, folder)
+    return contents
 
 
 def _whole(layout: ParallelLayout, folder: Path) -> Description:
@@ -127,7 +152,7 @@ def _whole(layout: ParallelLayout, folder: Path) -> Description:
     try:
         description = describe(folder)
         error = damaged_files(folder, description, part=layout.rank, parts=layout.world_size)
-    except DamagedCheckpoint as caught:
+    except (DamagedCheckpoint, OSError) as caught:
         error = str(caught)
     _agree(layout, error, folder, raises=DamagedCheckpoint)
     return description

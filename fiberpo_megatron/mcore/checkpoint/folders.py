@@ -8,15 +8,20 @@ Megatron.
 
 import json
 import logging
-import os
+import math
 import re
 import shutil
+import stat
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from fiberpo_megatron import durable
+from fiberpo_megatron.json_files import read_object
+from fiberpo_megatron.printable import printable
 
 DESCRIPTION = "checkpoint.json"
 FORMAT = 2
@@ -70,10 +75,8 @@ class Description:
 
     def write(self, folder: Path) -> None:
         """Write and sync checkpoint.json."""
-        with open(folder / DESCRIPTION, "w") as file:
+        with durable.replaced(folder / DESCRIPTION, text=True) as file:
             json.dump(asdict(self), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def step_folder(root: str | Path, step: int) -> Path:
@@ -111,8 +114,22 @@ def mark_all(folder: Path, known: Mapping[str, FileMark] | None = None) -> dict[
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DESCRIPTION)
-    return {str(path.relative_to(folder)): path for path in files}
+    """Return the files below a checkpoint's folder by relative path, without checkpoint.json.
+
+    Raises DamagedCheckpoint for anything that a save does not make, such as a symbolic link: it could lead to a file
+    outside the folder, and reading a named pipe would not end.
+    """
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise DamagedCheckpoint(
+                f"{path} is a symbolic link or another special file, which no save makes; use another checkpoint, or "
+                "copy this one with its links resolved (cp -rL)"
+            )
+        if stat.S_ISREG(mode) and path.name != DESCRIPTION:
+            files[str(path.relative_to(folder))] = path
+    return files
 
 
 def describe(folder: str | Path) -> Description:
@@ -122,28 +139,40 @@ def describe(folder: str | Path) -> Description:
         beside = latest(folder.parent) if folder.parent.is_dir() else None
         hint = f"the newest complete one beside it is {beside}" if beside else f"{folder.parent} holds no complete one"
         raise DamagedCheckpoint(f"no checkpoint at {folder}; {hint}")
+    present = _files(folder)
     try:
-        read = json.loads((folder / DESCRIPTION).read_text())
-        if read.get("format") != FORMAT:
-            raise DamagedCheckpoint(f"{folder} has checkpoint format {read.get('format')}; this version reads {FORMAT}")
-        marks = {name: FileMark(*values) for name, values in read.pop("files").items()}
-        description = Description(**read, files=marks)
+        description = _description(read_object(folder / DESCRIPTION, finite=False))  # a metric may be NaN
     except FileNotFoundError as error:
         raise DamagedCheckpoint(
             f"{folder} is not a complete checkpoint: it has no {DESCRIPTION}; use an earlier one"
         ) from error
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except (ValueError, TypeError, KeyError) as error:
         raise DamagedCheckpoint(f"{folder / DESCRIPTION} is damaged ({error}); use an earlier checkpoint") from error
-    found = {name: path.stat().st_size for name, path in _files(folder).items()}
+    if description.format != FORMAT:
+        raise DamagedCheckpoint(f"{folder} has checkpoint format {description.format}; this version reads {FORMAT}")
+    found = {name: path.stat().st_size for name, path in present.items()}
     for name, written in description.files.items():
         if found.get(name) != written.size:
             seen = "is missing" if name not in found else f"has {found[name]} bytes"
             raise DamagedCheckpoint(
-                f"{folder} is damaged: {name} {seen}, {written.size} bytes were written; take an earlier checkpoint"
+                f"{folder} is damaged: {printable(name)} {seen}, {written.size} bytes were written; take an earlier "
+                "checkpoint"
             )
     return description
+
+
+def _description(read: dict[str, Any]) -> Description:
+    """Return the content of a checkpoint.json. Raises ValueError, TypeError or KeyError for what no save writes."""
+    if read.get("format") != FORMAT:
+        return Description(None, {}, {}, {}, {}, {}, format=read.get("format", 0))
+    for name in ("layout", "model", "packages", "state", "files"):
+        if not isinstance(read[name], dict):
+            raise ValueError(f"{name} is no object")
+    marks = {name: FileMark(*values) for name, values in read.pop("files").items()}
+    for value in (number for mark in marks.values() for number in mark):
+        if type(value) is not int or value < 0:
+            raise ValueError("files has a size or a checksum that is not a whole number")
+    return Description(**read, files=marks)
 
 
 def damaged_files(folder: Path, description: Description, *, part: int = 0, parts: int = 1) -> str | None:
@@ -154,7 +183,10 @@ def damaged_files(folder: Path, description: Description, *, part: int = 0, part
     by_size = sorted(description.files, key=lambda name: (-description.files[name].size, name))
     for name in by_size[part::parts]:
         if mark(folder / name) != description.files[name]:
-            return f"{folder} is damaged: {name} has another checksum than when it was written; take an earlier one"
+            return (
+                f"{folder} is damaged: {printable(name)} has another checksum than when it was written; take an "
+                "earlier one"
+            )
     return None
 
 
@@ -195,7 +227,7 @@ def best(root: str | Path, metric: str, mode: Literal["max", "min"]) -> Path | N
     for order, folder in enumerate(complete_steps(root)):
         metrics = describe(folder).state.get("metrics")
         value = metrics.get(metric) if isinstance(metrics, dict) else None
-        if value is not None:
+        if isinstance(value, int | float) and not math.isnan(value):
             measured.append((value if mode == "max" else -value, order, folder))
     return max(measured)[2] if measured else None
 
@@ -211,8 +243,8 @@ def prune(root: str | Path, keep: int, spare: Collection[Path] = ()) -> list[Pat
     for folder in doomed:
         hidden = partial_folder(folder)  # renamed first, so that a kill during the deletion leaves no half checkpoint
         shutil.rmtree(hidden, ignore_errors=True)
-        folder.rename(hidden)
+        durable.rename(folder, hidden)  # synced, or a lost machine could bring the name back without the files
     if root.is_dir():
         for remains in (*root.glob(".step-*.partial"), *root.glob(".step-*.old")):
-            shutil.rmtree(remains, ignore_errors=True)
+            durable.remove_tree(remains)
     return doomed

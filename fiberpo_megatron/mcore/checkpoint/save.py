@@ -26,11 +26,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
+from fiberpo_megatron import durable
 from fiberpo_megatron.mcore.checkpoint.folders import Description, FileMark, mark, mark_all, partial_folder
+from fiberpo_megatron.mcore.checkpoint.owners import keep_to_owner
 from fiberpo_megatron.mcore.checkpoint.state import random_state, sharded_state
 from fiberpo_megatron.mcore.parallel import exchange
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
-from fiberpo_megatron.mcore.weights.save import sync_path, sync_tree
 
 Marks = dict[str, FileMark]
 Describe = Callable[[Mapping[str, FileMark]], Description]
@@ -87,18 +88,17 @@ class Saving:
         """Describe, sync and rename the folder."""
         partial, folder = partial_folder(self._folder), self._folder
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
-        sync_tree(partial)
+        durable.sync_tree(partial)
         self._describe(mark_all(partial, known=marks)).write(partial)
-        sync_path(partial)
+        keep_to_owner(partial)
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old")
             shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-            partial.rename(folder)
+            durable.rename(folder, old)
+            durable.rename(partial, folder)
             shutil.rmtree(old)
         else:
-            partial.rename(folder)
-        sync_path(folder.parent)
+            durable.rename(partial, folder)
 
     def _run(self, part: Callable[[], None], only_first: bool = False) -> None:
         """Run `part` (on rank 0 only, if asked); raise RuntimeError on every rank when it failed on one."""

@@ -6,7 +6,6 @@ file that defines a `Family` out of the names that are exported here (docs/model
 an entry point of the group `fiberpo.families`.
 """
 
-import json
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fiberpo_megatron import plugins
+from fiberpo_megatron.json_files import read_object
 from fiberpo_megatron.mcore.families.architecture import Architecture, Experts, LatentAttention
-from fiberpo_megatron.mcore.families.config_fields import FIXED, REQUIRED, SIZES, WINDOW, ConfigReader, Fields
+from fiberpo_megatron.mcore.families.config_fields import FIXED, REQUIRED, SIZES, WINDOW, ConfigReader, Fields, shown
 from fiberpo_megatron.mcore.families.decoder import decoder, experts_per_token
 from fiberpo_megatron.mcore.families.family import FAMILY_KEY, Family
 from fiberpo_megatron.mcore.families.rope import Rope, read_rope
@@ -97,7 +97,7 @@ def _declared(model_type: str) -> Family:
     known = plugins.short_names("families")
     if model_type not in known:
         raise ValueError(
-            f"config.json: model_type = {model_type!r} is not supported; use one of {', '.join(known)}, or set "
+            f"config.json: model_type = {shown(model_type)} is not supported; use one of {', '.join(known)}, or set "
             'model.family to the import path of a family of your own ("package.module:FAMILY", docs/models.md)'
         )
     return _plugin(model_type)
@@ -117,11 +117,12 @@ def _plugin(name: str) -> Family:
 def read_hf_config(folder: str | Path, family: str | None = None) -> dict[str, Any]:
     """Return the content of a model folder's config.json, in which a run's `model.family` is noted.
 
-    Everything that takes an `hf_config` then uses that family. Raises OSError for a file that cannot be read, and
-    ValueError for one that is not JSON or that tries to name a family itself: a model must not choose code to import.
+    Everything that takes an `hf_config` then uses that family. Raises OSError for a file that cannot be opened, and
+    ValueError for one that is not a JSON object (`json_files.read_object`) or that tries to name a family itself: a
+    model must not choose code to import.
     """
     path = Path(folder) / "config.json"
-    hf_config: dict[str, Any] = json.loads(path.read_text())
+    hf_config = read_object(path)
     if FAMILY_KEY in hf_config:
         raise ValueError(f"{path}: {FAMILY_KEY} must not stand in config.json; remove it and set model.family")
     return hf_config if family is None else {**hf_config, FAMILY_KEY: family}

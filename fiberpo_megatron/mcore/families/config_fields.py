@@ -5,9 +5,13 @@ are those of transformers' config classes, because a config.json may leave out a
 compares them with transformers. This module imports neither torch nor Megatron.
 """
 
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from fiberpo_megatron.printable import printable
 
 REQUIRED = object()
 """The default of a field that config.json must contain."""
@@ -67,6 +71,28 @@ QWEN3: Mapping[str, tuple[Any, ...]] = {"use_qk_norm": (True, None), "qkv_bias":
 """Fixed fields that some Qwen3 models write and no code reads: Qwen3 always has the norms and never the bias."""
 
 
+_LARGEST = 2**31 - 1
+"""Larger sizes are refused: no model has them, and Megatron computes with 32-bit numbers in places."""
+_AT_MOST: Mapping[str, int] = {
+    "num_hidden_layers": 10_000,
+    "first_k_dense_replace": 10_000,
+    "num_nextn_predict_layers": 10_000,
+    "num_experts": 2**16,
+    "num_local_experts": 2**16,
+    "n_routed_experts": 2**16,
+}
+"""Layers and experts are listed one by one, so that a number without bound would take memory without bound."""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxlong = 3, 16, 16, 100, 60
+
+
+def shown(value: object) -> str:
+    """Return a value of config.json for a message, shortened, because a stranger may have written the file."""
+    return printable(_SHORT.repr(value))
+
+
 class ConfigReader:
     """Reads the fields of one config.json, with the family's defaults for those that it leaves out."""
 
@@ -86,18 +112,35 @@ class ConfigReader:
         return self.given.get(key, None if default is REQUIRED else default)
 
     def number(self, key: str, at_least: int = 1) -> int:
-        """Return a field that is a whole number. Raises ValueError for any other value and for smaller numbers."""
-        value = self.get(key)
-        if not isinstance(value, int) or value < at_least:
-            raise ValueError(f"config.json: {key} = {value!r}; a whole number of at least {at_least} is needed")
+        """Return a field that is a whole number. Raises ValueError for other values and numbers out of bounds."""
+        value, at_most = self.get(key), _AT_MOST.get(key, _LARGEST)
+        if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value <= at_most:
+            raise ValueError(
+                f"config.json: {key} = {shown(value)}; a whole number from {at_least} to {at_most} is needed"
+            )
         return value
 
+    def number_if_given(self, key: str) -> int | None:
+        """Return a field that is a whole number of at least 1; None if it is null or 0. Raises ValueError."""
+        return self.number(key) if self.get(key) not in (None, 0) else None
+
     def positive(self, key: str) -> float:
-        """Return a field that is a number above 0. Raises ValueError for any other value."""
-        value = self.get(key)
-        if not isinstance(value, (int, float)) or not value > 0:
-            raise ValueError(f"config.json: {key} = {value!r}; a number above 0 is needed")
-        return float(value)
+        """Return a field that is a finite number above 0. Raises ValueError for any other value."""
+        return positive(f"config.json: {key}", self.get(key))
+
+
+def positive(field: str, value: object, at_least: float = 0.0) -> float:
+    """Return `value` if it is a finite number above 0 and not below `at_least`; else raise ValueError on `field`."""
+    wanted = f"of at least {at_least:g}" if at_least else "above 0"
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError
+        number = float(value)  # OverflowError for a whole number that no float can hold
+        if not (math.isfinite(number) and number > 0 and number >= at_least):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise ValueError(f"{field} = {shown(value)}; a number {wanted} is needed") from None
+    return number
 
 
 def refuse_unknown(hf_config: Mapping[str, Any], fields: Fields) -> None:
@@ -106,18 +149,19 @@ def refuse_unknown(hf_config: Mapping[str, Any], fields: Fields) -> None:
         if key in fields.fixed:
             if value not in fields.fixed[key]:
                 raise ValueError(
-                    f"config.json: {key} = {value!r} changes the computation in a way that is not built; supported: "
-                    f"{', '.join(repr(v) for v in fields.fixed[key])}"
+                    f"config.json: {key} = {shown(value)} changes the computation in a way that is not built; "
+                    f"supported: {', '.join(repr(v) for v in fields.fixed[key])}"
                 )
         elif key == "sliding_window":
             if value is not None and "use_sliding_window" not in fields.fixed:
-                raise ValueError(f"config.json: sliding_window = {value!r} is not built; supported: null")
+                raise ValueError(f"config.json: sliding_window = {shown(value)} is not built; supported: null")
         elif key == "layer_types":
-            other = sorted({kind for kind in value or [] if kind != "full_attention"})
-            if other:
-                raise ValueError(f"config.json: layer_types contains {other[0]!r}; supported: 'full_attention'")
+            listed = value if isinstance(value, list) else [] if value is None else [value]
+            other = next((kind for kind in listed if kind != "full_attention"), None)
+            if other is not None:
+                raise ValueError(f"config.json: layer_types contains {shown(other)}; supported: 'full_attention'")
         elif key not in fields.used.keys() | fields.harmless | HARMLESS and value not in (None, False, 0, [], {}):
             raise ValueError(
-                f"config.json: the field {key} = {value!r} is not known and might change the computation; if it does "
-                "not, take it out of config.json"
+                f"config.json: the field {printable(key)} = {shown(value)} is not known and might change the "
+                "computation; if it does not, take it out of config.json"
             )

@@ -24,8 +24,8 @@ def decoder(
     if latent:
         key_value_heads, head_dim = heads, latent.plain_size + latent.rotary_size
     else:
-        key_value_heads = config.get("num_key_value_heads") or heads
-        head_dim = config.get("head_dim") or config.number("hidden_size") // heads
+        key_value_heads = config.number_if_given("num_key_value_heads") or heads
+        head_dim = config.number_if_given("head_dim") or config.number("hidden_size") // heads
     return Architecture(
         model_type=str(config.get("model_type")),
         layers=config.number("num_hidden_layers"),

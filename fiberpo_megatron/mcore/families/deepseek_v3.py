@@ -6,7 +6,7 @@ router with a correction bias, a choice limited to groups of experts, and scaled
 
 from fiberpo_megatron.mcore.families.architecture import Architecture, Experts, LatentAttention
 from fiberpo_megatron.mcore.families.common_rules import DENSE, FRAME, FUSED_EXPERTS, MOE, NORMS
-from fiberpo_megatron.mcore.families.config_fields import FIXED, SIZES, ConfigReader, Fields
+from fiberpo_megatron.mcore.families.config_fields import FIXED, SIZES, ConfigReader, Fields, shown
 from fiberpo_megatron.mcore.families.decoder import decoder, experts_per_token
 from fiberpo_megatron.mcore.families.family import Family
 from fiberpo_megatron.mcore.families.transforms import GateUp, Split, Whole
@@ -17,8 +17,8 @@ def _architecture(config: ConfigReader) -> Architecture:
     heads, key_value_heads = config.number("num_attention_heads"), config.get("num_key_value_heads")
     if key_value_heads not in (heads, None):
         raise ValueError(
-            f"config.json: num_key_value_heads = {key_value_heads} differs from num_attention_heads = {heads}; latent "
-            "attention has one key and value per query head"
+            f"config.json: num_key_value_heads = {shown(key_value_heads)} differs from num_attention_heads = {heads}; "
+            "latent attention has one key and value per query head"
         )
     return decoder(
         config,
@@ -42,7 +42,8 @@ def _experts(config: ConfigReader) -> Experts | None:
     layers, first = config.number("num_hidden_layers"), config.number("first_k_dense_replace", 0)
     if first >= layers:
         return None
-    count, groups, chosen = config.number("n_routed_experts"), config.get("n_group") or 1, config.get("topk_group") or 1
+    count = config.number("n_routed_experts")
+    groups, chosen = config.number_if_given("n_group") or 1, config.number_if_given("topk_group") or 1
     if chosen > groups or count % groups:
         raise ValueError(
             f"config.json: n_group = {groups} with topk_group = {chosen} and n_routed_experts = {count} cannot be; "

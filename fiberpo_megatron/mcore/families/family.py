@@ -36,6 +36,6 @@ class Family:
     def used_fields(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields that shape the model by name; those that config.json leaves out have their defaults."""
         values = {key: hf_config.get(key, default) for key, default in self.fields.used.items()}
-        if any("rope_theta" in (values.get(key) or {}) for key in ("rope_parameters", "rope_scaling")):
+        if any("rope_theta" in (values.get(key) or ()) for key in ("rope_parameters", "rope_scaling")):
             values["rope_theta"] = None
         return {key: value for key, value in values.items() if value is not None and value is not REQUIRED}

@@ -2,7 +2,16 @@
 
 from fiberpo_megatron.mcore.families.architecture import Architecture, Experts
 from fiberpo_megatron.mcore.families.common_rules import FUSED_EXPERTS, LLAMA, MOE, QK_NORM
-from fiberpo_megatron.mcore.families.config_fields import FIXED, QWEN3, REQUIRED, SIZES, WINDOW, ConfigReader, Fields
+from fiberpo_megatron.mcore.families.config_fields import (
+    FIXED,
+    QWEN3,
+    REQUIRED,
+    SIZES,
+    WINDOW,
+    ConfigReader,
+    Fields,
+    shown,
+)
 from fiberpo_megatron.mcore.families.decoder import decoder, experts_per_token
 from fiberpo_megatron.mcore.families.family import Family
 from fiberpo_megatron.mcore.families.weight_tables import WeightTable
@@ -15,6 +24,8 @@ def _architecture(config: ConfigReader) -> Architecture:
 def _experts(config: ConfigReader) -> Experts | None:
     count = config.number("num_experts" if config.get("num_local_experts") is None else "num_local_experts")
     step, dense = config.number("decoder_sparse_step"), config.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise ValueError(f"config.json: mlp_only_layers = {shown(dense)}; a list of layers is needed")
     layers = range(config.number("num_hidden_layers"))
     dense_layers = tuple(layer for layer in layers if layer in dense or (layer + 1) % step)
     if len(dense_layers) == len(layers):

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fiberpo_megatron.mcore.families.config_fields import positive, shown
+from fiberpo_megatron.printable import printable
+
 Kind = Literal["default", "linear", "llama3", "yarn"]
 
 
@@ -48,10 +51,13 @@ def read_rope(hf_config: Mapping[str, Any], theta: float, *, latent: bool) -> Ro
     attention, for which Megatron has only the kinds "default" and "yarn".
     """
     given = {key: hf_config[key] for key in ("rope_parameters", "rope_scaling") if hf_config.get(key)}
+    for name, settings in given.items():
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"config.json: {name} = {shown(settings)}; an object with rope_type is needed")
     if len(given) == 2 and _plain(given["rope_parameters"]) != _plain(given["rope_scaling"]):
         raise ValueError(
-            f"config.json: rope_parameters = {given['rope_parameters']!r} and rope_scaling = "
-            f"{given['rope_scaling']!r} disagree; keep the one that the model was trained with"
+            f"config.json: rope_parameters = {shown(given['rope_parameters'])} and rope_scaling = "
+            f"{shown(given['rope_scaling'])} disagree; keep the one that the model was trained with"
         )
     field, raw = next(iter(given.items()), ("rope_parameters", {}))
     values = _plain(raw)
@@ -59,46 +65,40 @@ def read_rope(hf_config: Mapping[str, Any], theta: float, *, latent: bool) -> Ro
     theta = values.pop("rope_theta", theta)
 
     def refuse(why: str) -> ValueError:
-        return ValueError(f"config.json: {field} = {raw!r}: {why}")
+        return ValueError(f"config.json: {field} = {shown(raw)}: {why}")
 
     built = ("default", "yarn") if latent else tuple(_KEYS)
     if kind not in built:
-        raise refuse(f"rope_type {kind!r} is not built; supported here: {', '.join(built)}")
+        raise refuse(f"rope_type {shown(kind)} is not built; supported here: {', '.join(built)}")
     unknown = sorted(values.keys() - _KEYS[kind])
     if unknown:
-        raise refuse(f"{unknown[0]} = {values[unknown[0]]!r} is not built for rope_type {kind!r}")
-    if not isinstance(theta, (int, float)) or not theta > 0:
-        raise refuse(f"rope_theta = {theta!r}; a number above 0 is needed")
+        raise refuse(f"{printable(unknown[0])} = {shown(values[unknown[0]])} is not built for rope_type {kind!r}")
+    theta = positive(f"config.json: {field}: rope_theta", theta)
     if kind == "default":
-        return Rope(float(theta))
-    if not isinstance(values.get("factor"), (int, float)) or values["factor"] < 1:
-        raise refuse(f"factor = {values.get('factor')!r}; a number of at least 1 is needed")
+        return Rope(theta)
+    factor = positive(f"config.json: {field}: factor", values.get("factor"), at_least=1)
     if kind == "llama3":
         for key, value in _LLAMA3.items():
             if values.get(key) != value:
-                raise refuse(f"{key} = {values.get(key)!r}; Megatron computes llama3 with {value} only")
+                raise refuse(f"{key} = {shown(values.get(key))}; Megatron computes llama3 with {value} only")
     if kind != "yarn":
-        return Rope(float(theta), kind, float(values["factor"]))
-    mscale, all_dim = values.get("mscale") or None, values.get("mscale_all_dim") or None
+        return Rope(theta, kind, factor)
+
+    def given_positive(key: str, value: object) -> float | None:
+        return positive(f"config.json: {field}: {key}", value) if value else None
+
+    mscale, all_dim = (given_positive(key, values.get(key)) for key in ("mscale", "mscale_all_dim"))
     if (mscale is None) != (all_dim is None):
         raise refuse("mscale and mscale_all_dim are built together; one of them is missing or 0")
     truncate = bool(values.get("truncate", True))
     if latent and not truncate:
         raise refuse("truncate = False is not built for latent attention")
-    original = values.get("original_max_position_embeddings") or hf_config.get("max_position_embeddings")
-    if not original:
-        raise refuse("original_max_position_embeddings is missing")
-    return Rope(
-        float(theta),
-        "yarn",
-        float(values["factor"]),
-        int(original),
-        float(values.get("beta_fast") or 32),
-        float(values.get("beta_slow") or 1),
-        mscale,
-        all_dim,
-        truncate,
-    )
+    name = "original_max_position_embeddings"
+    original = given_positive(name, values.get(name) or hf_config.get("max_position_embeddings"))
+    if original is None:
+        raise refuse(f"{name} is missing")
+    fast, slow = (given_positive(key, values.get(key)) for key in ("beta_fast", "beta_slow"))
+    return Rope(theta, "yarn", factor, int(original), fast or 32.0, slow or 1.0, mscale, all_dim, truncate)
 
 
 def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:

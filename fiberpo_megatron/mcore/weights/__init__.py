@@ -18,6 +18,7 @@ from fiberpo_megatron.mcore.weights.export import export_hf
 from fiberpo_megatron.mcore.weights.files import HfFiles
 from fiberpo_megatron.mcore.weights.local import LocalWeight, WeightLayout, local_weights
 from fiberpo_megatron.mcore.weights.save import save_hf
+from fiberpo_megatron.printable import printable
 
 __all__ = ["export_hf", "load_hf", "save_hf"]
 
@@ -89,7 +90,7 @@ def _is_stranger(name: str, own: set[Match], table: WeightTable, architecture: A
 
 def _listed(names: Sequence[str], limit: int = 8) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(printable(name)[:200] for name in names[:limit]) + more
 
 
 def _fill(weight: LocalWeight, files: HfFiles, table: WeightTable, architecture: Architecture) -> None:

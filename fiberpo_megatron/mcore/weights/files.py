@@ -1,6 +1,7 @@
 """Reads safetensors folders in Hugging Face's form: which tensors they hold, and parts of these tensors."""
 
-import json
+import re
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fiberpo_megatron.json_files import read_object
 from fiberpo_megatron.mcore.families import Architecture, WeightTable
 from fiberpo_megatron.mcore.families.transforms import Shape
 from fiberpo_megatron.mcore.families.weight_tables import match_name
+from fiberpo_megatron.printable import printable
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -60,8 +63,8 @@ class HfFiles:
         place = self._places[name]
         if place.shape != shape:
             raise ValueError(
-                f"{self.folder / place.file}: {name} has shape {place.shape}, the model of config.json needs {shape}; "
-                "correct config.json, or take the files that belong to it"
+                f"{self.folder / place.file}: {name} has shape {_shown(place.shape)}, the model of config.json "
+                f"needs {shape}; correct config.json, or take the files that belong to it"
             )
         if place.kind not in _WEIGHT_KINDS:
             raise ValueError(
@@ -94,7 +97,10 @@ class HfFiles:
             if match is None:
                 continue
             if len(shape) != 3 or shape[0] != experts or shape[1] % len(fused.parts):
-                raise ValueError(f"{self.folder / file}: {tensor} has shape {shape}, not [{experts}, rows, columns]")
+                raise ValueError(
+                    f"{self.folder / file}: {printable(tensor)} has shape {_shown(shape)}, "
+                    f"not [{experts}, rows, columns]"
+                )
             rows = shape[1] // len(fused.parts)
             for expert in range(experts):
                 for part, template in enumerate(fused.parts):
@@ -140,6 +146,20 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     return found
 
 
+def tensor_shapes(folder: Path) -> dict[str, Shape]:
+    """Return the shape of every tensor of a folder by name, read from the headers; nothing without weights.
+
+    Raises ValueError or FileNotFoundError as `HfFiles` does.
+    """
+    if not any(folder.glob("*.safetensors")):
+        return {}
+    return {
+        name: tuple(opened.get_slice(name).get_shape())
+        for opened in _opened(folder).values()
+        for name in _names(opened)
+    }
+
+
 def _opened(folder: Path) -> dict[str, Any]:
     """Return the opened files of a folder by name: those of its index, or the single file where it has no index.
 
@@ -157,10 +177,7 @@ def _opened(folder: Path) -> dict[str, Any]:
                 "what is not the model's"
             )
         return {names[0]: _open(folder / names[0])}
-    try:
-        placed = {(str(file), str(name)) for name, file in json.loads(index.read_text())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not a safetensors index ({error!r}); download the model again") from error
+    placed = _placed(index)
     files = {file: _open(folder / file) for file in sorted({file for file, _ in placed})}
     if single.is_file() and SINGLE_NAME not in files:
         raise ValueError(f"{folder} holds {SINGLE_NAME} and {INDEX_NAME}, which are two models; remove one of them")
@@ -168,8 +185,35 @@ def _opened(folder: Path) -> dict[str, Any]:
     for file, name in sorted(placed ^ held):
         what = "does not hold" if (file, name) in placed else "holds"
         where = "places it there" if (file, name) in placed else "does not place it there"
-        raise ValueError(f"{folder / file} {what} {name}, but {INDEX_NAME} {where}; download the model again")
+        raise ValueError(
+            f"{folder / file} {what} {printable(name)}, but {INDEX_NAME} {where}; download the model again"
+        )
     return files
+
+
+def _placed(index: Path) -> set[tuple[str, str]]:
+    """Return (file, tensor) for every entry of an index.
+
+    Raises ValueError for a file outside the model's folder, or in a folder below it: what a downloaded index names is
+    read, and files of the same names are written when the trained model is saved.
+    """
+    try:
+        placed = {(str(file), str(name)) for name, file in read_object(index)["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        text = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{index} is not a safetensors index ({text}); download the model again") from error
+    for file, name in sorted(placed):
+        if not _PLAIN.fullmatch(file):
+            raise ValueError(
+                f"{index} places {printable(name)} in {printable(file)!r}, which is not the plain name of a "
+                ".safetensors file in the same folder; download the model again, or put all its files into one folder "
+                "and correct the index"
+            )
+    return placed
+
+
+_PLAIN = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,200}\.safetensors")
+"""Names of weight files. None of them is hidden, leads to another folder or breaks a line."""
 
 
 def _names(opened: Any) -> list[str]:
@@ -177,8 +221,14 @@ def _names(opened: Any) -> list[str]:
     return names
 
 
+def _shown(shape: Shape) -> str:
+    return str(shape) if len(shape) <= 8 else f"of {len(shape)} dimensions"
+
+
 def _open(file: Path) -> Any:
     with _reading(file):
+        if not stat.S_ISREG(file.stat().st_mode):  # opening a named pipe would wait for ever
+            raise OSError("it is not a regular file")
         return safe_open(file, framework="pt", device="cpu")
 
 
@@ -188,5 +238,6 @@ def _reading(file: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"cannot read {file} ({error}); it is missing, damaged or a Git LFS pointer: download it again"
+            f"cannot read {file} ({printable(str(error))}); it is missing, damaged or a Git LFS pointer: "
+            "download it again"
         ) from error

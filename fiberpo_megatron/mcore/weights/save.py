@@ -1,7 +1,6 @@
 """Writes exported tensors as a Hugging Face folder; each tensor goes to the disk as it arrives."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +10,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from fiberpo_megatron import durable
+from fiberpo_megatron.json_files import read_object
 from fiberpo_megatron.mcore.weights.files import INDEX_NAME, SINGLE_NAME, TYPES, Stored, stored_tensors
 
 DEFAULT_SHARD_BYTES = 4 * 2**30
@@ -129,7 +130,7 @@ def _name_files(folder: Path, named: Mapping[str, _File], further: list[_File]) 
         name = f"model-{i + 1:05d}-of-{len(further):05d}.safetensors"
         if not named and len(further) == 1:
             name = SINGLE_NAME
-        elif named:
+        while name in files or (named and not name.startswith("more-")):
             name = f"more-{name}"
         (folder / f"{i}.partial").rename(folder / name)
         files[name] = file
@@ -150,7 +151,7 @@ def _copy_description(source: Path, folder: Path, dtype: torch.dtype) -> None:
         if path.is_file() and not _WEIGHT_FILE.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)
     config_path = folder / "config.json"
-    config = json.loads(config_path.read_text())
+    config = read_object(config_path)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     if "num_nextn_predict_layers" in config:
         config["num_nextn_predict_layers"] = 0  # these layers were not loaded and are not written
@@ -159,27 +160,10 @@ def _copy_description(source: Path, folder: Path, dtype: torch.dtype) -> None:
 
 def _replace(partial: Path, folder: Path) -> None:
     """Give a completely written folder its name; an older folder of that name is deleted afterwards."""
-    sync_tree(partial)
+    durable.sync_tree(partial)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    sync_path(folder.parent)
+        durable.rename(folder, old)
+    durable.rename(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def sync_tree(folder: Path) -> None:
-    """Write every file of a folder, and the folder itself, durably to the disk."""
-    for path in folder.rglob("*"):
-        sync_path(path)
-    sync_path(folder)
-
-
-def sync_path(path: Path) -> None:
-    """Write a file or a folder durably to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
