@@ -19,6 +19,9 @@ class TelemetryConfig(Section):
     `project`."""
     rollouts_per_step: int = Field(4, ge=0)
     """Trajectories written as text to <run folder>/rollouts each step."""
+    rollout_steps_kept: int = Field(500, ge=2)
+    """Steps whose files stay in <run folder>/rollouts: the newest half of this number, and of the older steps a
+    selection spread over the whole run. Nothing but the report needs these files (`storage.dump` keeps every trajectory)."""
 
     @field_validator("sinks", mode="before")
     @classmethod

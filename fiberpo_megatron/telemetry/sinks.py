@@ -29,6 +29,7 @@ that were lost is reported at the end. metrics.jsonl has all records, and an err
 """
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -39,8 +40,9 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fiberpo_megatron import plugins
+from fiberpo_megatron import durable, plugins
 from fiberpo_megatron.plugins import Plugin, PluginError
+from fiberpo_megatron.printable import json_line, printable
 from fiberpo_megatron.settings import PluginConfig
 from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.metrics import Kind, steps_done
@@ -50,8 +52,11 @@ if TYPE_CHECKING:
     from fiberpo_megatron.config.schema import Config
 
 METRICS_FILE = "metrics.jsonl"
+LAST_STEP = 10**12
+"""A record of a later step was not written by a run."""
 SETTING = "telemetry.sinks"
 Metrics = Mapping[str, float | int | str]
+_log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -86,20 +91,25 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with durable.explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", encoding="utf-8")
+            durable.sync(path.parent)  # the name of a new file
 
     def write(self, step: int, kind: Kind, metrics: Metrics) -> None:
         """Append one record."""
         record: dict[str, Any] = {"step": step, "kind": kind}
         record.update((name, _finite(value)) for name, value in metrics.items())
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with durable.explained(self._path):
+            self._file.write(json_line(record) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with durable.explained(self._path):
+            self._file.close()
 
 
 def _finite(value: float | int | str) -> float | int | str | None:
@@ -108,43 +118,56 @@ def _finite(value: float | int | str) -> float | int | str | None:
     return float(value) if isfinite(value) else None
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics file. An incomplete last line is left out: the run was killed while writing it.
+def read_records(path: Path, odd: list[int] | None = None) -> list[dict[str, Any]]:
+    """Return the records of a metrics file: JSON objects with a text `kind` and a `step` from 0 to LAST_STEP.
 
-    Without a file there are none. Raises ValueError that names the line for any other line that is not a record.
+    An incomplete last line is left out: the run was killed while writing it. The numbers of other lines that are no
+    records are appended to `odd`. Without `odd` the first of them is a ValueError. Without a file there are no records.
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-            records.append({**record, "step": int(record["step"]), "kind": str(record["kind"])})
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):  # complete lines end with a newline, so the split's last item is an incomplete one
-                break
-            raise ValueError(f"{path}, line {number}: not a metrics record: {line[:120]!r}; remove the line") from None
+        record = _record(line)
+        if record is not None:
+            records.append(record)
+        elif number == len(lines):  # complete lines end with a newline, so the split's last item is an incomplete one
+            break
+        elif odd is not None:
+            odd.append(number)
+        else:
+            start = line[:120].decode(errors="replace")
+            raise ValueError(f"{path}, line {number}: not a metrics record: {start!r}; remove the line")
     return records
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    return record if type(record.get("step")) is int and 0 <= record["step"] <= LAST_STEP else None
 
 
 def drop_records(path: Path, first_step: int, kinds: Collection[Kind]) -> None:
     """Remove the records of `kinds` that a run from step `first_step` on writes again, and an incomplete last line.
 
-    The evaluation of the weights that it starts from is kept, unless it starts at 0. The file is replaced atomically.
-    Without a file nothing happens.
+    The evaluation of the weights that it starts from is kept, unless it starts at 0. Lines that are no records are
+    removed with a warning. The file is replaced as a whole. Without a file nothing happens.
     """
     if not path.is_file():
         return
-    kept = [r for r in read_records(path) if r["kind"] not in kinds or not _is_repeated(r, first_step)]
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    odd: list[int] = []
+    kept = [r for r in read_records(path, odd) if r["kind"] not in kinds or not _is_repeated(r, first_step)]
+    if odd:
+        _log.warning("%s: %d lines are no records and were removed, the first was line %d", path, len(odd), odd[0])
+    with durable.replaced(path, text=True) as file:
+        file.writelines(json_line(record) + "\n" for record in kept)
 
 
 def _is_repeated(record: Mapping[str, Any], first_step: int) -> bool:
@@ -162,13 +185,14 @@ class TensorBoardSink:
         from torch.utils.tensorboard import SummaryWriter
 
         purge = context.first_step + 1 if context.first_step else 0
-        self._writer = SummaryWriter(str(context.run_folder / folder), purge_step=purge)
+        with durable.explained(context.run_folder / folder):
+            self._writer = SummaryWriter(str(context.run_folder / folder), purge_step=purge)
 
     def write(self, step: int, kind: Kind, metrics: Metrics) -> None:
         """Write one record."""
         for name, value in metrics.items():
             if not isinstance(value, str):
-                self._writer.add_scalar(f"{kind}/{name}", value, steps_done(kind, step))
+                self._writer.add_scalar(printable(f"{kind}/{name}"), value, steps_done(kind, step))
         self._writer.flush()
 
     def close(self) -> None:
@@ -191,7 +215,8 @@ class WandbSink:
             id=run_id,
             resume="allow",
         )
-        id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
+        with durable.replaced(id_file, text=True) as file:
+            file.write(f"{self._run.id}\n")
 
     @staticmethod
     def check_installed() -> None:
@@ -205,7 +230,8 @@ class WandbSink:
         """Write one record."""
         # Evaluation and training share step numbers, which W&B's own counter refuses to see twice.
         done = steps_done(kind, step)
-        self._run.log({f"{kind}/step": done, **{f"{kind}/{name}": value for name, value in metrics.items()}})
+        named = {printable(f"{kind}/{name}"): value for name, value in metrics.items()}
+        self._run.log({f"{kind}/step": done, **named})
 
     def close(self) -> None:
         """Finish the W&B run."""
@@ -242,7 +268,7 @@ class OptionalSink:
             self._report(f"could not be closed ({_cause(error)}); its last records may be missing")
 
     def _report(self, text: str) -> None:
-        print(f"WARNING: the metrics sink {self._name} {text}", file=sys.stderr, flush=True)
+        print(printable(f"WARNING: the metrics sink {self._name} {text}"), file=sys.stderr, flush=True)
 
 
 def _cause(error: Exception) -> str:

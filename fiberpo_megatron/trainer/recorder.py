@@ -1,6 +1,7 @@
 """This module writes the run folder for the loop: metrics, samples, checkpoints."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from fiberpo_megatron.together import together
 from fiberpo_megatron.trainer.settings import CheckpointConfig
 from fiberpo_megatron.types import RolloutGroup
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class RunRecorder:
@@ -33,6 +36,8 @@ class RunRecorder:
     domains: Sequence[str]
     samples: int
     """Trajectories written per step."""
+    kept: int
+    """`telemetry.rollout_steps_kept`."""
 
     def record(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
         if self.sinks is not None:
@@ -41,7 +46,12 @@ class RunRecorder:
     def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         if self.layout.is_leader and self.layout.data_rank == 0:
             trajectories = [t for group in groups for t in group.trajectories]
-            write_rollouts(self.folder, step, trajectories, count=self.samples, domains=self.domains)
+            try:
+                write_rollouts(
+                    self.folder, step, trajectories, count=self.samples, domains=self.domains, keep=self.kept
+                )
+            except OSError as error:  # they are for people: the other ranks need not stop because of them
+                _log.warning("the sample rollouts of step %d are not written: %s", step, error)
 
 
 class RunCheckpoints:
@@ -130,8 +140,9 @@ def open_recorder(
             sinks = Sinks([Console(title, total_steps=steps)])
         if sinks is not None:
             stack.enter_context(closing(sinks))
-        samples = config.telemetry.rollouts_per_step
-        yield RunRecorder(config.run.folder, layout, sinks, GpuMonitor(), domains, samples)
+        telemetry = config.telemetry
+        samples, kept = telemetry.rollouts_per_step, telemetry.rollout_steps_kept
+        yield RunRecorder(config.run.folder, layout, sinks, GpuMonitor(), domains, samples, kept)
 
 
 def restore(policy: Policy, root: Path, say: Callable[[str], None]) -> dict[str, Any]:

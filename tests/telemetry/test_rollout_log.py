@@ -1,10 +1,14 @@
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pytest
 
+from fiberpo_megatron import durable
 from fiberpo_megatron.environments import Task
-from fiberpo_megatron.telemetry.rollout_log import rollout_path, write_rollouts
+from fiberpo_megatron.telemetry.rollout_log import prune_rollouts, rollout_path, stored_rollouts, write_rollouts
 from fiberpo_megatron.types import Completion, Prompt, Trajectory, WeightSpan
 
 
@@ -18,7 +22,9 @@ def trajectories(index: int, count: int = 4) -> list[Trajectory]:
 
 
 def test_a_few_trajectories_are_spread_over_the_step(tmp_path):
-    path = write_rollouts(tmp_path, 12, [t for i in range(8) for t in trajectories(i)], count=4, domains=["addition"])
+    path = write_rollouts(
+        tmp_path, 12, [t for i in range(8) for t in trajectories(i)], count=4, domains=["addition"], keep=9
+    )
     assert path == rollout_path(tmp_path, 12) == tmp_path / "rollouts" / "step_000012.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["index"] for r in records] == [0, 2, 4, 6]
@@ -40,19 +46,19 @@ def test_a_few_trajectories_are_spread_over_the_step(tmp_path):
 
 
 def test_a_repeated_step_replaces_its_file_and_nothing_writes_nothing(tmp_path):
-    write_rollouts(tmp_path, 1, trajectories(0), count=4, domains=["addition"])
-    write_rollouts(tmp_path, 1, trajectories(1), count=1, domains=["addition"])
+    write_rollouts(tmp_path, 1, trajectories(0), count=4, domains=["addition"], keep=9)
+    write_rollouts(tmp_path, 1, trajectories(1), count=1, domains=["addition"], keep=9)
     lines = rollout_path(tmp_path, 1).read_text().splitlines()
     assert len(lines) == 1 and json.loads(lines[0])["index"] == 1
-    assert write_rollouts(tmp_path, 2, trajectories(0), count=0, domains=["addition"]) is None
-    assert write_rollouts(tmp_path, 2, [], count=4, domains=["addition"]) is None
+    assert write_rollouts(tmp_path, 2, trajectories(0), count=0, domains=["addition"], keep=9) is None
+    assert write_rollouts(tmp_path, 2, [], count=4, domains=["addition"], keep=9) is None
     assert [p.name for p in (tmp_path / "rollouts").iterdir()] == ["step_000001.jsonl"]
 
 
 def test_a_conversation_says_which_tokens_were_sampled(tmp_path):
     prompt = Prompt(0, 0, (5, 6), "p", Task("p", "8"))
     completion = Completion((7, 9, 8), np.zeros(3, np.float32), "stop", (), loss_mask=np.array([True, False, True]))
-    path = write_rollouts(tmp_path, 0, [Trajectory(prompt, completion, "7", 1.0, True)], count=1, domains=["d"])
+    path = write_rollouts(tmp_path, 0, [Trajectory(prompt, completion, "7", 1.0, True)], count=1, domains=["d"], keep=9)
     assert json.loads(path.read_text())["loss_mask"] == [1, 0, 1]
 
 
@@ -65,8 +71,57 @@ def test_what_the_environment_said_is_written_where_it_said_something(tmp_path):
         metrics={"calls": 2.0},
         failure="deadline: it took too long",
     )
-    path = write_rollouts(tmp_path, 0, [trajectory], count=1, domains=["d"])
+    path = write_rollouts(tmp_path, 0, [trajectory], count=1, domains=["d"], keep=9)
     record = json.loads(path.read_text())
     assert record["metadata"] == {"level": 3} and record["answer"] == {"value": 8} and record["id"] == "x"
     assert record["rewards"] == {"format": 0.5} and record["metrics"] == {"calls": 2.0}
     assert record["failure"] == "deadline: it took too long"
+
+
+def test_a_run_keeps_so_many_steps(tmp_path):
+    """The newest half stays whole; the older steps are spread over the run, its first step among them."""
+    (tmp_path / "rollouts").mkdir()
+    for step in range(1000):
+        rollout_path(tmp_path, step).touch()
+        prune_rollouts(tmp_path, 20)
+        kept = [step for step, _ in stored_rollouts(tmp_path)[0]]
+        assert len(kept) == min(step + 1, 20) or 12 <= len(kept) <= 20
+        assert kept[0] == 0 and kept[-10:] == list(range(max(0, step - 9), step + 1))[-len(kept) :]
+    old = kept[:-10]
+    assert len(old) >= 3 and max(np.diff(old)) <= 1000 / 3, old
+
+
+def test_files_of_an_earlier_version_are_thinned_out_at_once_and_others_are_left_alone(tmp_path):
+    for step in range(50):
+        write_rollouts(tmp_path, step, trajectories(0), count=1, domains=["addition"], keep=100)
+    (tmp_path / "rollouts" / "notes.txt").touch()
+    (tmp_path / "rollouts" / "step_000003").mkdir()
+    write_rollouts(tmp_path, 50, trajectories(0), count=1, domains=["addition"], keep=4)
+    files, odd = stored_rollouts(tmp_path)
+    assert [step for step, _ in files] == [0, 32, 49, 50] and odd == ["notes.txt", "step_000003"]
+
+
+def test_a_file_is_whole_and_its_name_lasts(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(durable, "sync", synced.append)
+    path = write_rollouts(tmp_path, 1, trajectories(0), count=4, domains=["addition"], keep=9)
+    assert synced == [path.parent] and os.listdir(path.parent) == ["step_000001.jsonl"]
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_rollouts(tmp_path, 1, trajectories(0), count=4, domains=["addition"], keep=9)
+    assert os.listdir(tmp_path / "rollouts") == []
+
+
+def test_files_that_vanish_meanwhile_are_no_error(tmp_path, monkeypatch):
+    for step in range(8):
+        write_rollouts(tmp_path, step, trajectories(0), count=1, domains=["addition"], keep=100)
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: (unlink(path), unlink(path, **options))[1])
+    prune_rollouts(tmp_path, 4)
+    assert [step for step, _ in stored_rollouts(tmp_path)[0]] == [0, 4, 6, 7]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fiberpo_megatron import durable
 from fiberpo_megatron.plugins import PluginError
 from fiberpo_megatron.telemetry import sinks as sinks_module
 from fiberpo_megatron.telemetry.settings import TelemetryConfig
@@ -90,6 +91,46 @@ def test_a_broken_line_inside_is_named(tmp_path):
         file.write("oops\n")
     with pytest.raises(ValueError, match=r"m\.jsonl, line 2: not a metrics record: 'oops'"):
         read_records(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"oops", b"[1]", b"null", b"\xff", b"\x00" * 50, b"[" * 10**5, b'{"step": 1}', b'{"kind": "train"}', b"1" * 5000,
+     b'{"step": true, "kind": "train"}', b'{"step": 1e999, "kind": "train"}', b'{"step": -1, "kind": "train"}',
+     b'{"step": 1, "kind": ["train"]}'],
+)  # fmt: skip
+def test_a_line_that_is_no_record_does_not_stop_a_resume(tmp_path, line, caplog):
+    """A machine that was lost may leave such lines in the middle."""
+    path = filled(tmp_path / "m.jsonl", [1])
+    with path.open("ab") as file:
+        file.write(line + b"\n")
+    filled(path, [2, 3])
+    odd: list[int] = []
+    assert [r["step"] for r in read_records(path, odd)] == [1, 2, 3] and odd == [2]
+    drop_records(path, 3, ("train",))
+    assert [r["step"] for r in read_records(path)] == [1, 2]
+    assert f"{path}: 1 lines are no records and were removed, the first was line 2" in caplog.text
+
+
+def test_names_and_texts_of_any_characters_are_kept(tmp_path):
+    path, odd = tmp_path / "m.jsonl", "\x1b[2J\x85\u2028\u202e\ud83d 漢"
+    sink = JsonlSink(path)
+    sink.write(0, "train", {odd: 1.0, "note": odd})
+    sink.close()
+    (line,) = path.read_text(encoding="utf-8").splitlines()
+    assert line.isprintable() and "漢" in line
+    assert read_records(path) == [{"step": 0, "kind": "train", odd: 1.0, "note": odd}]
+    drop_records(path, 5, ("train",))
+    assert path.read_text(encoding="utf-8") == line + "\n"
+
+
+def test_the_names_of_the_files_last(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(durable, "sync", synced.append)
+    path = filled(tmp_path / "m.jsonl", [1])
+    assert synced == [tmp_path], "the name of a new file"
+    drop_records(path, 1, ("train",))
+    assert synced == [tmp_path] * 2 and [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
@@ -216,6 +257,15 @@ def test_a_service_that_is_down_is_reported_and_does_not_stop_a_run(tmp_path, ca
     assert "the record train 1 (ConnectionError: the service is down). Training goes on" in told[0]
     assert "did not take 3 of 4 records" in told[1]
     assert "could not be closed (ConnectionError: still down)" in told[2]
+
+
+def test_odd_names_reach_every_sink_and_its_errors_do_not_steer_a_terminal(tmp_path, capsys):
+    opened = open_sinks(tmp_path, TelemetryConfig(), title="t", first_step=0, total_steps=1)
+    with closing(opened) as sinks:
+        sinks.write(0, "train", {"\ud83d\x1b": 0.25, "loss": 1.0})
+    assert scalars(tmp_path / "tensorboard") == {r"train/\ud83d\x1b": [(1, 0.25)], "train/loss": [(1, 1.0)]}
+    sinks_module.OptionalSink("odd", None)._report("said \x1b[2J\ud83d")  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "WARNING: the metrics sink odd said \\x1b[2J\\ud83d\n"
 
 
 def test_metrics_that_cannot_be_kept_stop_a_run(tmp_path):

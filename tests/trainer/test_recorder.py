@@ -3,10 +3,15 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from fiberpo_megatron.environments import Task
+from fiberpo_megatron.telemetry.gpu import GpuMonitor
 from fiberpo_megatron.trainer import run as run_module
+from fiberpo_megatron.trainer.recorder import RunRecorder
 from fiberpo_megatron.trainer.run import Run
+from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory
 from tests.trainer.toy import SingleLayout, TablePolicy
 
 
@@ -28,10 +33,23 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capsys
     (tmp_path / "report.html").mkdir()  # a file cannot take its name
     finished_run(tmp_path, monkeypatch)._finish()
     said = capsys.readouterr().out
-    assert "WARNING: the report could not be written (IsADirectoryError" in said
+    assert "WARNING: the report could not be written (" in said and "report.html" in said
     assert f"The run is complete; `fiberpo report {tmp_path}` writes the report" in said
 
 
 def test_what_the_run_says_does_not_steer_a_terminal(tmp_path, monkeypatch, capsys):
     finished_run(tmp_path, monkeypatch).say("a folder \x1b[2J\ud83d of that name")
     assert capsys.readouterr().out == "a folder \\x1b[2J\\ud83d of that name\n"
+
+
+def test_samples_that_cannot_be_written_do_not_end_the_run(tmp_path, caplog):
+    """The rank that writes them would leave the others waiting in the next exchange."""
+    recorder = RunRecorder(tmp_path, SingleLayout(), None, GpuMonitor(), ["d"], samples=1, kept=2)
+    completion = Completion((1,), np.zeros(1, np.float32), "stop", ())
+    prompt = Prompt(0, 0, (1,), "p", Task("p", "a"))
+    group = RolloutGroup(prompt, (Trajectory(prompt, completion, "t", 0.0, False),))
+    recorder.rollouts(1, [group])
+    (tmp_path / "rollouts" / "step_000002.jsonl").mkdir()
+    recorder.rollouts(2, [group])
+    assert "the sample rollouts of step 2 are not written: [Errno 21] Is a directory" in caplog.text
+    assert (tmp_path / "rollouts" / "step_000001.jsonl").is_file()

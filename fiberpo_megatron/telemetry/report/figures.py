@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from fiberpo_megatron.printable import printable
 from fiberpo_megatron.telemetry.report.run_data import Series
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b7280", "#8c564b")
@@ -37,6 +38,9 @@ STYLE: Any = {
     "svg.fonttype": "path",
     "svg.hashsalt": "report",
 }
+LONGEST_LABEL = 50
+LARGEST = 1e30
+"""Numbers beyond are not drawn: squares and sums of an axis would overflow."""
 WIDTH, HEIGHT = 4.9, 2.55
 """Inches; the page scales the picture to its column."""
 
@@ -60,12 +64,13 @@ def line_chart(lines: Sequence[Line], *, unit: str, log: bool = False, percent: 
     `percent` shows shares times 100. `log` asks for a logarithmic axis, which is used when all values are positive.
     """
     scale = 100.0 if percent else 1.0
+    lines = [replace(line, label=label_of(line.label), series=_drawable(line.series)) for line in lines]
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas("%" if percent else unit)
         for number, line in enumerate(lines):
             _draw(axes, line, line.colour or PALETTE[number % len(PALETTE)], scale)
         values = np.concatenate([line.series.finite for line in lines])
-        if log and values.size and values.min() > 0:
+        if log and values.size and values.min() > 1 / LARGEST:
             _log_axis(axes, values.min() / 1.25, values.max() * 1.25)
         elif percent and values.size and values.min() >= 0:
             axes.set_ylim(bottom=0)
@@ -78,6 +83,7 @@ def stacked_chart(
     parts: Sequence[tuple[str, Series, str | None]], *, unit: str, percent: bool = False, smooth: bool = False
 ) -> str:
     """Return an SVG of areas on top of each other: (label, series, colour). Missing values count as 0."""
+    parts = [(label_of(label), _drawable(series), colour) for label, series, colour in parts]
     steps = np.unique(np.concatenate([series.steps for _, series, _ in parts]))
     scale = 100.0 if percent else 1.0
     heights = [_aligned(series, steps) * scale for _, series, _ in parts]
@@ -94,6 +100,19 @@ def stacked_chart(
         axes.set_ylim(0, 100 if percent else None)
         _legend(axes)
         return _svg(figure)
+
+
+def label_of(text: str) -> str:
+    """Return a text that a legend can show: short, on one line, without hidden characters. (matplotlib leaves out what
+    begins with an underscore.)"""
+    short = printable(text[:LONGEST_LABEL] + ("…" if len(text) > LONGEST_LABEL else ""))
+    return f" {short}" if short.startswith("_") else short
+
+
+def _drawable(series: Series) -> Series:
+    """The series without values that an axis cannot show beside others."""
+    with np.errstate(invalid="ignore"):
+        return Series(series.steps, np.where(np.abs(series.values) <= LARGEST, series.values, np.nan))
 
 
 def moving_average(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
@@ -128,7 +147,7 @@ def _draw(axes: Axes, line: Line, colour: str, scale: float) -> None:
         axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.28)
     axes.plot(steps, smooth, color=colour, linewidth=1.6, label=line.label)
     if line.band is not None:
-        half = moving_average(_aligned(line.band, steps) * scale, window)
+        half = moving_average(_aligned(_drawable(line.band), steps) * scale, window)
         axes.fill_between(steps, smooth - half, smooth + half, color=colour, alpha=0.12, linewidth=0)
 
 

@@ -1,18 +1,25 @@
 """This module writes the page: headline, charts, sample rollouts and settings in one HTML file."""
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from fiberpo_megatron import durable
+from fiberpo_megatron.printable import printable
 from fiberpo_megatron.telemetry.metrics import describe, format_value, steps_done
-from fiberpo_megatron.telemetry.report.panels import Panel, Section, build_sections
-from fiberpo_megatron.telemetry.report.run_data import RunData, Series, load_run
+from fiberpo_megatron.telemetry.report.panels import Panel, Section, attempt, build_sections
+from fiberpo_megatron.telemetry.report.run_data import RunData, Series, load_run, number, table, value_at
 
 REPORT_FILE = "report.html"
 LONGEST_TEXT = 2000
 """Characters of a prompt or response that are shown."""
+LONGEST_TITLE = 120
+TEXT = "\n\t"
+"""Control characters that stand in texts as they are."""
+DEEPEST = 20
+"""Levels of tables in the settings that are shown one by one."""
 AVERAGED_STEPS = 10
 """Steps at the beginning and end of a run over which headline figures are averaged."""
 
@@ -54,6 +61,8 @@ td.right { color: #04724d; } td.wrong { color: #b5303f; }
 .settings { columns: 2 420px; column-gap: 36px; }
 .settings table { break-inside: avoid; margin-bottom: 16px; }
 .settings td:first-child { width: 46%; color: #4b5563; }
+.problems { border: 1px solid #E69F00; border-radius: 8px; margin: 20px 0; padding: 0 14px; background: #fffaf0; }
+.problems h2 { border: 0; margin: 10px 0 0; font-size: 15px; }
 .empty { color: #6b7280; border: 1px dashed #d1d5db; border-radius: 8px; padding: 24px; }
 @media print {
   .charts { grid-template-columns: 1fr 1fr; }
@@ -65,59 +74,83 @@ td.right { color: #04724d; } td.wrong { color: #b5303f; }
 def write_report(run_folder: Path | str) -> Path:
     """Write <run folder>/report.html from what the folder holds and return its path.
 
-    This may be called during the run. Raises ValueError if there is no such folder or a line of metrics.jsonl is
-    broken.
+    This may be called during the run. What cannot be read or drawn is skipped and named on the page. Raises ValueError
+    if there is no such folder, and OSError if the file cannot be written.
     """
     folder = Path(run_folder)
     page = render(load_run(folder))
     path = folder / REPORT_FILE
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    with durable.replaced(path, text=True) as file:
+        file.write(page)
     return path
 
 
 def render(data: RunData) -> str:
     """Return the whole page."""
-    sections = build_sections(data)
+    problems = list(data.problems)
+    sections = build_sections(data, problems)
     body = f"<p class='about'>{READING}</p>\n" + "\n".join(_section(section) for section in sections)
     if not sections:
         body = '<p class="empty">No metrics yet. Write the report again when the run has done a step.</p>'
+    about = attempt("the line below the title", lambda: _about(data), problems)
+    cards = attempt("the headline", lambda: _cards(data), problems)
+    samples = attempt("the sample rollouts", lambda: _rollouts(data), problems)
+    settings = attempt("the table of settings", lambda: _settings(data.config), problems)
+    name = shown(data.name)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(data.name)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{escape(data.name)}</h1>\n<p class='about'>{escape(_about(data))}</p>\n"
-        f"{_cards(data)}\n{body}\n{_rollouts(data)}\n{_settings(data.config)}\n</main>\n</body>\n</html>\n"
+        f"<title>{name}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{name}</h1>\n<p class='about'>{shown(about)}</p>\n"
+        f"{cards}\n{_problems(problems)}\n{body}\n{samples}\n{settings}\n</main>\n</body>\n</html>\n"
     )
+
+
+def shown(value: object, longest: int = LONGEST_TEXT, keep: str = "") -> str:
+    """Return a value as HTML, at most `longest` characters of it. Hidden characters are escaped, except those in
+    `keep`."""
+    try:
+        text = value if isinstance(value, str) else str(value)
+    except (RecursionError, ValueError) as error:  # nested too deep, or thousands of digits
+        text = f"(a {type(value).__name__} that cannot be shown: {error})"
+    cut = text if len(text) <= longest else f"{text[:longest]} … ({len(text)} characters)"
+    return escape(printable(cut, keep=keep))
+
+
+def _problems(problems: Sequence[str]) -> str:
+    if not problems:
+        return ""
+    items = "".join(f"<li>{shown(problem)}</li>" for problem in problems)
+    return f'<section class="problems">\n<h2>Left out of this report</h2>\n<ul>{items}</ul>\n</section>'
 
 
 def _about(data: RunData) -> str:
     config = data.config
-    tasks = config.get("environments") or _get(config, "data", "tasks") or []  # data.tasks: of earlier versions
-    names = [task.get("name", task.get("kind", "")) for task in tasks]
-    objective = _get(config, "algorithm", "objective")
+    tasks = config.get("environments") or value_at(config, "data", "tasks")  # data.tasks: of earlier versions
+    tasks = [task for task in tasks if isinstance(task, Mapping)] if isinstance(tasks, list) else []
+    names = [str(task.get("name", task.get("kind", ""))) for task in tasks]
+    objective = value_at(config, "algorithm", "objective")
     parts = [
         (objective.get("use") if isinstance(objective, Mapping) else objective)
         if _kind(data) == "train"
         else "supervised warm-up",
-        f"model {_get(config, 'model', 'path')}" if _get(config, "model", "path") else None,
+        f"model {value_at(config, 'model', 'path')}" if value_at(config, "model", "path") else None,
         f"tasks {', '.join(names)}" if names else None,
-        _layout(_get(config, "parallel") or {}),
-        f"seed {_get(config, 'run', 'seed')}" if _get(config, "run", "seed") is not None else None,
+        _layout(table(config, "parallel")),
+        f"seed {value_at(config, 'run', 'seed')}" if value_at(config, "run", "seed") is not None else None,
     ]
     return " · ".join(str(part) for part in parts if part)
 
 
 def _layout(parallel: Mapping[str, Any]) -> str | None:
     names = ("tensor", "pipeline", "context", "expert", "data")
-    sizes = [f"{name} {parallel[name]}" for name in names if (parallel.get(name) or 1) > 1]
+    sizes = [f"{name} {parallel[name]}" for name in names if number(parallel.get(name)) > 1]
     return f"parallel: {', '.join(sizes)}" if sizes else None
 
 
 def _cards(data: RunData) -> str:
     cards = [
-        f'<div class="card{" main" if main else ""}"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
+        f'<div class="card{" main" if main else ""}"><b>{shown(value)}</b><span>{shown(label)}</span></div>'
         for value, label, main in _headline(data)
     ]
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
@@ -156,7 +189,7 @@ def _progress(data: RunData, kind: str) -> Iterator[tuple[str, str, bool]]:
     if not records:
         return
     done = steps_done(kind, records[-1]["step"])
-    planned = _get(data.config, "sft" if kind == "sft" else "trainer", "steps")
+    planned = value_at(data.config, "sft" if kind == "sft" else "trainer", "steps")
     yield (f"{done} / {planned}" if planned else str(done)), "steps done", False
     times = data.series(kind, "seconds/total")
     if times is not None:
@@ -180,13 +213,15 @@ def _duration(seconds: float) -> str:
 
 def _section(section: Section) -> str:
     charts = "\n".join(_figure(panel) for panel in section.panels)
-    return f'<section>\n<h2>{escape(section.title)}</h2>\n<div class="charts">\n{charts}\n</div>\n</section>'
+    return (
+        f'<section>\n<h2>{shown(section.title, LONGEST_TITLE)}</h2>\n<div class="charts">\n{charts}\n</div>\n</section>'
+    )
 
 
 def _figure(panel: Panel) -> str:
-    unit = f" <span>({escape(panel.unit)})</span>" if panel.unit else ""
-    note = f"<p>{escape(panel.note)}</p>" if panel.note else ""
-    return f"<figure><figcaption>{escape(panel.title)}{unit}</figcaption>{panel.svg}{note}</figure>"
+    unit = f" <span>({shown(panel.unit)})</span>" if panel.unit else ""
+    note = f"<p>{shown(panel.note)}</p>" if panel.note else ""
+    return f"<figure><figcaption>{shown(panel.title, LONGEST_TITLE)}{unit}</figcaption>{panel.svg}{note}</figure>"
 
 
 def _rollouts(data: RunData) -> str:
@@ -199,7 +234,8 @@ def _rollouts(data: RunData) -> str:
 def _rollout_table(records: list[dict[str, Any]]) -> str:
     rows = []
     for record in records:
-        log_probs = [value for value in record.get("log_probs", []) if isinstance(value, (int, float))]
+        given = record.get("log_probs")
+        log_probs = [value for value in map(number, given if isinstance(given, list) else ()) if isfinite(value)]
         mean = f"{sum(log_probs) / len(log_probs):.3f}" if log_probs else ""
         mark = "right" if record.get("correct") else "wrong"
         rows.append(
@@ -207,8 +243,8 @@ def _rollout_table(records: list[dict[str, Any]]) -> str:
             f"<td class='{mark}'>{_text(record.get('response'))}</td>"
             f"<td>{_text(record.get('answer'))}</td>"
             f"<td>{_text(_details(record))}</td>"
-            f"<td class='number'>{escape(str(record.get('reward', '')))}</td>"
-            f"<td class='number'>{mean}</td><td>{escape(str(record.get('finish_reason', '')))}</td></tr>"
+            f"<td class='number'>{shown(record.get('reward', ''))}</td>"
+            f"<td class='number'>{mean}</td><td>{shown(record.get('finish_reason', ''))}</td></tr>"
         )
     head = "".join(
         f"<th>{title}</th>"
@@ -220,16 +256,13 @@ def _rollout_table(records: list[dict[str, Any]]) -> str:
 def _details(record: Mapping[str, Any]) -> str:
     """Return what the environment said beside the reward, a line each."""
     lines = [
-        f"{name}: {value}" for key in ("rewards", "metrics", "metadata") for name, value in record.get(key, {}).items()
+        f"{name}: {value}" for key in ("rewards", "metrics", "metadata") for name, value in table(record, key).items()
     ]
     return "\n".join([*lines, *([f"failure: {record['failure']}"] if record.get("failure") else [])])
 
 
 def _text(value: object) -> str:
-    text = "" if value is None else str(value)
-    if len(text) > LONGEST_TEXT:
-        text = f"{text[:LONGEST_TEXT]} … ({len(text)} characters)"
-    return f"<pre>{escape(text)}</pre>"
+    return f"<pre>{'' if value is None else shown(value, keep=TEXT)}</pre>"
 
 
 def _settings(config: Mapping[str, Any]) -> str:
@@ -237,19 +270,20 @@ def _settings(config: Mapping[str, Any]) -> str:
         return ""
     tables = []
     for section, content in config.items():
-        rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in _flat(content))
-        tables.append(f"<table><tr><th colspan='2'>{escape(section)}</th></tr>{rows}</table>")
+        rows = "".join(f"<tr><td>{shown(key)}</td><td>{shown(value)}</td></tr>" for key, value in _flat(content))
+        tables.append(f"<table><tr><th colspan='2'>{shown(section)}</th></tr>{rows}</table>")
     return f'<section>\n<h2>Settings</h2>\n<div class="settings">{"".join(tables)}</div>\n</section>'
 
 
-def _flat(content: Any, head: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield nested tables as dotted names; a list of tables is numbered."""
-    if isinstance(content, Mapping):
+def _flat(content: Any, head: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield nested tables as dotted names; a list of tables is numbered. What is nested deeper than any config is one
+    value."""
+    if isinstance(content, Mapping) and depth < DEEPEST:
         for key, value in content.items():
-            yield from _flat(value, f"{head}.{key}" if head else str(key))
+            yield from _flat(value, f"{head}.{key}" if head else str(key), depth + 1)
     elif isinstance(content, list) and content and all(isinstance(item, Mapping) for item in content):
-        for number, item in enumerate(content):
-            yield from _flat(item, f"{head}[{number}]")
+        for place, item in enumerate(content):
+            yield from _flat(item, f"{head}[{place}]", depth + 1)
     else:
         yield head, content
 
@@ -257,10 +291,3 @@ def _flat(content: Any, head: str = "") -> Iterator[tuple[str, Any]]:
 def _kind(data: RunData) -> str:
     """Return what the run is about: training, unless it has only supervised steps."""
     return "sft" if "sft" in data.records and "train" not in data.records else "train"
-
-
-def _get(config: Mapping[str, Any], *keys: str) -> Any:
-    value: Any = config
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value

@@ -1,12 +1,15 @@
 """This module decides which charts a report has: sections of panels, each made from the metrics that the run logged."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 from fiberpo_megatron.telemetry.metrics import describe
 from fiberpo_megatron.telemetry.report.figures import Line, line_chart, stacked_chart
 from fiberpo_megatron.telemetry.report.run_data import RunData, Series
+from fiberpo_megatron.telemetry.sinks import METRICS_FILE
 
 STATES = {"pass": "#7fc8a9", "rollback": "#f2b84b", "zeroed": "#d1495b"}
 """Colours for what a gate does to a node."""
@@ -43,6 +46,11 @@ PHASE_COLOURS = dict(
         strict=True,
     )
 )
+
+
+MOST_CURVES, MOST_PANELS, MOST_LEVELS = 40, 150, 30
+"""Curves in a chart, charts in a section and levels with a section of their own. Environments name their numbers
+freely, so that there may be thousands of names."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,9 @@ class Charts:
         drawn = [Line(label, series) for label, series in found if series is not None]
         if not drawn:
             return None
+        note = _with_limit(note, len(drawn))
         unit = describe(next(iter(names))).unit
-        svg = line_chart(drawn, unit=unit, log=log, percent=unit == "share")
+        svg = line_chart(drawn[:MOST_CURVES], unit=unit, log=log, percent=unit == "share")
         return Panel(title, "%" if unit == "share" else unit, svg, note)
 
     def stack(
@@ -101,27 +110,56 @@ class Charts:
         parts = [(label, series, colour) for label, series, colour in found if series is not None]
         if not parts:
             return None
+        note = _with_limit(note, len(parts))
         unit = describe(next(iter(names))).unit
-        svg = stacked_chart(parts, unit=unit, percent=unit == "share", smooth=unit == "share")
+        svg = stacked_chart(parts[:MOST_CURVES], unit=unit, percent=unit == "share", smooth=unit == "share")
         return Panel(title, "%" if unit == "share" else unit, svg, note)
 
 
-def build_sections(data: RunData) -> list[Section]:
-    """Return all sections that have at least one panel."""
+def _with_limit(note: str, count: int) -> str:
+    if count <= MOST_CURVES:
+        return note
+    return f"{note}{'; ' if note else ''}the first {MOST_CURVES} of {count} are drawn"
+
+
+def attempt(what: str, make: Callable[[], Any], problems: list[str]) -> Any:
+    """Return what `make` returns. What it raises becomes a problem that the report shows, and the result is empty:
+    whatever a run folder holds, the other parts of its report are made."""
+    try:
+        return make()
+    except Exception as error:
+        problems.append(f"{what} could not be made ({type(error).__name__}: {error})")
+        return ""
+
+
+def build_sections(data: RunData, problems: list[str]) -> list[Section]:
+    """Return all sections that have at least one panel. What cannot be drawn is appended to `problems`."""
     charts = Charts(data)
     makers: list[tuple[str, Iterable[Panel | None]]] = [
         ("Learning", _learning(charts)),
         ("Environments", _environments(charts)),
         ("Policy movement", _movement(charts)),
-        *((f"Gate of level: {level}", _gate(charts, level)) for level in _levels(data)),
+        *((f"Gate of level: {level}", _gate(charts, level)) for level in _levels(data)[:MOST_LEVELS]),
         ("Experts", _experts(charts)),
         ("Speed", _speed(charts)),
         ("GPUs", _gpus(charts)),
         ("Supervised warm-up", _supervised(charts)),
         ("Other metrics", _other(charts)),
     ]
-    made = ((title, tuple(panel for panel in panels if panel is not None)) for title, panels in makers)
-    return [Section(title, panels) for title, panels in made if panels]
+    sections = []
+    for title, panels in makers:
+        drawn: list[Panel] = []
+        attempt(f"the rest of the section {title!r}", lambda: drawn.extend(_limited(panels)), problems)  # noqa: B023
+        if len(drawn) > MOST_PANELS:
+            problems.append(f"the section {title!r} has more than {MOST_PANELS} charts; {METRICS_FILE} has all numbers")
+        if drawn:
+            sections.append(Section(title, tuple(drawn[:MOST_PANELS])))
+    return sections
+
+
+def _limited(panels: Iterable[Panel | None]) -> Iterator[Panel]:
+    """Yield one panel more than is shown, at most."""
+    return islice((panel for panel in panels if panel is not None), MOST_PANELS + 1)
 
 
 def _learning(charts: Charts) -> Iterable[Panel | None]:

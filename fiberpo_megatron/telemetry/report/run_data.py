@@ -1,8 +1,14 @@
-"""This module reads what a run folder holds, for the report; every part may be missing."""
+"""This module reads what a run folder holds, for the report; every part may be missing.
+
+A part that cannot be read, or is not what a run writes, is skipped, and `RunData.problems` names it: nothing in a run
+folder keeps a report from being made.
+"""
 
 import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fiberpo_megatron.telemetry.metrics import steps_done
+from fiberpo_megatron.telemetry.rollout_log import stored_rollouts
 from fiberpo_megatron.telemetry.sinks import METRICS_FILE, read_records
+
+LONGEST_LINE = 2**24
+"""Bytes of a line of rollouts; a longer one is skipped."""
+MOST_SAMPLES = 50
+"""Trajectories of a step that are read."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,8 @@ class RunData:
     """Metrics records of each kind, by step."""
     rollouts: list[tuple[int, list[dict[str, Any]]]]
     """(step, sample trajectories) of a few stages of the run, early to late."""
+    problems: tuple[str, ...] = ()
+    """What the folder holds that could not be read, a sentence each."""
 
     def names(self, kind: str) -> list[str]:
         """Return the numeric metrics of a kind, in the order of first appearance."""
@@ -55,31 +69,126 @@ class RunData:
         if not any(isinstance(record[name], (int, float)) for record in records):
             return None
         steps = [steps_done(kind, record["step"]) for record in records]
-        values = [r[name] if isinstance(r[name], (int, float)) else np.nan for r in records]
+        values = [number(record[name]) for record in records]
         return Series(np.array(steps, np.int64), np.array(values, np.float64))
 
 
+def number(value: Any) -> float:
+    """Return a number as a float: nan for anything else, infinity for an integer that is too large."""
+    if not isinstance(value, (int, float)):
+        return np.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return inf if value > 0 else -inf
+
+
+def table(values: Any, *keys: str) -> Mapping[str, Any]:
+    """Return the table behind nested keys of a config or record; an empty one when there is none."""
+    found = value_at(values, *keys)
+    return found if isinstance(found, Mapping) else {}
+
+
+def value_at(values: Any, *keys: str) -> Any:
+    """Return the value behind nested keys of a config or record, or None."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
+
+
 def load_run(folder: Path, stages: int = 3) -> RunData:
-    """Read a run folder. Raises ValueError if it is not one, or if a line of its metrics is broken."""
+    """Read a run folder. Raises ValueError if it is not one."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a run folder; give the folder that holds {METRICS_FILE}")
-    config_path = folder / "config.toml"
-    config = tomllib.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+    problems: list[str] = []
+    config = _read_config(folder / "config.toml", problems)
+    records = _read_metrics(folder / METRICS_FILE, problems)
+    rollouts = _read_rollouts(folder, stages, problems)
+    return RunData(folder.resolve().name, config, records, rollouts, tuple(problems))
+
+
+def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8")) if _is_file(path, problems) else {}
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path.name} cannot be read ({_cause(error)})")
+        return {}
+
+
+def _read_metrics(path: Path, problems: list[str]) -> dict[str, list[dict[str, Any]]]:
+    odd: list[int] = []
+    try:
+        found = read_records(path, odd) if _is_file(path, problems) else []
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read ({_cause(error)})")
+        found = []
+    if odd:
+        problems.append(f"{path.name}: {_lines(odd)} no records of metrics")
     records: dict[str, list[dict[str, Any]]] = {}
-    for record in read_records(folder / METRICS_FILE):
+    for record in found:
         records.setdefault(record["kind"], []).append(record)
     for kind in records:
         records[kind].sort(key=lambda record: int(record["step"]))
-    return RunData(folder.resolve().name, config, records, _read_rollouts(folder / "rollouts", stages))
+    return records
 
 
-def _read_rollouts(folder: Path, stages: int) -> list[tuple[int, list[dict[str, Any]]]]:
+def _read_rollouts(folder: Path, stages: int, problems: list[str]) -> list[tuple[int, list[dict[str, Any]]]]:
     """Read the samples of the first step, the last step and evenly spaced steps between them."""
-    paths = sorted(folder.glob("step_*.jsonl"))
-    if len(paths) > stages:
-        paths = [paths[round(i * (len(paths) - 1) / (stages - 1))] for i in range(stages)]
+    try:
+        files, odd = stored_rollouts(folder)
+    except OSError as error:
+        problems.append(f"rollouts/ cannot be read ({_cause(error)})")
+        return []
+    if odd:
+        is_are = "name is" if len(odd) == 1 else "names are"
+        problems.append(f"rollouts/: {len(odd)} {is_are} not that of a step's file, the first is {odd[0]!r}")
+    if len(files) > stages:
+        files = [files[round(i * (len(files) - 1) / (stages - 1))] for i in range(stages)]
     read = []
-    for path in paths:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        read.append((int(path.stem.removeprefix("step_")), [json.loads(line) for line in lines]))
+    for step, path in files:
+        try:
+            read.append((step, _read_samples(path, problems)))
+        except OSError as error:  # it may have been deleted meanwhile
+            problems.append(f"rollouts/{path.name} cannot be read ({_cause(error)})")
     return read
+
+
+def _read_samples(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    samples: list[dict[str, Any]] = []
+    odd = []
+    with path.open("rb") as file:
+        number = 0
+        while len(samples) < MOST_SAMPLES and (line := file.readline(LONGEST_LINE)):
+            number += 1
+            sample = _sample(line)
+            if sample is not None:
+                samples.append(sample)
+            elif line.strip():
+                odd.append(number)
+            while line and not line.endswith(b"\n"):  # the rest of a line that is too long
+                line = file.readline(LONGEST_LINE)
+    if odd:
+        problems.append(f"rollouts/{path.name}: {_lines(odd)} no trajectories")
+    return samples
+
+
+def _sample(line: bytes) -> dict[str, Any] | None:
+    try:
+        sample = json.loads(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    return sample if isinstance(sample, dict) else None
+
+
+def _is_file(path: Path, problems: list[str]) -> bool:
+    if path.exists() and not path.is_file():
+        problems.append(f"{path.name} is not a file")
+    return path.is_file()
+
+
+def _lines(odd: list[int]) -> str:
+    return f"line {odd[0]} is" if len(odd) == 1 else f"{len(odd)} lines, the first is line {odd[0]}, are"
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
