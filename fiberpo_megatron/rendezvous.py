@@ -2,7 +2,9 @@
 
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed import DistError, TCPStore
 
@@ -54,6 +56,40 @@ def _open(timeout: timedelta) -> TCPStore:
             f"rank {os.environ['RANK']}: the ranks' store at {name}:{port} did not answer within "
             f"{timeout.total_seconds():g} s ({error}); check that rank 0 was started and that no firewall is in between"
         ) from error
+
+
+def start_key(name: str) -> str:
+    """Return a key for the store that is of this start alone: torchrun's store outlives its restarts of the ranks."""
+    return f"fiberpo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+
+
+def first_ranks_text(
+    name: str, make: Callable[[], str], timeout: timedelta, store: Any = None, rank: int | None = None
+) -> str:
+    """Return on every rank what `make` returns on rank 0, which alone calls it.
+
+    `name` is that of the text in the store and in messages. `store` and `rank` are those of this process if they are
+    not given. An error of `make` is raised on rank 0; the others raise RuntimeError with it, or TimeoutError when
+    rank 0 says nothing in time.
+    """
+    store = ranks_store(timeout) if store is None else store
+    key = start_key(name)
+    if (int(os.environ["RANK"]) if rank is None else rank) == 0:
+        try:
+            text = make()
+        except Exception as error:
+            store.set(key, f"-{error}")
+            raise
+        store.set(key, f"+{text}")
+        return text
+    try:
+        store.wait([key], timeout)
+    except DistError as error:
+        raise TimeoutError(f"rank 0 did not share {name} within {timeout.total_seconds():g} s ({error})") from error
+    said = str(store.get(key).decode())
+    if said.startswith("-"):
+        raise RuntimeError(f"reading {name} failed on rank 0: {said[1:]}")
+    return said[1:]
 
 
 def master_address() -> str | None:

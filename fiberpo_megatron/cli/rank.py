@@ -16,9 +16,12 @@ from fiberpo_megatron.config import Config, load_config
 from fiberpo_megatron.engines.addresses import listen_towards_master
 from fiberpo_megatron.engines.registry import Registry
 from fiberpo_megatron.launch.local import LAUNCHER
-from fiberpo_megatron.rendezvous import ranks_store
+from fiberpo_megatron.rendezvous import first_ranks_text, ranks_store
 from fiberpo_megatron.trainer.stop import Stopped, StopRequest, leave
 from fiberpo_megatron.types import EXIT_STOPPED
+
+CONFIG_TIMEOUT = timedelta(minutes=10)
+"""Time for rank 0 to start and read the config; the run's own timeout is a setting in it."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,7 +57,7 @@ def _run(arguments: list[str], stop: StopRequest) -> None:
     flags.add_argument("--registry", type=Path)
     options, overrides = flags.parse_known_args(rest)
     resume, registry = options.resume, options.registry and Registry(options.registry)
-    config = load_config(path, overrides)
+    config = shared_config(path, overrides)
     if LAUNCHER not in os.environ and "RANK" in os.environ:
         _begin(config, command, resume)
     if command == "check-model":
@@ -69,13 +72,21 @@ def _run(arguments: list[str], stop: StopRequest) -> None:
         {"train": run.train, "sft": run.fine_tune, "dump": run.dump, "eval": run.evaluate}[command]()
 
 
+def shared_config(path: str | Path, overrides: Sequence[str]) -> Config:
+    """Return the config that rank 0 reads: a thousand ranks need not read the file, and all have the same settings."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return load_config(path, overrides)
+    listen_towards_master()
+    text = first_ranks_text("the config", lambda: load_config(path, overrides).model_dump_json(), CONFIG_TIMEOUT)
+    return Config.model_validate_json(text)
+
+
 def _begin(config: Config, command: str, resume: bool) -> None:
     """Under torchrun or srun: what `fiberpo` checks before it starts ranks itself, and whether all ranks are there."""
     from fiberpo_megatron.cli import doctor
     from fiberpo_megatron.trainer.preflight import preflight  # not what ranks of the local launcher should wait for
 
-    listen_towards_master()
-    ranks_store(timedelta(seconds=config.run.distributed_timeout_s))  # first: if rank 0 fails below, the others see it
+    ranks_store(timedelta(seconds=config.run.distributed_timeout_s))
     if os.environ["RANK"] == "0":
         preflight(config, command, resume, int(os.environ["WORLD_SIZE"]))
     doctor.warn(config)

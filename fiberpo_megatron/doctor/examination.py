@@ -23,19 +23,16 @@ def before_a_run(config: Config) -> list[Finding]:
     Under torchrun or srun every rank calls this. The ranks then also find out which ranks are missing, slow or late
     (`ranks.meet`), and rank 0 gets the findings of every machine; measurements are included even if they pass.
     """
-    checks: list[tuple[str, Check]] = [
-        *_software(config),
-        ("disk", lambda: storage.free_disk(config.run.folder)),
-        ("GPU", machine.gpus),
-        ("shared memory", machine.shared_memory),
-        ("open files", machine.open_files),
-    ]
     met: list[Finding] = []
     if "RANK" in os.environ:
         from fiberpo_megatron.doctor import ranks
 
         met = ranks.meet(config.run.distributed_timeout_s)
-        checks = checks[:-3] if os.environ["RANK"] == "0" else []  # reported by each machine
+        if os.environ["RANK"] != "0":
+            return met
+    checks: list[tuple[str, Check]] = [*_software(config), ("disk", lambda: storage.free_disk(config.run.folder))]
+    if "RANK" not in os.environ:  # the ranks' machines have reported these
+        checks += [("GPU", machine.gpus), ("shared memory", machine.shared_memory), ("open files", machine.open_files)]
     found = [finding for name, check in checks for finding in examine(name, check, QUICK_S)]
     return [finding for finding in found + met if finding.status != "pass" or finding.check in MEASURED]
 

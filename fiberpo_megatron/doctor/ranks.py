@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from fiberpo_megatron.doctor import machine
 from fiberpo_megatron.doctor.report import Finding
-from fiberpo_megatron.rendezvous import ranks_store
+from fiberpo_megatron.rendezvous import ranks_store, start_key
 
 DEADLINE_S = 60.0
 ALL_REDUCE_BYTES, MESSAGE_BYTES, ROUNDS = 32 * 2**20, 4 * 2**20, 3
@@ -44,36 +44,47 @@ def meet(deadline_s: float = DEADLINE_S) -> list[Finding]:
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=deadline_s)
-    store = dist.PrefixStore("doctor", ranks_store(timeout))
+    store = ranks_store(timeout)
     said: dict[str, Any] = {"host": socket.gethostname(), "gpus": None, "findings": []}
     if os.environ.get("LOCAL_RANK", "0") == "0":
         said["gpus"], said["findings"] = machine.gpu_count(), [asdict(finding) for finding in machine_findings()]
-    store.set(f"here/{rank}", json.dumps(said))
-    found: list[Finding] = []
-    hosts: dict[int, str] = {}
+    present, missing = gather(store, rank, size, deadline_s, said)
+    found = _of_machines(present)
+    if missing:
+        if rank:
+            return []
+        seen = f"{_ranks(missing)} of {size} did not come within {deadline_s:g} s"
+        fix = "See the logs of those ranks; check that their hosts reach MASTER_ADDR:MASTER_PORT"
+        return [*found, Finding("ranks", "fail", seen, fix)]
+    hosts = {number: said["host"] for number, said in present.items()}
+    return found + _talk(dist.PrefixStore(start_key("doctor"), store), rank, size, timeout, hosts)
+
+
+def gather(
+    store: Any, rank: int, size: int, deadline_s: float, said: Mapping[str, Any]
+) -> tuple[dict[int, dict[str, Any]], list[int]]:
+    """Return what every rank says, on rank 0 only, and the ranks that said nothing in time; every rank calls this.
+
+    Rank 0 reads what others say and shares who is missing, so that the number of requests to the store grows with the
+    ranks, not with their square.
+    """
+    store.set(start_key(f"doctor/here/{rank}"), json.dumps(said))
     if rank == 0:
         present, missing = _wait_for(store, size, deadline_s)
-        found = _of_machines(present)
-        hosts = {number: said["host"] for number, said in present.items()}
-        store.set("go", "no" if missing else "yes")
-        if missing:
-            seen = f"{_ranks(missing)} of {size} did not come within {deadline_s:g} s"
-            fix = "See the logs of those ranks; check that their hosts reach MASTER_ADDR:MASTER_PORT"
-            return [*found, Finding("ranks", "fail", seen, fix)]
-    store.wait(["go"], timeout * 2)
-    if store.get("go") != b"yes":
-        return []
-    return found + _talk(store, rank, size, timeout, hosts)
+        store.set(start_key("doctor/missing"), json.dumps(missing))
+        return present, missing
+    store.wait([start_key("doctor/missing")], timedelta(seconds=2 * deadline_s))
+    return {}, json.loads(store.get(start_key("doctor/missing")))
 
 
-def _wait_for(store: dist.Store, size: int, deadline_s: float) -> tuple[dict[int, dict[str, Any]], list[int]]:
+def _wait_for(store: Any, size: int, deadline_s: float) -> tuple[dict[int, dict[str, Any]], list[int]]:
     """Return what every rank reported, and the ranks that reported nothing."""
     until = time.monotonic() + deadline_s
     present, missing = {}, []
     for rank in range(size):
         try:
-            store.wait([f"here/{rank}"], timedelta(seconds=max(0.01, until - time.monotonic())))
-            present[rank] = json.loads(store.get(f"here/{rank}"))
+            store.wait([start_key(f"doctor/here/{rank}")], timedelta(seconds=max(0.01, until - time.monotonic())))
+            present[rank] = json.loads(store.get(start_key(f"doctor/here/{rank}")))
         except (dist.DistError, RuntimeError):
             missing.append(rank)
     return present, missing

@@ -162,7 +162,7 @@ def test_the_cause_of_a_failure_is_the_last_thing_the_job_says(slurm: Cluster, s
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_slurm_accepts_the_script(slurm: Cluster, nodes: int, tmp_path: Path):
-    words = ["--slurm.ranks_per_node", str(2 // nodes), "--run.folder", str(tmp_path / "a run")]
+    words = ["--slurm.ranks_per_node", str(2 // nodes), "--run.folder", str(tmp_path / "a run 100%j it's #1")]
     config = load_config(CONFIG, [*words, *OPTIONS, "--slurm.dependency", "singleton", "--slurm.array", "0-1"])
     said = slurm.run("sbatch", "--test-only", str(write_job(config, resume=False)))
     assert "to start at" in said and ("n[1-2]" in said) == (nodes == 2)

@@ -12,12 +12,15 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from typing import Any, NoReturn
 
 import torch.distributed as dist
+
+from fiberpo_megatron.rendezvous import start_key
 
 Phase = Callable[[], tuple[str, float]]
 """Returns what this rank is doing, and for how many seconds."""
@@ -27,8 +30,13 @@ Leave = Callable[[Exception], NoReturn]
 _BEATS = 10
 """Beats in the time after which a rank counts as silent."""
 _LONGEST_INTERVAL_S = 5.0
+_REPORT_S = 30.0
+"""Seconds for which a rank waits for what another one reads about all of them."""
 _GRACE_S = 10.0
 """Seconds for which a lost store may be the normal end of the run."""
+_FEW, _MANY = 8, 32
+"""At most _FEW ranks of each kind that stands out are listed one by one, and all ranks of a run with at most _MANY."""
+_starts = count()
 _LOST_PEER = re.compile(r"gloo|NCCL|[Tt]imed out|[Tt]imeout|Connection (reset|closed)")
 
 
@@ -46,7 +54,7 @@ def heartbeat(rank: int, size: int, timeout_s: float, phase: Phase, leave: Leave
     if size == 1 or not timeout_s:
         yield
         return
-    beats = _Beats(rank, size, timeout_s, phase, leave)
+    beats = _Beats(rank, size, timeout_s, phase, leave, _next_prefix())
     beats.start()
     try:
         yield
@@ -61,9 +69,10 @@ def heartbeat(rank: int, size: int, timeout_s: float, phase: Phase, leave: Leave
 class _Beats:
     """Holds the thread and its connection to the store, since the main thread's own connection may be blocked."""
 
-    def __init__(self, rank: int, size: int, timeout_s: float, phase: Phase, leave: Leave) -> None:
+    def __init__(self, rank: int, size: int, timeout_s: float, phase: Phase, leave: Leave, prefix: str) -> None:
+        """`prefix` is that of the store's keys."""
         self._rank, self._size, self._timeout_s = rank, size, timeout_s
-        self._phase, self._leave = phase, leave
+        self._phase, self._leave, self._prefix = phase, leave, prefix
         self._interval = min(timeout_s / _BEATS, _LONGEST_INTERVAL_S)
         self._address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._stopping = threading.Event()
@@ -83,20 +92,42 @@ class _Beats:
         self._thread.join(timeout=self._interval + _GRACE_S)
 
     def everyone(self) -> str:
-        """Return what each rank wrote last."""
+        """Return what each rank wrote last. The first rank that asks reads it for all, because the ranks of a large run
+        fail together."""
         try:
             store = self._connect()
-            beats = [(rank, self._read(store, rank)) for rank in range(self._size)]
+            if store.add(self._report("reader"), 1) == 1:
+                store.set(self._report("rank"), str(self._rank))
+                text = self._read_all(store)
+                store.set(self._report("text"), text)
+                return text
+            try:
+                store.wait([self._report("text")], timedelta(seconds=_REPORT_S))
+            except RuntimeError as error:
+                if not store.check([self._report("rank")]):
+                    raise
+                reader = store.get(self._report("rank")).decode()
+                return (
+                    f"rank {reader}, which was to report what the ranks were doing, did not within {_REPORT_S:g} s "
+                    f"({error}); see its log"
+                )
+            return str(store.get(self._report("text")).decode())
         except RuntimeError as error:
             return f"the rendezvous store that knows what the ranks were doing is gone as well: {error}"
-        now = time.time()
-        described = [
-            f"rank {rank} ({beat['host']}, pid {beat['pid']}): {beat['phase']} for {beat['seconds']:.0f} s, "
-            f"said {now - beat['time']:.0f} s ago"
-            for rank, beat in beats
-            if beat is not None
-        ]
-        return "what the ranks were doing: " + "; ".join(described)
+
+    def _read_all(self, store: Any) -> str:
+        keys = [self._key(rank) for rank in range(self._size)]
+        if store.check(keys):
+            beats = [_decoded(text) for text in store.multi_get(keys)]
+        else:
+            beats = [self._read(store, rank) for rank in range(self._size)]
+        return "what the ranks were doing: " + "; ".join(_described(beats))
+
+    def _key(self, rank: int) -> str:
+        return f"{self._prefix}/beat/{rank}"
+
+    def _report(self, part: str) -> str:
+        return f"{self._prefix}/report/{part}"
 
     def _connect(self) -> Any:
         host, port = self._address
@@ -105,7 +136,7 @@ class _Beats:
     def _run(self) -> None:
         try:
             self._watch(self._store)
-            self._store.set(_key(self._rank), "")
+            self._store.set(self._key(self._rank), "")
         except RankSilent as silence:
             self._leave(silence)
         except RuntimeError as error:  # torch's network errors
@@ -135,15 +166,46 @@ class _Beats:
         phase, seconds = self._phase()
         self._count += 1
         beat = {"count": self._count, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-        store.set(_key(self._rank), json.dumps(beat | {"phase": phase, "seconds": seconds}))
+        store.set(self._key(self._rank), json.dumps(beat | {"phase": phase, "seconds": seconds}))
 
     def _read(self, store: Any, rank: int) -> dict[str, Any] | None:
         """Return the last beat of a rank; None before the first and after the end."""
-        if not store.check([_key(rank)]):
-            return None
-        text = store.get(_key(rank)).decode()
-        return dict(json.loads(text)) if text else None
+        return _decoded(store.get(self._key(rank))) if store.check([self._key(rank)]) else None
 
 
-def _key(rank: int) -> str:
-    return f"fiberpo/beat/{rank}"
+def _described(beats: Sequence[dict[str, Any] | None]) -> Iterator[str]:
+    """Describe ranks by their last beats. In a large run only those that stand out are listed one by one: the ranks of
+    rare phases, and those that have been silent for longest."""
+    now = time.time()
+    beaten = {rank: beat for rank, beat in enumerate(beats) if beat is not None}
+    in_phase: dict[str, list[int]] = {}
+    for rank, beat in beaten.items():
+        in_phase.setdefault(beat["phase"], []).append(rank)
+    alone = set(sorted(beaten, key=lambda rank: float(beaten[rank]["time"]))[:_FEW])
+    for phase, ranks in in_phase.items():
+        listed = [rank for rank in ranks if len(beaten) <= _MANY or len(ranks) <= _FEW or rank in alone]
+        for rank in listed:
+            beat = beaten[rank]
+            yield (
+                f"rank {rank} ({beat['host']}, pid {beat['pid']}): {phase} for {beat['seconds']:.0f} s, "
+                f"said {now - beat['time']:.0f} s ago"
+            )
+        if others := [beaten[rank] for rank in set(ranks) - set(listed)]:
+            for_s, ago_s = [beat["seconds"] for beat in others], [now - beat["time"] for beat in others]
+            yield (
+                f"{len(others)} other ranks: {phase} for {min(for_s):.0f} to {max(for_s):.0f} s, "
+                f"said {min(ago_s):.0f} to {max(ago_s):.0f} s ago"
+            )
+    if silent := [rank for rank, beat in enumerate(beats) if beat is None]:
+        more = f" and {len(silent) - _MANY} others" if len(silent) > _MANY else ""
+        yield f"not started or ended: rank {', '.join(map(str, silent[:_MANY]))}{more}"
+
+
+def _decoded(text: bytes) -> dict[str, Any] | None:
+    return dict(json.loads(text)) if text else None
+
+
+def _next_prefix() -> str:
+    """Return the first part of all keys of one `heartbeat`, which is the same on every rank; a process may have several
+    runs one after the other."""
+    return start_key(f"heartbeat{next(_starts)}")
