@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from itertools import count
 from pathlib import Path
@@ -86,6 +87,10 @@ class FinishedGroups(UserDict[int, RolloutGroup], Closeable):
                 self._append(_ORIGIN, json.dumps(asdict(self._origin)).encode())
             self._append(index, _encode(group))
         except OSError as error:
+            file, self._file = self._file, None
+            if file is not None:
+                with suppress(OSError):  # closing tries to write the rest once more
+                    file.close()
             raise OSError(
                 error.errno,
                 f"keeping a finished rollout for a resume failed ({error.strerror}); make room, or set "
