@@ -81,9 +81,16 @@ class NoBaseline(_Baseline):
 def estimate(estimator: AdvantageEstimator, rollouts: RolloutBatch) -> NDArray[np.float32]:
     """Return an estimator's advantages, [B].
 
-    Raises ValueError, naming the estimator, unless it returns one finite number for each trajectory.
+    Raises ValueError, naming the trajectory, for a reward that is not finite, and, naming the estimator, unless it
+    returns one finite number for each trajectory.
     """
     count, name = len(rollouts.rewards), type(estimator).__qualname__
+    if not np.isfinite(rollouts.rewards).all():
+        at = int(np.flatnonzero(~np.isfinite(rollouts.rewards))[0])
+        raise ValueError(
+            f"the reward of trajectory {at} (prompt group {rollouts.groups[at]}) is {rollouts.rewards[at]}; its "
+            "environment, or the stored rollouts that are replayed, must give every trajectory a finite number"
+        )
     advantages = np.asarray(estimator(rollouts))
     if advantages.shape != (count,) or not np.issubdtype(advantages.dtype, np.number):
         raise ValueError(

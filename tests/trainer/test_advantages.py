@@ -112,3 +112,11 @@ def test_what_an_estimator_returns_is_checked(returned, words):
 
     with pytest.raises(ValueError, match=words):
         estimate(Fixed(), rollouts())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_reward_that_is_not_finite_is_named_as_that(value):
+    rewards = REWARDS.copy()
+    rewards[4] = value
+    with pytest.raises(ValueError, match=rf"the reward of trajectory 4 \(prompt group {GROUPS[4]}\) is {value}"):
+        estimate(GroupMean(), rollouts(rewards))
