@@ -18,6 +18,9 @@ from fiberpo_megatron.environments import Split, Task
 EXIT_STOPPED = 85
 """Exit code of a run that was asked to stop, saved a checkpoint and goes on with --resume."""
 
+LONGEST_NUMBER = 4000
+"""Digits of a task's id that is a number; Python reads no more than 4300."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -40,7 +43,7 @@ class Prompt:
         name = self.task.id
         if name is None or name.endswith(f"/{self.split}/{self.index}"):
             return self.index
-        return int(name) if name.isdecimal() else name
+        return int(name) if name.isdecimal() and len(name) <= LONGEST_NUMBER else name
 
 
 @dataclass(frozen=True)

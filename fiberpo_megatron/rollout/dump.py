@@ -178,7 +178,7 @@ def _origin(file: Any) -> Origin:
     if not isinstance(described, dict):
         raise ValueError(f"its origin is {described!r:.80} and no JSON object")
     if described.get("format") != FORMAT:
-        raise DumpError(f"{file.fid.name} has format {described.get('format')}; this version reads {FORMAT}")
+        raise DumpError(f"{file.fid.name} has format {described.get('format')!r:.80}; this version reads {FORMAT}")
     return Origin(**described)
 
 

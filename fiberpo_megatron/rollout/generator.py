@@ -223,12 +223,13 @@ class Generator:
             )
 
     def _seed(self, prompt: Prompt, version: str) -> int:
-        name = f"{self.seed} {version} {prompt.domain} {prompt.number}".encode()
+        name = f"{self.seed} {version} {prompt.domain} {prompt.number}".encode(errors="surrogatepass")
         return int.from_bytes(blake2b(name, digest_size=4).digest(), "big") >> 1  # engines take 31 bits
 
     def _environment_seed(self, prompt: Prompt, sample: int) -> int:
-        name = f"environment {self.seed} {prompt.domain} {prompt.split} {prompt.number} {sample}".encode()
-        return int.from_bytes(blake2b(name, digest_size=4).digest(), "big") >> 1
+        name = f"environment {self.seed} {prompt.domain} {prompt.split} {prompt.number} {sample}"
+        digest = blake2b(name.encode(errors="surrogatepass"), digest_size=4)
+        return int.from_bytes(digest.digest(), "big") >> 1
 
     def _coin(self, prompt: Prompt, sample: int) -> float:
         """A fair coin that ignores the response, for the control experiment. `correct` stays true, so that accuracy

@@ -21,7 +21,7 @@ class TelemetryConfig(Section):
     """Trajectories written as text to <run folder>/rollouts each step."""
     rollout_steps_kept: int = Field(500, ge=2)
     """Steps whose files stay in <run folder>/rollouts: the newest half of this number, and of the older steps a
-    selection spread over the whole run. Nothing but the report needs these files (`storage.dump` keeps every trajectory)."""
+    selection spread over the whole run. Only the report needs these files; `storage.dump` keeps every trajectory."""
 
     @field_validator("sinks", mode="before")
     @classmethod

@@ -5,9 +5,8 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from html import unescape
 from io import StringIO
 from pathlib import Path
@@ -21,10 +20,11 @@ from hypothesis import strategies as st
 
 from fiberpo_megatron.data.encoding import Encoder
 from fiberpo_megatron.data.prompts import Place
-from fiberpo_megatron.environments import Outcome, Task, Trajectory, Turn, wire
+from fiberpo_megatron.environments import Outcome, SingleTurn, Task, Turn, wire
 from fiberpo_megatron.environments.jsonl import Jsonl
 from fiberpo_megatron.rollout.dump import Origin, RolloutDump
 from fiberpo_megatron.rollout.finished import FinishedGroups
+from fiberpo_megatron.rollout.generator import Generator
 from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.report import write_report
 from fiberpo_megatron.telemetry.report.page import LONGEST_TEXT, render
@@ -34,7 +34,7 @@ from fiberpo_megatron.telemetry.settings import TelemetryConfig
 from fiberpo_megatron.telemetry.sinks import METRICS_FILE, open_sinks, read_records
 from fiberpo_megatron.trainer.loop import rollout_summary
 from fiberpo_megatron.types import Completion, RolloutGroup, WeightSpan, flatten
-from fiberpo_megatron.types import Trajectory as Sampled
+from tests.trainer.toy import LOOP, running
 
 SPECIAL = [
     *("\x1b", "\x1b[2J", "\x9b31m", "\x07", "\x00", "\x7f", "\x85", "\x0b", "\x0c", "\x1c", "\r", "\n", "\t"),
@@ -90,24 +90,51 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def sampled(task: Task, folder: Path, response: str, name: str) -> RolloutGroup | None:
-    """The task's group with an answer of a fake engine; None when the prompt was refused by name."""
-    encoder = Encoder(Bytes(), ["env"], [{}], model=folder, vocabulary=257, max_prompt_tokens=10**6)
-    fields = json.loads(wire.encode(wire.task_to_json(task)))  # as it comes from a worker
+class Engine:
+    """A sampler that answers every prompt with the same text, of any characters."""
+
+    def __init__(self, text: str) -> None:
+        self.token_ids = (*text.encode(errors="surrogatepass")[:500], Bytes.eos_token_id)
+
+    async def sample(self, prompt: Sequence[int], seeds: Sequence[int], **options: Any) -> list[Completion]:
+        log_probs = np.full(len(self.token_ids), -np.inf, np.float32)
+        spans = (WeightSpan("0", 0, len(self.token_ids)),)
+        return [Completion(self.token_ids, log_probs, "stop", spans) for _ in seeds]
+
+
+class Judge(SingleTurn):
+    """Scores an answer with numbers of any name, or fails; all that crosses to a worker and back is JSON."""
+
+    train_size = held_out_size = 1
+
+    def __init__(self, name: str, fails: bool) -> None:
+        self.name, self.fails = name or "unnamed", fails
+
+    def score(self, task: Task, turn: Turn) -> Outcome:
+        seen = wire.turn_from_json(across(wire.turn_to_json(turn)))
+        assert Task(**across(wire.task_to_json(task))) == task and seen == turn
+        if self.fails:
+            raise ValueError(f"this is no answer: {seen.text} {self.name}")
+        outcome = wire.checked_outcome(Outcome(1.0, {self.name: 0.5}, True, {self.name: 1e300}), "score()", bare=False)
+        return Outcome(**across(wire.outcome_to_json(outcome)))
+
+
+def across(fields: Any) -> Any:
+    """What is left of values that cross a pipe."""
+    return json.loads(wire.encode(fields))
+
+
+def sampled(task: Task, response: str, name: str, fails: bool = False) -> RolloutGroup | None:
+    """The group of a task whose answers come from a fake engine; None when its prompt is refused."""
+    encoder = Encoder(Bytes(), ["env"], [{}], model=Path("/nowhere"), vocabulary=257, max_prompt_tokens=10**6)
     try:
-        prompt = encoder.prompt(Place(0, "train", 0), Task(**fields))
+        prompt = encoder.prompt(Place(0, "train", 0), Task(**across(wire.task_to_json(task))))
     except ValueError as error:
         assert "environment 'env', task " in str(error)
         return None
-    token_ids = (*response.encode(errors="surrogatepass")[:500], 256)
-    completion = Completion(token_ids, np.full(len(token_ids), -np.inf, np.float32), "stop", (WeightSpan("0", 0, 1),))
-    text = encoder.text(token_ids)
-    turn = wire.turn_from_json(json.loads(wire.encode(wire.turn_to_json(Turn(text)))))
-    outcome = wire.checked_outcome(Outcome(1.0, {name or "n": 0.5}, True, {name or "n": 1e300}), "score()", bare=False)
-    said = wire.trajectory_from_json(json.loads(wire.encode(wire.trajectory_to_json(Trajectory((turn,), outcome)))))
-    found = said.outcome
-    one = Sampled(prompt, completion, said.turns[0].text, found.reward, True, found.rewards, found.metrics)
-    return RolloutGroup(prompt, (one, replace(one, text=response, failure=response)))
+    environment = running(Judge(name, fails), on_failure="zero")
+    generator = Generator(Engine(response), [environment], encoder, LOOP, seed=0)
+    return LOOP.run(generator.group(prompt, 2, "0"))
 
 
 def store(folder: Path, group: RolloutGroup) -> dict[str, float]:
@@ -143,11 +170,14 @@ def shown(folder: Path, metrics: dict[str, float]) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(prompt=TEXT, answer=TEXT, note=TEXT, response=TEXT, name=TEXT)
-@example(prompt="p", answer="half \ud83d", note="", response="\x85", name="n")
-@example(prompt="p", answer="a", note="\ud83d", response="\u2028\u2029\x85\ud83d\x1b[2J", name="\x00\ud83d")
-@example(prompt="\udc00", answer="a", note="", response="", name="../../x.npy")
-def test_text_is_kept_from_the_data_to_the_files(prompt: str, answer: str, note: str, response: str, name: str) -> None:
+@given(prompt=TEXT, answer=TEXT, note=TEXT, response=TEXT, name=TEXT, fails=st.booleans())
+@example(prompt="p", answer="half \ud83d", note="", response="\x85", name="n", fails=False)
+@example(prompt="p", answer="a", note="\ud83d", response="\u2028\u2029\x85\ud83d\x1b[2J", name="\x00\ud83d", fails=True)
+@example(prompt="\udc00", answer="a", note="", response="", name="../../x.npy", fails=False)
+@example(prompt="p", answer="a", note="1" * 5000, response="", name="", fails=True)
+def test_text_is_kept_from_the_data_to_the_files(
+    prompt: str, answer: str, note: str, response: str, name: str, fails: bool
+) -> None:
     with TemporaryDirectory() as place:
         folder = Path(place)
         (folder / "train.jsonl").write_text(json.dumps({"prompt": prompt, "answer": answer}) + "\n")
@@ -159,7 +189,7 @@ def test_text_is_kept_from_the_data_to_the_files(prompt: str, answer: str, note:
         else:
             assert (task.prompt, task.answer) == (prompt, answer) and is_whole(prompt + answer)
         task = Task(prompt, answer, {"note": note, name: name}, note or None)  # an environment checks less
-        group = sampled(task, folder, response, name)
+        group = sampled(task, response, name, fails)
         assert (group is not None) == (prompt != "" and is_whole(prompt))
         if group is not None:
             shown(folder, store(folder, group))
@@ -259,7 +289,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029", "\x1c", "\x0b", "\ud83d"])
 def test_a_character_does_not_end_a_finished_run(tmp_path: Path, character: str) -> None:
-    group = sampled(Task(f"p{character}" if is_whole(character) else "p", f"a{character}"), tmp_path, character, "n")
+    group = sampled(Task(f"p{character}" if is_whole(character) else "p", f"a{character}"), character, "n")
     assert group is not None
     write_rollouts(tmp_path, 0, group.trajectories, count=2, domains=["env"], keep=2)
     assert len(load_run(tmp_path).rollouts[0][1]) == 2
@@ -304,7 +334,7 @@ def test_thousands_of_names_make_a_report_of_bounded_size(tmp_path: Path) -> Non
 
 
 def test_long_texts_are_cut_with_their_length(tmp_path: Path) -> None:
-    group = sampled(Task("p", "a" * 10**6), tmp_path, "r", "n")
+    group = sampled(Task("p", "a" * 10**6), "r", "n")
     assert group is not None
     write_rollouts(tmp_path, 0, group.trajectories, count=1, domains=["env"], keep=2)
     page = page_of(tmp_path)
