@@ -1,8 +1,8 @@
 """This module bounds the time that an environment may work on the trajectories of one step."""
 
 RESERVED = 0.5
-"""Share of a budget that is kept for calls which are quick. A call that is cut may cost its worker, and the start of the
-next one counts as well, so this share has to be large."""
+"""Share of a budget that is kept for calls which are quick. A call that is cut may cost its worker, and the start of
+the next one counts as well, so this share has to be large."""
 
 
 class StepBudget:

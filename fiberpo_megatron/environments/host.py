@@ -43,6 +43,12 @@ CRASHES = 3
 QUEUE_S = 0.02
 QUEUE_LIMIT = 32
 """Calls are sent to a worker ahead of their turn up to this time and number, so that it never waits for the trainer."""
+LATE_S = 0.25
+"""Calls that were sent ahead are given to other workers when the one before them takes longer than this. A budget's
+part of a call is never shorter, because a busy machine may stop a quick call for a moment."""
+WARM_UP = 2.0
+"""Times that the first call in a new process may take of the longest first call so far, whatever its part is: it may
+load what it needs, and would be cut again and again in one new process after the other."""
 
 
 class EnvironmentPool:
@@ -66,6 +72,8 @@ class EnvironmentPool:
         self._jobs = 0
         self._call_s = 2 * QUEUE_S
         """Running median of the time that a call takes in a worker; a mean would follow a busy machine's pauses."""
+        self._first_s: dict[Kind, float] = {}
+        """The longest time that a process has taken for its first call of a kind."""
         self._description: Description | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._starts: set[asyncio.Task[None]] = set()
@@ -348,8 +356,8 @@ class EnvironmentPool:
         ahead = 1 + min(QUEUE_LIMIT - 1, int(QUEUE_S / self._call_s))
         usable = [slot for slot in self._slots if slot.takes_jobs]
         while self._waiting_calls and usable:
-            slot = min(usable, key=lambda slot: len(slot.calls))
-            if len(slot.calls) >= ahead:
+            slot = min(usable, key=lambda slot: ahead if slot.late else len(slot.calls))
+            if len(slot.calls) >= (1 if slot.late else ahead):
                 break
             self._give(slot, self._waiting_calls.popleft())
         while self._waiting_runs and usable:
@@ -368,6 +376,19 @@ class EnvironmentPool:
         job.begin(slot.process.send)
         slot.process.send(job.kind, job.id, job.payload)
 
+    def _take_back(self, slot: Slot, first: Job) -> None:
+        """Give the calls that wait in a worker behind a slow one to others; only this worker's time is its to take."""
+        slot.late = True
+        behind = [job for job in slot.calls.values() if job is not first]
+        for job in reversed(behind):
+            del slot.calls[job.id]
+            assert slot.process is not None
+            slot.process.send(Kind.CANCEL, job.id, b"")
+            if not job.future.done():
+                self._waiting_calls.appendleft(job)
+        if behind:
+            self._dispatch()
+
     # ---- frames ----
 
     def _received(self, slot: Slot, kind: int, number: int, payload: bytes) -> None:
@@ -380,6 +401,7 @@ class EnvironmentPool:
                     job.said(payload)
                 return
             del slot.place_of(job)[number]
+            slot.late = False
             reply = json.loads(payload)
             if kind == Kind.FAILED:
                 slot.retiring |= bool(reply["stuck"])  # no thread can be ended, so its process has to
@@ -388,6 +410,9 @@ class EnvironmentPool:
                 if job.kind != Kind.RUN:
                     self._call_s *= 1.1 if float(reply["seconds"]) > self._call_s else 1 / 1.1
                 result = job.decode(reply["result"])
+                if job.kind not in slot.served:
+                    slot.served.add(job.kind)
+                    self._first_s[job.kind] = max(self._first_s.get(job.kind, 0.0), float(reply["seconds"]))
                 if not job.future.done():
                     job.future.set_result(result)
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # InvalidReply, or no JSON of ours
@@ -419,9 +444,12 @@ class EnvironmentPool:
         if slot is None or not slot.stop(job, message):
             self._fail(job, "deadline", message, "")
 
-    def _spend(self, now: int, seconds: float) -> None:
-        """Count time against the budgets, and cut the calls that they do not reach for."""
+    def _look_at_calls(self, now: int, seconds: float) -> None:
+        """Look at slow calls: give others what waits behind them, and cut those for which the budgets do not reach."""
         first = [slot.first_call(now) for slot in self._slots]
+        for slot, found in zip(self._slots, first):
+            if found is not None and found[1] > LATE_S and slot.takes_jobs:
+                self._take_back(slot, found[0])
         for budget, jobs in list(self._budgets.items()):
             if not any(job.works for job in jobs):
                 continue
@@ -430,8 +458,12 @@ class EnvironmentPool:
                 for job in [job for job in jobs if job.works]:
                     self._cut(job)
             elif (part_s := budget.part_s) is not None:
-                for job, taken_s in filter(None, first):
-                    if job.budget is budget and job.works and taken_s > part_s:
+                for slot, found in zip(self._slots, first):
+                    if found is None or found[0].budget is not budget or not found[0].works:
+                        continue
+                    job, taken_s = found
+                    cold_s = 0.0 if job.kind in slot.served else WARM_UP * self._first_s.get(job.kind, 0.0)
+                    if taken_s > max(part_s, LATE_S, cold_s):
                         self._cut(job)
 
     async def _watch(self) -> None:
@@ -448,7 +480,7 @@ class EnvironmentPool:
             try:
                 for slot in self._slots:
                     slot.look_after(now, resumed_at, memory=ticks % MEMORY_TICKS == 0)
-                self._spend(now, elapsed_s)
+                self._look_at_calls(now, elapsed_s)
             except Exception as error:
                 self._end(f"environment {self._config.name!r}: the watch over its workers failed: {error!r}")
                 raise

@@ -59,6 +59,10 @@ class Slot:
         """Conversations of the process by number."""
         self.retiring = False
         """Whether the process gets no more jobs, because a failed job has left a thread running in it."""
+        self.served: set[Kind] = set()
+        """Kinds of calls of which the process has ended one."""
+        self.late = False
+        """Whether the call that the process works on takes so long that no other should wait behind it."""
         self._doom: Doom | None = None
         self._first: tuple[Job, int] | None = None
         self._ready: asyncio.Future[dict[str, Any]] | None = None
@@ -95,7 +99,7 @@ class Slot:
 
     async def start(self) -> dict[str, Any]:
         """Start a process, wait until it is ready and return its description. Raises PluginError."""
-        self._doom, self.retiring = None, False
+        self._doom, self.retiring, self.late, self.served = None, False, False, set()
         self._ready = asyncio.get_running_loop().create_future()
         process = self.process = WorkerProcess(self._python, self._log, self._received, self._check, self._refused)
         process.send(Kind.START, 0, self._settings)

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -107,6 +108,11 @@ def check_key(address: EngineAddress) -> None:
             pytest.raises(EngineRefused, match=f"{seen}.*api_key_file"),
         ):
             pool.run(pool.clients[0].generate([[2, 3]], Sampling(1)))
+    with httpx.Client(base_url=address.url, trust_env=False, timeout=60) as http:
+        for path in ("/health", "/health_generate"):  # SGLang leaves them open, although they have it generate
+            assert http.get(path).status_code == httpx.codes.UNAUTHORIZED
+            assert http.get(path, headers=address.headers).status_code == httpx.codes.OK
+        assert http.get("/ready").status_code == httpx.codes.OK and http.get("/metrics").status_code == 404
     check_reachable(address)
     assert address.log is not None and KEY not in repr(address)
     log = address.log.read_text()

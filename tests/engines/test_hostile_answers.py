@@ -158,13 +158,13 @@ def test_the_good_answers_are_good(name):
     check(ask(*CALLS[name]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(damaged())
 def test_a_damaged_answer_is_refused_or_harmless(case):
     accepted(*case)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(CALLS)), st.integers(0, 400), st.integers(0, 400), st.binary(max_size=8))
 def test_damaged_bytes_are_refused_or_harmless(name, start, length, put):
     good = json.dumps(CALLS[name][0]).encode()

@@ -58,7 +58,7 @@ def test_2000_slow_expressions_end_inside_the_budget(tmp_path):
         calls, StepBudget(2.0, workers=2, calls=2000), deadline_s=4.0, folder=tmp_path
     )
     # what follows the end: the last tick, the records of the failures, and whatever else this machine does
-    assert 2.0 <= seconds < 5.0
+    assert 2.0 <= seconds < 8.0
     assert {result.kind for result in results} == {"deadline"}  # type: ignore[union-attr]
     assert counts["cut_by_budget"] == counts["failures/deadline"] == 2000
     records = failures_in(tmp_path)
@@ -69,15 +69,15 @@ def test_2000_slow_expressions_end_inside_the_budget(tmp_path):
 
 
 def test_quick_answers_do_not_pay_for_slow_ones():
-    """Two workers, four that hang, each in front of quick ones: the half that is kept suffices for those."""
-    calls = [task("sleep" if number % 51 == 0 else "fine", number) for number in range(204)]
+    """Two workers, three that hang, each in front of quick ones: the half that is kept suffices for those."""
+    calls = [task("sleep" if number % 68 == 0 else "fine", number) for number in range(204)]
     budget = StepBudget(4.0, workers=2, calls=len(calls))
     results, seconds, counts, _ = timed(calls, budget, deadline_s=4.0)
     slow = [result for call, result in zip(calls, results) if call.answer == "sleep"]
     quick = [result for call, result in zip(calls, results) if call.answer == "fine"]
-    assert [result.kind for result in slow] == ["deadline"] * 4  # type: ignore[union-attr]
-    assert quick == [Outcome(1.0)] * 200
-    assert counts["cut_by_budget"] == 4 and 2.0 <= seconds < 4.5
+    assert [result.kind for result in slow] == ["deadline"] * 3  # type: ignore[union-attr]
+    assert quick == [Outcome(1.0)] * 201
+    assert counts["cut_by_budget"] == 3 and 2.0 <= seconds < 8.0
 
 
 def test_a_budget_that_suffices_changes_nothing():
@@ -111,4 +111,26 @@ def test_conversations_are_cut_but_not_while_the_policy_speaks():
 
     (waits, talks, patient), seconds, counts = asyncio.run(scenario())
     assert waits.kind == "deadline" and isinstance(talks, Outcome) and isinstance(patient, Outcome)
-    assert 0.9 < seconds < 1.9 and counts["failures"] == counts["cut_by_budget"] == 1
+    assert 0.9 < seconds < 1.95 and counts["failures"] == counts["cut_by_budget"] == 1
+
+
+def test_a_slow_call_holds_up_nobody_behind_it():
+    """Quick calls are sent ahead; those behind a slow one go to the other worker."""
+
+    async def scenario() -> tuple[dict[str, float], list[Any], Any]:
+        async with pool_of("Scored", deadline_s=4.0) as pool:
+            ended: dict[str, float] = {}
+
+            async def timed(deed: str, number: int) -> Any:
+                result = await pool.score(task(deed, number), Turn("x"), seed=number)
+                ended[deed] = time.monotonic()
+                return result
+
+            await asyncio.gather(*(timed("fine", number) for number in range(400)))  # the pool sees that they are quick
+            deeds = ["fine"] * 20 + ["late"] + ["fine"] * 40
+            results = await asyncio.gather(*(timed(deed, number) for number, deed in enumerate(deeds)))
+            return ended, results, pool.take_counts()
+
+    ended, results, counts = asyncio.run(scenario())
+    assert results == [Outcome(1.0)] * 61 and not counts
+    assert ended["fine"] < ended["late"] - 0.5, "the slow one takes 1.3 s"

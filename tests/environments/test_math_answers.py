@@ -4,6 +4,8 @@ The library itself is optional: a stand-in of the same name is laid on the worke
 and restarts are tested everywhere.
 """
 
+import asyncio
+import json
 import os
 import signal
 import time
@@ -12,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from fiberpo_megatron.environments import math_answers
+from fiberpo_megatron.environments import Turn, math_answers
+from fiberpo_megatron.environments.budget import StepBudget
 from fiberpo_megatron.environments.math_answers import MathVerifier
+from fiberpo_megatron.environments.results import Failure
+from tests.environments.pools import pool_of
 
 STAND_IN = """
 import os, sys, time
@@ -113,3 +118,50 @@ def test_the_real_library(answer, response, correct):
         assert verifier(answer, response) is correct
     finally:
         verifier.close()
+
+
+def scored(folder: Path, hostile: list[str], honest: int, budget: StepBudget | None = None, **changes):
+    """Return the results and the ends (s) of hostile and of honest answers, all asked of two workers of "jsonl" at
+    once: two hostile ones first, the others spread among the honest ones."""
+    (folder / "a.jsonl").write_text(json.dumps({"prompt": "a", "answer": "0.5"}))
+    options = {"name": "t", "train": str(folder / "a.jsonl"), "reward": "math_verify"}
+
+    async def scenario():
+        async with pool_of("jsonl", options=options, **changes) as pool:
+            (task,) = await pool.tasks("train", [0])
+            began = time.monotonic()
+
+            async def one(text: str):
+                result = await pool.score(task, Turn(text), seed=0, budget=budget)
+                return result, time.monotonic() - began
+
+            texts = hostile[:2] + [f"0.5{'0' * (1 + i % 5)}" for i in range(honest)]
+            for place, text in enumerate(hostile[2:], 1):
+                texts.insert(place * (honest // len(hostile)), text)
+            found = list(zip(texts, await asyncio.gather(*map(one, texts))))
+            return [r for t, r in found if t in hostile], [r for t, r in found if t not in hostile]
+
+    return asyncio.run(scenario())
+
+
+def test_a_hostile_expression_does_not_hold_up_the_others(tmp_path, monkeypatch):
+    """It takes its deadline, on one of two workers; the honest ones are done before."""
+    (tmp_path / "math_verify.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ((bad, bad_end),), good = scored(tmp_path, ["hang"], 100, deadline_s=2.5)
+    assert isinstance(bad, Failure) and bad.kind == "deadline"
+    assert all(result.correct for result, _ in good)
+    assert max(end for _, end in good) < bad_end, "100 comparisons in the other worker take a fraction of 2.5 s"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(find_spec("math_verify") is None, reason="math-verify is not installed")
+def test_hostile_expressions_end_inside_the_budget_of_the_step(tmp_path):
+    """math-verify gives each 5 s; 20 on two workers would take 56 s. Whatever is cut, no honest one is called wrong."""
+    hostile = [f"9**9**9**{number}" for number in range(60, 80)]
+    budget = StepBudget(30.0, workers=2, calls=220)
+    bad, good = scored(tmp_path, hostile, 200, budget, deadline_s=30.0, memory_gib=6.0)
+    assert all(isinstance(result, Failure) or not result.correct for result, _ in bad)
+    assert max(end for _, end in bad + good) < 34
+    assert all(isinstance(result, Failure) or result.correct for result, _ in good)
+    assert any(not isinstance(result, Failure) for result, _ in good)

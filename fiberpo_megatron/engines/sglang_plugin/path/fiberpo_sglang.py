@@ -27,6 +27,13 @@ def _without_key(shown: dict[str, Any], *args: object, **kwargs: object) -> dict
     return shown | {"api_key": "<redacted>"}
 
 
+def _key_for_health(decide: Any, *args: object, **request: Any) -> Any:
+    """Decide about a request for /health and /health_generate, which has the server generate, as about any other."""
+    if str(request.get("path", "")).startswith("/health"):
+        request["path"] = "/generate"
+    return decide(*args, **request)
+
+
 def _rendezvous_on_loopback(server_args: Any) -> None:
     """Host the store in which the server's own ranks meet; torch's would listen on every interface."""
     from torch.distributed import TCPStore
@@ -47,6 +54,7 @@ def register() -> None:
     if KEY_FD in os.environ:
         HookRegistry.register("sglang.srt.server_args.prepare_server_args", _with_key, HookType.AFTER)
         HookRegistry.register("sglang.srt.entrypoints.engine._server_args_for_logging", _without_key, HookType.AFTER)
+        HookRegistry.register("sglang.srt.utils.auth.decide_request_auth", _key_for_health, HookType.AROUND)
     HookRegistry.register(
         "sglang.srt.entrypoints.engine._set_envs_and_config", _rendezvous_on_loopback, HookType.BEFORE
     )
