@@ -24,6 +24,8 @@ HEADER = struct.Struct("<QII")
 READ_BYTES = 1 << 18
 ERROR_BYTES = 1 << 20
 """Longest payload of a frame that reports a failure or describes the environment."""
+LARGEST = (2 - 2**-23) * 2.0**127
+"""The largest float32."""
 TRACEBACK_CHARACTERS = 4000
 MESSAGE_CHARACTERS = 2000
 
@@ -202,13 +204,19 @@ def short(value: Any) -> str:
 
 
 def number(value: Any, where: str) -> float:
-    """Return a finite float. Scalars of NumPy and torch are taken. Raises InvalidReply otherwise."""
+    """Return a finite float that is finite in 32 bits too, as the trainer keeps it. Scalars of NumPy and torch are
+    taken. Raises InvalidReply otherwise."""
     value = scalar(value)
     if not isinstance(value, numbers.Real):
         raise InvalidReply(f"{where} is {short(value)} ({type(value).__name__}); it must be a number")
-    result = float(value)
+    try:
+        result = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        result = math.inf
     if not math.isfinite(result):
         raise InvalidReply(f"{where} is {result}; it must be finite")
+    if abs(result) > LARGEST:
+        raise InvalidReply(f"{where} is {result}; it must be at most {LARGEST:.3g}, the largest number of 32 bits")
     return result
 
 

@@ -72,3 +72,11 @@ def test_scalars_of_numpy_and_torch_are_numbers():
     assert wire.checked_outcome(torch.tensor(1.5), "score()", bare=True) == Outcome(1.5)
     with pytest.raises(InvalidReply, match="must be a number or an Outcome"):
         wire.checked_outcome(torch.ones(2), "score()", bare=True)
+
+
+@pytest.mark.parametrize("value", [1e39, -1e300, 3.5e38, 10**400])
+def test_a_reward_that_the_trainer_cannot_keep_is_refused(value):
+    """As a float32 it would be infinite, and every advantage of its group nan."""
+    with pytest.raises(InvalidReply, match=r"`reward` of score\(\) is .*; it must be"):
+        wire.checked_outcome(Outcome(value), "score()", bare=False)
+    assert wire.number(wire.LARGEST, "x") == wire.LARGEST == 3.4028234663852886e38

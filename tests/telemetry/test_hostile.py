@@ -115,7 +115,7 @@ class Judge(SingleTurn):
         assert Task(**across(wire.task_to_json(task))) == task and seen == turn
         if self.fails:
             raise ValueError(f"this is no answer: {seen.text} {self.name}")
-        outcome = wire.checked_outcome(Outcome(1.0, {self.name: 0.5}, True, {self.name: 1e300}), "score()", bare=False)
+        outcome = wire.checked_outcome(Outcome(1.0, {self.name: 0.5}, True, {self.name: 1e38}), "score()", bare=False)
         return Outcome(**across(wire.outcome_to_json(outcome)))
 
 
