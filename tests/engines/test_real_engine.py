@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import httpx
 import numpy as np
 import pytest
 
-from fiberpo_megatron.engines.answers import RoutingShape
+from fiberpo_megatron.engines.answers import RESPONSE_BYTES, Asked, RoutingShape
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
 from fiberpo_megatron.engines.errors import EngineAborted, EngineRefused
 from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.engines.servers import engines as started
+from fiberpo_megatron.engines.settings import EngineConfig
 from fiberpo_megatron.environments import ToolCall
 from fiberpo_megatron.rollout.sampler import EngineSampler
 from fiberpo_megatron.types import WeightSpan
@@ -125,6 +128,51 @@ def test_abort_pause_and_checksum(engine, checkpoint):
             await client.health()
 
     asyncio.run(run())
+
+
+def test_the_size_of_an_answer_is_far_below_its_limit(engine):
+    """The limit must never refuse what SGLang writes: 57 bytes a token here, of which 21 are for the experts."""
+    asked = Asked(5, 200, routing=RoutingShape(LAYERS, TOP_K, 4))
+    request = {
+        "input_ids": [PROMPTS[0]],
+        "sampling_params": [Sampling(200).as_json(seed=1) | {"ignore_eos": True}],
+        "return_logprob": True,
+        "return_routed_experts": True,
+    }
+    with httpx.Client(trust_env=False, timeout=60, headers={"Accept-Encoding": "gzip"}) as http:
+        answer = http.post(f"{engine.url}/generate", json=request)
+    assert "Content-Encoding" not in answer.headers, "SGLang compresses nothing"
+    assert len(answer.json()[0]["output_ids"]) == 200
+    size, fixed = len(answer.content), asked.largest_bytes - RESPONSE_BYTES
+    assert size < 0.5 * fixed, f"{size} bytes for 200 tokens, the limit without its fixed part is {fixed}"
+
+
+def test_an_ordinary_server_prefers_nothing(engine):
+    with EnginePool([engine], timeout_s=60) as pool:
+        pool.check_preferences()
+
+
+@pytest.mark.exhaustive
+def test_preferred_sampling_parameters_change_nothing_and_are_refused(engine, checkpoint, tmp_path):
+    """A request names every parameter; one that does not would be sampled otherwise."""
+    preferred = {"temperature": 0.1}
+    arguments = ["--preferred-sampling-params", json.dumps(preferred)]
+    # the settings refuse this argument; a copy is not checked
+    config = EngineConfig(max_running_requests=256).model_copy(update={"extra_args": arguments})
+    seeds = list(range(len(PROMPTS)))
+    with (
+        sampler(engine, Sampling(20)) as plain,
+        started(config, checkpoint, tmp_path, dtype="float32", gpu=False) as (other,),
+    ):
+        with sampler(other, Sampling(20)) as biased:
+            ours = [[c.token_ids for c in group] for group in in_order(plain, PROMPTS, 4, seeds)]
+            assert [[c.token_ids for c in group] for group in in_order(biased, PROMPTS, 4, seeds)] == ours
+            with pytest.raises(EngineRefused, match=r"started with preferred_sampling_params = {'temperature': 0\.1"):
+                biased.engines.check_preferences()
+        short = {"input_ids": PROMPTS[0], "sampling_params": {"max_new_tokens": 40, "sampling_seed": 5}}
+        with httpx.Client(trust_env=False, timeout=60) as http:
+            texts = [http.post(f"{server.url}/generate", json=short).json()["output_ids"] for server in (engine, other)]
+        assert texts[0] != texts[1], "what a request does not name, the server prefers"
 
 
 def test_memory_calls_leave_a_server_that_generates_the_same(engine):
