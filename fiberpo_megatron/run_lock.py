@@ -84,7 +84,9 @@ class Holder:
         return printable(text)
 
     def end(self) -> str:
-        """Return the command that ends the holder."""
+        """Return how the holder is ended."""
+        if self.process == this_process():
+            return "it is a run of this process: close it"
         return printable(f"scancel {self.job}" if self.job else f"kill {self.process.pid} on {self.process.host}")
 
 
@@ -300,9 +302,7 @@ def _link(path: Path, content: bytes, token: str) -> bool:
         _create(candidate, content)
         try:
             os.link(candidate, path)
-        except (FileExistsError, FileNotFoundError):
-            pass  # another run was faster, or has deleted the candidate; or NFS repeated a call that had succeeded
-        except OSError:  # a file system without hard links; its files may be seen before they are whole
+        except OSError:  # the name is taken, by another run or by this one (NFS repeats calls); or there are no links
             with suppress(FileExistsError):
                 _create(path, content)
     finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fiberpo_megatron import run_lock
+from fiberpo_megatron import process_identity, run_lock
 from fiberpo_megatron.process_identity import this_process
 from fiberpo_megatron.run_lock import RunLocked, RunLockLost, refuse, take
 
@@ -30,6 +30,19 @@ def quick(folder: Path, lost=never, **more):
 
 
 @pytest.fixture
+def another(monkeypatch):
+    """Has every later holder be the parent of this process."""
+    identity = replace(this_process(), pid=os.getppid(), started=process_identity._stat(os.getppid())[1])
+    monkeypatch.setattr(run_lock, "_text", lambda *words, text=run_lock._text: _as(identity, text, *words))
+
+
+def _as(identity, text, *words):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run_lock, "this_process", lambda: identity)
+        return text(*words)
+
+
+@pytest.fixture
 def elsewhere(monkeypatch):
     """Has every later holder seem to run on another machine, so that only its beats show that it lives."""
     monkeypatch.setattr(run_lock, "this_process", lambda: replace(this_process(), host="n7", boot="another"))
@@ -41,7 +54,7 @@ def only(folder: Path) -> Path:
     return path
 
 
-def test_a_held_folder_is_refused_and_a_released_one_is_free(tmp_path, monkeypatch):
+def test_a_held_folder_is_refused_and_a_released_one_is_free(tmp_path, monkeypatch, another):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     with quick(tmp_path / "run") as lock:
         lock.check()
@@ -50,17 +63,22 @@ def test_a_held_folder_is_refused_and_a_released_one_is_free(tmp_path, monkeypat
                 enter(tmp_path / "run")
             said = str(refused.value)
             assert f"run.folder = {tmp_path / 'run'} is in use by `fiberpo train` on host {this_process().host}" in said
-            assert f"process {os.getpid()}, SLURM job 77, since 2" in said
+            assert f"process {os.getppid()}, SLURM job 77, since 2" in said
             assert "stop it (scancel 77), or choose another folder with --run.folder" in said
     refuse(tmp_path / "run")
     lock.close()
-    with quick(tmp_path / "run"):
+    with quick(tmp_path / "run", say=lambda text: pytest.fail(text)):
         assert only(tmp_path / "run").name == "00000002", "numbers never go down"
 
 
-def test_without_a_job_the_fix_is_kill(tmp_path, monkeypatch):
+def test_without_a_job_the_fix_is_kill(tmp_path, monkeypatch, another):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    with quick(tmp_path), pytest.raises(RunLocked, match=rf"stop it \(kill {os.getpid()} on "):
+    with quick(tmp_path), pytest.raises(RunLocked, match=rf"stop it \(kill {os.getppid()} on "):
+        quick(tmp_path)
+
+
+def test_a_second_run_of_the_same_process_is_named_as_such(tmp_path):
+    with quick(tmp_path), pytest.raises(RunLocked, match=r"stop it \(it is a run of this process: close it\)"):
         quick(tmp_path)
 
 
@@ -104,8 +122,8 @@ def test_a_holder_elsewhere_is_known_by_its_beats(tmp_path, elsewhere):
 
 def test_a_silent_holder_elsewhere_is_replaced_and_stops_before_it_writes(tmp_path, elsewhere, monkeypatch):
     monkeypatch.setattr(run_lock, "PROGRESS_S", 0.1)
-    told, noticed = [], threading.Event()
-    frozen = quick(tmp_path, lambda loss: (told.append(loss), noticed.set()), beat_s=3600)
+    losses, noticed = [], threading.Event()
+    frozen = quick(tmp_path, lambda loss: (losses.append(loss), noticed.set()), beat_s=3600)
     refuse(tmp_path)  # it cannot know
     said = []
     with quick(tmp_path, say=said.append) as lock:
@@ -119,12 +137,44 @@ def test_a_silent_holder_elsewhere_is_replaced_and_stops_before_it_writes(tmp_pa
         frozen._beat_s = 0.01  # it wakes
         thread = threading.Thread(target=frozen._run)
         thread.start()
-        assert noticed.wait(10) and str(told[0]) == str(loss.value)
-        thread.join()
+        assert noticed.wait(10) and str(losses[0]) == str(loss.value)
+        thread.join(10)
         frozen.close()
         lock.check()
         with pytest.raises(RunLocked):
             quick(tmp_path)
+
+
+SUSPENDED = """
+import os, sys, time
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from fiberpo_megatron import run_lock
+here = run_lock.this_process
+run_lock.this_process = lambda: replace(here(), host="n7")
+def leave(loss):
+    print(loss, flush=True)
+    os._exit(3)
+lock = run_lock.take(Path(sys.argv[1]), "train", leave, beat_s=0.02)
+print("held", flush=True)
+while True:
+    time.sleep(1)
+"""
+
+
+def test_a_process_that_was_suspended_ends_when_it_wakes(tmp_path):
+    program = SUSPENDED.format(root=str(Path(__file__).parents[1]))
+    holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(RunLocked, match="on host n7"):
+        quick(tmp_path, watch_s=60)
+    os.kill(holder.pid, signal.SIGSTOP)
+    with quick(tmp_path) as lock:
+        os.kill(holder.pid, signal.SIGCONT)
+        said, _ = holder.communicate(timeout=60)
+        assert holder.returncode == 3 and "this run no longer has run.folder" in said and "took over" in said
+        lock.check()
 
 
 def test_a_holder_whose_lock_was_deleted_stops(tmp_path):
@@ -263,8 +313,18 @@ def test_what_another_user_wrote_into_the_lock_is_printed_escaped(tmp_path):
     assert str(refused.value).isprintable() and r"\x1b[2J\u202e" in str(refused.value)
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_a_folder_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, monkeypatch, links):
+    synced = []
+
+    def full(handle):
+        synced.append(handle)
+        if links or len(synced) == 2:  # the candidate, or the lock itself
+            raise OSError(28, "No space left on device")
+
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device"):
         quick(tmp_path)
     assert not list((tmp_path / "lock").iterdir())
