@@ -42,7 +42,8 @@ def kill_at(moment: str) -> None:
     elif moment == "before it is described":
         checkpoint_folders.Description.write = die  # type: ignore[method-assign]
     elif moment == "before it gets its name":
-        Path.rename = die  # type: ignore[assignment]
+        replace = os.replace
+        os.replace = lambda old, new: die() if Path(old).is_dir() else replace(old, new)
     else:
         threading.Timer(float(moment), die).start()
 

@@ -96,7 +96,7 @@ class Saving:
             shutil.rmtree(old, ignore_errors=True)
             durable.rename(folder, old)
             durable.rename(partial, folder)
-            shutil.rmtree(old)
+            durable.remove_tree(old)
         else:
             durable.rename(partial, folder)
 

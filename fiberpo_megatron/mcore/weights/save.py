@@ -166,4 +166,4 @@ def _replace(partial: Path, folder: Path) -> None:
     if folder.exists():
         durable.rename(folder, old)
     durable.rename(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    durable.remove_tree(old)
