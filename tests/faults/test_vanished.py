@@ -15,7 +15,6 @@ from fiberpo_megatron.types import RolloutGroup
 from tests.faults.test_writes import FIX, STEPS, Case, case, reference, torn  # noqa: F401 - fixtures
 from tests.soak.toy_run import run_toy
 
-
 FURTHER = ("rollouts", "published", "tensorboard")
 
 

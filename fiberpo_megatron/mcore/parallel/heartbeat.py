@@ -11,7 +11,6 @@ import os
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -121,7 +120,7 @@ class _Beats:
             beats = [_decoded(text) for text in store.multi_get(keys)]
         else:
             beats = [self._read(store, rank) for rank in range(self._size)]
-        return "what the ranks were doing: " + "; ".join(_described(beats))
+        return "what the ranks were doing: " + "; ".join(_described(beats, self._interval))
 
     def _key(self, rank: int) -> str:
         return f"{self._prefix}/beat/{rank}"
@@ -165,7 +164,7 @@ class _Beats:
     def _beat(self, store: Any) -> None:
         phase, seconds = self._phase()
         self._count += 1
-        beat = {"count": self._count, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        beat = {"count": self._count, "host": socket.gethostname(), "pid": os.getpid()}
         store.set(self._key(self._rank), json.dumps(beat | {"phase": phase, "seconds": seconds}))
 
     def _read(self, store: Any, rank: int) -> dict[str, Any] | None:
@@ -173,25 +172,30 @@ class _Beats:
         return _decoded(store.get(self._key(rank))) if store.check([self._key(rank)]) else None
 
 
-def _described(beats: Sequence[dict[str, Any] | None]) -> Iterator[str]:
+def _described(beats: Sequence[dict[str, Any] | None], interval: float) -> Iterator[str]:
     """Describe ranks by their last beats. In a large run only those that stand out are listed one by one: the ranks of
-    rare phases, and those that have been silent for longest."""
-    now = time.time()
+    rare phases, and those that have been silent for longest.
+
+    How long ago a rank spoke is counted in beats, by which it is behind the rank that is furthest: the clocks of two
+    machines differ, and may jump.
+    """
     beaten = {rank: beat for rank, beat in enumerate(beats) if beat is not None}
+    furthest = max((beat["count"] for beat in beaten.values()), default=0)
+    ago = {rank: interval * (furthest - beat["count"]) for rank, beat in beaten.items()}
     in_phase: dict[str, list[int]] = {}
     for rank, beat in beaten.items():
         in_phase.setdefault(beat["phase"], []).append(rank)
-    alone = set(sorted(beaten, key=lambda rank: float(beaten[rank]["time"]))[:_FEW])
+    alone = set(sorted(beaten, key=lambda rank: -ago[rank])[:_FEW])
     for phase, ranks in in_phase.items():
         listed = [rank for rank in ranks if len(beaten) <= _MANY or len(ranks) <= _FEW or rank in alone]
         for rank in listed:
             beat = beaten[rank]
             yield (
                 f"rank {rank} ({beat['host']}, pid {beat['pid']}): {phase} for {beat['seconds']:.0f} s, "
-                f"said {now - beat['time']:.0f} s ago"
+                f"said {ago[rank]:.0f} s ago"
             )
-        if others := [beaten[rank] for rank in set(ranks) - set(listed)]:
-            for_s, ago_s = [beat["seconds"] for beat in others], [now - beat["time"] for beat in others]
+        if others := set(ranks) - set(listed):
+            for_s, ago_s = [beaten[rank]["seconds"] for rank in others], [ago[rank] for rank in others]
             yield (
                 f"{len(others)} other ranks: {phase} for {min(for_s):.0f} to {max(for_s):.0f} s, "
                 f"said {min(ago_s):.0f} to {max(ago_s):.0f} s ago"
