@@ -189,7 +189,7 @@ def take(
 
     `command` is what the run is for, for the message of others. `lost` is called in another thread if another run takes
     over; it should end the process. If the holder's process cannot be seen from here, its beats are watched for at most
-    `watch_s` seconds, and `say` prints the progress. Raises RunLocked, naming the holder, and OSError.
+    `watch_s` seconds, and `say` prints the progress. Raises RunLocked, naming the holder, and WriteFailed.
     """
     with durable.explained(folder / "lock"):
         return _take(folder, command, lost, say, beat_s, poll_s, watch_s)
@@ -228,7 +228,10 @@ def refuse(folder: Path) -> None:
     """Raise RunLocked if a process that can be seen from here holds the folder. It takes nothing and waits for nothing:
     a quick check before a start."""
     locks = folder / "lock"
-    lock = _read(locks / _name(_newest(locks))) if locks.is_dir() else None
+    try:
+        lock = _read(locks / _name(_newest(locks)))
+    except OSError:
+        return  # `take` says what is wrong
     if lock is not None and _runs(lock, folder):
         raise _locked(folder, lock)
 

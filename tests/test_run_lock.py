@@ -313,6 +313,14 @@ def test_what_another_user_wrote_into_the_lock_is_printed_escaped(tmp_path):
     assert str(refused.value).isprintable() and r"\x1b[2J\u202e" in str(refused.value)
 
 
+def test_the_lock_of_another_user_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "lock").mkdir()
+    monkeypatch.setattr(os, "listdir", lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    refuse(tmp_path)  # leaves it to `take`
+    with pytest.raises(OSError, match="Permission denied; make it writable for user .*/lock'"):
+        quick(tmp_path)
+
+
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
 def test_a_folder_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, monkeypatch, links):
     synced = []

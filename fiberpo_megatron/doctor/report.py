@@ -65,6 +65,7 @@ def print_table(findings: Sequence[Finding]) -> None:
     table = Table(*(Column(name, overflow="fold") for name in ("check", "", "seen", "fix")))  # paths are not cut
     for finding in findings:
         colour = _COLOURS[finding.status]
-        said = (Text(printable(text, keep="\n\t")) for text in (finding.seen, finding.fix))  # Text: no markup in it
-        table.add_row(finding.check, Text(finding.status, style=colour), *said)
+        texts = (finding.check, finding.seen, finding.fix)
+        check, *said = (Text(printable(text, keep="\n\t")) for text in texts)  # Text: no markup in it
+        table.add_row(check, Text(finding.status, style=colour), *said)
     Console().print(table)

@@ -239,5 +239,6 @@ def test_engines_of_another_version(paths: list[str] | None, version: str, statu
 
 def test_what_a_check_saw_is_shown_as_it_is(capsys):
     """Neither markup of the table nor control characters in it have an effect."""
-    report.print_table([Finding("inputs", "fail", "[/nothing] [red]x\x1b[2J", "see \u202e")])
+    report.print_table([Finding("[/inputs]\x07", "fail", "[/nothing] [red]x\x1b[2J", "see \u202e")])
     assert "[/nothing] [red]x\\x1b[2J" in (said := capsys.readouterr().out) and "\x1b" not in said and r"\u202e" in said
+    assert r"[/inputs]\x07" in said
