@@ -31,8 +31,9 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None or isinstance(error, WriteFailed):  # it says something of its own
             raise
-        name = error.filename if isinstance(error.filename, str) else path
-        raise WriteFailed(error.errno, f"{error.strerror or error}; {_fix(error.errno, path)}", str(name)) from error
+        name = error.filename2 or error.filename  # of a copy or a rename: its target
+        text = f"{error.strerror or error}; {_fix(error.errno, path)}"
+        raise WriteFailed(error.errno, text, name if isinstance(name, str) else str(path)) from error
 
 
 def _fix(number: int | None, path: Path) -> str:

@@ -98,6 +98,13 @@ def test_an_error_names_the_file_the_cause_and_the_fix(tmp_path, monkeypatch, nu
     assert Path(failed.value.filename).parent == tmp_path and path.read_text() == "old"
 
 
+def test_a_failed_copy_names_its_target(tmp_path):
+    """shutil names the file that was read before the one that could not be written."""
+    with pytest.raises(durable.WriteFailed, match="Make room") as failed, durable.explained(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device", "/model/config.json", None, "/run/config.json")
+    assert failed.value.filename == "/run/config.json"
+
+
 def test_an_error_of_somebody_else_keeps_its_words(tmp_path):
     with pytest.raises(FileExistsError, match="^notes was not written by this run$"), durable.explained(tmp_path):
         raise FileExistsError("notes was not written by this run")
