@@ -30,6 +30,7 @@ from fiberpo_megatron.environments.settings import EnvironmentConfig
 from fiberpo_megatron.environments.slots import Doom, Slot
 from fiberpo_megatron.environments.wire import InvalidReply, Kind
 from fiberpo_megatron.plugins import PluginError
+from fiberpo_megatron.printable import printable
 
 TICK_S = 0.05
 MEMORY_TICKS = 5
@@ -384,6 +385,8 @@ class EnvironmentPool:
             del slot.calls[job.id]
             assert slot.process is not None
             slot.process.send(Kind.CANCEL, job.id, b"")
+            self._jobs += 1
+            job.id = self._jobs  # what this worker still says about the old number is about nothing
             if not job.future.done():
                 self._waiting_calls.appendleft(job)
         if behind:
@@ -425,7 +428,8 @@ class EnvironmentPool:
         """Make a failure the result of a job, count it and write it down, unless the job's caller has gone."""
         if job.future.done():
             return
-        failure = Failure(kind, f"environment {self._config.name!r}: {job.what} failed ({kind}): {message}", trace)
+        message = f"environment {self._config.name!r}: {job.what} failed ({kind}): {message}"
+        failure = Failure(kind, printable(message, keep="\n"), printable(trace, keep="\n"))
         self._counts["failures"] += 1
         self._counts[f"failures/{kind}"] += 1
         task = None if job.task is None else wire.task_to_json(job.task)

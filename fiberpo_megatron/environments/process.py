@@ -60,8 +60,8 @@ class WorkerLog:
         except OSError as error:
             self._left = 0
             print(
-                f"WARNING: {self._path} cannot be written ({error.strerror}): what the worker prints from now on is not "
-                "kept. Make room, or make the folder writable",
+                f"WARNING: {self._path} cannot be written ({error.strerror}): what the worker prints from now on is "
+                "not kept. Make room, or make the folder writable",
                 file=sys.stderr,
                 flush=True,
             )

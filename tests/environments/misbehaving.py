@@ -37,6 +37,8 @@ def do(deed: str) -> object:
         os.abort()
     if deed == "raise":
         raise KeyError("no such thing")
+    if deed == "raise_escapes":
+        raise ValueError("no number: \x1b[2J\u202e\ud800")
     if deed == "raise_badly":
         raise Unshowable
     if deed == "system_exit":

@@ -134,3 +134,17 @@ def test_a_slow_call_holds_up_nobody_behind_it():
     ended, results, counts = asyncio.run(scenario())
     assert results == [Outcome(1.0)] * 61 and not counts
     assert ended["fine"] < ended["late"] - 0.5, "the slow one takes 1.3 s"
+
+
+def test_a_call_that_was_taken_back_may_return_to_its_worker():
+    """One worker alone: what it says about the call that it was to forget is not about the call that it gets again."""
+
+    async def scenario() -> tuple[list[Any], Any]:
+        async with pool_of("Scored", workers=1, deadline_s=4.0) as pool:
+            await asyncio.gather(*(pool.score(task("fine", n), Turn("x"), seed=n) for n in range(200)))
+            deeds = ["fine"] * 3 + ["nap"] + ["fine"] * 20
+            calls = (pool.score(task(deed, n), Turn("x"), seed=n) for n, deed in enumerate(deeds))
+            return await asyncio.gather(*calls), pool.take_counts()
+
+    results, counts = asyncio.run(scenario())
+    assert results == [Outcome(1.0)] * 24 and not counts

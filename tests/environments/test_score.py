@@ -22,6 +22,7 @@ EXPECTED = {
     "exit": ("died", r"(?s)ended with exit code 3; its last output:.*these are my last words"),
     "segfault": ("died", "was ended by SIGABRT"),
     "raise": ("exception", "KeyError: 'no such thing'"),
+    "raise_escapes": ("exception", r"no number: \\x1b\[2J\\u202e\\ud800"),
     "raise_badly": ("exception", "Unshowable, whose text raises RuntimeError"),
     "system_exit": ("exception", "SystemExit: I have had enough"),
     "text": ("invalid", r"is one \(str\); it must be a number or an Outcome"),
