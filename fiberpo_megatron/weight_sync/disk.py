@@ -49,13 +49,18 @@ class DiskPublisher(LeaderPublisher):
         with durable.explained(self.folder):
             for old in self.folder.iterdir():
                 if old != written and self._is_ours(old):
-                    shutil.rmtree(old)
+                    _remove(old)
 
     def _is_ours(self, folder: Path) -> bool:
-        """Return whether this run published a folder. What lies in the run folder is its own, also after a move."""
-        marker = folder / MARKER
-        if folder.is_symlink() or not marker.is_file():
+        """Return whether this run published a folder, or whether it is empty: making or removing one was cut short.
+
+        What lies in the run folder is the run's own, also after a move.
+        """
+        if folder.is_symlink() or not folder.is_dir():
             return False
+        marker = folder / MARKER
+        if not marker.is_file():
+            return not any(folder.iterdir())
         return self._alone or marker.read_text() in (self._run, "")
 
     def _write(self, weights: Weights, version: str) -> Path:
@@ -64,13 +69,25 @@ class DiskPublisher(LeaderPublisher):
         for stale in (final, partial):
             if stale.exists() and not self._is_ours(stale):
                 raise FileExistsError(f"{stale} was not published by this run; change weight_sync.folder")
-            shutil.rmtree(stale, ignore_errors=True)
+            if stale.exists():
+                _remove(stale)
         partial.mkdir(parents=True)
         (partial / MARKER).write_text(self._run)
         copy_configuration(self.context.model, partial)
         write_shards(weights, partial, self.shard_bytes)
         os.replace(partial, final)  # not synced: a run publishes again after its machine was lost
         return final
+
+
+def _remove(folder: Path) -> None:
+    """Delete a published folder, its marker last: what is left when that fails is known as this run's."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARKER:
+            path.unlink()
+    (folder / MARKER).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def copy_configuration(model: Path, folder: Path) -> None:

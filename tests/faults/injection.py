@@ -52,6 +52,7 @@ class Faults:
         text = os.path.abspath(os.fsdecode(path))
         root = f"{self.folder}{os.sep}"
         below = text.removeprefix(root).replace(platform.node(), "HOST")
+        below = re.sub(r"\.new-[0-9a-f]+", ".new-TOKEN", below)
         return re.sub(r"\d+", "N", below) if text.startswith(root) else None
 
     def come_up(self, operation: str, path: Any) -> bool:
@@ -119,7 +120,8 @@ def injected(faults: Faults) -> Iterator[Faults]:
 
     def guarded(operation: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any, *rest: Any, **named: Any) -> Any:
-            faults.fail(operation, rest[0] if operation == "rename" else path)
+            if operation != "make folder" or not os.path.isdir(path):  # the kernel says first that it exists
+                faults.fail(operation, rest[0] if operation == "rename" else path)
             return real(path, *rest, **named)
 
         return call

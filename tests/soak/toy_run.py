@@ -70,8 +70,8 @@ class FolderPolicy(TablePolicy):
             partial.mkdir(parents=True)
             with (partial / TENSORS).open("wb") as file:
                 torch.save(self.table.detach(), file)
-        durable.sync_tree(partial)
-        Description(step_of(final), {}, {}, {}, state, mark_all(partial)).write(partial)
+            durable.sync_tree(partial)
+            Description(step_of(final), {}, {}, {}, state, mark_all(partial)).write(partial)
         durable.rename(partial, final)
 
     def begin_save(self, folder: str, state: Mapping[str, object]) -> Written:
