@@ -23,7 +23,19 @@ def test_stop_tokens_of_the_generation_config_count_too(tmp_path, listed, expect
 
 
 @pytest.mark.parametrize(
-    ("text", "named"), [("{", "not a JSON object"), ('{"eos_token_id": "</s>"}', "eos_token_id = '</s>'")]
+    ("text", "named"),
+    [
+        ("{", "not a JSON object"),
+        ("[1]", "not a JSON object"),
+        ('{"eos_token_id":' * 50_000, "nested too deep"),
+        ('{"eos_token_id": 1, "eos_token_id": 2}', "stands in one object twice"),
+        ('{"eos_token_id": NaN}', "NaN is not a finite number"),
+        ('{"eos_token_id": "</s>"}', "eos_token_id = '</s>'"),
+        ('{"eos_token_id": [true]}', r"eos_token_id = \[True\]"),
+        ('{"eos_token_id": 1e30}', "eos_token_id = 1e"),
+        ('{"eos_token_id": 99999999999}', "whole numbers below"),
+        ('{"eos_token_id": "\\u001b[2J"}', r"eos_token_id = '\\x1b"),
+    ],
 )
 def test_a_damaged_generation_config_is_named(tmp_path, text, named):
     (tmp_path / "generation_config.json").write_text(text)

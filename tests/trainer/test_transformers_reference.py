@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,12 @@ def test_the_job_stays_in_a_private_folder(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def refuse_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask(*_: Any) -> str:
-        raise AssertionError("transformers asked whether it may run the folder's code")
-
-    monkeypatch.setattr("builtins.input", ask)
+def refuse_questions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """transformers asks at the terminal whether it may run a folder's code, unless an option refuses it."""
+    asked: list[Any] = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "n")
+    yield
+    assert not asked
 
 
 @pytest.fixture

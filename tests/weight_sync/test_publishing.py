@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fiberpo_megatron.engines.errors import EngineError, EngineRefused, EngineTi
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.plugins import PluginError
 from fiberpo_megatron.weight_sync.choose import check_publisher, make_publisher
-from fiberpo_megatron.weight_sync.disk import DiskPublisher
+from fiberpo_megatron.weight_sync.disk import MARKER, DiskPublisher
 from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
 from fiberpo_megatron.weight_sync.group import UpdateGroup
 from fiberpo_megatron.weight_sync.settings import WeightSyncConfig
@@ -131,6 +131,35 @@ def test_disk_refuses_to_replace_a_folder_that_is_not_its_own(model, tmp_path):
         pytest.raises(FileExistsError, match=r"published/1 was not published by this run"),
     ):
         publishing.publish(Tensors(WEIGHTS.items()), "1")
+
+
+def test_two_runs_in_one_folder_leave_each_others_weights(model, tmp_path):
+    """As in /dev/shm. Neither removes nor replaces what the other one published, and no code of the model is copied."""
+    (model / "modeling_own.py").write_text("raise AssertionError")
+    shared, published = tmp_path / "shared", []
+    for run, version in (("first", "1"), ("second", "2"), ("first", "3")):
+        with EnginePool(ENGINES, timeout_s=5, transport=FakeServers()) as pool, ExitStack() as stack:
+            made = DiskPublisher(context(pool, model, tmp_path / run, 0, 2, 5), folder=shared)
+            stack.enter_context(closing(made)).publish(Tensors(WEIGHTS.items()), version)
+            published.append(sorted(path.name for path in shared.iterdir()))
+            if run == "second":
+                with pytest.raises(FileExistsError, match="shared/1 was not published by this run"):
+                    made.publish(Tensors(WEIGHTS.items()), "1")
+    assert published == [["1"], ["1", "2"], ["2", "3"]]
+    assert not list(shared.rglob("*.py"))
+
+
+def test_a_link_in_the_folder_is_not_followed(model, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / MARKER).touch()
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "0").symlink_to(elsewhere)
+    with disk(model, FakeServers(), tmp_path / "published") as publishing:
+        publishing.publish(Tensors(WEIGHTS.items()), "1")
+        with pytest.raises(FileExistsError, match="published/0 was not published by this run"):
+            publishing.publish(Tensors(WEIGHTS.items()), "0")
+    assert (elsewhere / MARKER).exists()
 
 
 def test_a_refusal_names_the_engine_resumes_all_and_keeps_the_older_folder(model, tmp_path):

@@ -109,7 +109,11 @@ def load(policy: CheckpointedPolicy, folder: str | Path, *, trust_others: bool =
     layout = policy.layout
     folder = Path(folder)
     description = _whole(layout, folder)
-    error = untrusted(folder) if layout.rank == 0 and not trust_others else None
+    error = None
+    try:
+        error = untrusted(folder) if layout.rank == 0 and not trust_others else None
+    except OSError as caught:
+        error = str(caught)
     _agree(layout, error, folder)
     _agree(layout, _other_model(description, policy, folder), folder)
     contents = _contents(layout, folder, description)
@@ -117,7 +121,6 @@ def load(policy: CheckpointedPolicy, folder: str | Path, *, trust_others: bool =
     wanted = sharded_state(policy, is_loading=True)
     if same_layout:
         wanted["random_state"] = random_state(layout.rank, layout.world_size, with_data=False)
-    error = None
     try:
         loaded = dist_checkpointing.load(
             wanted,

@@ -149,7 +149,8 @@ def describe(folder: str | Path) -> Description:
     except (ValueError, TypeError, KeyError) as error:
         raise DamagedCheckpoint(f"{folder / DESCRIPTION} is damaged ({error}); use an earlier checkpoint") from error
     if description.format != FORMAT:
-        raise DamagedCheckpoint(f"{folder} has checkpoint format {description.format}; this version reads {FORMAT}")
+        found_format = printable(str(description.format))[:40]
+        raise DamagedCheckpoint(f"{folder} has checkpoint format {found_format}; this version reads {FORMAT}")
     found = {name: path.stat().st_size for name, path in present.items()}
     for name, written in description.files.items():
         if found.get(name) != written.size:

@@ -2,14 +2,20 @@
 
 import json
 import logging
+import os
+import shutil
 import zlib
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fiberpo_megatron import durable
 from fiberpo_megatron.mcore.checkpoint.folders import (
     DESCRIPTION,
     CheckpointError,
+    DamagedCheckpoint,
     Description,
     FileMark,
     best,
@@ -111,6 +117,74 @@ def test_prune(tmp_path: Path) -> None:
     assert prune(tmp_path, keep=0) == [step_folder(tmp_path, 2)]
     assert latest(tmp_path) == step_folder(tmp_path, 3)
     assert prune(tmp_path / "nothing", keep=1) == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"files": []},
+        {"files": {"tensors.distcp": [100]}},
+        {"files": {"tensors.distcp": [100, "x"]}},
+        {"files": {"tensors.distcp": [True, 1]}},
+        {"files": {"tensors.distcp": [-1, 1]}},
+        {"files": {"../step-00000002/checkpoint.json": [1, 1]}},
+        {"files": {"/etc/passwd": [1, 1]}},
+        {"files": {"\x1b[2J": [1, 1]}},
+        {"state": 3},
+        {"model": None},
+        {"layout": []},
+        {"unknown": 1},
+        {"format": [2]},
+        {"format": "\x1b[2J"},
+    ],
+)
+def test_a_description_that_no_save_writes(fields: dict[str, Any], tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    read = json.loads((folder / DESCRIPTION).read_text())
+    (folder / DESCRIPTION).write_text(json.dumps(read | fields))
+    with pytest.raises(DamagedCheckpoint, match=r"step-00000001.* (is damaged|has checkpoint format)") as caught:
+        describe(folder)
+    assert str(caught.value).isprintable()
+    assert latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a":' * 50_000, '{"format": 2, "format": 2}', "9" * 5000])
+def test_a_description_that_is_no_json_object(text: str, tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    (folder / DESCRIPTION).write_text(text)
+    with pytest.raises(DamagedCheckpoint, match=r"checkpoint\.json is damaged"):
+        describe(folder)
+
+
+def test_a_file_that_no_save_makes(tmp_path: Path) -> None:
+    """A link could lead out of the folder, and reading a pipe would not end."""
+    link, up = partial(Path.symlink_to, target="/etc/passwd"), partial(Path.symlink_to, target="..")
+    for step, make in enumerate((link, up, os.mkfifo)):
+        folder = write(tmp_path, step)
+        make(folder / "random" / "planted")
+        with pytest.raises(DamagedCheckpoint, match="random/planted is a symbolic link or another special file"):
+            describe(folder)
+
+
+def test_a_metric_that_is_not_a_number(tmp_path: Path) -> None:
+    """It neither makes the checkpoint unreadable nor the best one."""
+    write(tmp_path, 1, **{"eval/accuracy": 0.5})
+    write(tmp_path, 2, **{"eval/accuracy": float("nan")})
+    assert best(tmp_path, "eval/accuracy", "max") == step_folder(tmp_path, 1)
+
+
+def test_a_renamed_folder_is_synced_before_anything_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a machine that is lost could bring back the name, with half of the files."""
+    done: list[str] = []
+    sync, rmtree = durable.sync, shutil.rmtree
+    monkeypatch.setattr(durable, "sync", lambda path: (done.append(f"sync {path.name}"), sync(path)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: (done.append(f"delete {path.name}"), rmtree(path, True)))
+    root = tmp_path / "checkpoints"
+    for step in (1, 2):
+        write(root, step)
+    done.clear()
+    prune(root, keep=1)
+    assert done[-2:] == ["sync checkpoints", "delete .step-00000001.partial"]
 
 
 def test_the_best_is_kept(tmp_path: Path) -> None:
