@@ -52,25 +52,22 @@ class DiskPublisher(LeaderPublisher):
                     _remove(old)
 
     def _is_ours(self, folder: Path) -> bool:
-        """Return whether this run published a folder, or whether it is empty: making or removing one was cut short.
-
-        What lies in the run folder is the run's own, also after a move.
-        """
-        if folder.is_symlink() or not folder.is_dir():
-            return False
+        """Return whether this run published a folder. What lies in the run folder is its own, also after a move."""
         marker = folder / MARKER
-        if not marker.is_file():
-            return not any(folder.iterdir())
+        if folder.is_symlink() or not marker.is_file():
+            return False
         return self._alone or marker.read_text() in (self._run, "")
 
     def _write(self, weights: Weights, version: str) -> Path:
         """Write the complete folder of this version and return its path."""
         final, partial = self.folder / version, self.folder / f"{version}.partial"
         for stale in (final, partial):
-            if stale.exists() and not self._is_ours(stale):
+            if not stale.exists():
+                continue
+            empty = stale.is_dir() and not any(stale.iterdir())  # making or removing it was cut short
+            if not empty and not self._is_ours(stale):
                 raise FileExistsError(f"{stale} was not published by this run; change weight_sync.folder")
-            if stale.exists():
-                _remove(stale)
+            _remove(stale)
         partial.mkdir(parents=True)
         (partial / MARKER).write_text(self._run)
         copy_configuration(self.context.model, partial)

@@ -126,6 +126,7 @@ def test_an_engine_of_another_user_can_read_what_the_umask_lets_it(model, tmp_pa
 
 def test_disk_refuses_to_replace_a_folder_that_is_not_its_own(model, tmp_path):
     (tmp_path / "published" / "1").mkdir(parents=True)
+    (tmp_path / "published" / "1" / "notes").touch()
     with (
         disk(model, FakeServers(), tmp_path / "published") as publishing,
         pytest.raises(FileExistsError, match=r"published/1 was not published by this run"),
