@@ -287,6 +287,19 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
     assert r"<pre>p\x85\u2028</pre>" in page
 
 
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    """Opening a named pipe would wait for whoever writes into it."""
+    (tmp_path / "rollouts").mkdir()
+    for name in (METRICS_FILE, "config.toml", "rollouts/step_000001.jsonl"):
+        os.mkfifo(tmp_path / name)
+    assert load_run(tmp_path).problems == (
+        "config.toml is not a file",
+        "metrics.jsonl is not a file",
+        "rollouts/: 1 name is not that of a step's file, the first is 'step_000001.jsonl'",
+    )
+    assert "No metrics yet" in page_of(tmp_path)
+
+
 @pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029", "\x1c", "\x0b", "\ud83d"])
 def test_a_character_does_not_end_a_finished_run(tmp_path: Path, character: str) -> None:
     group = sampled(Task(f"p{character}" if is_whole(character) else "p", f"a{character}"), character, "n")
