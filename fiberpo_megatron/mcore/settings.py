@@ -25,7 +25,7 @@ class ModelConfig(Section):
     bfloat16. Needs a GPU with FP8 and Transformer Engine."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
     """How FP8 scales are found. delayed takes them from earlier passes: the old log-probs are then computed with other
-    scales than the step, which shifts importance ratios."""
+    scales than the step, which shifts importance ratios; they begin anew after a resume."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that are computed again in the backward pass instead of stored: those inside `recompute_modules`, or
     (full) all but the inputs of each layer."""
