@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+_INITIAL_NAMESPACE = "pid:[4026531836]"
+"""The PID namespace of a machine itself; Linux gives it this number on every machine."""
 _DEAD = {"Z", "X"}
 """States of /proc/<pid>/stat in which a process has ended, though its parent has not taken note of it yet."""
 
@@ -26,6 +28,11 @@ class ProcessIdentity:
     pid: int
     started: int
     """When the process started, in clock ticks since the boot; 0 if that is unknown."""
+
+    @property
+    def contained(self) -> bool:
+        """Return whether `pid` is a number inside of a container, which names another process outside."""
+        return self.namespace not in ("", _INITIAL_NAMESPACE)
 
     def runs(self) -> bool | None:
         """Return whether the process still runs, or None if that cannot be seen from this process."""

@@ -80,14 +80,18 @@ class Holder:
     def __str__(self) -> str:
         job = f", SLURM job {self.job}" if self.job else ""
         process = self.process
-        text = f"`fiberpo {self.command}` on host {process.host}, process {process.pid}{job}, since {self.since}"
+        number = f"process {process.pid}{' of a container' if process.contained else ''}"
+        text = f"`fiberpo {self.command}` on host {process.host}, {number}{job}, since {self.since}"
         return printable(text)
 
     def end(self) -> str:
         """Return how the holder is ended."""
         if self.process == this_process():
             return "it is a run of this process: close it"
-        return printable(f"scancel {self.job}" if self.job else f"kill {self.process.pid} on {self.process.host}")
+        where = (
+            f"inside of its container on {self.process.host}" if self.process.contained else f"on {self.process.host}"
+        )
+        return printable(f"scancel {self.job}" if self.job else f"kill {self.process.pid} {where}")
 
 
 @dataclass(frozen=True)

@@ -29,17 +29,27 @@ def quick(folder: Path, lost=never, **more):
     return take(folder, "train", lost, **QUICK | {"say": lambda text: None} | more)
 
 
+@pytest.fixture(autouse=True)
+def no_container(monkeypatch):
+    """The tests say the same when they run in a container themselves."""
+    monkeypatch.setattr(process_identity, "_INITIAL_NAMESPACE", this_process().namespace)
+
+
 @pytest.fixture
 def another(monkeypatch):
-    """Has every later holder be the parent of this process."""
-    identity = replace(this_process(), pid=os.getppid(), started=process_identity._stat(os.getppid())[1])
-    monkeypatch.setattr(run_lock, "_text", lambda *words, text=run_lock._text: _as(identity, text, *words))
+    """Has every later lock name another process that runs, and returns its number."""
+    text = run_lock._text
+    with subprocess.Popen(["sleep", "600"]) as child:
+        identity = replace(this_process(), pid=child.pid, started=process_identity._stat(child.pid)[1])
 
+        def of_the_child(*words):
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(run_lock, "this_process", lambda: identity)
+                return text(*words)
 
-def _as(identity, text, *words):
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run_lock, "this_process", lambda: identity)
-        return text(*words)
+        monkeypatch.setattr(run_lock, "_text", of_the_child)
+        yield child.pid
+        child.kill()
 
 
 @pytest.fixture
@@ -63,7 +73,7 @@ def test_a_held_folder_is_refused_and_a_released_one_is_free(tmp_path, monkeypat
                 enter(tmp_path / "run")
             said = str(refused.value)
             assert f"run.folder = {tmp_path / 'run'} is in use by `fiberpo train` on host {this_process().host}" in said
-            assert f"process {os.getppid()}, SLURM job 77, since 2" in said
+            assert f"process {another}, SLURM job 77, since 2" in said
             assert "stop it (scancel 77), or choose another folder with --run.folder" in said
     refuse(tmp_path / "run")
     lock.close()
@@ -73,8 +83,19 @@ def test_a_held_folder_is_refused_and_a_released_one_is_free(tmp_path, monkeypat
 
 def test_without_a_job_the_fix_is_kill(tmp_path, monkeypatch, another):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    with quick(tmp_path), pytest.raises(RunLocked, match=rf"stop it \(kill {os.getppid()} on "):
+    with quick(tmp_path), pytest.raises(RunLocked, match=rf"stop it \(kill {another} on "):
         quick(tmp_path)
+
+
+def test_a_number_inside_of_a_container_is_said_to_be_one(tmp_path, monkeypatch):
+    """`kill 1` outside of it would be a disaster."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with monkeypatch.context() as inside:
+        inside.setattr(run_lock, "this_process", lambda: replace(this_process(), namespace="pid:[1]", pid=1))
+        lock = quick(tmp_path)
+    with pytest.raises(RunLocked, match=r"process 1 of a container, since .*\(kill 1 inside of its container on "):
+        quick(tmp_path, watch_s=60)
+    lock.close()
 
 
 def test_a_second_run_of_the_same_process_is_named_as_such(tmp_path):
