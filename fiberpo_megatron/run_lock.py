@@ -338,8 +338,12 @@ def _clean(locks: Path, own: int) -> None:
 
 
 def _newest(locks: Path) -> int:
-    """Return the number of the lock that is in force; 0 if there is none. A listing is never older than the call, on
-    NFS either."""
+    """Return the number of the lock that is in force; 0 if there is none.
+
+    An NFS client may answer with a listing that is up to a minute old. That does no harm: a newcomer whose listing is
+    old finds the next number taken, because link() asks the server, and after its own link the listing is fresh; a
+    holder that was silent for so long that another run took over has no listing of before that.
+    """
     try:
         return max((int(name) for name in os.listdir(locks) if _NUMBER.fullmatch(name)), default=0)
     except FileNotFoundError:

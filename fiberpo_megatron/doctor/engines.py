@@ -1,11 +1,15 @@
 """These checks look at rollout engines: free ports for those that a run starts, and what running servers can do."""
 
+from typing import Any
+
 import httpx
+from packaging.version import InvalidVersion
 
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.doctor.report import Finding
 from fiberpo_megatron.doctor.software import ENGINE, requirement_of
 from fiberpo_megatron.engines.addresses import free_ports, is_free
+from fiberpo_megatron.engines.answers import CONTROL_BYTES, parsed
 from fiberpo_megatron.engines.api_key import read_key
 from fiberpo_megatron.engines.client import KEY_FIX, EngineAddress
 
@@ -54,13 +58,14 @@ def servers(config: Config) -> list[Finding]:
 
 def _server(address: EngineAddress, needed: tuple[str, ...]) -> Finding:
     name = f"engine {address.url}"
+    headers = {"Accept-Encoding": "identity", **address.headers}
     try:
-        with httpx.Client(base_url=address.url, timeout=TIMEOUT_S, trust_env=False, headers=address.headers) as http:
-            answer = http.get("/server_info")
-            if answer.status_code == httpx.codes.UNAUTHORIZED:
+        with httpx.Client(base_url=address.url, timeout=TIMEOUT_S, trust_env=False, headers=headers) as http:
+            info = _answer(http, "/server_info")
+            if info is None:
                 return Finding(name, "fail", "the server asks for another API key", KEY_FIX)
-            version = answer.raise_for_status().json().get("version", "unknown")
-            offered = http.get("/openapi.json").raise_for_status().json()["paths"]
+            version = str(info.get("version", "unknown"))
+            offered = (_answer(http, "/openapi.json") or {})["paths"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
         seen = f"no SGLang server answers ({type(error).__name__}: {error})"
         return Finding(name, "fail", seen, "Start it, or correct rollout.engine.urls or api_key_file")
@@ -71,9 +76,33 @@ def _server(address: EngineAddress, needed: tuple[str, ...]) -> Finding:
     return _compare(name, version)
 
 
+def _answer(http: httpx.Client, path: str) -> dict[str, Any] | None:
+    """Return the JSON object that a server answers with, or None where it asks for another key.
+
+    Raises httpx.HTTPError, and ValueError for anything that is no object or larger than `CONTROL_BYTES`.
+    """
+    with http.stream("GET", path) as answer:
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            return None
+        answer.raise_for_status()
+        body = bytearray()
+        for chunk in answer.iter_raw(1 << 16):
+            body += chunk
+            if len(body) > CONTROL_BYTES:
+                raise ValueError(f"its answer to {path} has more than {CONTROL_BYTES} bytes")
+    found = parsed(body)
+    if not isinstance(found, dict):
+        raise ValueError(f"its answer to {path} is no JSON object")
+    return found
+
+
 def _compare(name: str, version: str) -> Finding:
     wanted = requirement_of(ENGINE)
-    if wanted.specifier.contains(version, prereleases=True):
+    try:
+        tested = wanted.specifier.contains(version, prereleases=True)
+    except InvalidVersion:
+        tested = False
+    if tested:
         return Finding(name, "pass", f"version {version} offers all endpoints")
     seen = f"version {version} was not tested; {wanted.specifier} was"
     return Finding(name, "warn", seen, "Start it with the tested version")

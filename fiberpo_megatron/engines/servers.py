@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -121,16 +122,21 @@ def check_reachable(address: EngineAddress) -> None:
     """Raise EngineUnreachable unless a server answers at this address."""
     try:
         with httpx.Client(headers=address.headers, trust_env=False, timeout=CHECK_TIMEOUT_S) as http:
-            answer = http.get(f"{address.url}/model_info")
-        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            status = _status(http, "GET", f"{address.url}/model_info")
+        if status == httpx.codes.UNAUTHORIZED:
             raise EngineRefused(address.url, "the server asks for another API key than this run has", KEY_FIX)
-        answer.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise EngineUnreachable(
             address.url,
             f"no SGLang server answers ({type(error).__name__}: {error})",
             "Start it, or correct rollout.engine.urls",
         ) from error
+    if status != httpx.codes.OK:
+        raise EngineUnreachable(
+            address.url,
+            f"no SGLang server answers (HTTP {status} to /model_info)",
+            "Start it, or correct rollout.engine.urls",
+        )
 
 
 @dataclass(frozen=True)
@@ -223,7 +229,7 @@ def stop_all(started: Sequence[EngineProcess]) -> None:
 def _generates(http: httpx.Client, timeout_s: float) -> bool:
     """Return whether the server generates a token. (SGLang's /health asks for one too, and then sleeps 1 s.)"""
     try:
-        return http.post("/generate", json=ONE_TOKEN, timeout=timeout_s).status_code == httpx.codes.OK
+        return _status(http, "POST", "/generate", json=ONE_TOKEN, timeout=timeout_s) == httpx.codes.OK
     except httpx.TransportError:
         return False
 
@@ -231,8 +237,14 @@ def _generates(http: httpx.Client, timeout_s: float) -> bool:
 def _refuses_strangers(url: str, timeout_s: float) -> bool:
     """Return whether the server refuses a request without an API key."""
     with httpx.Client(base_url=url, trust_env=False, timeout=timeout_s) as stranger:
-        answers = [stranger.post("/generate", json=ONE_TOKEN), stranger.get("/model_info")]
-    return all(answer.status_code == httpx.codes.UNAUTHORIZED for answer in answers)
+        found = [_status(stranger, "POST", "/generate", json=ONE_TOKEN), _status(stranger, "GET", "/model_info")]
+    return all(status == httpx.codes.UNAUTHORIZED for status in found)
+
+
+def _status(http: httpx.Client, method: str, path: str, **request: Any) -> int:
+    """Return the status of an answer, whose content is not read: nothing bounds its size."""
+    with http.stream(method, path, **request) as answer:
+        return answer.status_code
 
 
 def _exit_text(code: int) -> str:

@@ -210,10 +210,16 @@ def test_a_real_engine_has_what_is_needed(engine: EngineAddress, tmp_path: Path)
     [
         ([], "0.5.23", "fail", "lacks /generate"),
         ([*engines.COMMON, *engines.OF_METHOD["distributed"]], "0.4.1", "warn", "was not tested"),
+        ([*engines.COMMON, *engines.OF_METHOD["distributed"]], "of my own", "warn", "version of my own was not tested"),
         (None, "0.5.23", "fail", "asks for another API key"),
+        ([], "x" * (1 << 16), "fail", "its answer to /server_info has more than 4096 bytes"),
     ],
 )
-def test_engines_of_another_version(paths: list[str] | None, version: str, status: str, seen: str):
+def test_engines_of_another_version(
+    paths: list[str] | None, version: str, status: str, seen: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engines, "CONTROL_BYTES", 4096)
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = {"version": version} if self.path == "/server_info" else {"paths": dict.fromkeys(paths or [], {})}
