@@ -141,8 +141,8 @@ def problem(
     locked = isinstance(said, RunLocked) and "try again later" in text
     if said is not None and not locked and not all((str(folder) in text, os.strerror(error) in text, FIX.search(text))):
         return f"the message does not name file, cause and fix: {said!r}"
-    if site.path == "lock/N":  # a live process holds it; the run of another process is not refused
-        return None
+    if site.path.startswith("lock/") and said is not None:
+        return None  # this process lives on and holds the lock; the run of another process is not refused
     if broken := torn(folder):
         return f"not whole: {broken}"
     try:

@@ -26,7 +26,6 @@ import numpy as np
 from fiberpo_megatron.environments.failure_log import LIMIT_BYTES
 from fiberpo_megatron.environments.process import LOG_BYTES, descendants, resident_bytes
 from fiberpo_megatron.interfaces import Recorder
-from fiberpo_megatron.telemetry.report import write_report
 from fiberpo_megatron.types import RolloutGroup
 from tests.soak.engine import running_engine
 from tests.soak.toy_run import run_toy, toy_config, toy_model
@@ -70,6 +69,8 @@ class Watch:
 
     recorder: Recorder
     folder: Path
+    engine: int
+    """Process number of the toy engine, whose memory is not the run's."""
     every: int
     steps: list[int] = field(default_factory=list)
     samples: list[dict[str, float]] = field(default_factory=list)
@@ -80,13 +81,13 @@ class Watch:
             gc.freeze()  # what was imported is neither counted nor looked at again, which takes most of a second
         if kind == "train" and (step + 1) % self.every == 0:
             self.steps.append(step + 1)
-            self.samples.append(measure(self.folder))
+            self.samples.append(measure(self.folder, self.engine))
 
     def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         self.recorder.rollouts(step, groups)
 
 
-def measure(folder: Path) -> dict[str, float]:
+def measure(folder: Path, engine: int) -> dict[str, float]:
     """Return what this process, its workers and a run folder take now, by the name of the quantity."""
     gc.collect()
     own = os.getpid()
@@ -94,7 +95,7 @@ def measure(folder: Path) -> dict[str, float]:
     children = [pid for pid in descendants(own) if pid != own]
     return {
         "trainer memory": float(resident_bytes(own)),
-        "workers memory": float(sum(map(resident_bytes, children))),
+        "workers memory": float(sum(resident_bytes(pid) for pid in children if pid != engine)),
         "trainer objects": float(len(gc.get_objects())),
         "trainer threads": float(len(os.listdir(f"/proc/{own}/task"))),
         "trainer descriptors": float(len(targets)),
@@ -157,12 +158,13 @@ def soak(steps: int, out: Path) -> list[Growth]:
     folder.mkdir(parents=True)
     watches: list[Watch] = []
 
-    def watch(recorder: Recorder) -> Watch:
-        watches.append(Watch(recorder, folder, max(CLOSEST, steps // SAMPLES)))
-        return watches[-1]
-
     began = time.monotonic()
-    with running_engine() as (url, _), (folder / "console.log").open("w") as console, redirect_stdout(console):
+    with running_engine() as (url, engine), (folder / "console.log").open("w") as console, redirect_stdout(console):
+
+        def watch(recorder: Recorder) -> Watch:
+            watches.append(Watch(recorder, folder, engine, max(CLOSEST, steps // SAMPLES)))
+            return watches[-1]
+
         try:
             run_toy(toy_config(folder, toy_model(out / "model"), url, steps), wrap=watch)
         finally:
@@ -180,7 +182,6 @@ def soak(steps: int, out: Path) -> list[Growth]:
     }
     (out / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
     _plot(seen, found, out / "soak.png")
-    write_report(folder)
     return found
 
 

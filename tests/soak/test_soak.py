@@ -25,7 +25,7 @@ def test_a_run_stays_bounded(tmp_path: Path, capsys, steps: int):
     assert min(samples["trainer sockets"]) >= 1, "the engine is reached through a real socket"
     assert min(samples["processes"]) >= 3, "two workers and the engine run"
     assert samples["bytes of metrics.jsonl"][-1] == (out / "run/metrics.jsonl").stat().st_size - last_evaluation(out)
-    assert (out / "soak.png").stat().st_size > 10_000 and (out / "run/report.html").is_file()
+    assert (out / "soak.png").stat().st_size > 10_000
 
 
 def last_evaluation(out: Path) -> int:

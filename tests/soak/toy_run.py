@@ -144,7 +144,7 @@ def run_toy(
         else:
             domains = [fact.domain(settings) for fact, settings in zip(workers.facts, config.environments)]
             tasks = replace(workers, prompts=build_prompts(config.data, domains))
-        lock = stack.enter_context(take(config.run.folder, "train", lost))
+        lock = stack.enter_context(take(config.run.folder, "train", lost, watch_s=5.0))
         checkpoints = RunCheckpoints(config.run.folder / "checkpoints", config.checkpoint, lock)
         with durable.replaced(config.run.folder / "config.toml", text=True) as file:
             file.write(dump_config(config))
