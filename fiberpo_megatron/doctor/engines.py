@@ -77,7 +77,7 @@ def _server(address: EngineAddress, needed: tuple[str, ...]) -> Finding:
 
 
 def _answer(http: httpx.Client, path: str) -> dict[str, Any] | None:
-    """Return the JSON object that a server answers with, or None where it asks for another key.
+    """Return the JSON object that a server answers with, or None if it asks for another key.
 
     Raises httpx.HTTPError, and ValueError for anything that is no object or larger than `CONTROL_BYTES`.
     """
