@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from fiberpo_megatron.telemetry.report import write_report
+from fiberpo_megatron.telemetry.report import figures, write_report
 from fiberpo_megatron.telemetry.report.figures import (
     Line,
     line_chart,
@@ -227,3 +227,21 @@ def test_what_environments_say_is_shown(tmp_path):
     page = write_report(tmp_path).read_text(encoding="utf-8")
     for text in ("digits: 0.25", "source: a&lt;b", "failure: deadline: 60 s"):
         assert text in page, text
+
+
+def test_a_report_does_not_grow_with_the_steps_and_loses_no_peak():
+    """However long a curve is, about 600 points of it are drawn, and the single peak among 20,000 is one of them."""
+    values = np.sin(np.arange(20_000) / 50.0)
+    values[7_777] = 9.0
+    values[100:200] = np.nan
+    steps = np.arange(20_000)
+    kept = figures._extremes(values)
+    assert 7_777 in kept and kept[0] == 0 and kept[-1] == 19_999 and len(kept) <= figures.MOST_POINTS + 2
+    sizes = []
+    for count in (2_000, 20_000):
+        series = Series(steps[:count], values[:count])
+        line = figures.Line("x", series, band=series)
+        sizes.append(
+            len(figures.line_chart([line], unit="")) + len(figures.stacked_chart([("x", series, None)], unit=""))
+        )
+    assert sizes[1] < 1.2 * sizes[0]

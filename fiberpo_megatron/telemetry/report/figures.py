@@ -41,6 +41,9 @@ STYLE: Any = {
 LONGEST_LABEL = 50
 LARGEST = 1e30
 """Numbers beyond are not drawn: squares and sums of an axis would overflow."""
+MOST_POINTS = 600
+"""Points of a curve that are drawn: more than a column of the page has pixels, so that a report does not grow with the
+number of steps."""
 WIDTH, HEIGHT = 4.9, 2.55
 """Inches; the page scales the picture to its column."""
 
@@ -89,6 +92,8 @@ def stacked_chart(
     heights = [_aligned(series, steps) * scale for _, series, _ in parts]
     if smooth:
         heights = [moving_average(height, window_of(len(steps))) for height in heights]
+    kept = _evenly(len(steps))
+    steps, heights = steps[kept], [height[kept] for height in heights]
     colours = [colour or PALETTE[i % len(PALETTE)] for i, (_, _, colour) in enumerate(parts)]
     if len(steps) == 1:  # an area needs two points
         steps, heights = np.array([steps[0] - 0.5, steps[0] + 0.5]), [np.repeat(h, 2) for h in heights]
@@ -144,11 +149,30 @@ def _draw(axes: Axes, line: Line, colour: str, scale: float) -> None:
     window = window_of(len(steps))
     smooth = moving_average(values, window)
     if window > 1:
-        axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.28)
-    axes.plot(steps, smooth, color=colour, linewidth=1.6, label=line.label)
+        shown = _extremes(values)
+        axes.plot(steps[shown], values[shown], color=colour, linewidth=0.7, alpha=0.28)
+    kept = _evenly(len(steps))
+    axes.plot(steps[kept], smooth[kept], color=colour, linewidth=1.6, label=line.label)
     if line.band is not None:
         half = moving_average(_aligned(_drawable(line.band), steps) * scale, window)
-        axes.fill_between(steps, smooth - half, smooth + half, color=colour, alpha=0.12, linewidth=0)
+        low, high = (smooth - half)[kept], (smooth + half)[kept]
+        axes.fill_between(steps[kept], low, high, color=colour, alpha=0.12, linewidth=0)
+
+
+def _evenly(count: int) -> NDArray[np.int64]:
+    """At most MOST_POINTS of `count` positions, first and last included."""
+    return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(np.int64))
+
+
+def _extremes(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """At most about MOST_POINTS positions, with the smallest and largest value of every stretch: no peak is lost."""
+    if len(values) <= MOST_POINTS:
+        return np.arange(len(values))
+    edges = np.linspace(0, len(values), MOST_POINTS // 2 + 1).astype(np.int64)
+    low = np.where(np.isnan(values), np.inf, values)
+    high = np.where(np.isnan(values), -np.inf, values)
+    pairs = [(a + low[a:b].argmin(), a + high[a:b].argmax()) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return np.unique([0, *(at for pair in pairs for at in pair), len(values) - 1])
 
 
 def _aligned(series: Series, steps: NDArray[np.int64]) -> NDArray[np.float64]:
