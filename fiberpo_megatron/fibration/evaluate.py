@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fiberpo_megatron.fibration.collective import Reduce, fused_sum
 from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
-from fiberpo_megatron.fibration.membership import NodeMap, checked_size, id_range, make_node_map
+from fiberpo_megatron.fibration.membership import NodeMap, checked_size, id_range, make_node_map, parent_ids
 from fiberpo_megatron.fibration.objective_metrics import ObjectiveMetrics
 from fiberpo_megatron.fibration.passes import GatedTokens, Passes
 from fiberpo_megatron.fibration.rule import Gating, Rule
@@ -54,13 +54,15 @@ def evaluate(
     metrics = None
     if with_metrics:
         only_max = call.ranges.max_log_ratio if reduce is None else None
-        metrics = summarise(first, second, gating.gated_tree, experts=rule.uses_experts, only_max=only_max)
+        metrics = summarise(
+            first, second, gating.gated_tree, call.nodes if rule.uses_experts else None, only_max=only_max
+        )
     return ObjectiveOutput(gated.ratio, gated.gradient, gated.value, metrics)
 
 
 def seen_keys(rule: Rule, batch: TokenBatch, *, with_metrics: bool) -> tuple[str, ...]:
     """Return the keys whose ids a call looks at: the rule's, base keys first, and "trajectory" for the metrics."""
-    keys = (*rule.base_keys, *rule.parent_keys)
+    keys = rule.keys
     return (*keys, TRAJECTORY_KEY) if with_metrics and TRAJECTORY_KEY in batch.ids.keys() - set(keys) else keys
 
 
@@ -90,12 +92,14 @@ class _Call:
         shared = reduce is not None
         self.nodes: NodeMap | None = None
         if rule.node_terms:
-            self.nodes = make_node_map(batch, self.runs, rule.base_keys, seen, soft=rule.soft, shared=shared)
+            ids = self.runs.ids
+            sizes = {name: checked_size(name, id_range(ids[name]), batch, shared=shared) for name in seen}
+            self.nodes = make_node_map(rule, batch, ids, sizes, self.runs.starts)
         self.passes = Passes(rule, batch, self.ranges, self.runs, self.nodes)
         self.statistics: TokenStatistics | None = None
         if with_metrics:
             trajectories = self._trajectories(shared) if TRAJECTORY_KEY in seen else None
-            share = batch.expert_share if rule.uses_experts else None
+            share = None if self.nodes is None else self.nodes.share
             top, device = self.ranges.max_log_ratio, batch.log_ratio.device
             self.statistics = TokenStatistics(top, self.runs, trajectories, share, device)
 
@@ -112,7 +116,7 @@ class _Call:
         tables: dict[str, Tensor] = {}
         if self.nodes is not None and node_sums is not None:
             tables["nodes"] = node_sums
-            tables.update(parent_tables(self.nodes, self.runs, self.rule.parent_keys))
+            tables.update(parent_tables(self.nodes, parent_ids(self.rule, self.nodes, self.runs.ids)))
         if self.statistics is not None:
             tables.update(self.statistics.first_tables())
         reduced = self._fused(tables)

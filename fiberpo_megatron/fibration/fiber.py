@@ -6,26 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from fiberpo_megatron.fibration.budgets import Budget, check_names
 from fiberpo_megatron.fibration.gates import GatedTree, adjoint, gate_tree
-from fiberpo_megatron.fibration.levels import (
-    Budget,
-    LevelChain,
-    check_levels,
-    level_name,
-    make_chain,
-    warn_wide_epsilon,
-)
+from fiberpo_megatron.fibration.levels import EXPERT_KEY, Branch, Choice, LevelTree, make_tree, warn_wide_epsilon
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.objective import Objective
-from fiberpo_megatron.fibration.options import Epsilon, epsilon_pair, pair
+from fiberpo_megatron.fibration.options import Epsilon, epsilon_pair
 from fiberpo_megatron.fibration.ratio_clip import check_dual_clip
 from fiberpo_megatron.fibration.registry import register
 from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating, equal
+from fiberpo_megatron.fibration.tokens import TokenBatch
 from fiberpo_megatron.fibration.tree import build_tree
 
 UNBOUNDED = 1e30
@@ -49,11 +44,17 @@ class FiberPO(Objective):
 
     epsilon: float | Sequence[float] = 0.05
     """Width of the token clip, in log ratio: one number, or the pair (for positive, for non-positive advantage)."""
-    budgets: Mapping[str, Sequence[float]] | None = None
-    """The pair (C+, C-) of each level, in mean |log ratio|, by the level's name (its keys joined by "+"). Unset: the
-    presets' defaults; a level that has none needs its budget here."""
-    levels: Sequence[Sequence[str]] | None = None
-    """A nested chain of levels, fine to coarse, each a list of keys. Unset: the preset's."""
+    budgets: Mapping[str, Sequence[float] | Mapping[Any, Any]] | None = None
+    """The pair (C+, C-) of each level, in mean |log ratio|, by the level's name (its keys joined by "+"; in a tree
+    BRANCH:KEYS where branches do not share it). In place of a pair, a table of pairs by the ids of one key of the level
+    or of a coarser one: {"by" = KEY, "*" = pair of all others, ID = pair}. Unset: the presets' defaults; a level that
+    has none needs its budget here."""
+    levels: Sequence[Sequence[str]] | Mapping[Any, Any] | None = None
+    """A nested chain of levels, fine to coarse, each a list of keys; or a tree of chains by the ids of one key:
+    {"by" = KEY, "*" = chain of all others, ID = chain}. Unset: the preset's."""
+    names: Mapping[str, Mapping[str, int]] | None = None
+    """Names of ids, by key, which tables of budgets and levels may use, and metrics then do. A run gives those of its
+    domains."""
     expert_membership: Literal["soft", "hard"] | None = None
     """How a token belongs to expert partitions: "soft" by its routing shares, "hard" to its largest share alone. Unset:
     soft. Only a chain with the key "expert" reads it."""
@@ -78,70 +79,91 @@ class FiberPO(Objective):
         return epsilon_pair(self.epsilon)
 
     @cached_property
-    def chain(self) -> LevelChain:
+    def tree(self) -> LevelTree:
         """Return the checked levels with their budgets."""
-        levels = check_levels(self.preset if self.levels is None else self.levels)
-        if self.budgets is None:
-            names = [level_name(level) for level in levels]
-            budgets = {name: DEFAULT_BUDGETS[name] for name in names if name in DEFAULT_BUDGETS}
-        else:
-            budgets = {level: pair(f"budgets[{level!r}]", given) for level, given in self.budgets.items()}
-        return make_chain(levels, budgets, soft=self.expert_membership != "hard")
+        return make_tree(
+            self.preset if self.levels is None else self.levels,
+            self.budgets,
+            defaults=DEFAULT_BUDGETS,
+            names=self.names or {},
+            soft=self.expert_membership != "hard",
+        )
 
     def check(self) -> None:
         """Refuse levels that cannot nest, budgets that do not fit them, and bounds that are not positive."""
         check_dual_clip(self.dual_clip)
+        check_names(self.names or {})
         if self.pessimistic and self.unclip_positive:
             raise ValueError(
                 f"objective {self.name!r}: `pessimistic` already uses r A where A > 0 and r is the smaller ratio; "
                 "remove `unclip_positive`"
             )
-        if self.expert_membership is not None and not self.chain.uses_experts:
+        if self.expert_membership is not None and not self.tree.uses_experts:
             raise ValueError(
                 f"objective {self.name!r} has no level with the key 'expert' and does not read 'expert_membership'; "
                 "remove it, or add 'expert' to a level"
             )
-        warn_wide_epsilon(self.chain, self.bounds)
+        warn_wide_epsilon(self.tree, self.bounds)
 
     @property
     def base_keys(self) -> tuple[str, ...]:
         """Return the keys of the finest level, without "expert"."""
-        return self.chain.base_keys
+        return self.tree.base_keys
 
     @property
     def parent_keys(self) -> tuple[str, ...]:
         """Return the keys that only coarser levels name."""
-        return self.chain.parent_keys
+        return self.tree.parent_keys
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """Return the different chains of the tree."""
+        return self.tree.branches
+
+    @property
+    def branch_choice(self) -> Choice | None:
+        """Return which token follows which chain; None where all follow one."""
+        return self.tree.choice
 
     @property
     def level_names(self) -> tuple[str, ...]:
         """Return the names of the levels, fine to coarse."""
-        return tuple(level.name for level in self.chain.levels)
+        return tuple(level.name for level in self.tree.levels)
 
     @property
     def uses_experts(self) -> bool:
         """Return whether a level has the key "expert"."""
-        return self.chain.uses_experts
+        return self.tree.uses_experts
 
     @property
     def soft(self) -> bool:
         """Return whether tokens belong to expert partitions by their shares."""
-        return self.chain.soft
+        return self.tree.soft
 
     @property
     def spans_micro_batches(self) -> bool:
         """Return whether a node of some level holds tokens of several trajectories."""
-        return not self.chain.inside_trajectory
+        return not self.tree.inside_trajectory
+
+    def check_batch(self, batch: TokenBatch) -> None:
+        """Refuse budgets and branches of ids that the call's `counts` or expert partitions do not have."""
+        for key, listed in self.tree.listed().items():
+            count = batch.partitions if key == EXPERT_KEY else (batch.counts or {}).get(key)
+            if count is not None and key not in batch.labels and listed and max(listed) >= count:
+                raise ValueError(
+                    f"budgets or levels of objective {self.name!r} list {key} {max(listed)}, but its ids run from 0 to "
+                    f"{count - 1}; remove the entry, or correct it"
+                )
 
     def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
         """Return mu, 1, mu x+ and mu x-: what equation 3 of arXiv:2604.03044 averages, per channel."""
         x, mu = chunk.log_ratio, chunk.weights
         return mu, chunk.counted, x.clamp(min=0.0).mul_(mu), x.clamp(max=0.0).mul_(mu).neg_()
 
-    def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> Gating:
+    def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> FiberGating:
         """Return the gates of every node. Raises ValueError, on every rank alike, where levels do not nest."""
         assert nodes is not None and sums is not None
-        gated = gate_tree(build_tree(self.chain, nodes, sums, parents))
+        gated = gate_tree(build_tree(self.tree, nodes, sums, parents))
         return FiberGating(self, gated, (nodes.base_nodes, nodes.partitions), like)
 
 
@@ -176,13 +198,14 @@ class FiberGating(Gating):
     """Holds one call's gates; per finest node S+, S- and the summed log base weight."""
 
     gated_tree: GatedTree
+    node_values: Tensor
 
     def __init__(self, rule: FiberPO, gated: GatedTree, shape: tuple[int, int], like: Tensor) -> None:
         self.rule = rule
         self.gated_tree = gated
         self.shape = shape
         self.dtype = like.dtype
-        finest = torch.cat([gated.tree.levels[0].aggregate, gated.log_weight.unsqueeze(0)])
+        finest = torch.cat([gated.tree.finest_aggregate(), gated.log_weight.unsqueeze(0)])
         self.node_values = self._dense(finest)
 
     def _dense(self, finest: Tensor) -> Tensor:
@@ -261,7 +284,7 @@ class FiberGating(Gating):
             weight.masked_fill(on_raw, 0.0),
         )
 
-    def adjoint(self, sums: Tensor) -> Tensor | None:
+    def adjoint(self, sums: Tensor) -> Tensor:
         flat = sums.reshape(3, -1).index_select(1, self.gated_tree.tree.index)
         return self._dense(adjoint(self.gated_tree, flat[0], flat[1:]))
 

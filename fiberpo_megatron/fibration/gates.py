@@ -51,16 +51,15 @@ def gate_tree(tree: NodeTree) -> GatedTree:
     arXiv:2604.03044 with the hierarchy of arXiv:2603.08239.
     """
     gated = []
-    total = torch.zeros_like(tree.levels[0].mass)
-    for depth, nodes in enumerate(tree.levels):
-        residual = nodes.aggregate
-        if nodes.parent is not None:
-            residual = residual - tree.levels[depth + 1].aggregate.index_select(1, nodes.parent)
-        budget = residual.new_tensor(nodes.level.budget).unsqueeze(1)
-        value, slope = gate(residual, budget, nodes.tokens)
+    total = tree.levels[0].mass.new_zeros(tree.index.shape[0])
+    for nodes in tree.levels:
+        residual, above = nodes.aggregate, nodes.level.parent
+        if nodes.parent is not None and above is not None:
+            residual = residual - tree.levels[above].aggregate.index_select(1, nodes.parent)
+        value, slope = gate(residual, nodes.budget, nodes.tokens)
         log_weight = value[PLUS] - value[MINUS]
         gated.append(GatedLevel(slope, log_weight))
-        total = total + log_weight.index_select(0, nodes.of_finest)
+        nodes.add_to(total, log_weight)
     return GatedTree(tree, tuple(gated), total)
 
 
@@ -72,17 +71,19 @@ def adjoint(gated: GatedTree, weight: Tensor, clipped: Tensor) -> Tensor:
     mu_j K(j, n) times row c to its gradient.
 
     With B_l the adjoint at level l, B_1 = (g'_1 - 1) W_1 + X and B_{l+1} = (g'_{l+1} - 1) W_{l+1} +
-    sum over children of (1 - g'_l) W_l: the same as collecting the fiber (-W + X), each node's own
+    sum over children, in all branches of a tree, of (1 - g'_l) W_l (+ X where it is the finest level of a branch): the
+    same as collecting the fiber (-W + X), each node's own
     gate (g' W) and its children's (-g' W), in a form that is exactly zero while nothing is active.
     Both channels read the same because S- enters log G with the opposite sign, as does x in x-.
     """
+    tree = gated.tree
     received = torch.zeros_like(clipped)
-    handed_up = clipped
-    for depth, (nodes, level) in enumerate(zip(gated.tree.levels, gated.levels, strict=True)):
+    handed_up = [clipped.new_zeros((2, nodes.mass.shape[0])) for nodes in tree.levels]
+    for leaves in tree.leaves:
+        handed_up[leaves.level].index_add_(1, leaves.node, clipped.index_select(1, leaves.finest))
+    for nodes, level, handed in zip(tree.levels, gated.levels, handed_up, strict=True):
         lost = (1.0 - level.slope) * nodes.total(weight)
-        collected = (handed_up - lost) / nodes.mass
-        received += collected.index_select(1, nodes.of_finest)
-        if nodes.parent is not None:
-            above = gated.tree.levels[depth + 1].mass.shape[0]
-            handed_up = lost.new_zeros((2, above)).index_add_(1, nodes.parent, lost)
+        nodes.add_to(received, (handed - lost) / nodes.mass)
+        if nodes.parent is not None and nodes.level.parent is not None:
+            handed_up[nodes.level.parent].index_add_(1, nodes.parent, lost)
     return received

@@ -1,4 +1,4 @@
-"""Define the levels of a fibration: which keys name a node, how levels nest, and each level's budgets."""
+"""Define the levels of a fibration: which keys name a node, how levels nest or form a tree, their budgets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from fiberpo_megatron.fibration.budgets import (
+    BY,
+    OTHERS,
+    Budget,
+    LevelBudget,
+    Names,
+    id_of,
+    keyed,
+    name_of,
+    read_budget,
+)
 
 EXPERT_KEY = "expert"
 TRAJECTORY_KEY = "trajectory"
@@ -15,50 +28,89 @@ STATE_KEY = "state"
 WITHIN_TRAJECTORY = frozenset((TRAJECTORY_KEY, TURN_KEY))
 """Keys each of whose ids belongs to one trajectory. A weight version, an engine or a domain spans several."""
 
-Budget = tuple[float, float]
+Chain = tuple[tuple[str, ...], ...]
+"""Keys of the levels of a chain, fine to coarse."""
 
 
 @dataclass(frozen=True)
 class Level:
     """Holds one level: its keys and its budgets (C+, C-) of equation 4 of arXiv:2604.03044."""
 
+    name: str
+    """The keys joined by "+"; in a tree "BRANCH:KEYS" where not all branches have the level."""
     keys: tuple[str, ...]
-    budget: Budget
-
-    @property
-    def name(self) -> str:
-        return level_name(self.keys)
+    budget: LevelBudget
+    parent: int | None
+    """Place of the next coarser level in the tree; None at a root."""
 
 
 @dataclass(frozen=True)
-class LevelChain:
-    """Holds levels from fine to coarse, together with the expert membership that they use."""
+class Branch:
+    """Holds one chain of a tree: the table of its finest nodes is a part of its own in what crosses ranks."""
+
+    levels: tuple[int, ...]
+    """Places of its levels in the tree, fine to coarse."""
+    base_keys: tuple[str, ...]
+    """Keys of the finest level that index tokens (all but the expert partition)."""
+    parent_keys: tuple[str, ...]
+    """Keys that only coarser levels name; a finest node must determine them."""
+    uses_experts: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Says which branch of a tree a token follows, by its id of one key."""
+
+    key: str
+    of_id: Mapping[int, int]
+    others: int | None
+    """Branch of all other ids; None where they have none."""
+
+
+@dataclass(frozen=True)
+class LevelTree:
+    """Holds the levels of a chain, or of a tree of chains that share coarse levels (arXiv:2603.08239, remark 6.5)."""
 
     levels: tuple[Level, ...]
+    """Every level stands before its parent: fine to coarse in a chain."""
+    branches: tuple[Branch, ...]
+    """The different chains; one without a tree."""
+    choice: Choice | None
+    """None where all tokens follow one chain."""
     soft: bool
 
     @property
     def uses_experts(self) -> bool:
-        return EXPERT_KEY in self.levels[0].keys
+        return any(branch.uses_experts for branch in self.branches)
 
     @property
     def base_keys(self) -> tuple[str, ...]:
-        """Return the keys of the finest level that index tokens (all but the expert partition)."""
-        return tuple(key for key in self.levels[0].keys if key != EXPERT_KEY)
+        """Return the keys of the finest levels that index tokens."""
+        return tuple(dict.fromkeys(key for branch in self.branches for key in branch.base_keys))
 
     @property
     def parent_keys(self) -> tuple[str, ...]:
-        """Return the keys that only coarser levels name; a finest node must determine them."""
-        known = set(self.levels[0].keys)
-        found: dict[str, None] = {}
-        for level in self.levels[1:]:
-            found.update((key, None) for key in level.keys if key not in known)
-        return tuple(found)
+        """Return the keys of some branch that only its coarser levels name."""
+        return tuple(dict.fromkeys(key for branch in self.branches for key in branch.parent_keys))
 
     @property
     def inside_trajectory(self) -> bool:
         """Return whether no node of any level spans two trajectories."""
         return all(inside_trajectory(level.keys) for level in self.levels)
+
+    def members(self, place: int) -> tuple[int, ...]:
+        """Return the branches that have the level at `place`."""
+        return tuple(at for at, branch in enumerate(self.branches) if place in branch.levels)
+
+    def listed(self) -> dict[str, set[int]]:
+        """Return, by key, the ids for which there is a budget or a branch of their own."""
+        found: dict[str, set[int]] = {}
+        if self.choice is not None:
+            found[self.choice.key] = set(self.choice.of_id)
+        for level in self.levels:
+            if level.budget.by is not None:
+                found.setdefault(level.budget.by, set()).update(level.budget.of_id)
+        return found
 
 
 def inside_trajectory(keys: Sequence[str]) -> bool:
@@ -71,19 +123,102 @@ def level_name(keys: Sequence[str]) -> str:
     return "+".join(keys)
 
 
-def make_chain(levels: Sequence[Sequence[str]], budgets: Mapping[str, Budget], *, soft: bool) -> LevelChain:
-    """Return the checked chain of levels; `budgets` maps every level's name to its (C+, C-)."""
-    keys = check_levels(levels)
-    names = [level_name(level) for level in keys]
-    unknown = sorted(set(budgets) - set(names))
+def make_tree(
+    levels: Sequence[Sequence[str]] | Mapping[str, Any],
+    budgets: Mapping[str, Any] | None,
+    *,
+    defaults: Mapping[str, Budget],
+    names: Names,
+    soft: bool,
+) -> LevelTree:
+    """Return the checked chain or tree of levels.
+
+    Args:
+        levels: a chain, or a table {"by": key, "*": chain, id or name: chain, ...}.
+        budgets: by the name of every level its pair (C+, C-), or a table of pairs (`budgets.read_budget`); None takes
+            the defaults.
+        defaults: budgets by the level's keys, joined by "+".
+        names: names of ids, by key.
+        soft: whether tokens belong to expert partitions by their shares.
+
+    Raises:
+        ValueError: levels that cannot nest, or budgets that do not fit them; names level, value and fix.
+    """
+    by, chains = _chains(levels, names)
+    suffixes = {_identity(chain[at:]): chain[at:] for _, _, chain in chains for at in range(len(chain))}
+    order = sorted(suffixes, key=len, reverse=True)  # a level's parent is the shorter suffix
+    titles = [_title(identity, chains) for identity in order]
+    _check_names(titles, budgets)
+    found = []
+    for title, identity in zip(titles, order):
+        keys, *coarser = suffixes[identity]
+        default = defaults.get(level_name(keys))
+        given = default if budgets is None else budgets.get(title)
+        if given is None:
+            raise ValueError(f"level {title!r} has no budget; add budgets[{title!r}] = (C_plus, C_minus)")
+        budget = read_budget(title, keys, [key for level in coarser for key in level], given, default, names)
+        found.append(Level(title, keys, budget, order.index(identity[1:]) if coarser else None))
+    different = {_identity(chain): chain for _, _, chain in chains}
+    branches = tuple(_branch(chain, order) for chain in different.values())
+    choice = None
+    if by is not None:
+        of_id = {number: list(different).index(_identity(chain)) for number, _, chain in chains}
+        others = of_id.pop(None, None)
+        if len(branches) > 1 or others is None:
+            choice = Choice(by, {number: at for number, at in of_id.items() if number is not None}, others)
+    return LevelTree(tuple(found), branches, choice, soft)
+
+
+_Chains = list[tuple[int | None, str, Chain]]
+"""Id that follows the chain (None: all others), its name, and the chain."""
+_Identity = tuple[frozenset[str], ...]
+
+
+def _identity(chain: Chain) -> _Identity:
+    """What makes two levels the same: equal keys, in any order, here and at all coarser levels."""
+    return tuple(frozenset(level) for level in chain)
+
+
+def _chains(levels: Any, names: Names) -> tuple[str | None, _Chains]:
+    if not isinstance(levels, Mapping):
+        return None, [(None, OTHERS, check_levels(levels))]
+    by, given = keyed("levels", levels)
+    if by is None or by in (EXPERT_KEY, STATE_KEY):
+        raise ValueError(
+            f"levels has {BY!r} = {by!r}; a tree needs a key of which every token has one id, such as {BY!r} = 'domain'"
+        )
+    if not given:
+        raise ValueError(f"levels by {by!r} holds no chain; add {OTHERS!r} with a list of levels")
+    chains: _Chains = []
+    for value, chain in given.items():
+        number = None if value == OTHERS else id_of(by, value, names, "levels")
+        if number in [other for other, _, _ in chains]:
+            raise ValueError(f"levels lists {by} {value!r} twice, by its name and by its number; keep one of them")
+        label = OTHERS if number is None else name_of(by, number, names)
+        chains.append((number, label, check_levels(chain)))
+    return by, chains
+
+
+def _title(identity: _Identity, chains: _Chains) -> str:
+    users = [(label, chain) for _, label, chain in chains if _identity(chain)[-len(identity) :] == identity]
+    name = level_name(users[0][1][-len(identity)])
+    return name if len(users) == len(chains) else f"{','.join(label for label, _ in users)}:{name}"
+
+
+def _check_names(titles: Sequence[str], budgets: Mapping[str, Any] | None) -> None:
+    unknown = sorted(set(budgets or ()) - set(titles), key=str)
     if unknown:
-        raise ValueError(f"budgets name levels {unknown} which the objective does not have; its levels are {names}")
-    missing = [name for name in names if name not in budgets]
-    if missing:
-        raise ValueError(f"level {missing[0]!r} has no budget; add budgets[{missing[0]!r}] = (C_plus, C_minus)")
-    return LevelChain(
-        tuple(Level(level, check_budget(level_name(level), budgets[level_name(level)])) for level in keys),
-        soft,
+        raise ValueError(f"budgets name levels {unknown} which the objective does not have; its levels are {titles}")
+
+
+def _branch(chain: Chain, order: Sequence[_Identity]) -> Branch:
+    identity = _identity(chain)
+    coarser = dict.fromkeys(key for level in chain[1:] for key in level)
+    return Branch(
+        levels=tuple(order.index(identity[at:]) for at in range(len(chain))),
+        base_keys=tuple(key for key in chain[0] if key != EXPERT_KEY),
+        parent_keys=tuple(key for key in coarser if key not in chain[0]),
+        uses_experts=EXPERT_KEY in chain[0],
     )
 
 
@@ -117,28 +252,10 @@ def check_levels(levels: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]
     return tuple(chain)
 
 
-def check_budget(name: str, budget: Budget) -> Budget:
-    """Return a level's (C+, C-); warns when C- >= C+. Raises ValueError unless both are positive and finite."""
-    try:
-        plus, minus = (float(value) for value in budget)
-    except (TypeError, ValueError):
-        raise ValueError(f"the budget of level {name!r} must be a pair (C_plus, C_minus); got {budget!r}") from None
-    for label, value in (("C_plus", plus), ("C_minus", minus)):
-        if not 0.0 < value < float("inf"):
-            raise ValueError(f"{label} of level {name!r} is {value}; a budget must be positive and finite")
-    if minus >= plus:
-        warnings.warn(
-            f"level {name!r} has C_minus {minus} >= C_plus {plus}: the negative channel's aggregate is the "
-            "larger one (the KL bias), so C_minus < C_plus is recommended",
-            stacklevel=2,
-        )
-    return plus, minus
-
-
-def warn_wide_epsilon(chain: LevelChain, epsilon: Budget) -> None:
+def warn_wide_epsilon(tree: LevelTree, epsilon: Budget) -> None:
     """Warn unless the token clip is well below every level's delta = C+ + C- (at most half of it)."""
-    for level in chain.levels:
-        delta = sum(level.budget)
+    for level in tree.levels:
+        delta = min(sum(budget) for budget in level.budget.all)
         if max(epsilon) > 0.5 * delta:
             warnings.warn(
                 f"epsilon {max(epsilon)} is not well below level {level.name!r}'s delta {delta:g} (C_plus + "

@@ -7,47 +7,67 @@ by the finest level's keys without the expert, the partition by the routing.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fiberpo_megatron.fibration.levels import level_name
-from fiberpo_megatron.fibration.runs import Runs, RunSlice
+from fiberpo_megatron.fibration.budgets import OTHERS
+from fiberpo_megatron.fibration.levels import Choice, level_name
+from fiberpo_megatron.fibration.runs import RunSlice
 from fiberpo_megatron.fibration.tokens import LONE, TokenBatch, table_size
+
+if TYPE_CHECKING:
+    from fiberpo_megatron.fibration.rule import Rule
 
 MAX_TABLE_NODES = 1 << 24
 
 
 @dataclass(frozen=True)
 class NodeMap:
-    """Holds the finest nodes of this rank's tokens."""
+    """Holds the finest nodes of this rank's tokens.
 
-    keys: tuple[str, ...]
-    """Keys of the base node, most significant first."""
+    The base nodes of each branch of a tree stand one after the other; without a tree there is one branch.
+    """
+
+    branches: tuple[tuple[str, ...], ...]
+    """Per branch the keys of its base nodes, most significant first."""
     sizes: dict[str, int]
     """Number of ids per key, also of the keys only coarser levels name."""
+    branch_of_run: Tensor | None
+    """Branch of each run, int64 [R]; None without a tree."""
     base_of_run: Tensor
     """Base node of each run, int64 [R]."""
     share: Tensor | None
     """omega [N, P]; None without experts."""
     soft: bool
     partitions: int
+    labels: Mapping[str, Tensor]
+    """Per key, the number that each id has in budgets, where it is not the id itself; int64 [sizes[key]]."""
+    expert_nodes: Tensor | None = None
+    """The base nodes of the branches with experts, int64; None where all have some."""
 
     @property
     def base_nodes(self) -> int:
-        count = 1
-        for key in self.keys:
-            count *= self.sizes[key]
-        return count
+        return self.first_nodes[-1]
+
+    @cached_property
+    def first_nodes(self) -> list[int]:
+        """Return the first base node of each branch, and the number of all."""
+        return first_nodes(self.branches, self.sizes)
 
     def check_size(self) -> None:
         if self.base_nodes * self.partitions > MAX_TABLE_NODES:
+            keys = max(self.branches, key=lambda keys: math.prod(self.sizes[key] for key in keys))
             raise ValueError(
-                f"level {level_name(self.keys)!r} needs a table of {self.base_nodes} x {self.partitions} nodes "
+                f"level {level_name(keys)!r} needs a table of {self.base_nodes} x {self.partitions} nodes "
                 f"(limit {MAX_TABLE_NODES}); give its nodes one dense key of their own, or pass the exact "
-                f"counts of {list(self.keys)} (they are {[self.sizes[key] for key in self.keys]} now)"
+                f"counts of {list(keys)} (they are {[self.sizes[key] for key in keys]} now)"
             )
 
     def kernel(self, tokens: slice) -> Tensor | None:
@@ -94,20 +114,89 @@ class NodeMap:
 
 
 def make_node_map(
+    rule: Rule,
     batch: TokenBatch,
-    runs: Runs,
-    keys: tuple[str, ...],
-    all_keys: tuple[str, ...],
-    *,
-    soft: bool,
-    shared: bool,
+    ids: Mapping[str, Tensor],
+    sizes: dict[str, int],
+    starts: Tensor,
+    base: Tensor | None = None,
 ) -> NodeMap:
-    """Return the checked ids and the base node of every run; `all_keys` also names the coarser levels' keys."""
-    sizes = {name: checked_size(name, id_range(runs.ids[name]), batch, shared=shared) for name in all_keys}
-    base = combine_ids(runs.ids, keys, sizes, like=runs.lengths)
-    nodes = NodeMap(keys, sizes, base, batch.expert_share, soft, batch.partitions)
+    """Return the finest nodes and the one of every run.
+
+    Args:
+        rule: the objective.
+        batch: this rank's tokens.
+        ids: per key the id of each run, int64 [R], of which all lie within `sizes`.
+        sizes: number of ids per key.
+        starts: first token of each run, int64 [R].
+        base: the base node of each run where a caller knows it; not used in a tree.
+
+    Raises:
+        ValueError: a table that is too large, or an id for which a tree has no branch.
+    """
+    labels = {key: _label_of_ids(label, sizes[key]) for key, label in batch.labels.items() if key in sizes}
+    keys = tuple(branch.base_keys for branch in rule.branches)
+    choice, branch, share, expert_nodes = rule.branch_choice, None, batch.expert_share, None
+    if base is None or choice is not None:
+        bases = [combine_ids(ids, base_keys, sizes, like=starts) for base_keys in keys]
+        base = bases[0]
+    if choice is not None:
+        first = first_nodes(keys, sizes)
+        branch = _branch_of_run(choice, ids, sizes, labels)
+        base = torch.stack(bases).gather(0, branch.unsqueeze(0)).squeeze(0) + branch.new_tensor(first)[branch]
+        has_experts = [it.uses_experts for it in rule.branches]
+        if share is not None and not all(has_experts):
+            # A token of a branch without experts belongs to one node alone, whatever its routing.
+            routed = torch.tensor(has_experts, device=share.device)[branch]
+            lengths = torch.diff(starts, append=starts.new_tensor([batch.size]))
+            whole = torch.zeros_like(share[:1]).index_fill_(1, branch.new_zeros(1), 1.0)
+            share = torch.where(routed.repeat_interleave(lengths).unsqueeze(1), share, whole)
+            ranges = zip(itertools.pairwise(first), has_experts, strict=True)
+            expert_nodes = torch.cat([torch.arange(*ends) for ends, has in ranges if has])
+    nodes = NodeMap(keys, sizes, branch, base, share, rule.soft, batch.partitions, labels, expert_nodes)
     nodes.check_size()
     return nodes
+
+
+def first_nodes(branches: Sequence[Sequence[str]], sizes: Mapping[str, int]) -> list[int]:
+    """Return the first base node of each branch, and the number of all."""
+    return list(itertools.accumulate((math.prod(sizes[key] for key in keys) for keys in branches), initial=0))
+
+
+def parent_ids(rule: Rule, nodes: NodeMap, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return, per key that only coarser levels name, the id that each run [R] reports; 0 in branches without it."""
+    if nodes.branch_of_run is None:
+        return {key: ids[key] for key in rule.parent_keys}
+    found = {}
+    for key in rule.parent_keys:
+        named = nodes.branch_of_run.new_tensor([int(key in branch.parent_keys) for branch in rule.branches])
+        found[key] = ids[key] * named[nodes.branch_of_run]
+    return found
+
+
+def _branch_of_run(
+    choice: Choice, ids: Mapping[str, Tensor], sizes: Mapping[str, int], labels: Mapping[str, Tensor]
+) -> Tensor:
+    size, label = sizes[choice.key], labels.get(choice.key)
+    of_id = torch.full((size,), -1 if choice.others is None else choice.others)
+    for number, at in choice.of_id.items():
+        of_id[slice(number, number + 1) if label is None else label == number] = at
+    branch = of_id.to(ids[choice.key].device)[ids[choice.key]]
+    if bool((branch < 0).any()):
+        bad = int(ids[choice.key][branch < 0][0])
+        raise ValueError(
+            f"levels by {choice.key!r} has no chain for {choice.key} {bad if label is None else int(label[bad])}; add "
+            f"one, or {OTHERS!r} for all others"
+        )
+    return branch
+
+
+def _label_of_ids(label: Tensor, size: int) -> Tensor:
+    """A key's labels on the host, for `size` ids: a table is larger than the ids where ranks share it."""
+    found = torch.full((size,), -1)
+    known = label[:size].cpu()
+    found[: known.shape[0]] = known
+    return found
 
 
 def combine_ids(ids: Mapping[str, Tensor], keys: Sequence[str], sizes: Mapping[str, int], *, like: Tensor) -> Tensor:

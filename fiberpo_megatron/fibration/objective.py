@@ -63,11 +63,6 @@ class Objective(Rule):
         """
         return self.node_terms > 0 and not inside_trajectory(self.base_keys)
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Return the keys that a call must pass, "expert" apart (see `uses_experts`)."""
-        return (*self.base_keys, *self.parent_keys)
-
     def missing_keys(self, supplied: Collection[str]) -> list[str]:
         """Return the keys that the objective needs and that are not among `supplied`.
 
@@ -83,7 +78,7 @@ class Objective(Rule):
             return
         needs = f"objective {self.name!r}"
         for level in self.level_names:
-            if missing[0] in level.split("+"):
+            if missing[0] in level.rpartition(":")[2].split("+"):
                 needs = f"level {level!r} of objective {self.name!r}"
                 break
         raise ValueError(
@@ -101,6 +96,7 @@ class Objective(Rule):
         expert_share: Tensor | None = None,
         reduce: Reduce | None = None,
         counts: Mapping[str, int] | None = None,
+        labels: Mapping[str, Tensor] | None = None,
         metrics: bool = True,
     ) -> ObjectiveOutput:
         """Return gated ratio, gradient, value and metrics of this rank's tokens.
@@ -117,6 +113,8 @@ class Objective(Rule):
                 returning it. Called exactly twice (never for an objective without levels and metrics).
             counts: global number of ids per key. Without it a single rank uses its largest id + 1; ranks
                 that share tables use max(1024, the next power of two), which must agree between them.
+            labels: per key the number, int64 [counts[key]], by which budgets and branches name each id, the same on
+                all ranks: the place of a turn in its conversation, for example. A key that has none goes by its ids.
             metrics: False skips the metrics; the same on all ranks.
 
         Raises:
@@ -140,7 +138,9 @@ class Objective(Rule):
                 keys=found,
                 counts=counts,
                 expert_share=expert_share if self.uses_experts else None,
+                labels={key: label for key, label in (labels or {}).items() if key in self.keys},
             )
+            self.check_batch(batch)
             if self.lone_nodes:
                 batch = with_lone_node(batch, self.base_keys[0], shared=reduce is not None)
             return evaluate(self, batch, reduce, with_metrics=metrics, kernels=self.kernels)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.fibration.gates import GatedTree
+from fiberpo_megatron.fibration.levels import Branch, Choice
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.runs import RunSlice
-from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO
+from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,24 @@ class Rule(ABC):
 
     @property
     def parent_keys(self) -> tuple[str, ...]:
-        """Return the keys that only coarser levels name."""
+        """Return the keys that only coarser levels name, in some branch."""
         return ()
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """Return the chains that tokens may follow; one without a tree of levels."""
+        return (Branch((), self.base_keys, self.parent_keys, self.uses_experts),)
+
+    @property
+    def branch_choice(self) -> Choice | None:
+        """Return which token follows which of `branches`; None where all follow the first."""
+        return None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the keys that a call must pass, base keys first; "expert" apart (see `uses_experts`)."""
+        choice = () if self.branch_choice is None else (self.branch_choice.key,)
+        return tuple(dict.fromkeys((*self.base_keys, *self.parent_keys, *choice)))
 
     @property
     def level_names(self) -> tuple[str, ...]:
@@ -158,6 +175,10 @@ class Rule(ABC):
     def soft(self) -> bool:
         """Return whether a token belongs to expert partitions by its shares, rather than to the largest one alone."""
         return True
+
+    def check_batch(self, batch: TokenBatch) -> None:
+        """Raise ValueError for a call whose keys do not have the ids that the options name."""
+        return  # options of most objectives name none
 
     def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
         """Return the `node_terms` values [n] that the first reduction sums per node; None stands for ones."""

@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fiberpo_megatron.fibration.levels import STATE_KEY, TRAJECTORY_KEY, check_budget
+from fiberpo_megatron.fibration.budgets import check_budget
+from fiberpo_megatron.fibration.levels import STATE_KEY, TRAJECTORY_KEY
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.objective import Objective
 from fiberpo_megatron.fibration.options import Epsilon, pair

@@ -11,6 +11,7 @@ from torch import Tensor
 from fiberpo_megatron.fibration import histogram
 from fiberpo_megatron.fibration.gates import GatedTree
 from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
+from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.objective_metrics import (
     ExpertMetrics,
     ObjectiveMetrics,
@@ -96,13 +97,14 @@ def summarise(
     first: Mapping[str, Tensor],
     second: Mapping[str, Tensor],
     gated_tree: GatedTree | None,
+    experts: NodeMap | None,
     *,
-    experts: bool,
     only_max: float | None,
 ) -> ObjectiveMetrics:
     """Return the metrics from the global sums of both reductions.
 
-    `only_max` is the largest log ratio when there is no other rank, so that the maximum is exact.
+    `experts` are the nodes of an objective with expert partitions. `only_max` is the largest log ratio when there is no
+    other rank, so that the maximum is exact.
     """
     count, ratio, weight, weighted, square, entropy = first["sums"].tolist()
     counts = first["log_ratio_histogram"]
@@ -121,7 +123,7 @@ def summarise(
         ),
         token=TokenMetrics(count, weight, float(second["clipped"]) / tokens, none, some, every),
         levels=() if gated_tree is None else level_metrics(gated_tree),
-        expert=_expert_metrics(first["nodes"], entropy, weight) if experts else None,
+        expert=None if experts is None else _expert_metrics(first["nodes"], experts, entropy, weight),
     )
 
 
@@ -141,7 +143,10 @@ def _per_run(chunk: Chunk, value: Tensor | None) -> Tensor:
     return chunk.runs.lengths.double() if value is None else chunk.runs.sums(value)
 
 
-def _expert_metrics(sums: Tensor, entropy: float, weight: float) -> ExpertMetrics:
+def _expert_metrics(sums: Tensor, nodes: NodeMap, entropy: float, weight: float) -> ExpertMetrics:
+    if nodes.expert_nodes is not None:  # other branches of the tree have none
+        sums = sums.index_select(1, nodes.expert_nodes.to(sums.device))
+        weight = float(sums[0].sum())
     mass, _, plus, minus = sums.sum(1)
     drift = (plus + minus) / mass.clamp(min=torch.finfo(torch.float64).tiny)
     total = max(weight, torch.finfo(torch.float64).tiny)

@@ -35,6 +35,8 @@ class TokenBatch:
     counts: Mapping[str, int] | None
     expert_share: Tensor | None
     """[N, P], rows sum to 1."""
+    labels: Mapping[str, Tensor]
+    """Per key, the number that each id has in budgets and branches, int64 [counts[key]]; without it, that is the id."""
     lone_key: str | None = None
     """The key whose last id, one more than the caller's, stands for the caller's -1."""
 
@@ -65,8 +67,10 @@ def make_batch(
     keys: Mapping[str, Tensor],
     counts: Mapping[str, int] | None,
     expert_share: Tensor | None,
+    labels: Mapping[str, Tensor],
 ) -> TokenBatch:
-    """Return a batch with checked shapes and types; `keys` and `expert_share` hold only what the objective reads."""
+    """Return a batch with checked shapes and types; `keys`, `labels` and `expert_share` hold only what the objective
+    reads."""
     if log_ratio.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_ratio is {log_ratio.dtype}; cast it to float32 or float64")
     if log_ratio.dim() != 1:
@@ -79,6 +83,7 @@ def make_batch(
         ids={name: _check_ids(name, ids, log_ratio) for name, ids in keys.items()},
         counts=counts,
         expert_share=None if expert_share is None else _shaped_share(expert_share, log_ratio),
+        labels={name: _check_labels(name, label, counts) for name, label in labels.items()},
     )
 
 
@@ -172,6 +177,14 @@ def _check_ids(name: str, ids: Tensor, log_ratio: Tensor) -> Tensor:
     if ids.device != log_ratio.device:
         raise ValueError(f"keys[{name!r}] is on {ids.device} but log_ratio is on {log_ratio.device}; move one of them")
     return ids
+
+
+def _check_labels(name: str, label: Tensor, counts: Mapping[str, int] | None) -> Tensor:
+    if label.dtype != torch.int64 or label.dim() != 1:
+        raise ValueError(f"labels[{name!r}] is {label.dtype} {list(label.shape)}; it needs one int64 number per id")
+    if counts is not None and name in counts and label.shape[0] != counts[name]:
+        raise ValueError(f"labels[{name!r}] has {label.shape[0]} numbers, but counts[{name!r}] is {counts[name]}")
+    return label
 
 
 def _shaped_share(share: Tensor, log_ratio: Tensor) -> Tensor:

@@ -60,6 +60,12 @@ def compiled(
     return done
 
 
+BY_NODE = {
+    "trajectory+expert": {"by": "expert", "*": (0.2, 0.1), 1: (0.1, 0.08)},
+    "trajectory": {"by": "domain", "*": (0.2, 0.1), 1: (0.1, 0.08)},
+    "prompt_group": (0.2, 0.1),
+    "domain": {"*": (0.2, 0.1), 1: (0.1, 0.08)},
+}
 RUNS = {"find_cuts", "write_runs"}
 TOKENS = {"first_pass", "second_pass", "place_maximum"}
 ADJOINTS = {"sum_runs", "third_pass"}
@@ -73,7 +79,11 @@ COARSE = {"place_nodes", "sum_up", "report_parents"}
         ("fiberpo", 90, torch.float64, {"dual_clip": 2.0}),
         ("fiberpo-expert", 90, torch.float32, {}),
         ("fiberpo-expert", 80, torch.float32, {"expert_membership": "hard", "unclip_positive": True}),
+<<<<<<< HEAD
         ("fiberpo", 80, torch.float32, {"pessimistic": True, "dual_clip": 3.0}),
+=======
+        ("fiberpo-expert", 90, torch.float32, {"budgets": BY_NODE}),
+>>>>>>> 400fcd5 (Budgets by node, and trees of levels)
         ("gspo", 90, torch.float32, {}),
         ("apc", 80, torch.float32, {}),
         ("dapo", 90, torch.float32, {}),

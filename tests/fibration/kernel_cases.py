@@ -309,3 +309,86 @@ def test_a_kernel_that_is_no_formulas_is_named() -> None:
         ValueError, match="kernel of objective 'Odd' is 'tests.fibration.sapo_kernel:tl', which is module"
     ):
         random_case(0).call(Odd(kernels=True))
+
+
+# ---- budgets by node, and trees of levels ----
+
+
+def by_node() -> dict:
+    """Budgets by keys of a level, of a coarser one and of the finest, and by partition."""
+    wide = (0.3, 0.2)
+    return {
+        "trajectory+expert": {"by": "expert", "*": TIGHT, 1: wide},
+        "trajectory": {"by": "domain", "*": TIGHT, 1: wide},
+        "prompt_group": {"*": TIGHT, 1: wide, 3: (0.02, 0.01)},
+        "domain": {"*": TIGHT, 0: wide},
+    }
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_budgets_by_node(soft: bool) -> None:
+    plain, listed = preset("fiberpo-expert", soft=soft), preset("fiberpo-expert", soft=soft, budgets=by_node())
+    case = random_case(11)
+    assert_same(listed, case)
+    assert not torch.equal(case.call(listed).gradient, case.call(plain).gradient)
+
+
+def test_budgets_by_finest_node() -> None:
+    finest = {"trajectory": {"*": TIGHT, 2: (0.3, 0.2), 6: (0.01, 0.01)}}
+    assert_same(preset("fiberpo", budgets=finest), hard_case(torch.float32))
+
+
+LEVELS = {  # branches of different depths, with and without experts, that share coarse levels or none
+    "by": "prompt_group",
+    "*": [["trajectory"], ["half"], ["all"]],
+    1: [["turn", "expert"], ["trajectory"], ["half"], ["all"]],
+    2: [["engine"]],
+}
+
+
+def a_tree(**options):
+    named = ("1:turn+expert", "*,1:trajectory", "2:engine", "*,1:half", "*,1:all")
+    budgets = dict.fromkeys(named, TIGHT) | {"1:turn+expert": {"by": "expert", "*": TIGHT, 1: (0.3, 0.2)}}
+    return build_objective("fiberpo", levels=LEVELS, budgets=budgets, epsilon=0.1, **options)
+
+
+@pytest.mark.parametrize(("dtype", "membership"), [(torch.float64, "soft"), (torch.float32, "hard")])
+def test_trees(dtype: torch.dtype, membership: str) -> None:
+    case = random_case(11)
+    assert set(case.ids["prompt_group"].tolist()) == {0, 1, 2}
+    for name in ("x", "advantages", "weights", "share"):
+        setattr(case, name, getattr(case, name).to(dtype))
+    assert_same(a_tree(expert_membership=membership), case)
+
+
+def test_a_tree_on_two_ranks() -> None:
+    case = random_case(11, trajectories=4, longest=3)
+    assert len(set(case.ids["prompt_group"].tolist())) > 1
+    half = case.x.shape[0] // 2
+    parts = [torch.arange(half, device=DEVICE), torch.arange(half, case.x.shape[0], device=DEVICE)]
+    counts = {key: int(ids.max()) + 1 for key, ids in case.ids.items()} | {"prompt_group": 3}
+    alone = case.call(a_tree(kernels=False))
+    outputs = in_turn(a_tree(kernels=True), case, parts, counts=counts)
+    torch.testing.assert_close(joined(outputs, parts, "gradient"), alone.gradient, rtol=1e-10, atol=1e-15)
+    assert outputs[0].metrics == outputs[1].metrics
+
+
+def test_a_tree_on_a_rank_without_tokens() -> None:
+    case = random_case(11)
+    assert case.call(a_tree(kernels=True), torch.arange(0, device=DEVICE)).gradient.shape == (0,)
+
+
+def test_labels_of_ids() -> None:
+    """Budgets by the place of a turn: its ids are those of the mini-batch."""
+    case = random_case(2, trajectories=3)
+    case.labels["turn"] = torch.arange(int(case.ids["turn"].max()) + 1) % 2
+    budgets = {"turn": {"*": TIGHT, 1: (0.3, 0.2)}, "trajectory": TIGHT}
+    levels = [["turn"], ["trajectory"]]
+    assert_same(build_objective("fiberpo", levels=levels, budgets=budgets, epsilon=0.1), case)
+
+
+def test_levels_of_a_branch_that_do_not_nest_are_named() -> None:
+    case = random_case(11)
+    case.ids["half"] = case.ids["turn"] % 2
+    with pytest.raises(ValueError, match="is not nested in level"):
+        case.call(a_tree(kernels=True), metrics=False)

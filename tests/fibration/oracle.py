@@ -21,6 +21,12 @@ class Case:
     weights: Tensor
     ids: dict[str, Tensor]
     share: Tensor | None = None
+    labels: dict[str, Tensor] = field(default_factory=dict)
+    """Per key the number of each id in tables of budgets and chains; ids of other keys are their own."""
+
+    def number(self, key: str, i: int) -> int:
+        at = int(self.ids[key][i])
+        return int(self.labels[key][at]) if key in self.labels else at
 
     def call(self, objective, part: Tensor | None = None, **options):
         take = (lambda t: t) if part is None else (lambda t: t[part])
@@ -31,6 +37,7 @@ class Case:
             take(self.weights),
             keys={key: take(ids) for key, ids in self.ids.items()},
             expert_share=share,
+            labels=self.labels,
             **options,
         )
 
@@ -39,8 +46,8 @@ class Case:
 class Spec:
     """What the fibred objective is configured with."""
 
-    levels: list[list[str]]
-    budgets: dict[str, tuple[float, float]]
+    levels: list[list[str]] | dict
+    budgets: dict[str, tuple[float, float] | dict]
     epsilon: tuple[float, float] = (0.2, 0.2)
     soft: bool = True
     dual_clip: float | None = None
@@ -48,8 +55,37 @@ class Spec:
     pessimistic: bool = False
     extra: dict = field(default_factory=dict)
 
+    def chains(self) -> dict:
+        """The chain of each listed number of a tree's key, and "*"."""
+        if isinstance(self.levels, list):
+            return {"*": self.levels}
+        return {number: chain for number, chain in self.levels.items() if number != "by"}
+
+    def chain_of(self, case: Case, i: int) -> list[list[str]]:
+        chains = self.chains()
+        number = case.number(self.levels["by"], i) if isinstance(self.levels, dict) else "*"
+        return chains[number] if number in chains else chains["*"]
+
+    def level_name(self, chain: list[list[str]], depth: int) -> str:
+        having = [str(number) for number, other in self.chains().items() if place(chain, depth) in places(other)]
+        name = "+".join(chain[depth])
+        return name if len(having) == len(self.chains()) else f"{','.join(having)}:{name}"
+
+    def level_names(self) -> set[str]:
+        return {self.level_name(chain, depth) for chain in self.chains().values() for depth in range(len(chain))}
+
+    def budget(self, case: Case, i: int, p: int, depth: int) -> tuple[float, float]:
+        """That of the node of token i and partition p at one level of the token's chain."""
+        chain = self.chain_of(case, i)
+        given = self.budgets[self.level_name(chain, depth)]
+        if not isinstance(given, dict):
+            return given
+        by = given.get("by", chain[depth][0])
+        number = p if by == "expert" else case.number(by, i)
+        return given[number] if number in given else given["*"]
+
     def build(self, build_objective, name: str = "fiberpo"):
-        uses_experts = any("expert" in level for level in self.levels)
+        uses_experts = any("expert" in level for chain in self.chains().values() for level in chain)
         return build_objective(
             name,
             epsilon=self.epsilon,
@@ -60,6 +96,15 @@ class Spec:
             unclip_positive=self.unclip_positive,
             pessimistic=self.pessimistic,
         )
+
+
+def place(chain: list[list[str]], depth: int) -> tuple:
+    """What tells a level from those of other chains: its keys and those of all that is coarser."""
+    return tuple(tuple(sorted(level)) for level in chain[depth:])
+
+
+def places(chain: list[list[str]]) -> list[tuple]:
+    return [place(chain, depth) for depth in range(len(chain))]
 
 
 def slow_gate(residual: Tensor, budget: float, k: float) -> Tensor:
@@ -82,75 +127,61 @@ def slow_clip(value: Tensor, low: float, high: float) -> Tensor:
 
 
 def kernel(case: Case, spec: Spec) -> list[list[tuple[int, float]]]:
-    """Per token its (partition, share) pairs; [(0, 1)] without experts."""
-    n = case.x.shape[0]
-    if not any("expert" in level for level in spec.levels):
-        return [[(0, 1.0)] for _ in range(n)]
+    """Per token its (partition, share) pairs; [(0, 1)] where its chain has no experts."""
     out = []
-    for i in range(n):
+    for i in range(case.x.shape[0]):
+        if not any("expert" in level for level in spec.chain_of(case, i)):
+            out.append([(0, 1.0)])
+            continue
         row = case.share[i].tolist()
         out.append(list(enumerate(row)) if spec.soft else [(row.index(max(row)), 1.0)])
     return out
 
 
-def node_of(case: Case, level: list[str], i: int, p: int) -> tuple[int, ...]:
-    return tuple(p if key == "expert" else int(case.ids[key][i]) for key in level)
+def node_of(case: Case, spec: Spec, depth: int, i: int, p: int) -> tuple:
+    """The node of a token and a partition at one level of the token's chain."""
+    chain = spec.chain_of(case, i)
+    return place(chain, depth), tuple(p if key == "expert" else int(case.ids[key][i]) for key in sorted(chain[depth]))
 
 
 def slow_fiber(case: Case, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
-    """(G [N], gradient [N], J) of the fibred objective, sections 2 and 3 of docs/fibration.md."""
+    """(G [N], gradient [N], J) of the fibred objective as docs/fibration.md defines it, for chains and trees."""
     x = case.x.clone().requires_grad_(True)
-    n = x.shape[0]
     shares = kernel(case, spec)
     clamped = [xi if abs(float(xi)) <= 20 else xi * 0.0 + (20.0 if float(xi) > 0 else -20.0) for xi in x]
-    zero = torch.zeros((), dtype=torch.float64)
-    plus = [xi if float(xi) >= 0 else zero for xi in clamped]
-    minus = [zero if float(xi) >= 0 else -xi for xi in clamped]
-    parts = [_level_sums(case, level, shares, plus, minus) for level in spec.levels]
-    log_weight: list[dict] = []
-    for depth, level in enumerate(spec.levels):
-        table = {}
-        c_plus, c_minus = spec.budgets["+".join(level)]
-        for node, (mass, k, s_plus, s_minus, parent_of) in parts[depth].items():
-            d_plus, d_minus = s_plus / mass, s_minus / mass
-            if depth + 1 < len(spec.levels):
-                i, p = parent_of
-                above = parts[depth + 1][node_of(case, spec.levels[depth + 1], i, p)]
-                d_plus, d_minus = d_plus - above[2] / above[0], d_minus - above[3] / above[0]
-            k = max(k, 1.0)
-            table[node] = slow_gate(d_plus, c_plus, k) - slow_gate(d_minus, c_minus, k)
-        log_weight.append(table)
-    ratios = []
-    for i in range(n):
-        ratios.append(_token(case, spec, i, clamped[i], shares[i], parts[0], log_weight))
-    ratio = torch.stack(ratios)
-    value = (case.weights * case.advantages * ratio).sum()
-    (gradient,) = torch.autograd.grad(value, x)
-    return ratio.detach(), gradient, value.detach()
+    sums = _node_sums(case, spec, shares, clamped)
+    log_weight = {}
+    for node, (mass, k, s_plus, s_minus, (i, p, depth)) in sums.items():
+        c_plus, c_minus = spec.budget(case, i, p, depth)
+        d_plus, d_minus = s_plus / mass, s_minus / mass
+        if depth + 1 < len(spec.chain_of(case, i)):
+            above = sums[node_of(case, spec, depth + 1, i, p)]
+            d_plus, d_minus = d_plus - above[2] / above[0], d_minus - above[3] / above[0]
+        k = max(k, 1.0)
+        log_weight[node] = slow_gate(d_plus, c_plus, k) - slow_gate(d_minus, c_minus, k)
+    ratio = torch.stack([_token(case, spec, i, clamped[i], shares[i], sums, log_weight) for i in range(len(shares))])
+    return _finish(case, x, ratio)
 
 
-def _level_sums(case, level, shares, plus, minus) -> dict:
+def _node_sums(case, spec, shares, clamped) -> dict:
+    """Per node its mass, its tokens, the sums of both channels, and a token, partition and depth that lead to it."""
     table: dict = {}
-    for i in range(case.x.shape[0]):
+    zero = torch.zeros((), dtype=torch.float64)
+    for i, x in enumerate(clamped):
         mu = float(case.weights[i])
-        if mu == 0.0:
-            continue
-        for p, share in shares[i]:
-            if share == 0.0:
-                continue
-            node = node_of(case, level, i, p)
-            mass, k, s_plus, s_minus, seen = table.get(node, (0.0, 0.0, 0.0, 0.0, (i, p)))
-            table[node] = (
-                mass + mu * share,
-                k + share,
-                s_plus + mu * share * plus[i],
-                s_minus + mu * share * minus[i],
-                seen,
-            )
+        plus, minus = (x, zero) if float(x) >= 0 else (zero, -x)
+        for depth in range(len(spec.chain_of(case, i))):
+            for p, share in shares[i]:
+                if mu == 0.0 or share == 0.0:
+                    continue
+                node = node_of(case, spec, depth, i, p)
+                mass, k, s_plus, s_minus, seen = table.get(node, (0.0, 0.0, 0.0, 0.0, (i, p, depth)))
+                weight = mu * share
+                table[node] = (mass + weight, k + share, s_plus + weight * plus, s_minus + weight * minus, seen)
     return table
 
 
-def _token(case, spec, i, x, pairs, finest, log_weight) -> Tensor:
+def _token(case, spec, i, x, pairs, sums, log_weight) -> Tensor:
     advantage = float(case.advantages[i])
     raw = torch.exp(x)
     if spec.dual_clip is not None and not spec.pessimistic and advantage < 0 and float(x) > 0:
@@ -162,13 +193,13 @@ def _token(case, spec, i, x, pairs, finest, log_weight) -> Tensor:
     upper = float("inf") if lifted else epsilon
     s_plus = s_minus = total = torch.zeros((), dtype=torch.float64)
     for p, share in pairs:
-        node = node_of(case, spec.levels[0], i, p)
-        if share == 0.0 or node not in finest:
+        node = node_of(case, spec, 0, i, p)
+        if share == 0.0 or node not in sums:
             continue
-        mass, _, sum_plus, sum_minus, _ = finest[node]
+        mass, _, sum_plus, sum_minus, _ = sums[node]
         s_plus, s_minus = s_plus + share * sum_plus / mass, s_minus + share * sum_minus / mass
-        for depth, level in enumerate(spec.levels):
-            total = total + share * log_weight[depth][node_of(case, level, i, p)]
+        for depth in range(len(spec.chain_of(case, i))):
+            total = total + share * log_weight[node_of(case, spec, depth, i, p)]
     if float(x) >= 0:
         fiber = slow_clip(x - s_plus, -epsilon, upper) - slow_clip(-s_minus, -epsilon, upper)
     else:

@@ -19,7 +19,7 @@ from fiberpo_megatron.fibration.collective import Reduce, fused_sum
 from fiberpo_megatron.fibration.fiber import FiberPO
 from fiberpo_megatron.fibration.gates import GatedTree, gate_tree
 from fiberpo_megatron.fibration.kernels import token_kernels
-from fiberpo_megatron.fibration.kernels.device_tree import DeviceTree
+from fiberpo_megatron.fibration.kernels.device_tree import DeviceTree, HostTree
 from fiberpo_megatron.fibration.kernels.formulas import Formulas
 from fiberpo_megatron.fibration.kernels.launch import launch
 from fiberpo_megatron.fibration.kernels.run_plan import Plan, make_plan
@@ -89,11 +89,12 @@ class _FusedCall:
         self.formulas = formulas_of(rule)
         self.x, self.advantages = batch.log_ratio.contiguous(), batch.advantages.contiguous()
         self.weights = batch.weights.contiguous()
-        self.share = None if batch.expert_share is None else batch.expert_share.contiguous()
         block = block_size(batch.partitions, self.x.dtype)
         self.plan: Plan | None = None
         if keys:
             self.plan = make_plan(rule, batch, keys, block=block, shared=reduce is not None)
+        share = batch.expert_share if self.plan is None else self.plan.nodes.share
+        self.share = None if share is None else share.contiguous()
         self.programs = max(1, triton.cdiv(batch.size, block) if self.plan is None else self.plan.runs)
         self.tile = {
             "EXPERTS": self.share is not None,
@@ -106,10 +107,13 @@ class _FusedCall:
         self.trajectories = 0
         if self.plan is not None and with_metrics and TRAJECTORY_KEY in keys:
             self.trajectories = self.plan.nodes.sizes[TRAJECTORY_KEY]
-        self.tree: DeviceTree | None = None
+        self.tree: DeviceTree | HostTree | None = None
         if isinstance(rule, FiberPO):
             assert self.plan is not None
-            self.tree = DeviceTree(rule.chain, self.plan.nodes, self.x.dtype)
+            if rule.branch_choice is None:
+                self.tree = DeviceTree(rule.tree, self.plan.nodes, self.x.dtype)
+            else:
+                self.tree = HostTree(rule, self.plan.nodes, self.x.dtype)
         # integers that programs add to or raise: histogram, tokens and clipped tokens per trajectory, the tree's
         ints = [histogram.BINS if with_metrics else 0, self.trajectories, self.trajectories]
         ints.append(0 if self.tree is None else self.tree.integers)
@@ -150,7 +154,7 @@ class _FusedCall:
         if self.plan is not None and sums is not None:
             tables["nodes"] = self.plan.sum_runs(sums)
             if self.rule.parent_keys:
-                tables["parents"] = self.plan.parent_tables(len(self.rule.base_keys), len(self.rule.parent_keys))
+                tables["parents"] = self.plan.parent_tables(len(self.rule.parent_keys))
         if self.with_metrics:
             tables |= {"sums": statistics.sum(0), "log_ratio_histogram": self.bins}
             self.top = top.amax()
@@ -252,12 +256,13 @@ class _FusedCall:
         read |= {"value": read["totals"][0], "clipped": read["totals"][1]}
         only_max = float(read["top"]) if self.reduce is None else None
         tree = self._gated_tree(read)
-        return summarise(read, read, tree, experts=self.rule.uses_experts, only_max=only_max)
+        experts = self.plan.nodes if self.plan is not None and self.rule.uses_experts else None
+        return summarise(read, read, tree, experts, only_max=only_max)
 
     def _gated_tree(self, tables: dict[str, Tensor]) -> GatedTree | None:
         """Return the tree in torch on the host. Raises ValueError if levels do not nest."""
-        if self.tree is None or self.plan is None:
-            return None
+        if self.tree is None or self.plan is None or self.tree.gated is not None:
+            return None if self.tree is None else self.tree.gated
         return gate_tree(build_tree(self.tree.chain, self.plan.nodes, tables["nodes"], tables.get("parents")))
 
     @property

@@ -183,10 +183,14 @@ def gate_nodes(
     place_ptr,
     values_ptr,
     stopped_ptr,
+    budget_ptr,
     experts,
+    starts,
+    widths,
     nodes,
     total,
     BUDGETS: tl.constexpr,
+    SOURCES: tl.constexpr,
     LEVELS: tl.constexpr,
     P: tl.constexpr,
     PADDED: tl.constexpr,
@@ -195,7 +199,9 @@ def gate_nodes(
     """Write values [3, nodes, P] (S+, S- and the log base weights' sum over levels) and stopped [LEVELS, 2, nodes, P]
     (1 - g').
 
-    It does what `gates.gate_tree` does, once per finest node; BUDGETS are (C+, C-) per level.
+    It does what `gates.gate_tree` does, once per finest node. BUDGETS are (C+, C-) per level. Where SOURCES[level] is
+    not -1, nodes have budgets of their own: C+ at starts[level] plus the entry of the finest node's ancestor in that
+    source level, and C- widths[level] further.
     """
     b, inside, at, held = _lanes(tl.program_id(0) * BLOCK, nodes, P, PADDED, BLOCK)
     size = nodes * P
@@ -220,10 +226,19 @@ def gate_nodes(
             minus = _row(coarse_ptr, 3, total, up, held, 0.0) / mass
             own_plus -= plus
             own_minus -= minus
-        value, slope = _gate(own_plus, tl.full((), BUDGETS[2 * level], tl.float64), k)
+        c_plus = tl.full((), BUDGETS[2 * level], tl.float64)
+        c_minus = tl.full((), BUDGETS[2 * level + 1], tl.float64)
+        if SOURCES[level] >= 0:
+            entry = at + starts[level]
+            if SOURCES[level] > 0:
+                source = tl.load(place_ptr + (SOURCES[level] - 1) * nodes + b, mask=inside, other=0)[:, None]
+                entry = source + tl.arange(0, PADDED)[None, :] * experts[SOURCES[level] - 1] + starts[level]
+            c_plus = tl.load(budget_ptr + entry, mask=held, other=1.0)
+            c_minus = tl.load(budget_ptr + entry + widths[level], mask=held, other=1.0)
+        value, slope = _gate(own_plus, c_plus, k)
         log_weight += value
         tl.store(stopped_ptr + 2 * level * size + at, 1.0 - slope, mask=inner)
-        value, slope = _gate(own_minus, tl.full((), BUDGETS[2 * level + 1], tl.float64), k)
+        value, slope = _gate(own_minus, c_minus, k)
         log_weight -= value
         tl.store(stopped_ptr + (2 * level + 1) * size + at, 1.0 - slope, mask=inner)
     tl.store(values_ptr + 2 * size + at, log_weight.to(values_ptr.dtype.element_ty), mask=inner)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fiberpo_megatron.fibration.kernels import run_kernels
 from fiberpo_megatron.fibration.kernels.launch import launch
-from fiberpo_megatron.fibration.membership import NodeMap, checked_size
+from fiberpo_megatron.fibration.membership import NodeMap, checked_size, make_node_map, parent_ids
 from fiberpo_megatron.fibration.rule import Rule
 from fiberpo_megatron.fibration.tokens import TokenBatch
 
@@ -35,6 +35,10 @@ class Plan:
     """Runs in the order of their base nodes [R]; None when that is their own order."""
     nodes: NodeMap
     """Sizes of all keys and of the finest level's tables."""
+    parent_ids: Tensor
+    """Its rows from `first_parent` on are the ids that runs report for each key that only coarser levels name, int64
+    [..., max(runs, 1)]."""
+    first_parent: int
 
     def row(self, key: str) -> Tensor:
         """Return the id of each run."""
@@ -66,20 +70,20 @@ class Plan:
         )
         return table
 
-    def parent_tables(self, first: int, keys: int) -> Tensor:
-        """Return `tree.parent_tables` of `keys` keys from number `first` on: [1 + 2 * keys, base_nodes]."""
+    def parent_tables(self, keys: int) -> Tensor:
+        """Return `tree.parent_tables` of `keys` keys: [1 + 2 * keys, base_nodes]."""
         nodes = self.nodes.base_nodes
         table = torch.empty((1 + 2 * keys, nodes), dtype=torch.float64, device=self.ids.device)
         launch(
             run_kernels.report_parents,
             (nodes,),
-            self.ids,
+            self.parent_ids,
             self.sorted_base,
             self.order,
             table,
             self.runs,
             nodes,
-            FIRST=first,
+            FIRST=self.first_parent,
             KEYS=keys,
             PADDED_KEYS=triton.next_power_of_2(keys),
             ORDERED=self.order is None,
@@ -108,7 +112,12 @@ def make_plan(rule: Rule, batch: TokenBatch, keys: tuple[str, ...], *, block: in
     if size:
         args = (ids, tuple(sizes.values()), counts, starts, table, size, runs)
         launch(run_kernels.write_runs, (blocks,), *args, **constants)
+    of_run = {key: table[row, :runs] for row, key in enumerate(keys)}
+    nodes = make_node_map(rule, batch, of_run, sizes, starts[:runs], table[-1])
+    parents, first_parent = table, base
+    if nodes.branch_of_run is not None:  # the base nodes of each branch have a range of their own
+        table[-1, :runs], unsorted = nodes.base_of_run, 1
+        reported = list(parent_ids(rule, nodes, of_run).values())
+        parents, first_parent = (torch.stack(reported) if runs and reported else table), 0
     sorted_base, order = (table[-1], None) if not unsorted else torch.sort(table[-1], stable=True)
-    nodes = NodeMap(rule.base_keys, sizes, table[-1], batch.expert_share, rule.soft, batch.partitions)
-    nodes.check_size()
-    return Plan(keys, runs, starts, table, sorted_base, order, nodes)
+    return Plan(keys, runs, starts, table, sorted_base, order, nodes, parents, first_parent)
