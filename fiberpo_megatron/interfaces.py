@@ -250,6 +250,7 @@ class Objective(Protocol):
         *,
         keys: Mapping[str, Tensor],
         counts: Mapping[str, int],
+        labels: Mapping[str, Tensor],
         expert_share: Tensor | None,
         reduce: Callable[[Tensor], Tensor] | None,
         metrics: bool,

@@ -110,9 +110,9 @@ def id_of(key: str, value: Any, names: Names, where: str) -> int:
     if known is not None and value in known:
         return known[value]
     number = int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
-    if isinstance(number, int) and not isinstance(number, bool) and number >= 0:
-        if known is None or number in known.values():
-            return number
+    whole = isinstance(number, int) and not isinstance(number, bool) and number >= 0
+    if whole and (known is None or number in known.values()):
+        return int(number)
     choices = f"the names of {key} are {', '.join(map(repr, known))}" if known else f"ids of {key} are numbers from 0"
     raise ValueError(
         f"{where} has an entry for {key} {value!r}, which is unknown; {choices}, and {OTHERS!r} is for all others"

@@ -1,13 +1,17 @@
 """Count what the objective's reductions over the data x context ranks carry in one optimiser step."""
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 
 from fiberpo_megatron.config.schema import Config
-from fiberpo_megatron.fibration import Objective, build_objective
+from fiberpo_megatron.fibration import FiberPO, Objective, build_objective
 from fiberpo_megatron.trainer.settings import AlgorithmConfig
+
+LABELLED = ("turn", "weight_version", "engine")
+"""Keys whose ids a run gives numbers of their own, which budgets list; here all have the number 0."""
 
 
 def gate_bytes(config: Config) -> tuple[int, ...]:
@@ -21,22 +25,26 @@ def gate_bytes(config: Config) -> tuple[int, ...]:
     """
     return _gate_bytes(
         config.algorithm.model_dump_json(),
+        _domains(config),
         config.batch.prompts // config.batch.mini_batches,
         config.batch.samples_per_prompt,
-        max(1, len(config.environments)),
         config.algorithm.expert_partitions or config.parallel.expert,
     )
 
 
 @cache  # the layouts of a search have the same gates
-def _gate_bytes(algorithm: str, prompts: int, samples: int, domains: int, partitions: int) -> tuple[int, ...]:
-    objective = _objective(AlgorithmConfig.model_validate_json(algorithm))
+def _gate_bytes(
+    algorithm: str, domains: tuple[str, ...], prompts: int, samples: int, partitions: int
+) -> tuple[int, ...]:
+    objective = _objective(AlgorithmConfig.model_validate_json(algorithm), domains)
+    if isinstance(objective, FiberPO):  # a run refuses a layout with fewer expert partitions than the budgets list
+        partitions = max((partitions, *(number + 1 for number in objective.tree.listed().get("expert", ()))))
     count = prompts * samples
     trajectory = torch.arange(count)
     once = torch.zeros(count, dtype=torch.int64)
     keys = dict.fromkeys(objective.keys, once) | {"domain": once}
     keys |= {"trajectory": trajectory, "turn": trajectory, "prompt_group": trajectory // samples}
-    counts = dict.fromkeys(keys, 1) | {"domain": domains}
+    counts = dict.fromkeys(keys, 1) | {"domain": max(1, len(domains))}
     counts |= {"trajectory": count, "turn": count, "prompt_group": prompts}
     sent: list[int] = []
     objective(
@@ -45,6 +53,7 @@ def _gate_bytes(algorithm: str, prompts: int, samples: int, domains: int, partit
         torch.full((count,), 1.0 / count),
         keys=keys,
         counts=counts,
+        labels={key: torch.zeros(counts[key], dtype=torch.int64) for key in LABELLED if key in keys},
         expert_share=torch.full((count, partitions), 1.0 / partitions) if objective.uses_experts else None,
         reduce=lambda table: sent.append(table.nbytes),
     )
@@ -53,10 +62,14 @@ def _gate_bytes(algorithm: str, prompts: int, samples: int, domains: int, partit
 
 def spans_micro_batches(config: Config) -> bool:
     """Return whether an optimiser step needs a forward of its own for the gates (docs/architecture.md, Exactness)."""
-    return _objective(config.algorithm).spans_micro_batches
+    return _objective(config.algorithm, _domains(config)).spans_micro_batches
 
 
-def _objective(algorithm: AlgorithmConfig) -> Objective:
+def _domains(config: Config) -> tuple[str, ...]:
+    return tuple(environment.name for environment in config.environments)
+
+
+def _objective(algorithm: AlgorithmConfig, domains: Sequence[str]) -> Objective:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about budgets belongs to the start of a run
-        return build_objective(algorithm.objective.use, **algorithm.objective_options())
+        return build_objective(algorithm.objective.use, **algorithm.objective_options(domains))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ class MiniBatch:
     once, and there only where it was asked for."""
     counts: dict[str, int]
     """Number of ids of each key over all ranks."""
+    labels: dict[str, Tensor]
+    """int64 [counts[key]] of some keys: the number by which budgets and branches name each id (`token_labels`)."""
     rollout_log_probs: Tensor
     """float32 [n]"""
     expert_share: Tensor | None = None
@@ -49,19 +52,21 @@ def mini_batches(
     weighting: str,
     domains: int,
     layout: Layout,
+    version: int,
     states: bool = False,
 ) -> list[MiniBatch]:
     """Return the step's mini-batches: cut at group boundaries into `batch.mini_batches` parts and pack this rank's
     share of each.
 
     Which trajectories form a part does not depend on the layout. `advantages` is [B], `domains` the number of
-    domains; `states` asks for the key "state", which costs a search through the tokens.
+    domains, `version` that of the trainer's weights; `states` asks for the key "state", which costs a search through
+    the tokens.
     """
     edges = np.searchsorted(
         rollouts.groups, np.linspace(0, rollouts.groups[-1] + 1, batch.mini_batches + 1).round().astype(int)
     )
     return [
-        _mini_batch(rollouts, advantages, int(first), int(last), batch, weighting, domains, layout, states)
+        _mini_batch(rollouts, advantages, int(first), int(last), batch, weighting, domains, layout, version, states)
         for first, last in zip(edges[:-1], edges[1:])
         if first < last  # a part is empty where environments dropped so many groups that fewer are left than parts
     ]
@@ -76,6 +81,7 @@ def _mini_batch(
     weighting: str,
     domains: int,
     layout: Layout,
+    version: int,
     states: bool,
 ) -> MiniBatch:
     micro_batches, efficiency = pack_share(rollouts, range(first, last), batch, layout)
@@ -92,6 +98,7 @@ def _mini_batch(
         weights=torch.from_numpy(weights[trajectory - first]),
         keys={name: torch.from_numpy(ids[tokens]) for name, (ids, _) in keys.items()},
         counts={name: count for name, (_, count) in keys.items()},
+        labels={name: torch.from_numpy(of) for name, of in token_labels(rollouts, first, last, version).items()},
         rollout_log_probs=torch.from_numpy(rollouts.rollout_log_probs[tokens]),
     )
 
@@ -105,7 +112,6 @@ def token_keys(rollouts: RolloutBatch, first: int, last: int, domains: int) -> d
     """
     trajectory = np.repeat(np.arange(len(rollouts.lengths)), rollouts.lengths)
     group = rollouts.groups - rollouts.groups[first]
-    begin, end = rollouts.offsets[first], rollouts.offsets[last]
     turn = np.cumsum(rollouts.turn_begins) - 1
     turns_before = int(rollouts.turns[:first].sum())
     keys = {
@@ -115,9 +121,31 @@ def token_keys(rollouts: RolloutBatch, first: int, last: int, domains: int) -> d
         "domain": (rollouts.domains[trajectory], domains),
     }
     for name, values in (("weight_version", rollouts.weight_versions), ("engine", rollouts.engines)):
-        seen = np.unique(values[begin:end][rollouts.response_mask[begin:end]])
+        seen = _seen(rollouts, values, first, last)
         keys[name] = (np.searchsorted(seen, values).clip(max=len(seen) - 1), len(seen))
     return {name: (ids.astype(np.int64), count) for name, (ids, count) in keys.items()}
+
+
+def token_labels(rollouts: RolloutBatch, first: int, last: int, version: int) -> dict[str, NDArray[np.int64]]:
+    """Return the number of each id of `token_keys`, by which budgets and branches name it, where that is not the id.
+
+    That of a turn is its place in its trajectory, from 0; that of a weight version is how far it lies behind `version`,
+    the trainer's; that of an engine is the engine's. -1 says that it is not known, or that a version is none of this
+    run (it is ahead of the trainer's).
+    """
+    versions = _seen(rollouts, rollouts.weight_versions, first, last)
+    return {
+        "turn": np.concatenate([np.arange(turns) for turns in rollouts.turns[first:last]]).astype(np.int64),
+        "weight_version": np.where((versions >= 0) & (versions <= version), version - versions, -1).astype(np.int64),
+        "engine": _seen(rollouts, rollouts.engines, first, last).astype(np.int64),
+    }
+
+
+def _seen(rollouts: RolloutBatch, values: NDArray[Any], first: int, last: int) -> NDArray[Any]:
+    """The different values at the response tokens of the trajectories [first, last), in ascending order."""
+    begin, end = rollouts.offsets[first], rollouts.offsets[last]
+    found: NDArray[Any] = np.unique(values[begin:end][rollouts.response_mask[begin:end]])
+    return found
 
 
 def pack_share(

@@ -72,7 +72,7 @@ def train(run: Training, start: int = 0) -> None:
                 _save(run, step, {})
             _complete_save(run, wait=True)
             raise Stopped(step)
-        metrics = learn(run, rollouts)
+        metrics = learn(run, rollouts, step)
         source.publish(done)
         metrics |= source.observe(rollouts)
         run.recorder.record("train", step, metrics | _throughput(rollouts, run.timers.read()))
@@ -88,8 +88,8 @@ def train(run: Training, start: int = 0) -> None:
             raise Stopped(done)
 
 
-def learn(run: Training, rollouts: RolloutBatch) -> dict[str, float]:
-    """Take all optimiser steps on one batch of rollouts and return metrics."""
+def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, float]:
+    """Take all optimiser steps on one batch of rollouts, from weights `version` on, and return metrics."""
     with run.timers("pack"):
         parts = mini_batches(
             rollouts,
@@ -98,6 +98,7 @@ def learn(run: Training, rollouts: RolloutBatch) -> dict[str, float]:
             weighting=run.algorithm.weighting or run.objective.weighting,
             domains=len(run.source.domains),
             layout=run.policy.layout,
+            version=version,
             states=STATE_KEY in run.objective.keys,
         )
     with run.source.training(publishes=True):

@@ -66,6 +66,7 @@ class ObjectiveGate:
             on_device(batch.weights),
             keys={key: on_device(ids) for key, ids in batch.keys.items()},
             counts=batch.counts,
+            labels=batch.labels,
             expert_share=None if share is None else on_device(share),
             reduce=None if reduce is None else self._timed(reduce),
             metrics=metrics,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.environments.host import describe
-from fiberpo_megatron.fibration import OBJECTIVES, Objective, build_objective
+from fiberpo_megatron.fibration import OBJECTIVES, FiberPO, Objective, build_objective
 from fiberpo_megatron.interfaces import AdvantageEstimator
 from fiberpo_megatron.plugins import BUILT_IN, Plugin, check_options, check_version, find
 from fiberpo_megatron.settings import PluginConfig
@@ -15,14 +15,49 @@ from fiberpo_megatron.trainer.batch import SUPPLIED_KEYS
 
 
 def make_objective(config: Config) -> Objective:
-    """Return the objective of [algorithm]. Raises ConfigError, also where its levels need what no run supplies."""
+    """Return the objective of [algorithm].
+
+    Raises ConfigError, also where its levels need what no run supplies, or its budgets and branches list what the run
+    does not have.
+    """
     algorithm = config.algorithm
     try:
-        objective = build_objective(algorithm.objective.use, kernels=algorithm.kernels, **algorithm.objective_options())
+        options = algorithm.objective_options([environment.name for environment in config.environments])
+        objective = build_objective(algorithm.objective.use, kernels=algorithm.kernels, **options)
         objective.check_keys((*SUPPLIED_KEYS, "expert"))
+        if isinstance(objective, FiberPO):
+            _check_listed(config, objective)
     except ValueError as error:
         raise ConfigError(f"[algorithm]: {error}") from error
     return objective
+
+
+def _check_listed(config: Config, objective: FiberPO) -> None:
+    """Refuse budgets and branches of what a run does not have, or numbers afresh in each mini-batch."""
+    engine = config.rollout.engine
+    counts = {
+        "domain": len(config.environments),
+        "expert": config.algorithm.expert_partitions or config.parallel.expert,
+        "engine": len(engine.urls) or engine.count,
+    }
+    for key, listed in objective.tree.listed().items():
+        if key not in (*counts, "turn", "weight_version"):
+            raise ValueError(
+                f"budgets or levels go by {key!r}, whose ids mean another {key} in each mini-batch; choose one of the "
+                "keys domain, turn, weight_version, engine and expert"
+            )
+        if key in counts and listed and max(listed) >= counts[key]:
+            raise ValueError(
+                f"budgets or levels list {key} {max(listed)}, but the run has {key} 0 to {counts[key] - 1}"
+            )
+    choice = objective.branch_choice
+    if choice is not None and choice.others is None:
+        missing = [it.name for at, it in enumerate(config.environments) if at not in choice.of_id]
+        if choice.key != "domain" or missing:
+            raise ValueError(
+                f"levels by {choice.key!r} has no chain for {missing[0] if choice.key == 'domain' else 'all others'}; "
+                'add one, or "*" for all that are not listed'
+            )
 
 
 def make_advantage(config: Config) -> AdvantageEstimator:

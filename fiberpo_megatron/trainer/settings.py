@@ -1,6 +1,7 @@
 """This module defines the settings of the training loop: [algorithm], [batch], [evaluation], [checkpoint], [trainer]
 and [sft]."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -8,6 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from fiberpo_megatron.settings import PluginConfig, Section, as_plugin
 
 Budget = tuple[float, float]
+BudgetsById = dict[str, Budget | str]
+Chain = list[list[str]]
+ChainsById = dict[str, Chain | str]
 Membership = Literal["soft", "hard"]
 
 
@@ -23,11 +27,16 @@ class AlgorithmConfig(Section):
     objective's default."""
     epsilon_high: float | None = None
     """Upper clip width of ppo, grpo, dapo, gspo and cispo; `epsilon` is then the lower one."""
-    budgets: dict[str, Budget] | None = None
-    """(C+, C-) of each level, by the level's name (its keys joined by '+'). Unset: the preset's defaults."""
-    levels: list[list[str]] | None = None
+    budgets: dict[str, Budget | BudgetsById] | None = None
+    """(C+, C-) of each level, by the level's name (its keys joined by '+'; in a tree BRANCH:KEYS where branches do not
+    share it). A table in place of a pair gives nodes budgets of their own: `{by = "domain", "*" = [C+, C-], math = [C+,
+    C-]}`, where `by` is a key of the level or of a coarser one, and "*" stands for all others. Domains go by the
+    environment's name, turns by their place in the trajectory (from 0), weight versions by how far they lie behind the
+    trainer's, engines and expert partitions by number. Unset: the preset's defaults."""
+    levels: Chain | ChainsById | None = None
     """A custom chain of levels, fine to coarse, in place of the preset's. A level is a list of keys: turn, trajectory,
-    prompt_group, domain, expert, weight_version, engine."""
+    prompt_group, domain, expert, weight_version, engine. A table is a tree: `{by = "domain", "*" = CHAIN, math =
+    CHAIN}`; equal coarse ends of its chains are shared."""
     expert_membership: Membership | None = None
     """How a token belongs to expert partitions (objectives with an expert level only). Unset: soft."""
     expert_partitions: int | None = Field(None, ge=1)
@@ -62,15 +71,26 @@ class AlgorithmConfig(Section):
         """Take a string for a table with that `use`."""
         return as_plugin(value)
 
-    def objective_options(self) -> dict[str, Any]:
-        """Return the objective's options that are set: the flat ones of [algorithm], then those of its table."""
+    def objective_options(self, domains: Sequence[str]) -> dict[str, Any]:
+        """Return the objective's options that are set: the flat ones of [algorithm], then those of its table.
+
+        Flat budgets and levels call domains by their names, `domains`, which then are an option as well.
+        """
         names = ("epsilon", "epsilon_high", "budgets", "levels", "expert_membership", "dual_clip")
         options: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         options |= {name: True for name in ("unclip_positive", "pessimistic") if getattr(self, name)}
+        tables = {"levels": self.levels, **(self.budgets or {})}
+        if any(isinstance(table, dict) and self._key(name, table) == "domain" for name, table in tables.items()):
+            options["names"] = {"domain": {name: at for at, name in enumerate(domains)}}
         twice = sorted(options.keys() & self.objective.options.keys())
         if twice:
             raise ValueError(f"algorithm.{twice[0]} is set and also an option of algorithm.objective; keep one of them")
         return options | self.objective.options
+
+    @staticmethod
+    def _key(name: str, table: Mapping[str, object]) -> object:
+        """The key by which a table goes: the level's own where the table does not say."""
+        return table.get("by", name.rpartition(":")[2])
 
 
 class BatchConfig(Section):

@@ -79,11 +79,8 @@ COARSE = {"place_nodes", "sum_up", "report_parents"}
         ("fiberpo", 90, torch.float64, {"dual_clip": 2.0}),
         ("fiberpo-expert", 90, torch.float32, {}),
         ("fiberpo-expert", 80, torch.float32, {"expert_membership": "hard", "unclip_positive": True}),
-<<<<<<< HEAD
         ("fiberpo", 80, torch.float32, {"pessimistic": True, "dual_clip": 3.0}),
-=======
         ("fiberpo-expert", 90, torch.float32, {"budgets": BY_NODE}),
->>>>>>> 400fcd5 (Budgets by node, and trees of levels)
         ("gspo", 90, torch.float32, {}),
         ("apc", 80, torch.float32, {}),
         ("dapo", 90, torch.float32, {}),

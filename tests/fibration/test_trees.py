@@ -66,7 +66,7 @@ SPECS = {
         SHARED, {"*,1:trajectory": {"by": "half", 0: (2, 1.9), 1: WIDE, "*": TIGHT}, "half": {"*": TIGHT, 0: WIDE}}
     ),
     "shared, hard": tight(SHARED, {"0:turn+expert": {"by": "expert", "*": TIGHT, 1: WIDE}}, soft=False),
-    "by turn": tight(BY_TURN, {"*:trajectory": BY_DOMAIN}),
+    "by turn": tight(BY_TURN, {"*:trajectory": BY_DOMAIN}, pessimistic=True),
 }
 
 

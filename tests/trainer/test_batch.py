@@ -28,6 +28,7 @@ def test_no_mini_batch_is_empty_where_groups_were_dropped(groups: int, sizes: li
         weighting="seq-mean",
         domains=1,
         layout=SingleLayout(),
+        version=0,
     )
     assert [len(part.weights) for part in parts] == sizes
     assert all(part.weights.sum().item() == 1 for part in parts)

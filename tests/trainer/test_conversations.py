@@ -10,8 +10,10 @@ import torch
 
 from fiberpo_megatron.data.packing import pack
 from fiberpo_megatron.environments import Conversation, Environment, Message, Outcome, Task
+from fiberpo_megatron.fibration import build_objective
 from fiberpo_megatron.trainer.batch import mini_batches
 from fiberpo_megatron.trainer.loop import train
+from fiberpo_megatron.trainer.optimise import ObjectiveGate
 from fiberpo_megatron.trainer.settings import BatchConfig
 from fiberpo_megatron.types import Coefficients, Completion, Prompt, RolloutGroup, Trajectory, WeightSpan, flatten
 from tests.trainer.test_loop import training
@@ -39,6 +41,7 @@ def test_masked_tokens_are_in_no_length_weight_or_position():
         weighting="seq-mean",
         domains=1,
         layout=SingleLayout(),
+        version=0,
     )
     tokens = torch.cat([m.response_tokens for m in part.micro_batches])
     assert sorted(tokens.tolist()) == [3, 4, 8, 9, 13, 14]
@@ -50,6 +53,30 @@ def test_masked_tokens_are_in_no_length_weight_or_position():
     assert inputs.tolist() == rollouts.tokens[tokens - 1].tolist()  # a turn's first token follows the environment's
     assert part.rollout_log_probs.tolist() == rollouts.rollout_log_probs[tokens].tolist()
     assert (part.rollout_log_probs < 0).all()
+
+
+def test_budgets_by_the_place_of_a_turn_reach_the_objective():
+    """Ids of turns are those of the mini-batch: 0 and 1 in the first trajectory, 2 in the second."""
+    holes = [True, True, False, False, False, True, True]
+    rollouts = flatten([RolloutGroup(trajectory(holes).prompt, (trajectory(holes), trajectory(None, length=2)))])
+    (part,) = mini_batches(
+        rollouts,
+        np.array([1.0, -1.0], np.float32),
+        batch=BatchConfig(prompts=1, micro_batch_tokens=32),
+        weighting="seq-mean",
+        domains=1,
+        layout=SingleLayout(),
+        version=0,
+    )
+    x = torch.linspace(-0.3, 0.4, len(part.weights))
+
+    def coefficients(first: tuple[float, float]) -> torch.Tensor:
+        budgets = {"turn": {"*": (0.4, 0.3), 0: first}}
+        gate = ObjectiveGate(build_objective("fiberpo", levels=[["turn"]], budgets=budgets), part, x * 0, None)
+        return gate(x, slice(0, len(x))).gradient
+
+    changed = coefficients((0.05, 0.04)) != coefficients((0.4, 0.3))
+    assert set(part.keys["turn"][changed].tolist()) == {0, 2}
 
 
 class TryAgain(Environment):

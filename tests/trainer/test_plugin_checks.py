@@ -1,12 +1,15 @@
 """What an objective needs is compared with what a run supplies, before anything starts."""
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from fiberpo_megatron import plugins
 from fiberpo_megatron.config import Config, ConfigError, dump_config
+from fiberpo_megatron.fibration import FiberPO
+from fiberpo_megatron.trainer.given import with_given
 from fiberpo_megatron.trainer.plugin_checks import check_plugins, make_objective, recorded
 from fiberpo_megatron.trainer.preflight import _check_keys, _check_routing
 
@@ -35,6 +38,84 @@ def test_turns_versions_and_engines_are_keys_that_a_run_supplies(tmp_path: Path)
 def test_a_key_that_no_run_supplies_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"\[algorithm\]: level 'paragraph'.* needs the key 'paragraph'"):
         make_objective(config(tmp_path, **chain(["paragraph"], ["trajectory"])))
+
+
+NAMED = [{"name": "code", "use": "jsonl"}, {"name": "math", "use": "jsonl"}]
+TREE = {"by": "domain", "*": [["trajectory"], ["domain"]], "math": [["turn"], ["trajectory"], ["domain"]]}
+
+
+def by_name(**budgets: object) -> dict[str, object]:
+    return {
+        "objective": "fiberpo-domain",
+        "budgets": {**dict.fromkeys(("trajectory", "prompt_group"), [0.2, 0.1]), **budgets},
+    }
+
+
+def test_budgets_and_branches_name_domains(tmp_path: Path):
+    """A file of settings and a record of the run hold names; the objective has ids."""
+    table = {"*": [0.06, 0.05], "math": [0.1, 0.08]}
+    given = config(tmp_path, environments=NAMED, algorithm=by_name(domain=table))
+    for found in (given, Config.model_validate(tomllib.loads(dump_config(given)))):
+        objective = make_objective(found)
+        assert objective.tree.levels[-1].budget.of_id == {1: (0.1, 0.08)}
+    budgets = {
+        "math:turn": {"by": "turn", "*": [0.2, 0.1], "0": [0.3, 0.2]},
+        "trajectory": [0.2, 0.1],
+        "domain": [0.1, 0.08],
+    }
+    tree = make_objective(config(tmp_path, environments=NAMED, algorithm={"levels": TREE, "budgets": budgets}))
+    assert tree.level_names == ("math:turn", "trajectory", "domain") and tree.branch_choice.of_id == {1: 1}
+    assert tree.tree.levels[0].budget.of_id == {0: (0.3, 0.2)}
+
+
+def test_an_objective_that_is_given_from_python_has_ids(tmp_path: Path):
+    given = FiberPO(budgets={"trajectory": {"by": "trajectory", "*": (0.2, 0.1)}})
+    kept = FiberPO(
+        levels=[["trajectory"], ["domain"]],
+        budgets={"trajectory": (0.2, 0.1), "domain": {1: (0.3, 0.2), "*": (0.2, 0.1)}},
+    )
+    found = with_given(config(tmp_path, environments=NAMED), objective=kept)
+    assert make_objective(Config.model_validate(tomllib.loads(dump_config(found)))).tree == kept.tree
+    with pytest.raises(ConfigError, match="go by 'trajectory', whose ids mean another trajectory in each mini-batch"):
+        make_objective(with_given(config(tmp_path), objective=given))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "words"),
+    [
+        (
+            by_name(domain={"*": [0.1, 0.08], "maths": [0.1, 0.08]}),
+            "domain 'maths', which is unknown; the names of domain are 'code', 'math'",
+        ),
+        (by_name(domain={"by": "engine", "*": [0.1, 0.08]}), "'engine', which is no key of level 'domain'"),
+        (
+            by_name(domain=[0.1, 0.08], prompt_group={"*": [0.1, 0.08]}),
+            "go by 'prompt_group', whose ids mean another prompt_group",
+        ),
+        ({"objective": "apc", "budgets": {"state": {"*": [0.1, 0.1]}}}, r"budgets\['state'\] is .*; pass a pair"),
+        (
+            {"levels": TREE | {"biology": [["trajectory"]]}},
+            "levels has an entry for domain 'biology', which is unknown",
+        ),
+        ({"levels": {"by": "domain", "math": [["trajectory"]]}}, "levels by 'domain' has no chain for code"),
+        ({"levels": {"by": "turn", "0": [["trajectory"]]}}, "levels by 'turn' has no chain for all others"),
+        (
+            {"levels": [["engine"]], "budgets": {"engine": {"*": [0.1, 0.08], "1": [0.1, 0.08]}}},
+            "list engine 1, but the run has engine 0 to 0",
+        ),
+        (
+            {
+                "objective": "fiberpo-expert-global",
+                "budgets": dict.fromkeys(("trajectory+expert", "prompt_group+expert", "domain+expert"), [0.1, 0.08])
+                | {"expert": {"2": [0.1, 0.08]}},
+            },
+            "list expert 2, but the run has expert 0 to 0",
+        ),
+    ],
+)
+def test_budgets_and_branches_of_what_a_run_does_not_have_are_refused(tmp_path: Path, algorithm: dict, words: str):
+    with pytest.raises(ConfigError, match=words):
+        make_objective(config(tmp_path, environments=NAMED, algorithm=algorithm))
 
 
 def test_a_model_without_experts_has_no_expert_level_and_no_routing(tmp_path: Path):

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fiberpo_megatron.trainer.batch import SUPPLIED_KEYS, mini_batches, token_keys
+from fiberpo_megatron.trainer.batch import SUPPLIED_KEYS, mini_batches, token_keys, token_labels
 from fiberpo_megatron.trainer.settings import BatchConfig
 from fiberpo_megatron.trainer.states import state_ids
 from fiberpo_megatron.types import RolloutBatch, concatenated_response_tokens
@@ -75,6 +75,27 @@ def test_keys_are_those_of_a_loop_over_the_tokens(seed, first, last):
         assert [found for _, found in sorted(pairs)] == list(range(count)), f"{name}: ids follow the order of values"
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("first", "last"), [(0, 9), (2, 3), (3, 7)])
+def test_labels_are_the_numbers_by_which_budgets_name_ids(seed, first, last):
+    """The place of a turn, how far a version lies behind the trainer's 8 (11 is none of this run), and an engine."""
+    rollouts = batch(seed)
+    keys, labels = token_keys(rollouts, first, last, DOMAINS), token_labels(rollouts, first, last, 8)
+    wanted = plain_ids(rollouts, first, last)
+    begins = {}
+    for position, turn in wanted["turn"].items():
+        begins.setdefault(wanted["trajectory"][position], turn)
+    lags = {-1: -1, 7: 1, 8: 0, 11: -1}
+    for position in wanted["turn"]:
+        found = {name: int(labels[name][keys[name][0][position]]) for name in labels}
+        assert found == {
+            "turn": wanted["turn"][position] - begins[wanted["trajectory"][position]],
+            "weight_version": lags[wanted["weight_version"][position]],
+            "engine": wanted["engine"][position],
+        }
+    assert {name: len(label) for name, label in labels.items()} == {name: keys[name][1] for name in labels}
+
+
 def alike(seed: int) -> RolloutBatch:
     """Trajectories over two letters with prompts of one or two tokens, so that many states occur more than once."""
     rng = np.random.default_rng(seed)
@@ -120,6 +141,7 @@ def test_a_mini_batch_has_states_where_they_are_asked_for():
         "weighting": "token-mean",
         "domains": 1,
         "layout": SingleLayout(),
+        "version": 0,
     }
     advantages = np.zeros(len(rollouts.lengths), np.float32)
     for part, first, last in zip(mini_batches(rollouts, advantages, **common, states=True), (0, 12), (12, 24)):
@@ -139,10 +161,15 @@ def test_a_mini_batch_has_the_keys_of_its_tokens():
         weighting="seq-mean",
         domains=DOMAINS,
         layout=SingleLayout(),
+        version=8,
     )
     edges = [0, 3, 9]  # groups 0 and 1, then 2 to 4
     for part, first, last in zip(parts, edges[:-1], edges[1:]):
         tokens = concatenated_response_tokens(part.micro_batches).tolist()
         for name, (ids, count) in token_keys(rollouts, first, last, DOMAINS).items():
             assert part.keys[name].tolist() == [int(ids[token]) for token in tokens] and part.counts[name] == count
+        labels = token_labels(rollouts, first, last, 8)
+        assert {name: label.tolist() for name, label in part.labels.items()} == {
+            name: label.tolist() for name, label in labels.items()
+        }
         assert sorted(tokens) == sorted(plain_ids(rollouts, first, last)["turn"])
