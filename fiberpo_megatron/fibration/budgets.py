@@ -92,7 +92,7 @@ def read_budget(
 
 
 def keyed(where: str, given: Mapping[Any, Any]) -> tuple[str | None, dict[Any, Any]]:
-    """Return the key whose ids a table lists (None where it does not say), and the table without that entry."""
+    """Return the key whose ids a table lists (None if it does not say), and the table without that entry."""
     values = dict(given)
     by = values.pop(BY, None)
     if by is not None and not isinstance(by, str):

@@ -122,7 +122,7 @@ class FiberPO(Objective):
 
     @property
     def branch_choice(self) -> Choice | None:
-        """Return which token follows which chain; None where all follow one."""
+        """Return which token follows which chain; None if all follow one."""
         return self.tree.choice
 
     @property

@@ -64,7 +64,7 @@ class Choice:
     key: str
     of_id: Mapping[int, int]
     others: int | None
-    """Branch of all other ids; None where they have none."""
+    """Branch of all other ids; None if they have none."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class LevelTree:
     branches: tuple[Branch, ...]
     """The different chains; one without a tree."""
     choice: Choice | None
-    """None where all tokens follow one chain."""
+    """None if all tokens follow one chain."""
     soft: bool
 
     @property

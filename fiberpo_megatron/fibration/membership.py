@@ -50,7 +50,7 @@ class NodeMap:
     labels: Mapping[str, Tensor]
     """Per key, the number that each id has in budgets, where it is not the id itself; int64 [sizes[key]]."""
     expert_nodes: Tensor | None = None
-    """The base nodes of the branches with experts, int64; None where all have some."""
+    """The base nodes of the branches with experts, int64; None if all have some."""
 
     @property
     def base_nodes(self) -> int:

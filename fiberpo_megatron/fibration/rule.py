@@ -152,7 +152,7 @@ class Rule(ABC):
 
     @property
     def branch_choice(self) -> Choice | None:
-        """Return which token follows which of `branches`; None where all follow the first."""
+        """Return which token follows which of `branches`; None if all follow the first."""
         return None
 
     @property

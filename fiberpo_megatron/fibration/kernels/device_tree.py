@@ -103,7 +103,7 @@ class DeviceTree:
         """C+ and C- of levels whose nodes have budgets of their own, each a row per entry of a source level's table.
 
         The source is the first level, from the one with the budgets on, whose keys have the key that they go by.
-        Returned are the rows (None where no level has such budgets), where each level's would begin if its source's
+        Returned are the rows (None if no level has such budgets), where each level's would begin if its source's
         table began at 0, their width, and the source (-1 for a level with one budget).
         """
         rows: list[Tensor] = []
