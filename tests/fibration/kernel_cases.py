@@ -333,9 +333,9 @@ def test_budgets_by_node(soft: bool) -> None:
     assert not torch.equal(case.call(listed).gradient, case.call(plain).gradient)
 
 
-def test_budgets_by_finest_node() -> None:
-    finest = {"trajectory": {"*": TIGHT, 2: (0.3, 0.2), 6: (0.01, 0.01)}}
-    assert_same(preset("fiberpo", budgets=finest), hard_case(torch.float32))
+def test_budgets_by_node_of_the_finest_level() -> None:
+    finest = {"by": "trajectory", "*": TIGHT, 1: (0.3, 0.2), 2: (0.01, 0.01)}
+    assert_same(preset("fiberpo-expert", budgets={**by_node(), "trajectory+expert": finest}), random_case(11))
 
 
 LEVELS = {  # branches of different depths, with and without experts, that share coarse levels or none
