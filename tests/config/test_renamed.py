@@ -122,7 +122,7 @@ def test_a_budget_of_trajectories_belongs_to_what_apc_was(tmp_path: Path, writte
     with pytest.warns(UserWarning, match="apc-trajectory"):
         config = load(tmp_path, f"{rest}[algorithm]\n{written}\n")
     assert config.algorithm.objective.use == "apc-trajectory"
-    assert list(config.algorithm.objective_options()["budgets"]) == ["trajectory"]
+    assert list(config.algorithm.objective_options([])["budgets"]) == ["trajectory"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load(tmp_path, f'{rest}[algorithm]\nobjective = "apc"\n').algorithm.objective.use == "apc"

@@ -16,5 +16,7 @@ def test_there_are_configs():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_shipped_config_loads_and_builds_its_objective(path: Path):
     config = load_config(path)
-    build_objective(config.algorithm.objective.use, **config.algorithm.objective_options())
+    build_objective(
+        config.algorithm.objective.use, **config.algorithm.objective_options([it.name for it in config.environments])
+    )
     assert config.parallel.world_size() >= 1
