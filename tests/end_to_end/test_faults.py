@@ -116,9 +116,10 @@ def test_a_gradient_that_is_not_finite_and_damaged_checkpoints(model: Path, roll
     broken.write(replace(batch, rewards=rewards), rollouts.origin(2))
     done = run(model, folder, *options(broken, 4))
     assert done.returncode == 1
-    assert re.search(
-        r"rank [01]: ValueError: the advantage estimator GroupMean returned nan for trajectory 28 \(reward", done.stderr
+    named = (
+        r"rank [01]: ValueError: the reward of trajectory 31 \(prompt group 7\) is nan; its environment, or the stored"
     )
+    assert re.search(named, done.stderr)
     assert_over(folder, 2)
 
     flip(tensors(folder, 2))
