@@ -22,6 +22,7 @@ from tests.fibration.oracle import Case
 from tests.fibration.ranks import joined
 from tests.fibration.sapo import SAPO
 from tests.fibration.sapo_kernel import FusedSAPO
+from tests.variations import varied
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import device_operations  # noqa: E402
@@ -109,10 +110,10 @@ def test_float32() -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("fiberpo", {"dual_clip": 1.2}),
-        ("fiberpo", {"unclip_positive": True}),
+        pytest.param("fiberpo", {"dual_clip": 1.2}, marks=pytest.mark.exhaustive),
+        pytest.param("fiberpo", {"unclip_positive": True}, marks=pytest.mark.exhaustive),
         ("fiberpo-domain", {"pessimistic": True, "dual_clip": 1.2, "epsilon": (0.03, 0.02)}),
-        ("fiberpo", {"pessimistic": True}),
+        pytest.param("fiberpo", {"pessimistic": True}, marks=pytest.mark.exhaustive),
         ("fiberpo-expert", {"dual_clip": 1.2, "unclip_positive": True, "epsilon": (0.03, 0.02)}),
     ],
     ids=str,
@@ -121,7 +122,10 @@ def test_overlays(name: str, options: dict) -> None:
     assert_same(preset(name, **options), hard_case(seed=1))
 
 
-@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in PRESET_LEVELS and objective_class(n).kernel])
+WITH_KERNEL = [name for name in OBJECTIVES if name not in PRESET_LEVELS and objective_class(name).kernel]
+
+
+@pytest.mark.parametrize("name", varied(WITH_KERNEL, ["ppo", "cispo", "gspo", "apc"]))  # most others share formulas
 def test_other_objectives(name: str) -> None:
     for dtype in TOLERANCE:
         assert_same(build_objective(name), hard_case(dtype))
