@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.variations import varied
+
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "examples/demo/train.toml")
 SMALL = [
@@ -75,7 +77,11 @@ def test_three_steps_with_an_engine_of_its_own(model: Path, tmp_path: Path):
 
 
 @pytest.mark.sglang
-@pytest.mark.parametrize("layout", [["tensor", "2"], ["context", "2"], ["pipeline", "2"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "layout",
+    varied([["tensor", "2"], ["context", "2"], ["pipeline", "2"]], [["pipeline", "2"]]),
+    ids=lambda words: words[0],
+)
 def test_other_layouts_run(model: Path, engine: Any, tmp_path: Path, layout: list[str]):
     """The demo's other layouts (pipeline with 4 ranks), published by disk."""
     key, size = layout
@@ -108,7 +114,7 @@ def test_expert_objective_on_the_engines_own_routing(model: Path, engine: Any, t
 
 
 @pytest.mark.sglang
-@pytest.mark.parametrize("replay", ["old", "rollout"])
+@pytest.mark.parametrize("replay", varied(["old", "rollout"], ["rollout"]))
 def test_routing_replay_runs_with_routers_that_learn(model: Path, engine: Any, tmp_path: Path, replay: str):
     urls = ["--rollout.engine.urls", f'["{engine.url}"]', "--evaluation.prompts", "0", "--trainer.steps", "2"]
     options = ["--algorithm.routing_replay", replay, "--model.train_router", "true", "--model.recompute", "full"]
