@@ -72,8 +72,8 @@ def adjoint(gated: GatedTree, weight: Tensor, clipped: Tensor) -> Tensor:
 
     With B_l the adjoint at level l, B_1 = (g'_1 - 1) W_1 + X and B_{l+1} = (g'_{l+1} - 1) W_{l+1} +
     sum over children, in all branches of a tree, of (1 - g'_l) W_l (+ X where it is the finest level of a branch): the
-    same as collecting the fiber (-W + X), each node's own
-    gate (g' W) and its children's (-g' W), in a form that is exactly zero while nothing is active.
+    same as collecting the fiber (-W + X), each node's own gate (g' W) and its children's (-g' W), in a form that is
+    exactly zero while nothing is active.
     Both channels read the same because S- enters log G with the opposite sign, as does x in x-.
     """
     tree = gated.tree
