@@ -66,6 +66,10 @@ class FiberPO(Objective):
     pessimistic: bool = False
     """Whether a token's objective is the smaller one of G A and r A, as in PPO, so that a token that was pushed to the
     wrong side keeps its gradient. A token that takes r A counts in the aggregates and hands no adjoint to them."""
+    k_max: float | None = None
+    """Largest k of a gate, at least 1: a node of more tokens has this slope in rollback, and its gate reaches zero at
+    (1 + 1/k_max) C. It bounds by what factor rollback multiplies a node's gradient. Unset: k is the number of
+    tokens."""
 
     preset: ClassVar[tuple[tuple[str, ...], ...]] = (("trajectory",),)
     """The levels that `levels` replaces."""
@@ -93,6 +97,11 @@ class FiberPO(Objective):
         """Refuse levels that cannot nest, budgets that do not fit them, and bounds that are not positive."""
         check_dual_clip(self.dual_clip)
         check_names(self.names or {})
+        if self.k_max is not None and self.k_max < 1.0:
+            raise ValueError(
+                f"objective {self.name!r}: k_max is {self.k_max}; the slope of a gate cannot be below that of a node "
+                "of one token, so choose a number of 1 or more, or leave it unset for no bound"
+            )
         if self.pessimistic and self.unclip_positive:
             raise ValueError(
                 f"objective {self.name!r}: `pessimistic` already uses r A where A > 0 and r is the smaller ratio; "
@@ -163,7 +172,7 @@ class FiberPO(Objective):
     def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> FiberGating:
         """Return the gates of every node. Raises ValueError, on every rank alike, where levels do not nest."""
         assert nodes is not None and sums is not None
-        gated = gate_tree(build_tree(self.tree, nodes, sums, parents))
+        gated = gate_tree(build_tree(self.tree, nodes, sums, parents), self.k_max)
         return FiberGating(self, gated, (nodes.base_nodes, nodes.partitions), like)
 
 

@@ -44,11 +44,11 @@ class GatedTree:
     log_weight: Tensor
 
 
-def gate_tree(tree: NodeTree) -> GatedTree:
+def gate_tree(tree: NodeTree, k_max: float | None = None) -> GatedTree:
     """Return residual, gate and base weight at every level.
 
     Residual D_n = S_n - S_parent(n) (S_n at the coarsest level); log w_n = g(D+) - g(D-): equation 3 of
-    arXiv:2604.03044 with the hierarchy of arXiv:2603.08239.
+    arXiv:2604.03044 with the hierarchy of arXiv:2603.08239. The gate of a node has k = min(k_n, `k_max`).
     """
     gated = []
     total = tree.levels[0].mass.new_zeros(tree.index.shape[0])
@@ -56,7 +56,8 @@ def gate_tree(tree: NodeTree) -> GatedTree:
         residual, above = nodes.aggregate, nodes.level.parent
         if nodes.parent is not None and above is not None:
             residual = residual - tree.levels[above].aggregate.index_select(1, nodes.parent)
-        value, slope = gate(residual, nodes.budget, nodes.tokens)
+        tokens = nodes.tokens if k_max is None else nodes.tokens.clamp(max=k_max)
+        value, slope = gate(residual, nodes.budget, tokens)
         log_weight = value[PLUS] - value[MINUS]
         gated.append(GatedLevel(slope, log_weight))
         nodes.add_to(total, log_weight)

@@ -22,7 +22,7 @@ from fiberpo_megatron.settings import PluginConfig
 
 EnvironmentsGiven = Mapping[str, type[Environment] | Environment] | Sequence[type[Environment] | Environment]
 """Environments by name, or in order; the names are then those of the classes."""
-_FLAT = ("epsilon", "epsilon_high", "budgets", "levels", "expert_membership", "dual_clip")
+_FLAT = ("epsilon", "epsilon_high", "budgets", "levels", "expert_membership", "dual_clip", "k_max")
 """Options of [algorithm] that an objective's object takes the place of."""
 
 

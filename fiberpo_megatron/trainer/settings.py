@@ -48,6 +48,9 @@ class AlgorithmConfig(Section):
     pessimistic: bool = False
     """The objective of a token is the smaller one of G A and r A, as in PPO. Read by the fibred objectives; with
     `dual_clip` = c, tokens with A < 0 have at least c A."""
+    k_max: float | None = Field(None, ge=1)
+    """Largest slope of a gate in rollback, whatever the number of tokens of its node. Read by the fibred objectives.
+    Unset: no bound."""
     weighting: Literal["seq-mean", "token-mean"] | None = None
     """mu of a token: 1/(trajectories x its trajectory's tokens), or 1/tokens. Unset: what the objective's paper has,
     which is token-mean for apc and seq-mean for the others."""
@@ -76,7 +79,7 @@ class AlgorithmConfig(Section):
 
         Flat budgets and levels call domains by their names, `domains`, which then are an option as well.
         """
-        names = ("epsilon", "epsilon_high", "budgets", "levels", "expert_membership", "dual_clip")
+        names = ("epsilon", "epsilon_high", "budgets", "levels", "expert_membership", "dual_clip", "k_max")
         options: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         options |= {name: True for name in ("unclip_positive", "pessimistic") if getattr(self, name)}
         tables = {"levels": self.levels, **(self.budgets or {})}

@@ -79,7 +79,7 @@ COARSE = {"place_nodes", "sum_up", "report_parents"}
         ("fiberpo", 90, torch.float64, {"dual_clip": 2.0}),
         ("fiberpo-expert", 90, torch.float32, {}),
         ("fiberpo-expert", 80, torch.float32, {"expert_membership": "hard", "unclip_positive": True}),
-        ("fiberpo", 80, torch.float32, {"pessimistic": True, "dual_clip": 3.0}),
+        ("fiberpo", 80, torch.float32, {"pessimistic": True, "dual_clip": 3.0, "k_max": 8}),
         ("fiberpo-expert", 90, torch.float32, {"budgets": BY_NODE}),
         ("gspo", 90, torch.float32, {}),
         ("apc", 80, torch.float32, {}),

@@ -114,6 +114,8 @@ def test_float32() -> None:
         pytest.param("fiberpo", {"unclip_positive": True}, marks=pytest.mark.exhaustive),
         ("fiberpo-domain", {"pessimistic": True, "dual_clip": 1.2, "epsilon": (0.03, 0.02)}),
         pytest.param("fiberpo", {"pessimistic": True}, marks=pytest.mark.exhaustive),
+        pytest.param("fiberpo", {"k_max": 5}, marks=pytest.mark.exhaustive),
+        ("fiberpo-domain", {"k_max": 30.5}),
         ("fiberpo-expert", {"dual_clip": 1.2, "unclip_positive": True, "epsilon": (0.03, 0.02)}),
     ],
     ids=str,

@@ -53,6 +53,7 @@ class Spec:
     dual_clip: float | None = None
     unclip_positive: bool = False
     pessimistic: bool = False
+    k_max: float | None = None
     extra: dict = field(default_factory=dict)
 
     def chains(self) -> dict:
@@ -95,6 +96,7 @@ class Spec:
             dual_clip=self.dual_clip,
             unclip_positive=self.unclip_positive,
             pessimistic=self.pessimistic,
+            k_max=self.k_max,
         )
 
 
@@ -157,7 +159,7 @@ def slow_fiber(case: Case, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
         if depth + 1 < len(spec.chain_of(case, i)):
             above = sums[node_of(case, spec, depth + 1, i, p)]
             d_plus, d_minus = d_plus - above[2] / above[0], d_minus - above[3] / above[0]
-        k = max(k, 1.0)
+        k = max(k, 1.0) if spec.k_max is None else min(max(k, 1.0), spec.k_max)
         log_weight[node] = slow_gate(d_plus, c_plus, k) - slow_gate(d_minus, c_minus, k)
     ratio = torch.stack([_token(case, spec, i, clamped[i], shares[i], sums, log_weight) for i in range(len(shares))])
     return _finish(case, x, ratio)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,6 +72,23 @@ def test_the_pessimistic_minimum_matches_the_oracle(
     surplus = case.advantages * (out.gated_ratio - plain.gated_ratio)
     if dual_clip is None:
         assert float(surplus[counted].max()) <= 1e-14, "J is never above that of the two-sided clip"
+
+
+@pytest.mark.parametrize(("name", "soft"), PRESETS)
+def test_the_largest_slope_of_a_gate_matches_the_oracle(name: str, soft: bool) -> None:
+    changed = False
+    for seed in (0, 1, 2):
+        case, spec = random_case(seed), preset(name, soft=soft, epsilon=(0.2, 0.1), k_max=1.5)
+        assert_matches(case, spec)
+        plain = case.call(replace(spec, k_max=None).build(build_objective))
+        changed |= not torch.equal(case.call(spec.build(build_objective)).gradient, plain.gradient)
+    assert changed
+
+
+def test_a_bound_above_every_count_of_tokens_changes_nothing() -> None:
+    case, spec = random_case(3), preset("fiberpo-expert", soft=True)
+    left, right = (case.call(replace(spec, k_max=k_max).build(build_objective)) for k_max in (None, 1000))
+    assert torch.equal(left.gradient, right.gradient) and left.metrics == right.metrics
 
 
 @pytest.mark.parametrize("dual_clip", [None, 1.2])

@@ -80,6 +80,20 @@ def test_one_trajectory_by_hand() -> None:
     assert out.gradient.tolist() == pytest.approx([0.0857327848, -0.7472976908], abs=1e-9)
 
 
+def test_the_largest_slope_by_hand() -> None:
+    """Six tokens with the bound k_max = 2: rollback has the slope of two tokens, and ends at (1 + 1/2) C."""
+    mu = torch.full((6,), 1 / 6, dtype=torch.float64)
+    keys = {"trajectory": torch.zeros(6, dtype=torch.int64)}
+    objective = build_objective("fiberpo", epsilon=0.05, budgets={"trajectory": (0.2, 0.1)}, k_max=2)
+    for drift, log_weight, slope in ((0.25, 3 * 0.2 - 2 * 0.25, -2.0), (0.31, 0.0, 0.0)):
+        out = objective(torch.full_like(mu, drift), torch.ones_like(mu), mu, keys=keys)
+        assert out.gated_ratio.tolist() == pytest.approx([math.exp(log_weight)] * 6, abs=1e-14)
+        # The residuals are 0 and free, the other clips as well, so that c = w + mu (slope - 1) W with W = G.
+        assert out.gradient.tolist() == pytest.approx([slope * math.exp(log_weight) / 6] * 6, abs=1e-14)
+    six = build_objective("fiberpo", epsilon=0.05, budgets={"trajectory": (0.2, 0.1)})
+    assert six(torch.full_like(mu, 0.25), torch.ones_like(mu), mu, keys=keys).metrics.levels[0].plus.zeroed == 1.0
+
+
 @pytest.mark.filterwarnings("ignore:epsilon")
 def test_two_levels_by_hand() -> None:
     """Two one-token trajectories in one group: residuals against the group's mean."""

@@ -312,6 +312,8 @@ def test_experts_inside_a_trajectory_do_not_span_micro_batches() -> None:
         ("fiberpo", {"dual_clip": 0.9}, "must be above 1"),
         ("fiberpo", {"pessimistic": True, "unclip_positive": True}, "remove `unclip_positive`"),
         ("gspo", {"pessimistic": True}, "does not read 'pessimistic'"),
+        ("fiberpo", {"k_max": 0.5}, "k_max is 0.5; .* choose a number of 1 or more"),
+        ("grpo", {"k_max": 4}, "does not read 'k_max'"),
         ("apc", {"budgets": {"domain": (0.1, 0.1)}}, "exactly budgets"),
     ],
 )

@@ -67,6 +67,7 @@ SPECS = {
     ),
     "shared, hard": tight(SHARED, {"0:turn+expert": {"by": "expert", "*": TIGHT, 1: WIDE}}, soft=False),
     "by turn": tight(BY_TURN, {"*:trajectory": BY_DOMAIN}, pessimistic=True),
+    "shared, at most a slope": tight(SHARED, k_max=2),
 }
 
 

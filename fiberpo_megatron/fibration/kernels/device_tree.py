@@ -36,13 +36,13 @@ def coarse_counts(chain: LevelTree, nodes: NodeMap) -> list[int]:
 
 
 class DeviceTree:
-    """Holds the nodes of one call's chain of levels; the tokens are of `dtype`."""
+    """Holds the nodes of one call's chain of levels; the tokens are of `dtype`, and no gate has k above `k_max`."""
 
     flag: Tensor
     """int32 [1], or [0] with one level; it is not 0 if levels may not nest."""
 
-    def __init__(self, chain: LevelTree, nodes: NodeMap, dtype: torch.dtype) -> None:
-        self.chain, self.nodes, self.dtype = chain, nodes, dtype
+    def __init__(self, chain: LevelTree, nodes: NodeMap, dtype: torch.dtype, k_max: float | None) -> None:
+        self.chain, self.nodes, self.dtype, self.k_max = chain, nodes, dtype, k_max
         self.levels = len(chain.levels)
         p = nodes.partitions
         self.counts = tuple(coarse_counts(chain, nodes)) or (0,)
@@ -86,7 +86,7 @@ class DeviceTree:
         budgets = tuple(bound for level in self.chain.levels for bound in level.budget.others)
         table, starts, widths, sources = self._budgets()
         tables = (sums, self.coarse, self.place, values, self.stopped, table, self.experts, starts, widths)
-        constants = {"BUDGETS": budgets, "SOURCES": sources}
+        constants = {"BUDGETS": budgets, "SOURCES": sources, "K_MAX": None if self.k_max is None else float(self.k_max)}
         self._each_finest(node_kernels.gate_nodes, *tables, self.nodes.base_nodes, self.total, **constants)
         return values
 

@@ -111,7 +111,7 @@ class _FusedCall:
         if isinstance(rule, FiberPO):
             assert self.plan is not None
             if rule.branch_choice is None:
-                self.tree = DeviceTree(rule.tree, self.plan.nodes, self.x.dtype)
+                self.tree = DeviceTree(rule.tree, self.plan.nodes, self.x.dtype, rule.k_max)
             else:
                 self.tree = HostTree(rule, self.plan.nodes, self.x.dtype)
         # integers that programs add to or raise: histogram, tokens and clipped tokens per trajectory, the tree's
@@ -263,7 +263,8 @@ class _FusedCall:
         """Return the tree in torch on the host. Raises ValueError if levels do not nest."""
         if self.tree is None or self.plan is None or self.tree.gated is not None:
             return None if self.tree is None else self.tree.gated
-        return gate_tree(build_tree(self.tree.chain, self.plan.nodes, tables["nodes"], tables.get("parents")))
+        tree = build_tree(self.tree.chain, self.plan.nodes, tables["nodes"], tables.get("parents"))
+        return gate_tree(tree, self.tree.k_max)
 
     @property
     def _starts(self) -> Tensor | None:

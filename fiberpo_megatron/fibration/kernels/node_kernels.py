@@ -191,6 +191,7 @@ def gate_nodes(
     total,
     BUDGETS: tl.constexpr,
     SOURCES: tl.constexpr,
+    K_MAX: tl.constexpr,
     LEVELS: tl.constexpr,
     P: tl.constexpr,
     PADDED: tl.constexpr,
@@ -201,7 +202,7 @@ def gate_nodes(
 
     It does what `gates.gate_tree` does, once per finest node. BUDGETS are (C+, C-) per level. Where SOURCES[level] is
     not -1, nodes have budgets of their own: C+ at starts[level] plus the entry of the finest node's ancestor in that
-    source level, and C- widths[level] further.
+    source level, and C- widths[level] further. K_MAX is the largest k of a gate, or None.
     """
     b, inside, at, held = _lanes(tl.program_id(0) * BLOCK, nodes, P, PADDED, BLOCK)
     size = nodes * P
@@ -226,6 +227,8 @@ def gate_nodes(
             minus = _row(coarse_ptr, 3, total, up, held, 0.0) / mass
             own_plus -= plus
             own_minus -= minus
+        if K_MAX is not None:
+            k = tl.minimum(k, tl.full((), K_MAX, tl.float64))
         c_plus = tl.full((), BUDGETS[2 * level], tl.float64)
         c_minus = tl.full((), BUDGETS[2 * level + 1], tl.float64)
         if SOURCES[level] >= 0:
