@@ -61,6 +61,7 @@ PARTS = {
         "closeable",
         "run_lock",
     },
+    "certify": {"config", "types", "fibration", "data", "interfaces", "mcore", "rendezvous", "trainer"},
     "launch": {"config", "types", "rendezvous", "engines"},
     "doctor": {"config", "rendezvous", "telemetry", "data", "environments", "mcore", "planning", "engines", "launch"},
     "cli": {
@@ -74,6 +75,7 @@ PARTS = {
         "planning",
         "engines",
         "doctor",
+        "certify",
         "run_lock",
     },
 }

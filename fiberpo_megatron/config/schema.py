@@ -19,6 +19,7 @@ from fiberpo_megatron.trainer.settings import (
     AlgorithmConfig,
     BatchConfig,
     CheckpointConfig,
+    DebugConfig,
     EvaluationConfig,
     SftConfig,
     TrainerConfig,
@@ -61,12 +62,23 @@ class Config(Section):
     trainer: TrainerConfig = TrainerConfig()
     sft: SftConfig = SftConfig()
     slurm: SlurmConfig = SlurmConfig()
+    debug: DebugConfig = DebugConfig()
 
     @property
     def needs_rollout_routing(self) -> bool:
         """This says whether engines have to return the experts of every token."""
         algorithm = self.algorithm
         return self.rollout.return_routing or "rollout" in (algorithm.expert_routing, algorithm.routing_replay)
+
+    @model_validator(mode="after")
+    def dumped_steps_exist(self) -> "Config":
+        last = self.trainer.steps - 1
+        beyond = [step for step in self.debug.steps if step > last]
+        if beyond:
+            raise ValueError(
+                f"debug.dump_step = {beyond[0]}: the run has steps 0 to {last} (trainer.steps); choose one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def names_differ(self) -> "Config":

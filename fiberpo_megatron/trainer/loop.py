@@ -24,6 +24,7 @@ from fiberpo_megatron.trainer.advantages import estimate
 from fiberpo_megatron.trainer.batch import mini_batches
 from fiberpo_megatron.trainer.optimise import optimise
 from fiberpo_megatron.trainer.settings import AlgorithmConfig, BatchConfig
+from fiberpo_megatron.trainer.step_dump import StepDumps
 from fiberpo_megatron.trainer.step_routing import StepRouting
 from fiberpo_megatron.trainer.stop import Stopped, never
 from fiberpo_megatron.types import RolloutBatch
@@ -52,6 +53,8 @@ class Training:
     """Save after so many steps; 0: only after the last."""
     stop: Callable[[], bool] = never
     """Whether this rank was asked to stop."""
+    dumps: StepDumps | None = None
+    """Writes what the objective saw in the steps of `debug.dump_step`."""
 
 
 def train(run: Training, start: int = 0) -> None:
@@ -90,17 +93,22 @@ def train(run: Training, start: int = 0) -> None:
 
 def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, float]:
     """Take all optimiser steps on one batch of rollouts, from weights `version` on, and return metrics."""
+    weighting = run.algorithm.weighting or run.objective.weighting
     with run.timers("pack"):
         parts = mini_batches(
             rollouts,
             estimate(run.advantage, rollouts),
             batch=run.batch,
-            weighting=run.algorithm.weighting or run.objective.weighting,
+            weighting=weighting,
             domains=len(run.source.domains),
             layout=run.policy.layout,
             version=version,
             states=STATE_KEY in run.objective.keys,
         )
+    dump = None
+    if run.dumps is not None:
+        facts = {"weighting": weighting, "temperature": run.temperature, "domains": list(run.source.domains)}
+        dump = run.dumps.begin(version, run.policy.layout, rollouts, run.objective, facts)
     with run.source.training(publishes=True):
         metrics = optimise(
             run.policy,
@@ -110,6 +118,7 @@ def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, floa
             epochs=run.batch.epochs,
             temperature=run.temperature,
             timers=run.timers,
+            dump=dump,
         )
     return rollout_summary(rollouts, run.source.domains) | metrics
 

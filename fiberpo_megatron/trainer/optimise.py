@@ -5,7 +5,8 @@ Whatever the objective, the policy minimises -sum_j c_j log pi(a_j) with c_j = d
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from fiberpo_megatron.interfaces import Layout, Objective, Passes
 from fiberpo_megatron.telemetry.metrics import combine
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.batch import MiniBatch, packing_metrics
+from fiberpo_megatron.trainer.step_dump import GateCall, StepDump
 from fiberpo_megatron.trainer.step_routing import StepRouting
 from fiberpo_megatron.types import Coefficients, OptimizerStep, TokenScores
 
@@ -39,10 +41,14 @@ class ObjectiveGate:
     """The part of it inside reductions: moving the node sums, and waiting for the slowest rank."""
     reduce_bytes: int = 0
     """Size of what the reductions summed."""
+    kept: list[GateCall] | None = None
+    """Every call with what it gave, in order, for a step dump; None when no dump is asked for."""
 
     def __call__(self, log_probs: Tensor, part: slice) -> Coefficients:
         self.seen.append(log_probs.detach())
         out = self._evaluate(log_probs, part, self.reduce, metrics=self.reduce is not None)
+        if self.kept is not None:
+            self.kept.append(GateCall(part, log_probs.detach(), out))
         return Coefficients(out.gradient, out.metrics.as_dict() if self.reduce is not None else {})
 
     def metrics(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -94,8 +100,13 @@ def optimise(
     epochs: int,
     temperature: float,
     timers: PhaseTimers,
+    dump: StepDump | None = None,
 ) -> dict[str, float]:
-    """Take len(parts) x epochs optimiser steps; metrics are complete on last-stage ranks."""
+    """Take len(parts) x epochs optimiser steps; metrics are complete on last-stage ranks.
+
+    `dump` gets what the objective saw and gave in each of them, also where a step fails because something is not
+    finite.
+    """
     layout = policy.layout
     with timers("old_log_probs"):
         routing.begin()
@@ -103,11 +114,11 @@ def optimise(
         parts = routing.attach(parts)
         metrics = _rollout_metrics(layout, parts, scores) | routing.agreement(parts)
     steps: list[tuple[OptimizerStep, ObjectiveGate, Mapping[str, float]]] = []
-    with timers("train"):
+    with timers("train"), _finished(dump):
         for epoch in range(epochs):
             for index, (part, old) in enumerate(zip(parts, scores)):
                 fresh = epoch == 0 and index == 0
-                steps.append(_step(policy, objective, part, old, temperature, fresh))
+                steps.append(_step(policy, objective, part, old, temperature, fresh, dump))
     timers.add("gate", sum(gate.seconds for _, gate, _ in steps))
     timers.add("gate_reduce", sum(gate.reduce_seconds for _, gate, _ in steps))
     metrics["gate/reduce_bytes"] = sum(gate.reduce_bytes for _, gate, _ in steps) / max(1, len(steps))
@@ -121,6 +132,7 @@ def _step(
     old: TokenScores | None,
     temperature: float,
     fresh: bool,
+    dump: StepDump | None,
 ) -> tuple[OptimizerStep, ObjectiveGate, Mapping[str, float]]:
     """One optimiser step. `fresh`: the weights have not moved since the old log-probs, so x = 0 by definition and
     no extra forward is needed; nor is it where every level lies inside one micro-batch."""
@@ -128,19 +140,36 @@ def _step(
     old_log_probs = old.log_probs if old is not None else torch.zeros(0)
     single_pass = not fresh and not objective.spans_micro_batches and layout.context_size == 1
     gate = ObjectiveGate(objective, part, old_log_probs, None if single_pass else layout.sum_over_tokens)
-    outcome = policy.step(
-        part.micro_batches,
-        gate,
-        temperature,
-        log_probs=old_log_probs if fresh else None,
-        single_pass=single_pass,
-    )
-    if not layout.is_last_stage:
-        return outcome, gate, {}
-    if single_pass:
-        return outcome, gate, gate.metrics(layout.sum_over_tokens)
-    (coefficients,) = outcome.coefficients
-    return outcome, gate, coefficients.metrics
+    if dump is not None:
+        gate.kept = []
+    metrics: Mapping[str, float] = {}
+    try:
+        outcome = policy.step(
+            part.micro_batches,
+            gate,
+            temperature,
+            log_probs=old_log_probs if fresh else None,
+            single_pass=single_pass,
+        )
+        if layout.is_last_stage:
+            metrics = gate.metrics(layout.sum_over_tokens) if single_pass else outcome.coefficients[0].metrics
+    finally:
+        if dump is not None and gate.kept is not None:
+            dump.add(part, old_log_probs, gate.kept, single_pass, metrics)
+    return outcome, gate, metrics
+
+
+@contextmanager
+def _finished(dump: StepDump | None) -> Iterator[None]:
+    """Finish the dump after the steps, also after one that all ranks refused because something is not finite."""
+    try:
+        yield
+    except FloatingPointError:
+        if dump is not None:
+            dump.finish()
+        raise
+    if dump is not None:
+        dump.finish()
 
 
 def _rollout_metrics(

@@ -30,6 +30,7 @@ from fiberpo_megatron.trainer.plugin_checks import make_advantage, make_objectiv
 from fiberpo_megatron.trainer.preflight import check_folder, preflight
 from fiberpo_megatron.trainer.recorder import RunCheckpoints, last_report, open_recorder, restore
 from fiberpo_megatron.trainer.sft import fine_tune
+from fiberpo_megatron.trainer.step_dump import StepDumps
 from fiberpo_megatron.trainer.stop import Stopped, leave, never
 from fiberpo_megatron.trainer.tasks import start_tasks
 
@@ -198,6 +199,7 @@ class Run(Closeable):
                 evaluate_every=config.evaluation.every_steps,
                 save_every=config.checkpoint.every_steps,
                 stop=self._stop,
+                dumps=StepDumps(config.run.folder, config.debug.steps, config.algorithm.objective.use),
             )
             yield source, training
 

@@ -1,8 +1,8 @@
-"""This module defines the settings of the training loop: [algorithm], [batch], [evaluation], [checkpoint], [trainer]
-and [sft]."""
+"""This module defines the settings of the training loop: [algorithm], [batch], [evaluation], [checkpoint], [trainer],
+[sft] and [debug]."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -167,3 +167,16 @@ class SftConfig(Section):
     """Optimiser steps."""
     examples: int = Field(64, ge=1)
     """Examples per optimiser step, over all ranks."""
+
+
+class DebugConfig(Section):
+    dump_step: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]] | None = None
+    """Training step, by its number in metrics.jsonl (the first is 0), or a list of them, of which everything that the
+    objective saw and gave is written to <run folder>/step_dumps, for `fiberpo replay-step` and `fiberpo certify`."""
+
+    @property
+    def steps(self) -> list[int]:
+        """Return the training steps to dump."""
+        if self.dump_step is None:
+            return []
+        return [self.dump_step] if isinstance(self.dump_step, int) else self.dump_step
