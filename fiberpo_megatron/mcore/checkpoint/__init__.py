@@ -120,7 +120,7 @@ def load(policy: CheckpointedPolicy, folder: str | Path, *, trust_others: bool =
     same_layout = dict(description.layout) == _dimensions(layout)
     wanted = sharded_state(policy, is_loading=True)
     if same_layout:
-        wanted["random_state"] = random_state(layout.rank, layout.world_size, with_data=False)
+        wanted["random_state"] = random_state(layout.rank, layout.world_size)
     try:
         loaded = dist_checkpointing.load(
             wanted,
@@ -128,6 +128,7 @@ def load(policy: CheckpointedPolicy, folder: str | Path, *, trust_others: bool =
             sharded_strategy=TensorStrategy(contents),
             common_strategy=CommonStrategy(contents),
             strict=StrictHandling.RAISE_UNEXPECTED,
+            validate_access_integrity=False,  # it would bring every rank's list of tensors to every rank
         )
         restore_state(policy, loaded)
         if same_layout:
@@ -150,12 +151,21 @@ def _contents(layout: ParallelLayout, folder: Path, description: Description) ->
 
 
 def _whole(layout: ParallelLayout, folder: Path) -> Description:
-    """Return the description of a checkpoint whose files all have their checksums; the ranks share the reading."""
-    error = None
+    """Return the description of a checkpoint whose files all have their checksums.
+
+    Rank 0 looks at the folder, so that not every rank asks the file system about every file. The ranks share the
+    reading.
+    """
+    error = text = None
     try:
-        description = describe(folder)
-        error = damaged_files(folder, description, part=layout.rank, parts=layout.world_size)
+        text = describe(folder).text() if layout.rank == 0 else None
     except (DamagedCheckpoint, OSError) as caught:
+        error = str(caught)
+    _agree(layout, error, folder, raises=DamagedCheckpoint)
+    description = Description.of_text(layout.share_text(text))
+    try:
+        error = damaged_files(folder, description, part=layout.rank, parts=layout.world_size)
+    except OSError as caught:
         error = str(caught)
     _agree(layout, error, folder, raises=DamagedCheckpoint)
     return description

@@ -73,10 +73,19 @@ class Description:
     """Every other file, by path relative to the folder."""
     format: int = FORMAT
 
+    def text(self) -> str:
+        """Return the content of checkpoint.json."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def of_text(cls, text: str) -> "Description":
+        """Return what `text` gave. Raises ValueError, TypeError or KeyError for what no save writes."""
+        return _description(json.loads(text))
+
     def write(self, folder: Path) -> None:
         """Write and sync checkpoint.json."""
         with durable.replaced(folder / DESCRIPTION, text=True) as file:
-            json.dump(asdict(self), file, indent=1)
+            file.write(self.text())
 
 
 def step_folder(root: str | Path, step: int) -> Path:

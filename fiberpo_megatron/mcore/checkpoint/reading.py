@@ -10,6 +10,7 @@ import io
 import os
 import re
 import textwrap
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -230,7 +231,11 @@ class TensorStrategy(TorchDistLoadShardedStrategy):
             shapes_validation_sharded_tensors=[part for part in wanted if not part.allow_shape_mismatch],
             allow_shape_mismatch_sharded_tensors={part.key: part for part in wanted if part.allow_shape_mismatch},
         )
-        torch_checkpoint.load(state, storage_reader=_Reader(Path(checkpoint_dir), self._metadata), planner=planner)
+        reader = _Reader(Path(checkpoint_dir), self._metadata)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            # every rank knows what it reads: with `no_dist` its plan need not travel through rank 0 and back
+            torch_checkpoint.load(state, storage_reader=reader, planner=planner, no_dist=True)
         unwrapped = {key: _unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
         loaded: dict[str, Any] = _replace_sharded_keys_with_state_dict_keys(unwrapped, flat, renamed)
         _restore_dict_types(loaded, sharded_state_dict)

@@ -1,6 +1,7 @@
 """This module writes a checkpoint, either at once or in a thread while the training goes on.
 
-Tensors go into a hidden sibling folder, one file per rank; then rank 0 describes, syncs and renames it. A folder with
+Tensors go into a hidden sibling folder, one file per rank that has any to write; then rank 0 describes, syncs and
+renames it. A folder with
 the final name is therefore complete; an interrupted or failed save leaves earlier ones as they are.
 """
 
@@ -14,9 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -29,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from fiberpo_megatron import durable
 from fiberpo_megatron.mcore.checkpoint.folders import Description, FileMark, mark, mark_all, partial_folder
 from fiberpo_megatron.mcore.checkpoint.owners import keep_to_owner
-from fiberpo_megatron.mcore.checkpoint.state import random_state, sharded_state
+from fiberpo_megatron.mcore.checkpoint.state import random_states, sharded_state
 from fiberpo_megatron.mcore.parallel import exchange
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 
@@ -51,23 +53,22 @@ class Saving:
         partial = partial_folder(folder)
         self._run(lambda: _fresh(partial), only_first=True)
         sharded = sharded_state(policy, is_loading=False)
-        sharded["random_state"] = random_state(self._layout.rank, self._layout.world_size, with_data=True)
+        sharded |= random_states(self._layout.host_group)
         tensors, common = save_preprocess(sharded)
         self._run(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, partial), only_first=True)
         if background:
             tensors = _copied(tensors)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
         state = mcore_to_pyt_state_dict(by_key, False)
-        group = self._layout.background_group if background else self._layout.host_group
-        rank = self._layout.rank
-        if background:
+        group = self._layout.writers(bool(state), background)
+        if background and state:
             executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            self._written = executor.submit(_write_tensors, state, partial, group, rank)
+            self._written = executor.submit(_write_tensors, state, partial, group)
             executor.shutdown(wait=False)
         else:
             self._written = Future()
             try:
-                self._written.set_result(_write_tensors(state, partial, group, rank))
+                self._written.set_result(_write_tensors(state, partial, group) if state else {})
             except (Exception, CheckpointException) as error:  # torch's exception is a BaseException
                 self._written.set_exception(error)
 
@@ -137,11 +138,14 @@ def _fresh(partial: Path) -> None:
 
 
 def _copied(part: Any) -> Any:
-    """Return a sharded state dict on the host, whose data no later step changes."""
+    """Return a sharded state dict on the host, whose data no later step changes. Replicas, which other ranks write,
+    stay as they are."""
     if isinstance(part, dict):
         return {key: _copied(value) for key, value in part.items()}
     if isinstance(part, list | tuple):
         return type(part)(_copied(value) for value in part)
+    if isinstance(part, ShardedTensor | ShardedObject) and not is_main_replica(part.replica_id):
+        return part
     if isinstance(part, ShardedTensor):
         copied = copy.copy(part)
         copied.data = None if part.data is None else part.data.detach().to("cpu", copy=True)
@@ -153,8 +157,11 @@ def _copied(part: Any) -> Any:
     return part
 
 
-def _write_tensors(state: dict[str, Any], partial: Path, group: Any, rank: int) -> Marks:
-    """Write one file per rank in this process and sync it; return the files' marks.
+def _write_tensors(state: dict[str, Any], partial: Path, group: Any) -> Marks:
+    """Write this rank's file of the group's in this process and sync it; return its mark.
+
+    torch sends the description of every tensor through the group's first rank. Ranks whose tensors are all replicas of
+    others' are therefore not in the group: a checkpoint has as many files as ranks with tensors that no other writes.
 
     Megatron's own strategy forks writer processes and a queue manager, which takes seconds for a small model, is not
     allowed in daemonic processes, and hangs if psutil is missing. The format is the same.
@@ -165,4 +172,4 @@ def _write_tensors(state: dict[str, Any], partial: Path, group: Any, rank: int) 
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         process_group=group,
     )
-    return {path.name: mark(path) for path in partial.glob(f"__{rank}_*")}
+    return {path.name: mark(path) for path in partial.glob(f"__{dist.get_rank(group)}_*")}

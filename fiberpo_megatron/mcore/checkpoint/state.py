@@ -1,6 +1,7 @@
 """This module collects what one rank contributes to a checkpoint: sharded model and optimizer, random generators."""
 
 import gc
+import io
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ import torch
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from fiberpo_megatron.mcore.checkpoint.reading import load_plain
 from fiberpo_megatron.mcore.optimizers.build import optimizer_parts
+from fiberpo_megatron.mcore.parallel import exchange
 
 SHARDING = {
     # whole tensors under the parameters' names: loads in any layout
@@ -77,9 +80,23 @@ def _create_state(policy: Any) -> None:
             policy.optimizer_kind.create_state(part.optimizer)
 
 
-def random_state(rank: int, world_size: int, with_data: bool) -> ShardedObject:
-    """Return this rank's generators for a checkpoint; without data, the name of what is to be loaded."""
-    return ShardedObject("random_state", _generators() if with_data else None, (world_size,), (rank,))
+def random_state(rank: int, world_size: int, data: Any = None) -> ShardedObject:
+    """Return one rank's generators for a checkpoint; without data, the name of what is to be loaded."""
+    return ShardedObject("random_state", data, (world_size,), (rank,))
+
+
+def random_states(group: Any) -> dict[str, ShardedObject]:
+    """Return the generators of all ranks on rank 0, by names of their own, and nothing on the others.
+
+    All ranks call it. The generators are some 20 kB a rank; if every rank wrote its own, a checkpoint would have a file
+    for each.
+    """
+    file = io.BytesIO()
+    torch.save(_generators(), file)
+    message = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    parts = exchange.gather_bytes(message, group)
+    found = [load_plain(io.BytesIO(data := part.numpy().tobytes()), len(data), "random state") for part in parts]
+    return {f"random_state_{rank}": random_state(rank, len(parts), data) for rank, data in enumerate(found)}
 
 
 def _generators() -> dict[str, Any]:

@@ -17,6 +17,9 @@ from torch import Tensor
 from fiberpo_megatron.mcore.optimizers.base import Optimizer
 from fiberpo_megatron.mcore.optimizers.build import optimizer_parts
 
+GATHER_BYTES = 256 * 2**20
+"""A checkpoint takes at most so many bytes of the device's memory at a time on the rank that gathers the state."""
+
 
 def sharded(built: MegatronOptimizer, optimizer: Optimizer) -> MegatronOptimizer:
     """Return `built` with a `ShardedOptimizer` in place of each distributed optimizer of Megatron."""
@@ -76,35 +79,66 @@ class ShardedOptimizer(DistributedOptimizer):
     ) -> dict[int, dict[Any, dict[str, Tensor]]]:
         """Return master weights and state of all data-parallel ranks, by buffer, type of the buffer and name.
 
-        Each is a tensor on the host with an element for each of the buffer's, padding included. With `empty_data` the
-        elements are zero. Every rank gets everything, as this package's checkpoints ask for.
+        Each is a tensor on the host with an element for each of the buffer's, padding included. The first data-parallel
+        rank gets everything, because it alone writes it. The others get tensors of the same shapes that take no memory,
+        since Megatron looks at the shapes on every rank. With `empty_data` the elements are undefined, and their memory
+        is taken where something is read into them.
         """
         if use_gloo_comm or not return_on_all_ranks:
-            raise NotImplementedError("this optimizer is saved on all ranks, in the format fully_reshardable")
+            raise NotImplementedError("this optimizer is saved in the format fully_reshardable, which asks all ranks")
+        first = self.data_parallel_group.rank() == 0
         found: dict[int, dict[Any, dict[str, Tensor]]] = {}
         for index, ranges in enumerate(self.gbuf_ranges):
             ((dtype, buckets),) = ranges.items()
             sizes = [bucket.grad_data.numel() for bucket in self.buffers[index].buckets]
-            world = {name: torch.zeros(sum(sizes), dtype=kind) for name, kind in self._types.items()}
+            world = {
+                name: torch.empty(sum(sizes), dtype=kind)
+                if first or empty_data
+                else torch.zeros((), dtype=kind).expand(sum(sizes))
+                for name, kind in self._types.items()
+            }
             start = 0
             for bucket, size in zip(buckets, sizes, strict=True):
                 for name, target in world.items() if not empty_data else ():
-                    target[start : start + size] = self._gathered(bucket["param_map"], name, size)
+                    self._gather(bucket["param_map"], name, target[start : start + size])
                 start += size
             found[index] = {dtype: world}
         return found
 
-    def _gathered(self, shards: dict[Any, Any], name: str, size: int) -> Tensor:
-        """Return one state of all parameters of a bucket, the shards of all data-parallel ranks together."""
-        ranks = self.data_parallel_group.size()
-        device = self.buffers[0].grad_data.device
-        mine = torch.zeros(size // ranks, dtype=self._types[name], device=device)
+    def _gather(self, shards: dict[Any, Any], name: str, target: Tensor) -> None:
+        """Bring one state of all parameters of a bucket from all data-parallel ranks into `target` on the first.
+
+        It goes in pieces: a whole bucket may be larger than the memory that is free on the device.
+        """
+        ranks, first = self.data_parallel_group.size(), self.data_parallel_group.rank() == 0
+        share = len(target) // ranks
+        mine = torch.zeros(share, dtype=target.dtype, device=self.buffers[0].grad_data.device)
         for parameter, place in shards.items():
             at = place["gbuf_local"]
             mine[at.start : at.end] = self._get_main_param_and_optimizer_states(parameter)[name].detach()
-        everyone = [torch.empty_like(mine) for _ in range(ranks)]
-        torch.distributed.all_gather(everyone, mine, group=self.data_parallel_group)
-        return torch.cat(everyone).cpu()
+        size = max(1, GATHER_BYTES // (ranks * mine.element_size()))
+        for begin in range(0, share, size):
+            piece = mine[begin : begin + size]
+            received = [torch.empty_like(piece) for _ in range(ranks)] if first else None
+            torch.distributed.gather(piece, received, group=self.data_parallel_group, group_dst=0)
+            for rank, values in enumerate(received or ()):
+                at = rank * share + begin
+                target[at : at + len(values)] = values
+
+    def sharded_param_state_fully_reshardable(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
+    ) -> dict[int, Any]:
+        """Return the state by number of the parameter, in Megatron's order; for loading only that of parameters of
+        which this rank has a part, so that it reads and holds no others."""
+        state: dict[int, Any] = super().sharded_param_state_fully_reshardable(
+            model_sharded_state_dict, is_loading, metadata
+        )
+        if not is_loading:
+            return state
+        maps = [bucket["param_map"] for ranges in self.gbuf_ranges for found in ranges.values() for bucket in found]
+        order = [parameter for buffer in self.buffers for parameter in buffer.param_index_map]
+        held = {number: part for number, part in state.items() if any(order[number] in map_ for map_ in maps)}
+        return held or state  # a shard of nothing but padding
 
     def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Tensor]) -> None:
         """Copy a loaded shard into the master weight and the state of a parameter."""

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from fiberpo_megatron.types import RolloutBatch, batch_of, named_arrays
 
+_LENGTH_BYTES = 8
+_ANY_TAG = 7_001
+"""The messages of `any_true` have a tag of their own, so that none is taken for another message between two ranks."""
+
 
 def encode(batch: RolloutBatch) -> Tensor:
     """Return uint8 [..]: the length of a JSON header (8 bytes), the header with dtype and shape of every array, then
@@ -61,6 +65,40 @@ def all_gather_bytes(message: Tensor, group: Any) -> list[Tensor]:
 def all_gather_json(value: Any, group: Any) -> list[Any]:
     """Return every rank's value (lists, numbers, strings), in the group's rank order, without pickling."""
     return [json.loads(bytes_to_text(m)) for m in all_gather_bytes(text_to_bytes(json.dumps(value)), group)]
+
+
+def gather_bytes(message: Tensor, group: Any) -> list[Tensor]:
+    """Return every rank's message on the group's first rank, in rank order, and an empty list on the others."""
+    longest = torch.tensor([len(message)])
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
+    framed = torch.zeros(_LENGTH_BYTES + int(longest.item()), dtype=torch.uint8)
+    framed[:_LENGTH_BYTES] = torch.tensor([len(message)]).view(torch.uint8)
+    framed[_LENGTH_BYTES : _LENGTH_BYTES + len(message)] = message
+    received = (
+        [torch.empty_like(framed) for _ in range(dist.get_world_size(group))] if dist.get_rank(group) == 0 else []
+    )
+    dist.gather(framed, received or None, group=group, group_dst=0)
+    lengths = [int(part[:_LENGTH_BYTES].view(torch.int64).item()) for part in received]
+    return [part[_LENGTH_BYTES : _LENGTH_BYTES + length] for part, length in zip(received, lengths)]
+
+
+def any_true(flag: bool, group: Any) -> bool:
+    """Return whether any rank of a Gloo group passed True. Every rank calls it, and none returns before all have.
+
+    In round k each rank sends what it knows 2^k ranks further, so that ceil(log2(ranks)) messages after one another are
+    enough. Gloo's all-reduce passes around a ring, in 2 (ranks - 1) of them: at 1,024 ranks a tenth of a second, which
+    a step would pay some fifty times.
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    seen, reached = torch.tensor([int(flag)]), 1
+    while reached < size:
+        heard = torch.empty_like(seen)
+        sending = dist.isend(seen, group=group, group_dst=(rank + reached) % size, tag=_ANY_TAG)
+        dist.recv(heard, group=group, group_src=(rank - reached) % size, tag=_ANY_TAG)
+        assert sending is not None, "this rank belongs to the group"
+        sending.wait()
+        seen, reached = seen | heard, 2 * reached
+    return bool(seen.item())
 
 
 def broadcast_bytes(message: Tensor | None, source: int, group: Any) -> Tensor:

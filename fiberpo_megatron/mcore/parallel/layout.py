@@ -4,7 +4,6 @@ import datetime
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import count
 from math import lcm
 from typing import Any
@@ -26,6 +25,9 @@ __all__ = ["ParallelLayout", "check_layout", "launched_world_size", "start_layou
 
 FP8_ROW_MULTIPLE = 32
 """Tokens: Transformer Engine's FP8 products want rows in multiples of 16, MXFP8 of 32."""
+LAZY_FROM_RANKS = 128
+"""With so many ranks, Gloo connects two of them when they first speak to each other. Before, it connects all pairs of a
+group at once, and every rank reads an entry of 154 + 8 x ranks bytes of every other from the rendezvous store."""
 _starts = count()
 """Number of layouts in this process so far; the same on every rank."""
 
@@ -70,6 +72,7 @@ class ParallelLayout:
         self.is_logger = self.is_last_stage and self.tensor_rank == self.context_rank == self.data_rank == 0
         self.sequence_multiple = _sequence_multiple(self.tensor_size, self.context_size)
         self.micro_batch_multiple = self.pipeline_size if parallel.virtual_pipeline > 1 else 1
+        self._writers: dict[tuple[tuple[int, ...], bool], Any] = {}
         self._make_groups(platform.backend)
 
     def _make_groups(self, backend: str) -> None:
@@ -85,8 +88,10 @@ class ParallelLayout:
         leaders = [r for r, at in enumerate(axes) if at.tensor == at.context == at.pipeline == 0]
         self._leaders = sorted(leaders, key=lambda rank: axes[rank].data)
         self._leader_group = dist.new_group(self._leaders, backend="gloo", timeout=self._timeout)
-        for data in range(self.data_size):
-            members = [r for r, at in enumerate(axes) if at.data == data]
+        replicas: list[list[int]] = [[] for _ in range(self.data_size)]
+        for rank, at in enumerate(axes):
+            replicas[at.data].append(rank)
+        for data, members in enumerate(replicas):
             group = dist.new_group(members, backend="gloo", timeout=self._timeout)
             if data == self.data_rank:
                 self._replica_group = group
@@ -97,10 +102,19 @@ class ParallelLayout:
         dist.all_gather(everyone, mine, group=self.host_group)
         return [row.tolist() for row in everyone]
 
-    @cached_property
-    def background_group(self) -> Any:
-        """Return the Gloo group of all ranks for a background thread; every rank asks for it at the same place."""
-        return dist.new_group(backend="gloo", timeout=self._timeout)
+    def writers(self, writes: bool, background: bool) -> Any:
+        """Return the Gloo group of the ranks that pass `writes`, for the calling thread or for one in the background.
+
+        Every rank calls it, at the same place; it is None on ranks that pass False. A group is made once.
+        """
+        flags = torch.zeros(self.world_size, dtype=torch.uint8)
+        flags[self.rank] = writes
+        dist.all_reduce(flags, group=self.host_group)
+        members = tuple(flags.nonzero().flatten().tolist())
+        key = members, background
+        if key not in self._writers:
+            self._writers[key] = dist.new_group(members, backend="gloo", timeout=self._timeout)
+        return self._writers[key] if writes else None
 
     def align_rows(self, multiple: int) -> None:
         """Make every rank's share of a sequence a multiple of so many tokens."""
@@ -166,9 +180,7 @@ class ParallelLayout:
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether any rank passed True; every rank calls this and gets the same answer."""
-        count = torch.tensor([int(flag)])
-        dist.all_reduce(count, group=self.host_group)
-        return bool(count.item())
+        return exchange.any_true(flag, self.host_group)
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -193,6 +205,8 @@ def start_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, run: Ru
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     if platform.name == "cpu":
         torch.set_num_threads(run.threads_per_rank)
+    if launched_world_size() >= LAZY_FROM_RANKS:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # torch reads it when the first group is made
     # a prefix for each start: gloo would take the addresses that an earlier one left in the store for living ranks
     prefix = f"training {next(_starts)}"
     store = dist.PrefixStore(prefix, ranks_store(timeout)) if "RANK" in os.environ else dist.HashStore()
