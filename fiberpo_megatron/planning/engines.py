@@ -1,6 +1,5 @@
 """This module computes what one SGLang engine holds: the weights, and tokens of KV cache in the memory that is left."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fiberpo_megatron.config.schema import Config
@@ -64,16 +63,3 @@ def plan_engine(config: Config, architecture: Architecture, memory: float, taken
     if engine.max_total_tokens is not None:
         room = min(room, engine.max_total_tokens * token)
     return EnginePlan(weights, token, room, config.data.max_prompt_tokens + config.rollout.max_response_tokens)
-
-
-def touched_experts(architecture: Architecture, tokens: float) -> float:
-    """Return the share of a layer's experts that `tokens` tokens use, if each token chooses at random."""
-    experts = architecture.experts
-    return 1.0 if experts is None else 1.0 - (1.0 - experts.per_token / experts.count) ** tokens
-
-
-def running_requests(config: Config, plan: EnginePlan, mean_tokens: float, engines: int) -> int:
-    """Return how many trajectories one engine decodes together: as many as its settings and its cache allow."""
-    wanted = -(-config.batch.prompts * config.batch.samples_per_prompt // engines)
-    limits: Sequence[int] = (wanted, config.rollout.engine.max_running_requests, int(plan.cache_tokens // mean_tokens))
-    return max(1, min(limits))

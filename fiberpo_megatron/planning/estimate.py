@@ -2,7 +2,7 @@
 transferred."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fiberpo_megatron.config.schema import Config
@@ -10,11 +10,36 @@ from fiberpo_megatron.mcore.families import Architecture, read_architecture
 from fiberpo_megatron.mcore.optimizers import make_optimizer
 from fiberpo_megatron.mcore.parallel.checks import check_layout
 from fiberpo_megatron.planning.activations import Implementation, Row, activation_bytes, log_prob_bytes
-from fiberpo_megatron.planning.engines import EnginePlan, engine_count, plan_engine
+from fiberpo_megatron.planning.engines import EnginePlan, engine_count, engine_dtype_bytes, plan_engine
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu
-from fiberpo_megatron.planning.reductions import gate_bytes
-from fiberpo_megatron.planning.states import Position, StateBytes, state_bytes
-from fiberpo_megatron.planning.timing import GIGA, StepTime, Workload, publish_bytes, step_time, workload
+from fiberpo_megatron.planning.lengths import Lengths
+from fiberpo_megatron.planning.parameters import model_parameters
+from fiberpo_megatron.planning.reductions import gate_bytes, spans_micro_batches
+from fiberpo_megatron.planning.scenario import Publication, Scenario
+from fiberpo_megatron.planning.shapes import shape_of
+from fiberpo_megatron.planning.states import DTYPE_BYTES, Position, StateBytes, state_bytes
+from fiberpo_megatron.planning.timing import GIGA, StepTime, step_time
+from fiberpo_megatron.planning.training import packing
+
+_PUBLICATIONS: dict[str, Publication] = {"distributed": "broadcast", "disk": "disk"}
+"""The built-in ways of weight_sync.method; a custom one is planned as one that sends shards."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """This is a training step in numbers."""
+
+    trajectories: int
+    prompt_tokens: float
+    response_tokens: float
+    """Both per trajectory, mean."""
+    optimiser_steps: int
+    micro_batches: int
+    """Per data-parallel rank and optimiser step."""
+
+    @property
+    def tokens(self) -> float:
+        return self.trajectories * (self.prompt_tokens + self.response_tokens)
 
 
 @dataclass(frozen=True)
@@ -45,6 +70,8 @@ class Plan:
 
     config: Config
     architecture: Architecture
+    scenario: Scenario
+    """The same as its time depends on it."""
     gpu: Gpu
     memory: int
     """Bytes of one GPU."""
@@ -99,15 +126,37 @@ def split_gpus(config: Config, gpus: int) -> tuple[int, int]:
 
 
 def make_plan(
-    config: Config, hf_config: Mapping[str, Any], gpus: int, memory: float, gpu: Gpu, assumptions: Assumptions
+    config: Config,
+    hf_config: Mapping[str, Any],
+    gpus: int,
+    memory: float,
+    gpu: Gpu,
+    assumptions: Assumptions,
+    *,
+    staleness: float = 0.0,
+    drain: bool = True,
+    fast: bool = False,
 ) -> Plan:
-    """Plan a config on `gpus` GPUs of `memory` bytes. Raises ValueError if the layout does not divide."""
+    """Plan a config on `gpus` GPUs of `memory` bytes.
+
+    `staleness` is the number of steps by which trajectories may run ahead of the weights, and `drain` says whether a
+    publication waits for those that run. `fast` takes the overlap from a closed form instead of a simulated queue.
+    Raises ValueError if the layout does not divide.
+    """
     training, serving = split_gpus(config, gpus)
     check_layout(hf_config, config.parallel, training)
     architecture = read_architecture(hf_config)
     parallel = config.parallel.model_copy(update={"data": training // config.parallel.model_ranks})
     config = config.model_copy(update={"parallel": parallel})
-    work = workload(config, training // parallel.model_ranks, assumptions)
+    gates = gate_bytes(config)
+    scenario = _scenario(config, architecture, training, serving, gpu, assumptions, sum(gates), staleness, drain)
+    work = Workload(
+        scenario.trajectories,
+        scenario.lengths.prompt,
+        scenario.lengths.response,
+        scenario.optimiser_steps,
+        packing(scenario).rows,
+    )
     stages = tuple(
         _stage(config, architecture, training, stage, work, assumptions) for stage in range(parallel.pipeline)
     )
@@ -115,9 +164,11 @@ def make_plan(
     # colocated: while an engine generates, the trainer's parameters stay, its gradients and optimizer state do not
     taken = fullest.states.parameters if config.rollout.engine.colocated else 0
     engine = plan_engine(config, architecture, memory, taken)
+    scenario = replace(scenario, cache_gb=engine.cache / GIGA)
     return Plan(
         config=config,
         architecture=architecture,
+        scenario=scenario,
         gpu=gpu,
         memory=int(memory),
         training_gpus=training,
@@ -125,10 +176,68 @@ def make_plan(
         work=work,
         stages=stages,
         engine=engine,
-        time=step_time(config, architecture, training, work, fullest.states, engine, gpu, assumptions),
-        publish=publish_bytes(config, architecture),
-        gates=gate_bytes(config),
+        time=step_time(scenario, assumptions, fast),
+        publish=model_parameters(architecture) * DTYPE_BYTES[config.model.dtype],
+        gates=gates,
     )
+
+
+def _scenario(
+    config: Config,
+    architecture: Architecture,
+    training: int,
+    serving: int,
+    gpu: Gpu,
+    assumptions: Assumptions,
+    gates: int,
+    staleness: float,
+    drain: bool,
+) -> Scenario:
+    """Return the run as its time depends on it."""
+    batch, rollout, engine = config.batch, config.rollout, config.rollout.engine
+    limit = rollout.max_response_tokens
+    response = max(1.0, assumptions.response_share * limit)
+    prompt = min(assumptions.prompt_tokens, config.data.max_prompt_tokens)
+    steps = batch.mini_batches * batch.epochs
+    spans = spans_micro_batches(config)
+    in_flight = rollout.max_concurrent_requests * (config.parallel.data or 1) // engine_count(config)
+    arguments = engine.extra_args
+    graph_limit = 0 if "--disable-cuda-graph" in arguments else _number(arguments, "--cuda-graph-max-bs")
+    return Scenario(
+        shape=shape_of(architecture),
+        gpu=gpu,
+        trainer_gpus=training,
+        engine_gpus=serving,
+        colocated=engine.colocated,
+        parallel=config.parallel,
+        engine_tensor=engine.tensor,
+        prompts=batch.prompts,
+        samples=batch.samples_per_prompt,
+        optimiser_steps=steps,
+        lengths=Lengths(prompt, response, limit, assumptions.length_spread),
+        row_tokens=batch.micro_batch_tokens,
+        recompute=config.model.recompute == "full",
+        staleness=staleness,
+        drain=drain,
+        epochs=batch.epochs,
+        width=DTYPE_BYTES[config.model.dtype],
+        engine_width=engine_dtype_bytes(config),
+        gate_passes=(steps - 1) / batch.mini_batches if spans else 0.0,
+        gate_bytes=gates,
+        cpu_offload=config.optimizer.cpu_offload,
+        running_limit=max(1, min(engine.max_running_requests, in_flight)),
+        graph_limit=graph_limit,
+        draft_tokens=_number(arguments, "--speculative-num-steps") or 0,
+        publication="device" if engine.colocated else _PUBLICATIONS.get(config.weight_sync.method.use, "shards"),
+        checkpoint_every=config.checkpoint.every_steps,
+        checkpoint_asynchronous=config.checkpoint.asynchronous,
+    )
+
+
+def _number(arguments: list[str], name: str) -> int | None:
+    """Return the value of an engine's argument, written `--name 8` or `--name=8`; None where it is not given."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    return int(words[words.index(name) + 1]) if name in words else None
 
 
 def _stage(

@@ -1,6 +1,5 @@
 """Count what the objective's reductions over the data x context ranks carry in one optimiser step."""
 
-import warnings
 from collections.abc import Sequence
 from functools import cache
 
@@ -9,6 +8,7 @@ import torch
 from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.fibration import FiberPO, Objective, build_objective
 from fiberpo_megatron.trainer.settings import AlgorithmConfig
+from fiberpo_megatron.user_warnings import nowhere, warnings_to
 
 LABELLED = ("turn", "weight_version", "engine")
 """Keys whose ids a run gives numbers of their own, which budgets list; here all have the number 0."""
@@ -70,6 +70,5 @@ def _domains(config: Config) -> tuple[str, ...]:
 
 
 def _objective(algorithm: AlgorithmConfig, domains: Sequence[str]) -> Objective:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice about budgets belongs to the start of a run
+    with warnings_to(nowhere):  # advice about budgets belongs to the start of a run
         return build_objective(algorithm.objective.use, **algorithm.objective_options(domains))
