@@ -210,6 +210,18 @@ class RolloutBatch:
                 values[fact.name] = np.full(sizes[per], fill, dtype)
         return cls(**values)
 
+    def part(self, first: int, last: int) -> "RolloutBatch":
+        """Return the trajectories [first, last) as a batch whose arrays are views of this one's."""
+        begin, end = int(self.lengths[:first].sum()), int(self.lengths[:last].sum())
+        arrays: dict[str, Any] = {}
+        for fact in fields(self):
+            value, per = getattr(self, fact.name), fact.metadata["per"]
+            if per == NAMED:
+                arrays[fact.name] = {name: values[first:last] for name, values in value.items()}
+            else:
+                arrays[fact.name] = value[first:last] if per == TRAJECTORY else value[begin:end]
+        return RolloutBatch(**arrays)
+
     @property
     def offsets(self) -> NDArray[np.int64]:
         """This is [B + 1], the start of each trajectory in the flat arrays."""

@@ -87,42 +87,48 @@ def _mini_batch(
     micro_batches, efficiency = pack_share(rollouts, range(first, last), batch, layout)
     tokens = concatenated_response_tokens(micro_batches).numpy()
     trajectory = np.searchsorted(rollouts.offsets, tokens, side="right") - 1
-    weights = token_weights(rollouts.response_lengths[first:last], weighting)
-    keys = token_keys(rollouts, first, last, domains)
+    part = rollouts.part(first, last)
+    weights = token_weights(part.response_lengths, weighting)
+    keys = token_keys(rollouts, first, last, domains, tokens)
     if states:
-        keys[STATE_KEY] = state_ids(rollouts, first, last)
+        ids, count = state_ids(part, 0, last - first)
+        keys[STATE_KEY] = ids[tokens - rollouts.offsets[first]], count
     return MiniBatch(
         micro_batches=micro_batches,
         packing=efficiency,
         advantages=torch.from_numpy(advantages[trajectory]),
         weights=torch.from_numpy(weights[trajectory - first]),
-        keys={name: torch.from_numpy(ids[tokens]) for name, (ids, _) in keys.items()},
+        keys={name: torch.from_numpy(ids) for name, (ids, _) in keys.items()},
         counts={name: count for name, (_, count) in keys.items()},
         labels={name: torch.from_numpy(of) for name, of in token_labels(rollouts, first, last, version).items()},
         rollout_log_probs=torch.from_numpy(rollouts.rollout_log_probs[tokens]),
     )
 
 
-def token_keys(rollouts: RolloutBatch, first: int, last: int, domains: int) -> dict[str, tuple[NDArray[np.int64], int]]:
-    """Return per key (dense ids of all tokens [N], number of ids) of the mini-batch of trajectories [first, last).
+def token_keys(
+    rollouts: RolloutBatch, first: int, last: int, domains: int, tokens: NDArray[np.int64] | None = None
+) -> dict[str, tuple[NDArray[np.int64], int]]:
+    """Return per key (dense ids [n] of `tokens`, number of ids) of the mini-batch of trajectories [first, last).
 
-    The key "state" is not among them (`states.state_ids`).
-
-    Ids of tokens outside the mini-batch, and of tokens that are no response tokens, mean nothing.
+    `tokens` are flat indices [n], by default all of the batch. Their trajectories alone are looked at, apart from two
+    passes over the mini-batch: a rank has few of a large batch's tokens. The key "state" is not among the keys
+    (`states.state_ids`). Ids of tokens outside the mini-batch, and of tokens that are no response tokens, mean nothing.
     """
-    trajectory = np.repeat(np.arange(len(rollouts.lengths)), rollouts.lengths)
-    group = rollouts.groups - rollouts.groups[first]
-    turn = np.cumsum(rollouts.turn_begins) - 1
-    turns_before = int(rollouts.turns[:first].sum())
+    part, begin = rollouts.part(first, last), int(rollouts.offsets[first])
+    tokens = np.arange(len(rollouts.tokens)) if tokens is None else tokens
+    inside = (tokens - begin).clip(0, len(part.tokens) - 1)
+    trajectory = np.searchsorted(part.offsets, inside, side="right") - 1
+    group = part.groups - part.groups[0]
+    turn = np.cumsum(part.turn_begins) - 1
     keys = {
-        "turn": (turn - turns_before, int(rollouts.turns[first:last].sum())),
-        "trajectory": (trajectory - first, last - first),
-        "prompt_group": (group[trajectory], int(group[last - 1]) + 1),
-        "domain": (rollouts.domains[trajectory], domains),
+        "turn": (turn[inside], int(part.turns.sum())),
+        "trajectory": (trajectory, last - first),
+        "prompt_group": (group[trajectory], int(group[-1]) + 1),
+        "domain": (part.domains[trajectory], domains),
     }
-    for name, values in (("weight_version", rollouts.weight_versions), ("engine", rollouts.engines)):
-        seen = _seen(rollouts, values, first, last)
-        keys[name] = (np.searchsorted(seen, values).clip(max=len(seen) - 1), len(seen))
+    for name, values in (("weight_version", part.weight_versions), ("engine", part.engines)):
+        seen = _seen(part, values)
+        keys[name] = (np.searchsorted(seen, values[inside]).clip(max=len(seen) - 1), len(seen))
     return {name: (ids.astype(np.int64), count) for name, (ids, count) in keys.items()}
 
 
@@ -133,18 +139,20 @@ def token_labels(rollouts: RolloutBatch, first: int, last: int, version: int) ->
     the trainer's; that of an engine is the engine's. -1 says that it is not known, or that a version is none of this
     run (it is ahead of the trainer's).
     """
-    versions = _seen(rollouts, rollouts.weight_versions, first, last)
+    part = rollouts.part(first, last)
+    versions = _seen(part, part.weight_versions)
     return {
-        "turn": np.concatenate([np.arange(turns) for turns in rollouts.turns[first:last]]).astype(np.int64),
+        "turn": np.concatenate([np.arange(turns) for turns in part.turns]).astype(np.int64),
         "weight_version": np.where((versions >= 0) & (versions <= version), version - versions, -1).astype(np.int64),
-        "engine": _seen(rollouts, rollouts.engines, first, last).astype(np.int64),
+        "engine": _seen(part, part.engines).astype(np.int64),
     }
 
 
-def _seen(rollouts: RolloutBatch, values: NDArray[Any], first: int, last: int) -> NDArray[Any]:
-    """The different values at the response tokens of the trajectories [first, last), in ascending order."""
-    begin, end = rollouts.offsets[first], rollouts.offsets[last]
-    found: NDArray[Any] = np.unique(values[begin:end][rollouts.response_mask[begin:end]])
+def _seen(part: RolloutBatch, values: NDArray[Any]) -> NDArray[Any]:
+    """Return the different values at a mini-batch's response tokens, in ascending order."""
+    sampled = values[part.response_mask]
+    changed = np.flatnonzero(sampled[1:] != sampled[:-1]) + 1  # few; sorting all values takes far longer
+    found: NDArray[Any] = np.unique(np.concatenate([sampled[:1], sampled[changed]]))
     return found
 
 

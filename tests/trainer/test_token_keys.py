@@ -1,5 +1,6 @@
 """The keys by which objectives group tokens, each against a plain loop over the tokens."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -173,3 +174,19 @@ def test_a_mini_batch_has_the_keys_of_its_tokens():
             name: label.tolist() for name, label in labels.items()
         }
         assert sorted(tokens) == sorted(plain_ids(rollouts, first, last)["turn"])
+
+
+def test_keys_of_a_ranks_tokens_take_the_memory_of_a_mini_batch():
+    """A rank of a large run has few of the batch's tokens, and a batch of 64M tokens would not fit many times."""
+    lengths = np.full(4096, 256)
+    mask = np.arange(lengths.sum()) % 256 >= 64
+    rollouts = RolloutBatch.filled(
+        tokens=np.zeros(lengths.sum(), np.int64), response_mask=mask, lengths=lengths, groups=np.arange(4096) // 8
+    )
+    tokens = np.flatnonzero(mask[: 256 * 64])
+    tracemalloc.start()
+    keys = token_keys(rollouts, 0, 512, DOMAINS, tokens)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert all(len(ids) == len(tokens) for ids, _ in keys.values())
+    assert peak < 24 * 512 * 256, "three numbers for each token of the mini-batch"
