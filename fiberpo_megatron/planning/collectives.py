@@ -20,21 +20,25 @@ def domains(ranks: int, gpu: Gpu) -> int:
     return ceil(ranks / gpu.nvlink_domain)
 
 
-def all_reduce_seconds(ranks: int, size: float, gpu: Gpu, assumptions: Assumptions) -> float:
+def all_reduce_seconds(ranks: int, size: float, gpu: Gpu, assumptions: Assumptions, small: bool = False) -> float:
     """Return the time of an all-reduce of `size` bytes, latency included.
 
     Inside a domain every rank sends and receives its share twice. Over domains each rank's adapter carries one share of
-    the domain's sum, twice, in a tree of log2(domains) hops up and down.
+    the domain's sum, twice, in a tree of log2(domains) hops up and down. `small` messages, as in decoding, reach a lower
+    share of the links than large ones.
     """
     if ranks == 1:
         return 0.0
+    nvlink, network = assumptions.nvlink_efficiency, assumptions.network_efficiency
+    if small:
+        nvlink = network = assumptions.small_message_efficiency
     inside = min(ranks, gpu.nvlink_domain)
     seconds = assumptions.nvlink_latency_us * MICRO
-    seconds += 2 * size * (inside - 1) / inside / (assumptions.nvlink_efficiency * gpu.nvlink_gb_per_s * GIGA)
+    seconds += 2 * size * (inside - 1) / inside / (nvlink * gpu.nvlink_gb_per_s * GIGA)
     count = domains(ranks, gpu)
     if count > 1:
         seconds += 2 * log2(count) * assumptions.network_latency_us * MICRO
-        seconds += 2 * size / inside / (assumptions.network_efficiency * gpu.network_gb_per_s * GIGA)
+        seconds += 2 * size / inside / (network * gpu.network_gb_per_s * GIGA)
     return seconds
 
 

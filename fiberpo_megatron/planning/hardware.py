@@ -24,6 +24,8 @@ class Gpu:
     host_gb_per_s: float
     """One direction between the GPU and host memory (PCIe, or NVLink-C2C divided among the GPUs of one CPU)."""
     source: str
+    host_gpus: int = 8
+    """GPUs of one host."""
 
 
 _NVIDIA_8 = "DGX reference node: NDR 400 Gb/s an adapter, PCIe 5"
@@ -39,9 +41,22 @@ GPUS = {
         ),
         Gpu("B200", 191, 2250, 8000, 900, 8, 50, 64, f"NVIDIA HGX B200 data sheet; {_NVIDIA_8}"),
         Gpu("B300", 270, 2250, 8000, 900, 8, 100, 128, "NVIDIA HGX B300 data sheet: 2.1 TB for 8; 800 Gb/s, PCIe 6"),
-        Gpu("GB200", 197, 2500, 8000, 900, 72, 50, 225, "NVIDIA GB200 NVL72 data sheet; 400 Gb/s; C2C 900 GB/s for 2"),
-        Gpu("GB200-NVL36", 197, 2500, 8000, 900, 36, 50, 225, "NVIDIA GB200 NVL36: GB200 with a domain of 36"),
-        Gpu("GB300", 279, 2500, 8000, 900, 72, 100, 225, "NVIDIA GB300 NVL72 data sheet; 800 Gb/s; C2C 900 GB/s for 2"),
+        Gpu(
+            "GB200", 197, 2500, 8000, 900, 72, 50, 225, "NVIDIA GB200 NVL72 data sheet; 400 Gb/s; C2C 900 GB/s for 2", 4
+        ),
+        Gpu("GB200-NVL36", 197, 2500, 8000, 900, 36, 50, 225, "NVIDIA GB200 NVL36: GB200 with a domain of 36", 4),
+        Gpu(
+            "GB300",
+            279,
+            2500,
+            8000,
+            900,
+            72,
+            100,
+            225,
+            "NVIDIA GB300 NVL72 data sheet; 800 Gb/s; C2C 900 GB/s for 2",
+            4,
+        ),
         Gpu("MI300X", 206, 1307, 5300, 448, 8, 50, 64, "AMD Instinct MI300X data sheet: 7 links of 128 GB/s both ways"),
         Gpu("MI325X", 274, 1307, 6000, 448, 8, 50, 64, "AMD Instinct MI325X data sheet: 7 links of 128 GB/s both ways"),
     )
@@ -66,19 +81,23 @@ class Assumptions:
     """Share of memory bandwidth in norms, activations, permutations and the optimizer."""
     prefill_efficiency: float = 0.50
     """Share of `tflops` while an engine reads prompts."""
-    decode_memory_efficiency: float = 0.70
-    """Share of memory bandwidth while an engine generates: reading weights and keys and values."""
+    decode_memory_efficiency: float = 0.75
+    """Share of memory bandwidth in decoding: reading dense weights, and keys and values."""
+    expert_memory_efficiency: float = 0.62
+    """Share of memory bandwidth in decoding: reading the weights of experts, each of which gets few tokens."""
     nvlink_efficiency: float = 0.70
     """Share of NVLink's bandwidth in large collectives."""
     network_efficiency: float = 0.80
     """Share of the network's bandwidth in large collectives."""
+    small_message_efficiency: float = 0.25
+    """Share of NVLink's and the network's bandwidth in the all-reduces of decoding (some 100 KB)."""
     nvlink_latency_us: float = 10.0
     """Microseconds of a small all-reduce inside an NVLink domain."""
-    network_latency_us: float = 15.0
+    network_latency_us: float = 18.0
     """Microseconds of one hop between domains; an all-reduce over n domains has 2 log2(n) of them."""
     train_kernel_us: float = 8.0
     """Microseconds in which the trainer's Python issues one kernel: the floor of small micro-batches."""
-    decode_kernel_us: float = 2.5
+    decode_kernel_us: float = 4.0
     """Microseconds that a kernel of decoding takes beside its reading, replayed from a CUDA graph."""
     eager_kernel_us: float = 40.0
     """Microseconds in which an engine without CUDA graphs issues one kernel of decoding."""
@@ -88,10 +107,14 @@ class Assumptions:
     """Milliseconds of the engine's scheduler and sampling per decoding step."""
     engine_request_us: float = 30.0
     """Microseconds of the engine's scheduler per running request and decoding step."""
+    engine_host_ms: float = 2.0
+    """Milliseconds per decoding step in which an engine's schedule reaches each further host over the network."""
     engine_reserved_gb: float = 4.0
     """CUDA context, graphs and activations of an engine on every GPU, outside weights and KV cache (10^9 bytes)."""
-    host_copy_gb_per_s: float = 10.0
-    """Rate at which every GPU of a node at once copies its state to or from host memory (10^9 bytes a second)."""
+    pageable_copy_efficiency: float = 0.10
+    """Share of the link to host memory in copies to and from pageable memory, by all GPUs of a host at once."""
+    pinned_copy_efficiency: float = 0.75
+    """The same for pinned memory."""
     wake_s: float = 3.0
     """Seconds in which colocated engines wake, map their memory and flush their caches, once a step."""
     trajectory_ms: float = 2.0
@@ -102,6 +125,8 @@ class Assumptions:
     """CUDA context, NCCL buffers, kernels and the allocator's fragments on every training GPU (10^9 bytes)."""
     expert_imbalance: float = 1.25
     """Tokens at the busiest rank's experts over their even share."""
+    expert_spread: float = 0.65
+    """Standard deviation of the logarithm of an expert's popularity."""
     length_spread: float = 0.7
     """Standard deviation of the logarithm of a response's length before it is cut."""
     draft_acceptance: float = 0.8
@@ -112,7 +137,7 @@ class Assumptions:
     """Mean response over rollout.max_response_tokens where nothing states it."""
 
 
-_ZERO_ALLOWED = ("engine_step_ms", "engine_request_us", "trajectory_ms", "wake_s")
+_ZERO_ALLOWED = ("engine_step_ms", "engine_request_us", "engine_host_ms", "trajectory_ms", "wake_s")
 
 
 def assume(given: Sequence[str]) -> Assumptions:

@@ -5,7 +5,7 @@ from math import ceil
 from fiberpo_megatron.planning.collectives import GIGA
 from fiberpo_megatron.planning.hardware import Assumptions
 from fiberpo_megatron.planning.scenario import Scenario
-from fiberpo_megatron.planning.training import optimizer_state_bytes
+from fiberpo_megatron.planning.training import host_bandwidth, optimizer_state_bytes
 
 
 def publish_seconds(scenario: Scenario, assumptions: Assumptions) -> float:
@@ -32,7 +32,7 @@ def publish_seconds(scenario: Scenario, assumptions: Assumptions) -> float:
         needed = model * scenario.engines  # bytes that all engines together need
         return max(needed / scenario.engine_gpus, needed / scenario.trainer_gpus) / network
     if scenario.publication == "disk":
-        nodes = ceil(scenario.engine_gpus / gpu.nvlink_domain)
+        nodes = ceil(scenario.engine_gpus / gpu.host_gpus)
         storage = assumptions.storage_gb_per_s * GIGA
         return model / storage + model * nodes / (storage * max(nodes, 1))
     across = model / (network * domain) if scenario.parallel.model_ranks > gpu.nvlink_domain else 0.0
@@ -52,7 +52,7 @@ def checkpoint_seconds(scenario: Scenario, assumptions: Assumptions) -> float:
         return 0.0
     state = optimizer_state_bytes(scenario)
     if scenario.checkpoint_asynchronous:
-        return state / (assumptions.host_copy_gb_per_s * GIGA) / scenario.checkpoint_every
-    nodes = ceil(scenario.trainer_gpus / scenario.gpu.nvlink_domain)
+        return state / host_bandwidth(scenario, assumptions) / scenario.checkpoint_every
+    nodes = ceil(scenario.trainer_gpus / scenario.gpu.host_gpus)
     total = scenario.shape.total * (12 + scenario.width)
     return total / nodes / (assumptions.storage_gb_per_s * GIGA) / scenario.checkpoint_every

@@ -38,6 +38,9 @@ class Scenario:
     s - staleness)."""
     drain: bool = True
     """Whether a publication waits until no request is in flight; else engines pause and go on under new weights."""
+    streaming: bool = False
+    """Whether an optimiser step begins once enough trajectories have ended, whichever they are; else a step takes its
+    own tickets, all of them."""
     epochs: int = 1
     width: int = 2
     """Bytes of a parameter in the trainer."""
@@ -52,8 +55,13 @@ class Scenario:
     """Forward passes over a step's tokens that the gates need beside the ordinary ones."""
     gate_bytes: int = 0
     """Bytes that the gates all-reduce in an optimiser step."""
+    pinned: bool = True
+    """Whether state waits in pinned host memory; else in pageable memory, which copies far slower."""
     cpu_offload: bool = False
     """Whether optimizer state waits in host memory except while the optimizer steps."""
+    weights_to_host: bool = False
+    """Whether colocated engines keep their weights in host memory while the trainer learns (vLLM's sleep level 1); else
+    they drop them and get them by the next publication."""
     cache_gb: float | None = None
     """GB of KV cache on an engine's GPU; None: what `memory_share` leaves."""
     memory_share: float = 0.8

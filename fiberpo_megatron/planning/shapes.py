@@ -30,6 +30,8 @@ class ModelShape:
     """Numbers of one such head and layer: keys and values, or the latent."""
     attention_layers: int
     """Layers whose attention reads all earlier tokens."""
+    state_bytes: int
+    """Bytes of the float32 state that the other layers (linear attention) keep for each request, over all layers."""
     moe_layers: int
     experts: int
     """Routed experts of a layer; 0 for a dense model."""
@@ -73,7 +75,7 @@ def read_shape(hf_config: Mapping[str, Any]) -> ModelShape:
     config: Mapping[str, Any] = hf_config.get("text_config", hf_config)
     layers, hidden, heads = (int(config[key]) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     experts = int(_first(config, "num_experts", "n_routed_experts", "num_local_experts") or 0)
-    attention_layers = layers
+    attention_layers, state = layers, 0
     rank = config.get("kv_lora_rank")
     if rank:
         rotary, plain = int(config["qk_rope_head_dim"]), int(config["qk_nope_head_dim"])
@@ -87,7 +89,9 @@ def read_shape(hf_config: Mapping[str, Any]) -> ModelShape:
         gate = 2 if config.get("attn_output_gate") or config.get("full_attention_interval") else 1
         full = hidden * query_size * ((gate + 1) * heads + 2 * cache_heads)
         attention_layers = _full_attention_layers(config, layers)
-        mixing = full * attention_layers + _linear_parameters(config, hidden) * (layers - attention_layers)
+        linear = layers - attention_layers
+        mixing = full * attention_layers + _linear_parameters(config, hidden) * linear
+        state = _linear_state(config) * linear
     dense_layers = _dense_layers(config, layers) if experts else layers
     moe_layers = layers - dense_layers
     expert_ffn = int(_first(config, "moe_intermediate_size", "intermediate_size") or 0) if experts else 0
@@ -105,6 +109,7 @@ def read_shape(hf_config: Mapping[str, Any]) -> ModelShape:
         cache_heads=cache_heads,
         cache_size=cache_size,
         attention_layers=attention_layers,
+        state_bytes=state,
         moe_layers=moe_layers,
         experts=experts,
         experts_per_token=int(_first(config, "num_experts_per_tok", "moe_topk") or 0) if experts else 0,
@@ -132,6 +137,7 @@ def shape_of(architecture: Architecture) -> ModelShape:
         cache_heads=1 if latent else architecture.key_value_heads,
         cache_size=latent.key_value_rank + latent.rotary_size if latent else 2 * architecture.head_dim,
         attention_layers=architecture.layers,
+        state_bytes=0,
         moe_layers=architecture.layers - len(experts.dense_layers) if experts else 0,
         experts=experts.count if experts else 0,
         experts_per_token=experts.per_token if experts else 0,
@@ -170,6 +176,14 @@ def _linear_parameters(config: Mapping[str, Any], hidden: int) -> int:
     keys = int(config["linear_num_key_heads"]) * int(config["linear_key_head_dim"])
     values = int(config["linear_num_value_heads"]) * int(config["linear_value_head_dim"])
     return hidden * (2 * keys + 3 * values + 2 * int(config["linear_num_value_heads"]))
+
+
+def _linear_state(config: Mapping[str, Any]) -> int:
+    """Return the bytes of one layer's state: a float32 matrix of keys by values for each head of values."""
+    heads, keys, values = (
+        int(config.get(f"linear_{name}") or 0) for name in ("num_value_heads", "key_head_dim", "value_head_dim")
+    )
+    return 4 * heads * keys * values
 
 
 def _dense_layers(config: Mapping[str, Any], layers: int) -> int:

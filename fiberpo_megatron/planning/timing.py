@@ -10,9 +10,9 @@ from fiberpo_megatron.planning.collectives import GIGA
 from fiberpo_megatron.planning.decoding import make_decoder
 from fiberpo_megatron.planning.hardware import Assumptions
 from fiberpo_megatron.planning.publication import checkpoint_seconds, publish_seconds
-from fiberpo_megatron.planning.rollouts import Load, alone, quick, simulate
+from fiberpo_megatron.planning.rollouts import Load, Schedule, alone, quick, simulate
 from fiberpo_megatron.planning.scenario import Scenario, running_requests
-from fiberpo_megatron.planning.training import optimizer_seconds, optimizer_state_bytes, passes
+from fiberpo_megatron.planning.training import host_bandwidth, optimizer_seconds, optimizer_state_bytes, passes
 
 TERA = 1e12
 
@@ -69,20 +69,22 @@ def step_time(scenario: Scenario, assumptions: Assumptions, fast: bool = False) 
     `fast` takes the overlap of generation and training from a closed form instead of the simulated queue.
     """
     own = passes(scenario, scenario.shape, assumptions)
+    host = host_bandwidth(scenario, assumptions)
+    # the reference model's weights wait in host memory, and the trainer's make room for them
+    swapped = 4 * sum(scenario.rank_parameters) * scenario.width / host
     reduced = assumptions.network_efficiency * scenario.gpu.network_gb_per_s * GIGA
     gates = scenario.optimiser_steps * 2 * scenario.gate_bytes / reduced
     train = own.train * scenario.epochs + own.forward * scenario.gate_passes + gates
     teacher = passes(scenario, scenario.teacher, assumptions).forward if scenario.teacher else 0.0
     turns = 0.0
     if scenario.colocated:
-        state = 0.0 if scenario.cpu_offload else optimizer_state_bytes(scenario)
-        turns = 2 * state / (assumptions.host_copy_gb_per_s * GIGA) + assumptions.wake_s
+        turns = 2 * _parked_bytes(scenario) / host + assumptions.wake_s
     decoder = make_decoder(scenario, assumptions)
     load = engine_load(scenario, assumptions)
     phases = StepTime(
         generate=alone(decoder, load),
         old_log_probs=own.forward if scenario.old_log_probs else 0.0,
-        reference=own.forward if scenario.reference else 0.0,
+        reference=own.forward + swapped if scenario.reference else 0.0,
         teacher=teacher,
         train=train,
         optimizer=scenario.optimiser_steps * optimizer_seconds(scenario, assumptions),
@@ -95,11 +97,22 @@ def step_time(scenario: Scenario, assumptions: Assumptions, fast: bool = False) 
     if scenario.staleness == 0:
         return phases
     run = quick if fast else simulate
-    cycle = run(
-        decoder, load, scenario.staleness, scenario.drain, phases.training, phases.publish + phases.memory_turns
+    schedule = Schedule(
+        scenario.staleness,
+        scenario.drain,
+        scenario.optimiser_steps if scenario.streaming else 1,
+        not scenario.streaming,
     )
+    cycle = run(decoder, load, schedule, phases.training, phases.publish + phases.memory_turns)
     values = {name: getattr(phases, name) for name in StepTime.__dataclass_fields__}
     return StepTime(**{**values, "hidden": max(0.0, phases.total - cycle.step)})
+
+
+def _parked_bytes(scenario: Scenario) -> float:
+    """Return what moves to host memory and back on every GPU when colocated engines and the trainer take turns."""
+    state = 0.0 if scenario.cpu_offload else optimizer_state_bytes(scenario)
+    weights = scenario.shape.total * scenario.engine_width / scenario.engine_tensor
+    return state + (weights if scenario.weights_to_host else 0.0)
 
 
 def engine_load(scenario: Scenario, assumptions: Assumptions) -> Load:

@@ -165,8 +165,14 @@ def optimizer_seconds(scenario: Scenario, assumptions: Assumptions) -> float:
     # Adam reads and writes 12 bytes a parameter; clipping reads the gradients twice, and they are set to zero
     seconds += (state * 2 * 12 + (dense + experts) * 4 * 4) / memory
     if scenario.cpu_offload:
-        seconds += state * 2 * 12 / (assumptions.host_copy_gb_per_s * GIGA)
+        seconds += state * 2 * 12 / host_bandwidth(scenario, assumptions)
     return seconds
+
+
+def host_bandwidth(scenario: Scenario, assumptions: Assumptions) -> float:
+    """Return the bytes a second of a copy between a GPU and host memory."""
+    share = assumptions.pinned_copy_efficiency if scenario.pinned else assumptions.pageable_copy_efficiency
+    return share * scenario.gpu.host_gb_per_s * GIGA
 
 
 def optimizer_state_bytes(scenario: Scenario) -> float:
