@@ -18,6 +18,7 @@ setup(
     include_package_data=True,
     package_data={
         "fiberpo_megatron.launch": ["templates/*"],
+        "fiberpo_megatron.planning": ["data/*.json", "data/models/*/config.json"],
         "fiberpo_megatron.engines": ["sglang_*/**/*", "sglang_*/**/*.dist-info/*"],
     },
     install_requires=[

@@ -24,8 +24,8 @@ def all_reduce_seconds(ranks: int, size: float, gpu: Gpu, assumptions: Assumptio
     """Return the time of an all-reduce of `size` bytes, latency included.
 
     Inside a domain every rank sends and receives its share twice. Over domains each rank's adapter carries one share of
-    the domain's sum, twice, in a tree of log2(domains) hops up and down. `small` messages, as in decoding, reach a lower
-    share of the links than large ones.
+    the domain's sum, twice, in a tree of log2(domains) hops up and down. `small` messages, as in decoding, reach a
+    lower share of the links than large ones.
     """
     if ranks == 1:
         return 0.0

@@ -231,11 +231,12 @@ def _scenario(
         publication="device" if engine.colocated else _PUBLICATIONS.get(config.weight_sync.method.use, "shards"),
         checkpoint_every=config.checkpoint.every_steps,
         checkpoint_asynchronous=config.checkpoint.asynchronous,
+        checked=config.weight_sync.verify_every == 1,
     )
 
 
 def _number(arguments: list[str], name: str) -> int | None:
-    """Return the value of an engine's argument, written `--name 8` or `--name=8`; None where it is not given."""
+    """Return the value of an engine's argument, written `--name 8` or `--name=8`; None if it is not given."""
     words = [word for argument in arguments for word in argument.split("=", 1)]
     return int(words[words.index(name) + 1]) if name in words else None
 

@@ -40,9 +40,7 @@ class Cycle:
     step: float
     """From the end of one step's training to the end of the next one's."""
     busy: float
-    """Time in which the engine decodes."""
-    wait: float
-    """Time in which the trainer waits for trajectories or for a publication."""
+    """Time in which the engine reads prompts and decodes."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def simulate(decoder: Decoder, load: Load, schedule: Schedule, train: float, pub
     """Return the steady cycle when training a step takes `train` seconds and a publication `publish`."""
     if schedule.staleness == 0:
         busy = alone(decoder, load)
-        return Cycle(busy + train + publish, busy, busy + publish)
+        return Cycle(busy + train + publish, busy)
     return _Queue(decoder, load, schedule, train, publish, 4 + 3 * int(schedule.staleness + 1)).run()
 
 
@@ -83,7 +81,7 @@ def quick(decoder: Decoder, load: Load, schedule: Schedule, train: float, publis
     """
     busy, staleness = alone(decoder, load), schedule.staleness
     if staleness == 0:
-        return Cycle(busy + train + publish, busy, busy + publish)
+        return Cycle(busy + train + publish, busy)
     if schedule.drain:
         step = max(busy, train) + publish
     else:
@@ -93,7 +91,7 @@ def quick(decoder: Decoder, load: Load, schedule: Schedule, train: float, publis
         work = load.trajectories * lengths.response / rate + load.prompts * lengths.prompt * decoder.prompt_token
         loop = (busy + train + publish) / (1 + staleness) if schedule.in_order else 0.0
         step = max(train + publish, work + publish, loop)
-    return Cycle(step, min(busy, step), step - train)
+    return Cycle(step, min(busy, step))
 
 
 def _ticket_lengths(load: Load, step: int) -> np.ndarray:
@@ -145,10 +143,10 @@ class _Queue:
                 assert self._training_ends is not None, "nothing runs, nothing trains, and steps are left"
                 self._clock = max(self._clock, self._training_ends)
         if self._steps == 1:
-            return Cycle(ends[0], self._busy, self._busy)
+            return Cycle(ends[0], self._busy)
         half = self._steps // 2
         cycle = (ends[-1] - ends[half - 1]) / (self._steps - half)
-        return Cycle(cycle, self._busy / self._steps, max(0.0, cycle - self._train))
+        return Cycle(cycle, self._busy / self._steps)
 
     def _ready(self) -> bool:
         """Return whether the trajectories of the next part have ended."""
