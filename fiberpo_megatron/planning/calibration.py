@@ -1,4 +1,4 @@
-"""This module reads what `fiberpo calibrate` measured on a machine, and puts it in the place of the planner's constants.
+"""This module reads what `fiberpo calibrate` measured, and puts it in the place of the planner's constants.
 
 A calibration is a JSON file. `constants` are what a plan uses, each with its value, its spread over the rounds (`low`
 and `high`, the quartiles) and its unit; `measurements` are the timings that they were computed from; `machine`,
@@ -15,7 +15,6 @@ from typing import Any
 from fiberpo_megatron import durable
 from fiberpo_megatron.json_files import read_object
 from fiberpo_megatron.planning.hardware import GPUS, Assumptions, Gpu, assume
-from fiberpo_megatron.planning.overheads import Overheads
 
 FORMAT = "fiberpo calibration 1"
 FILE = "calibration.json"
@@ -26,11 +25,13 @@ DEVICE = (
     "memory_gb_per_s",
     "link_gb_per_s",
     "network_gb_per_s",
-    "ranks_per_machine",
 )
 """Constants of the device, which make its row among the GPUs. Links and network are absent where one rank, or one
 machine, was at hand."""
-DERATED = {"memory_gb_per_s": "memory_efficiency", "link_gb_per_s": "nvlink_efficiency"}
+
+
+SAME_MACHINE = 10**6
+"""Ranks that the links of a CPU connect: all of them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Calibration:
     versions: Mapping[str, str]
     made: str
     constants: Mapping[str, Constant]
-    """By `device.NAME` (DEVICE), `assumptions.NAME` or `overheads.NAME`."""
+    """By `device.NAME` (DEVICE) or `assumptions.NAME` (a field of `Assumptions`)."""
     measurements: Mapping[str, Constant]
 
     def value(self, name: str, default: float) -> float:
@@ -67,38 +68,35 @@ class Calibration:
         What was not measured is the vendor's where the device has a row in `GPUS`; a CPU's ranks share one machine, so
         that its links stand for the network too.
         """
-        device = str(self.machine["device"])
-        vendor = vendor_row(device)
-        links = self.value("device.link_gb_per_s", vendor.nvlink_gb_per_s if vendor else 1.0)
         name = f"device.{dtype}_tflops"
         if name not in self.constants:
             raise ValueError(f'the calibration has no {name}, which model.dtype = "{dtype}" needs; calibrate again')
-        return Gpu(
-            name=vendor.name if vendor else device,
-            memory_gb=self.value("device.memory_gb", vendor.memory_gb if vendor else 0.0),
+        vendor = vendor_row(str(self.machine["device"]))
+        row = vendor or Gpu(str(self.machine["device"]), 1, 1, 1, 1, SAME_MACHINE, 1, 1, "")
+        links = self.value("device.link_gb_per_s", row.nvlink_gb_per_s)
+        memory = self.value("device.memory_gb_per_s", row.memory_gb_per_s)
+        return replace(
+            row,
+            memory_gb=self.value("device.memory_gb", row.memory_gb),
             tflops=self.constants[name].value,
-            memory_gb_per_s=self.value("device.memory_gb_per_s", vendor.memory_gb_per_s if vendor else 0.0),
+            memory_gb_per_s=memory,
             nvlink_gb_per_s=links,
-            nvlink_domain=vendor.nvlink_domain if vendor else 10**9,
             network_gb_per_s=self.value("device.network_gb_per_s", vendor.network_gb_per_s if vendor else links),
-            host_gb_per_s=vendor.host_gb_per_s if vendor else self.value("device.memory_gb_per_s", 1.0),
+            host_gb_per_s=vendor.host_gb_per_s if vendor else memory,
             source=f"measured {self.made}",
         )
 
     def assumptions(self, base: Assumptions) -> Assumptions:
         """Return `base` with the measured assumptions in it."""
-        return replace(base, **self._of("assumptions"))
-
-    def overheads(self) -> Overheads:
-        """Return the measured constant costs."""
-        return Overheads(**self._of("overheads"))
-
-    def _of(self, part: str) -> dict[str, float]:
-        return {
-            name.partition(".")[2]: constant.value
-            for name, constant in self.constants.items()
-            if name.startswith(f"{part}.")
-        }
+        prefix = "assumptions."
+        return replace(
+            base,
+            **{
+                name.removeprefix(prefix): constant.value
+                for name, constant in self.constants.items()
+                if name.startswith(prefix)
+            },
+        )
 
     def write(self, path: Path) -> None:
         """Write the file, whole. Raises OSError."""
@@ -149,16 +147,15 @@ def read_calibration(path: Path) -> Calibration:
 
 
 def _constant(fields_of_it: Mapping[str, Any]) -> Constant:
-    values = [float(fields_of_it[name]) for name in ("value", "low", "high")]
-    if not all(isfinite(value) for value in values):
-        raise ValueError(f"{values} are not all finite")
-    return Constant(*values, unit=str(fields_of_it["unit"]))
+    value, low, high = (float(fields_of_it[name]) for name in ("value", "low", "high"))
+    if not all(map(isfinite, (value, low, high))):
+        raise ValueError(f"{value}, {low} and {high} are not all finite")
+    return Constant(value, low, high, str(fields_of_it["unit"]))
 
 
 def _check_names(path: Path, constants: Mapping[str, Constant]) -> None:
     known = {f"device.{name}" for name in DEVICE}
     known |= {f"assumptions.{field.name}" for field in fields(Assumptions)}
-    known |= {f"overheads.{field.name}" for field in fields(Overheads)}
     unknown = sorted(constants.keys() - known)
     if unknown:
         raise ValueError(f"{path}: no plan uses the constant {unknown[0]!r}; make the file again: fiberpo calibrate")
@@ -170,7 +167,7 @@ def _check_values(path: Path, constants: Mapping[str, Constant], cpu: bool) -> N
     if missing:
         raise ValueError(f"{path}: {missing[0]} is missing, and no vendor's figure stands for it; calibrate again")
     for name, constant in constants.items():
-        least = 0.0 if name.startswith("overheads.") or name.endswith(("_ms", "_us", "wake_s")) else 1e-12
+        least = 0.0 if name.startswith("assumptions.") and name.endswith(("_s", "_ms", "_us")) else 1e-12
         most = 1.0 if name.endswith(("_efficiency", "_share", "_acceptance")) else 1e15
         if not least <= constant.value <= most:
             raise ValueError(f"{path}: {name} = {constant.value} is not between {least:g} and {most:g}")

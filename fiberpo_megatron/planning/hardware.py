@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from fiberpo_megatron.planning.overheads import Overheads
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -64,7 +66,7 @@ GPUS = {
 
 
 @dataclass(frozen=True)
-class Assumptions:
+class Assumptions(Overheads):
     """These are the constants that no data sheet of a GPU gives; docs/planning.md (Constants) has the source of each.
 
     One set holds for all GPUs, models and modes. `--assume name=value` replaces one, and a calibration those that it
@@ -155,7 +157,7 @@ def assume(given: Sequence[str]) -> Assumptions:
             values[name] = float(value)
         except ValueError:
             raise ValueError(f"--assume {text}: {value!r} is not a number") from None
-        positive = values[name] >= 0 if name in _ZERO_ALLOWED else values[name] > 0
+        positive = values[name] >= 0 if name in _ZERO_ALLOWED or hasattr(Overheads, name) else values[name] > 0
         if not positive or (name.endswith(("_efficiency", "_share", "_acceptance")) and values[name] > 1):
             raise ValueError(f"--assume {text}: the value must be positive, and a share at most 1")
     return replace(Assumptions(), **values)

@@ -78,6 +78,8 @@ class Scenario:
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: none is counted."""
     checkpoint_asynchronous: bool = False
+    checked: bool = False
+    """Whether a publication is followed by a check of what an engine says (`weight_sync.verify_every`)."""
 
     @property
     def trajectories(self) -> int:

@@ -3,16 +3,17 @@
 docs/planning.md describes the model and its constants, and compares it with published runs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from fiberpo_megatron.planning.collectives import GIGA
+from fiberpo_megatron.planning.constant_costs import constant_costs
 from fiberpo_megatron.planning.decoding import make_decoder
 from fiberpo_megatron.planning.hardware import Assumptions
 from fiberpo_megatron.planning.publication import checkpoint_seconds, publish_seconds
 from fiberpo_megatron.planning.rollouts import Load, Schedule, alone, quick, simulate
 from fiberpo_megatron.planning.scenario import Scenario, running_requests
-from fiberpo_megatron.planning.training import host_bandwidth, optimizer_seconds, optimizer_state_bytes, passes
+from fiberpo_megatron.planning.training import host_bandwidth, optimizer_seconds, optimizer_state_bytes, packing, passes
 
 TERA = 1e12
 
@@ -94,6 +95,8 @@ def step_time(scenario: Scenario, assumptions: Assumptions, fast: bool = False) 
         checkpoint=checkpoint_seconds(scenario, assumptions),
         hidden=0.0,
     )
+    added = constant_costs(scenario, assumptions, packing(scenario).rows)
+    phases = replace(phases, **{name: getattr(phases, name) + cost for name, cost in added.items()})
     if scenario.staleness == 0:
         return phases
     run = quick if fast else simulate
