@@ -15,6 +15,7 @@ from fiberpo_megatron.config import Config, load_config
 from fiberpo_megatron.engines.client import EngineAddress
 from fiberpo_megatron.engines.servers import check_reachable
 from fiberpo_megatron.telemetry.sinks import METRICS_FILE, read_records
+from fiberpo_megatron.trainer.plugin_checks import recorded
 
 CONSOLE_FILE = "console.log"
 STOP_CODE = 1
@@ -71,7 +72,7 @@ def require_same_settings(run: PlannedRun) -> None:
     made = run.folder / "config.toml"
     if not made.is_file():
         return
-    before, now = _settings(load_config(made)), _settings(run.config())
+    before, now = (_settings(recorded(config, [])) for config in (load_config(made), run.config()))
     if before != now:
         differing = ", ".join(key for key in sorted(before | now) if before.get(key) != now.get(key))
         raise ValueError(
