@@ -54,6 +54,8 @@ def use_layout(parallel: dict[str, int]) -> dict[str, Any]:
         "untouched": x.item() == layout.data_rank * 10 + layout.context_rank,
         "text": layout.share_text("grüße" if layout.rank == 0 else None),
         "empty": layout.share_text("" if layout.rank == 0 else None),
+        "gathered": layout.gather_json({"rank": layout.rank, "text": "ü" * layout.rank}),
+        "any": [layout.any_rank(layout.rank == rank) for rank in range(layout.world_size)] + [layout.any_rank(False)],
         "joined": joined,
         "multiple": layout.sequence_multiple,
     }
@@ -89,6 +91,8 @@ def test_exchanges(parallel: dict[str, int], multiple: int):
         parts = {name: values.tolist() for name, values in joined.reward_parts.items()}
         assert parts == {"form": [0.25] * 3 + [1.25] * 2, "late": pytest.approx([np.nan] * 3 + [1.0] * 2, nan_ok=True)}
         assert answer["text"] == "grüße" and answer["empty"] == ""
+        assert answer["gathered"] == [{"rank": rank, "text": "ü" * rank} for rank in range(world_size)]
+        assert answer["any"] == [True] * world_size + [False]
         assert answer["untouched"] and answer["multiple"] == multiple
         places = {other["place"] for other in found}
         assert answer["sum"] == sum(10 * data + context for data, context in places)

@@ -80,8 +80,7 @@ class Saving:
         """Wait until all is written, and give the checkpoint its name. Every rank calls this."""
         marks: Marks = {}
         self._run(lambda: marks.update(self._written.result()))
-        everyone = exchange.all_gather_bytes(exchange.text_to_bytes(json.dumps(marks)), self._layout.host_group)
-        for message in everyone:
+        for message in exchange.gather_bytes(exchange.text_to_bytes(json.dumps(marks)), self._layout.host_group):
             marks |= {name: FileMark(*values) for name, values in json.loads(exchange.bytes_to_text(message)).items()}
         self._run(lambda: self._name(marks), only_first=True)
 

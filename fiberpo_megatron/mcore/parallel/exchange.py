@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fiberpo_megatron.types import RolloutBatch, batch_of, named_arrays
 
-_LENGTH_BYTES = 8
-_ANY_TAG = 7_001
-"""The messages of `any_true` have a tag of their own, so that none is taken for another message between two ranks."""
+_ANY_TAG, _TREE_TAG = 7_001, 7_002
+"""The messages of `any_true` and `gather_bytes` have tags of their own, so that none is taken for another one between
+the same two ranks."""
 
 
 def encode(batch: RolloutBatch) -> Tensor:
@@ -62,24 +62,29 @@ def all_gather_bytes(message: Tensor, group: Any) -> list[Tensor]:
     return [part[: int(s.item())] for part, s in zip(received, sizes)]
 
 
-def all_gather_json(value: Any, group: Any) -> list[Any]:
-    """Return every rank's value (lists, numbers, strings), in the group's rank order, without pickling."""
-    return [json.loads(bytes_to_text(m)) for m in all_gather_bytes(text_to_bytes(json.dumps(value)), group)]
-
-
 def gather_bytes(message: Tensor, group: Any) -> list[Tensor]:
-    """Return every rank's message on the group's first rank, in rank order, and an empty list on the others."""
-    longest = torch.tensor([len(message)])
-    dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
-    framed = torch.zeros(_LENGTH_BYTES + int(longest.item()), dtype=torch.uint8)
-    framed[:_LENGTH_BYTES] = torch.tensor([len(message)]).view(torch.uint8)
-    framed[_LENGTH_BYTES : _LENGTH_BYTES + len(message)] = message
-    received = (
-        [torch.empty_like(framed) for _ in range(dist.get_world_size(group))] if dist.get_rank(group) == 0 else []
-    )
-    dist.gather(framed, received or None, group=group, group_dst=0)
-    lengths = [int(part[:_LENGTH_BYTES].view(torch.int64).item()) for part in received]
-    return [part[_LENGTH_BYTES : _LENGTH_BYTES + length] for part, length in zip(received, lengths)]
+    """Return every rank's message on the first rank of a Gloo group, in rank order, and an empty list on the others.
+
+    Every rank calls it. The messages go up a tree: ceil(log2(ranks)) of them after one another bring everything.
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    lengths, data = torch.tensor([len(message)]), message.contiguous()
+    reach = 1
+    while reach < size and not rank & reach:
+        if rank + reach < size:  # that rank has its own message and those of the ranks behind it
+            theirs = torch.empty(min(reach, size - rank - reach), dtype=torch.int64)
+            dist.recv(theirs, group=group, group_src=rank + reach, tag=_TREE_TAG)
+            received = torch.empty(int(theirs.sum()), dtype=torch.uint8)
+            if len(received):
+                dist.recv(received, group=group, group_src=rank + reach, tag=_TREE_TAG)
+            lengths, data = torch.cat([lengths, theirs]), torch.cat([data, received])
+        reach *= 2
+    if rank:
+        dist.send(lengths, group=group, group_dst=rank - reach, tag=_TREE_TAG)
+        if len(data):
+            dist.send(data, group=group, group_dst=rank - reach, tag=_TREE_TAG)
+        return []
+    return list(data.split(lengths.tolist()))
 
 
 def any_true(flag: bool, group: Any) -> bool:
@@ -99,6 +104,14 @@ def any_true(flag: bool, group: Any) -> bool:
         sending.wait()
         seen, reached = seen | heard, 2 * reached
     return bool(seen.item())
+
+
+def all_gather_json(value: Any, group: Any) -> list[Any]:
+    """Return every rank's value (lists, numbers, strings), in the group's rank order, without pickling."""
+    texts = [bytes_to_text(part) for part in gather_bytes(text_to_bytes(json.dumps(value)), group)]
+    joined = text_to_bytes(f"[{','.join(texts)}]") if texts else None
+    everyone = broadcast_bytes(joined, dist.get_global_rank(group, 0), group)
+    return list(json.loads(bytes_to_text(everyone)))
 
 
 def broadcast_bytes(message: Tensor | None, source: int, group: Any) -> Tensor:
