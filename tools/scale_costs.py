@@ -68,10 +68,11 @@ def _status(name: str) -> int:
 
 def start(ranks: int) -> dict[str, float]:
     """Build the process groups of a layout of `ranks` ranks as rank 0 with the fake backend; count them."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     from fiberpo_megatron.config.schema import RunConfig
     from fiberpo_megatron.mcore.parallel import layout as module
     from fiberpo_megatron.mcore.settings import ParallelConfig
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     parallel = ParallelConfig(tensor=2, pipeline=2, expert=8)
     made = {"all": 0, "ours": 0}
