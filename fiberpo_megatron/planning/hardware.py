@@ -85,7 +85,7 @@ class Assumptions(Overheads):
     """Share of `tflops` while an engine reads prompts."""
     decode_memory_efficiency: float = 0.75
     """Share of memory bandwidth in decoding: reading dense weights, and keys and values."""
-    expert_memory_efficiency: float = 0.62
+    expert_memory_efficiency: float = 0.60
     """Share of memory bandwidth in decoding: reading the weights of experts, each of which gets few tokens."""
     nvlink_efficiency: float = 0.70
     """Share of NVLink's bandwidth in large collectives."""
@@ -99,7 +99,7 @@ class Assumptions(Overheads):
     """Microseconds of one hop between domains; an all-reduce over n domains has 2 log2(n) of them."""
     train_kernel_us: float = 8.0
     """Microseconds in which the trainer's Python issues one kernel: the floor of small micro-batches."""
-    decode_kernel_us: float = 4.0
+    decode_kernel_us: float = 4.5
     """Microseconds that a kernel of decoding takes beside its reading, replayed from a CUDA graph."""
     eager_kernel_us: float = 40.0
     """Microseconds in which an engine without CUDA graphs issues one kernel of decoding."""
@@ -107,13 +107,13 @@ class Assumptions(Overheads):
     """Largest number of running requests for which an engine captures CUDA graphs; larger batches run without."""
     engine_step_ms: float = 2.0
     """Milliseconds of the engine's scheduler and sampling per decoding step."""
-    engine_request_us: float = 30.0
+    engine_request_us: float = 40.0
     """Microseconds of the engine's scheduler per running request and decoding step."""
     engine_host_ms: float = 2.0
     """Milliseconds per decoding step in which an engine's schedule reaches each further host over the network."""
     engine_reserved_gb: float = 4.0
     """CUDA context, graphs and activations of an engine on every GPU, outside weights and KV cache (10^9 bytes)."""
-    pageable_copy_efficiency: float = 0.10
+    pageable_copy_efficiency: float = 0.07
     """Share of the link to host memory in copies to and from pageable memory, by all GPUs of a host at once."""
     pinned_copy_efficiency: float = 0.75
     """The same for pinned memory."""

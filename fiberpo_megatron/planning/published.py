@@ -28,6 +28,8 @@ _UNSTATED_MEAN = (0.1, 0.5)
 """Mean response over the longest, where a source does not state it."""
 _COLOCATED_SHARE, _SEPARATE_SHARE = 0.6, 0.8
 """Shares of memory of engines (NeMo-RL's recipes have these for colocated and for separate engines)."""
+_LEAST_CACHE_SHARE = 0.1
+"""Least share of memory that is left for the KV cache of an engine whose share is not stated."""
 
 Range = float | tuple[float, float] | None
 """A number; (low, high) where a source leaves it open; None if it does not state it."""
@@ -250,6 +252,13 @@ def _engine_tensors(published: Published, engine_gpus: int, share: float) -> lis
     return sorted({min(size, engine_gpus), min(2 * size, engine_gpus)})
 
 
+def _with_room(shape: ModelShape, engine_tensor: int, share: float, point: Point, assumptions: Assumptions) -> float:
+    """Return the share of memory, raised where the weights would leave no room: a run that was published had some."""
+    memory = GPUS[point.gpu].memory_gb
+    needed = shape.total * 2 / engine_tensor / 1e9 + assumptions.engine_reserved_gb
+    return max(share, min(0.95, needed / memory + _LEAST_CACHE_SHARE))
+
+
 def _means(point: Point, prompt: float) -> Sequence[float]:
     if point.mean_length is None:
         return [prompt + share * (point.max_length - prompt) for share in _UNSTATED_MEAN]
@@ -302,7 +311,7 @@ def scenarios(published: Published, assumptions: Assumptions) -> list[Scenario]:
                     teacher=published.teacher,
                     pinned=False,
                     weights_to_host=point.mode == "colocated",
-                    memory_share=share,
+                    memory_share=point.memory_share or _with_room(published.shape, engine, share, point, assumptions),
                     graph_limit=None if point.cuda_graphs else 0,
                     draft_tokens=point.draft_tokens,
                     publication="device" if point.mode == "colocated" else "stages",

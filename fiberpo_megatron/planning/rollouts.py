@@ -9,6 +9,7 @@ is the synchronous loop. The simulated engine stands for the slowest: it serves 
 import heapq
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 
 import numpy as np
 
@@ -70,7 +71,8 @@ def simulate(decoder: Decoder, load: Load, schedule: Schedule, train: float, pub
     if schedule.staleness == 0:
         busy = alone(decoder, load)
         return Cycle(busy + train + publish, busy)
-    return _Queue(decoder, load, schedule, train, publish, 4 + 3 * int(schedule.staleness + 1)).run()
+    # the state comes back after staleness + 1 steps: two such periods to reach it, two to measure
+    return _Queue(decoder, load, schedule, train, publish, 4 * (ceil(schedule.staleness) + 1)).run()
 
 
 def quick(decoder: Decoder, load: Load, schedule: Schedule, train: float, publish: float) -> Cycle:
@@ -85,7 +87,8 @@ def quick(decoder: Decoder, load: Load, schedule: Schedule, train: float, publis
     if schedule.drain:
         step = max(busy, train) + publish
     else:
-        running = max(1, min(load.running, int(load.trajectories * (1 + staleness))))
+        # of the admitted tickets some have ended and wait for their step's others
+        running = max(1, min(load.running, int(load.trajectories * max(1.0, (1 + staleness) / 2))))
         lengths = load.lengths
         rate = decoder.accepted * running / decoder.step(running, running * (lengths.prompt + lengths.response / 2))
         work = load.trajectories * lengths.response / rate + load.prompts * lengths.prompt * decoder.prompt_token
@@ -110,9 +113,13 @@ class _Queue:
         self._decoder, self._load, self._schedule = decoder, load, schedule
         self._train, self._publish, self._steps = train, publish, steps
         self._parts = min(schedule.parts, load.trajectories)
-        self._lengths = np.concatenate([_ticket_lengths(load, step) for step in range(steps)])
+        # the engine goes on to work for later steps than the last that is trained here
+        beyond = ceil(schedule.staleness) if steps > 1 else 0
+        self._lengths: list[float] = np.concatenate(
+            [_ticket_lengths(load, step) for step in range(steps + beyond)]
+        ).tolist()
         self._running: list[tuple[float, int]] = []  # (position on the clock of tokens at which it ends, ticket)
-        self._ended = np.zeros(len(self._lengths), bool)
+        self._ended = [False] * len(self._lengths)
         self._clock = self._tokens = self._busy = self._cached = 0.0
         self._begun = self._version = self._taken = self._count = self._first = 0
         self._training_ends: float | None = None
