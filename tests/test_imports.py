@@ -61,7 +61,7 @@ PARTS = {
         "closeable",
         "run_lock",
     },
-    "certify": {"config", "types", "fibration", "data", "interfaces", "mcore", "rendezvous", "trainer"},
+    "certify": {"config", "types", "fibration", "mcore", "rendezvous", "trainer"},
     "launch": {"config", "types", "rendezvous", "engines"},
     "doctor": {"config", "rendezvous", "telemetry", "data", "environments", "mcore", "planning", "engines", "launch"},
     "cli": {

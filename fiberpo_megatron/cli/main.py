@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fiberpo_megatron
-from fiberpo_megatron.cli import doctor, plan, replay_step, slurm
+from fiberpo_megatron.cli import certify, doctor, plan, replay_step, slurm
 from fiberpo_megatron.config import Config, ConfigError, load_config
 from fiberpo_megatron.printable import printable
 from fiberpo_megatron.run_lock import refuse
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if overrides:
                 parser.error(f"unexpected arguments: {' '.join(overrides)}")
             return replay_step.run(options)
+        if options.command == "certify":
+            return certify.run(options, overrides)
         if options.command == "doctor":
             return doctor.run(options, overrides)
         if options.command == "plan":
@@ -71,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("folder", type=Path, metavar="MODEL_FOLDER")
     check.add_argument("--prompt", help="text to compare on")
     check.add_argument("--tolerance", type=float, default=1e-4, help="largest log-prob difference (default 1e-4)")
+    certify.add_parser(commands, _OVERRIDES)
     replay_step.add_parser(commands)
     slurm.add_parsers(commands, _OVERRIDES)
     report = commands.add_parser("report", help="write report.html of a run folder")

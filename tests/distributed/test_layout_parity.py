@@ -1,6 +1,5 @@
 """Objective coefficients and parameter gradients of real layouts against one float64 process, for every objective."""
 
-import argparse
 import json
 import subprocess
 import sys
@@ -9,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from fiberpo_megatron.certify.training_step import Case, Outcome, compare, run_rank, run_reference
 from tests.distributed.spawn import run_ranks
 from tests.variations import varied
 from tools import layout_parity
-from tools.layout_parity import Outcome, Problem
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
@@ -30,25 +29,24 @@ LAYOUTS = {
 }
 
 
-def arguments(objective: str, budget: int, **sizes: int) -> argparse.Namespace:
+def case(objective: str, budget: int, **sizes: int) -> Case:
     words = [f"--{name}={size}" for name, size in sizes.items()]
-    return layout_parity.parse([f"--objective={objective}", f"--micro-batch-tokens={budget}", "--seed=1", *words])
+    return layout_parity.case_of([f"--objective={objective}", f"--micro-batch-tokens={budget}", "--seed=1", *words])
 
 
 @cache
-def reference(objective: str) -> tuple[Problem, Outcome]:
-    problem = layout_parity.make_problem(1, partitions=2)
-    (outcome,) = run_ranks(1, layout_parity.run_reference, arguments(objective, 0), problem)
-    return problem, outcome
+def reference(objective: str) -> Outcome:
+    (outcome,) = run_ranks(1, run_reference, case(objective, 1))
+    return outcome
 
 
 def assert_parity(objective: str, budget: int, **sizes: int) -> None:
-    args = arguments(objective, budget, **sizes)
-    problem, wanted = reference(objective)
-    world_size = args.tensor * args.pipeline * args.context * args.data
-    outcomes = run_ranks(world_size, layout_parity.run_rank, args, problem, wanted)
-    found = layout_parity.compare(wanted, outcomes)
-    assert all(0 < difference < TOLERANCE for difference in found.values()), found
+    tried = case(objective, budget, **sizes)
+    wanted = reference(objective)
+    old = dict(zip(wanted.index.tolist(), wanted.old_log_probs.tolist()))
+    outcomes = [outcome for (outcome,) in run_ranks(tried.ranks, run_rank, tried, old, (budget,))]
+    found, worst = compare(wanted, outcomes)
+    assert all(0 < one.relative < TOLERANCE for one in found.values()), (found, worst)
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
@@ -94,7 +92,7 @@ def test_as_a_command():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    names = ("coefficient", "gradient", "log_prob", "parameter")
+    names = ("coefficients", "gradient", "log_probs", "parameters")
     assert found.keys() == {f"{name}_max_relative_diff" for name in names}
     assert max(found.values()) < TOLERANCE
 
