@@ -57,6 +57,7 @@ PARTS = {
         "sources",
         "interfaces",
         "together",
+        "planning",
         "plugins",
         "closeable",
         "run_lock",
@@ -64,7 +65,19 @@ PARTS = {
     "certify": {"config", "types", "fibration", "mcore", "rendezvous", "trainer"},
     "launch": {"config", "types", "rendezvous", "engines"},
     "doctor": {"config", "rendezvous", "telemetry", "data", "environments", "mcore", "planning", "engines", "launch"},
+    "calibration": {
+        "config",
+        "types",
+        "data",
+        "environments",
+        "mcore",
+        "planning",
+        "engines",
+        "rollout",
+        "launch",
+    },
     "cli": {
+        "calibration",
         "config",
         "types",
         "rendezvous",
@@ -145,7 +158,7 @@ def test_imports_point_down(source: Path):
         if top == "sglang":
             pytest.fail(f"{source}: SGLang is started as a process, never imported")
         if name.startswith("torch.distributed") and not name.startswith("torch.distributed.elastic"):
-            allowed = {"mcore", "weight_sync", "doctor"}
+            allowed = {"mcore", "weight_sync", "doctor", "calibration"}
             assert part in allowed, f"{source}: only {allowed} import torch.distributed"
         if part == "config" or source.name == "settings.py":
             assert top != "torch", f"{source}: config must load without torch"

@@ -1,4 +1,4 @@
-"""This module calibrates: it starts ranks that measure, then an engine, and makes a file of what they say.
+"""This module starts ranks that measure, then an engine, and makes a calibration of what they say.
 
 Under torchrun or srun the ranks are those of the launcher, and rank 0 goes on to the engine alone.
 """
@@ -143,7 +143,7 @@ def for_ranks(config: Config, ranks: int) -> Config:
 
 
 def ranks_times(job: Job, ranks: int, folder: Path, threads: int) -> RankTimes | None:
-    """Measure on the launcher's ranks, or on ranks that are started here; only rank 0 gets a result."""
+    """Return what the launcher's ranks measured, or ranks that are started here; only rank 0 gets a result."""
     if "RANK" in os.environ:
         return measure(job)
     written, out = folder / "job.json", folder / "ranks.json"

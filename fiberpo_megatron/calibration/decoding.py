@@ -24,7 +24,7 @@ TIMEOUT_S = 300.0
 
 
 class FixedLength(Sampling):
-    """Samples responses of exactly `max_response_tokens` tokens: the model's end token does not end them."""
+    """This makes responses of exactly `max_response_tokens` tokens: the model's end token does not end them."""
 
     def as_json(self, seed: int | None = None) -> dict[str, object]:
         return {**super().as_json(seed), "ignore_eos": True}

@@ -96,7 +96,7 @@ def time_passes(
     length: int,
     folder: Path,
 ) -> tuple[list[PassTimes], list[ModelTimes]]:
-    """Time models of LAYERS layers on micro-batches of each of `tokens` sizes; every rank calls this.
+    """Return the times of models of LAYERS layers on micro-batches of each of `tokens` sizes; every rank calls this.
 
     Checkpoints are written to `folder`, which all ranks see, and removed.
     """

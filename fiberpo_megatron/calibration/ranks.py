@@ -52,7 +52,7 @@ class RankTimes:
 
 
 def measure(job: Job) -> RankTimes:
-    """Measure on this rank together with the others."""
+    """Return what this rank measured together with the others."""
     config = Config.model_validate_json(job.config)
     hf_config = read_hf_config(config.model.path, config.model.family)
     layout = start_layout(hf_config, config.parallel, config.run)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fiberpo_megatron
-from fiberpo_megatron.cli import certify, doctor, plan, replay_step, slurm
+from fiberpo_megatron.cli import calibrate, certify, doctor, plan, replay_step, slurm
 from fiberpo_megatron.config import Config, ConfigError, load_config
 from fiberpo_megatron.printable import printable
 from fiberpo_megatron.run_lock import refuse
@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return plan.run(options, overrides)
         if options.command == "check-model":
             from fiberpo_megatron.cli.check_model import check_model
+        if options.command == "calibrate":
+            return calibrate.run(options, overrides)
 
             return check_model(options.folder, options.prompt, options.tolerance, overrides)
         if options.command == "slurm":
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_parser(commands, _OVERRIDES)
     check = commands.add_parser(
         "check-model",
+    calibrate.add_parser(commands, _OVERRIDES)
         help="compare a model's log-probs with transformers'",
         description=f"compare our log-probs of a prompt with transformers'; {_OVERRIDES}",
     )

@@ -12,6 +12,7 @@ from fiberpo_megatron.environments.settings import EnvironmentConfig
 from fiberpo_megatron.launch.settings import SlurmConfig
 from fiberpo_megatron.mcore.optimizers.settings import OptimizerConfig
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
+from fiberpo_megatron.planning.settings import PlanningConfig
 from fiberpo_megatron.rollout.settings import RolloutConfig, StorageConfig
 from fiberpo_megatron.settings import Section
 from fiberpo_megatron.telemetry.settings import TelemetryConfig
@@ -62,6 +63,7 @@ class Config(Section):
     trainer: TrainerConfig = TrainerConfig()
     sft: SftConfig = SftConfig()
     slurm: SlurmConfig = SlurmConfig()
+    planning: PlanningConfig = PlanningConfig()
     debug: DebugConfig = DebugConfig()
 
     @property

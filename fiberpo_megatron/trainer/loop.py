@@ -22,6 +22,7 @@ from fiberpo_megatron.interfaces import (
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.advantages import estimate
 from fiberpo_megatron.trainer.batch import mini_batches
+from fiberpo_megatron.trainer.expectation import Expected, nothing_expected
 from fiberpo_megatron.trainer.optimise import optimise
 from fiberpo_megatron.trainer.settings import AlgorithmConfig, BatchConfig
 from fiberpo_megatron.trainer.step_dump import StepDumps
@@ -53,6 +54,8 @@ class Training:
     """Save after so many steps; 0: only after the last."""
     stop: Callable[[], bool] = never
     """Whether this rank was asked to stop."""
+    expected: Expected = nothing_expected
+    """What a plan expects of a step that had these trajectories, as metrics beside the measured ones."""
     dumps: StepDumps | None = None
     """Writes what the objective saw in the steps of `debug.dump_step`."""
 
@@ -78,7 +81,8 @@ def train(run: Training, start: int = 0) -> None:
         metrics = learn(run, rollouts, step)
         source.publish(done)
         metrics |= source.observe(rollouts)
-        run.recorder.record("train", step, metrics | _throughput(rollouts, run.timers.read()))
+        expected = run.expected(rollouts)
+        run.recorder.record("train", step, {**metrics, **_throughput(rollouts, run.timers.read()), **expected})
         measured = {f"train/{name}": value for name, value in metrics.items()}
         if _due(done, run.evaluate_every, run.steps):
             measured |= {f"eval/{name}": value for name, value in evaluate(run, done).items()}

@@ -24,6 +24,7 @@ from fiberpo_megatron.sources.stored import DUMP
 from fiberpo_megatron.telemetry.metrics import Kind
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.together import together
+from fiberpo_megatron.trainer.expectation import Expected, announced, nothing_expected
 from fiberpo_megatron.trainer.given import EnvironmentsGiven, with_given
 from fiberpo_megatron.trainer.loop import Training, evaluate, train
 from fiberpo_megatron.trainer.plugin_checks import make_advantage, make_objective, recorded
@@ -35,6 +36,8 @@ from fiberpo_megatron.trainer.stop import Stopped, leave, never
 from fiberpo_megatron.trainer.tasks import start_tasks
 
 Command = Literal["train", "sft", "dump", "eval"]
+PLANNED_PROMPTS = 32
+"""Prompts of the first step whose mean length a plan assumes."""
 
 
 class Run(Closeable):
@@ -183,6 +186,7 @@ class Run(Closeable):
         with ExitStack() as stack:
             names, steps = self.tasks.names, config.trainer.steps
             recorder = stack.enter_context(open_recorder(config, self.layout, names, start, steps, kinds, "training"))
+            expected = self._expected(start) if "train" in kinds else nothing_expected
             source = stack.enter_context(rollout_source(self._parts, self.policy, recorder, start, resume))
             training = Training(
                 policy=self.policy,
@@ -199,6 +203,7 @@ class Run(Closeable):
                 evaluate_every=config.evaluation.every_steps,
                 save_every=config.checkpoint.every_steps,
                 stop=self._stop,
+                expected=expected,
                 dumps=StepDumps(config.run.folder, config.debug.steps, config.algorithm.objective.use),
             )
             yield source, training
@@ -211,6 +216,18 @@ class Run(Closeable):
     def close(self) -> None:
         """End environments and process groups; idempotent."""
         self._stack.close()
+
+    def _expected(self, start: int) -> Expected:
+        """Print what a plan expects of the run, and return what gives the metrics of each step beside it."""
+        config, tasks = self.config, self.tasks
+
+        def mean_prompt() -> float:
+            places = tasks.prompts.prompts_at(config.run.seed, start, config.batch.prompts)[:PLANNED_PROMPTS]
+            assert tasks.environments is not None, "rank 0 leads a replica"
+            prompts = tasks.environments.prompts(places, tasks.encoder)
+            return sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
+
+        return announced(config, self._parts.hf_config, self.layout, mean_prompt, self.say)
 
     def _restore(self) -> dict[str, Any]:
         return restore(self.policy, self.checkpoints.folder, self.say) if self._resume else {}

@@ -10,6 +10,7 @@ from fiberpo_megatron import durable
 from fiberpo_megatron.printable import printable
 from fiberpo_megatron.telemetry.metrics import describe, format_value, steps_done
 from fiberpo_megatron.telemetry.report.panels import Panel, Section, attempt, build_sections
+from fiberpo_megatron.telemetry.report.plan import Phase, compare
 from fiberpo_megatron.telemetry.report.run_data import RunData, Series, load_run, number, table, value_at
 
 REPORT_FILE = "report.html"
@@ -95,6 +96,7 @@ def render(data: RunData) -> str:
     about = attempt("the line below the title", lambda: _about(data), problems)
     cards = attempt("the headline", lambda: _cards(data), problems)
     samples = attempt("the sample rollouts", lambda: _rollouts(data), problems)
+    plan = attempt("the comparison with the plan", lambda: _plan(data), problems)
     settings = attempt("the table of settings", lambda: _settings(data.config), problems)
     name = shown(data.name)
     return (
@@ -102,7 +104,7 @@ def render(data: RunData) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{name}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{name}</h1>\n<p class='about'>{shown(about)}</p>\n"
-        f"{cards}\n{_problems(problems)}\n{body}\n{samples}\n{settings}\n</main>\n</body>\n</html>\n"
+        f"{cards}\n{_problems(problems)}\n{plan}\n{body}\n{samples}\n{settings}\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -263,6 +265,30 @@ def _details(record: Mapping[str, Any]) -> str:
 
 def _text(value: object) -> str:
     return f"<pre>{'' if value is None else shown(value, keep=TEXT)}</pre>"
+
+
+def _plan(data: RunData) -> str:
+    """Return the table of phases beside the run's plan, with what is furthest from it; nothing without a plan."""
+    found = compare(data)
+    if found is None:
+        return ""
+    head = "".join(
+        f"<th>{title}</th>"
+        for title in ("phase", "planned before the start", "expected with these trajectories", "measured", "difference")
+    )
+    rows = "".join(_plan_row(phase) for phase in (*found.phases, found.total))
+    verdict = "".join(f"<p>{shown(line)}</p>" for line in found.verdict)
+    return (
+        f"<section>\n<h2>Plan</h2>\n<p class='about'>Seconds of a step, mean of {found.steps} steps</p>\n"
+        f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>\n{verdict}\n</section>'
+    )
+
+
+def _plan_row(phase: Phase) -> str:
+    numbers = (f"{value:.2f}" if isfinite(value) else "" for value in (phase.planned, phase.expected, phase.measured))
+    off = f"{100 * phase.off / phase.planned:+.0f} %" if phase.planned > 0 and isfinite(phase.off) else ""
+    cells = "".join(f"<td class='number'>{text}</td>" for text in (*numbers, off))
+    return f"<tr><td>{shown(phase.name.replace('_', ' '))}</td>{cells}</tr>"
 
 
 def _settings(config: Mapping[str, Any]) -> str:

@@ -307,6 +307,15 @@ def _speed(charts: Charts) -> Iterable[Panel | None]:
         "Packing",
         {"useful_token_share": "positions that are not padding", "load_imbalance": "most loaded rank above the mean"},
     )
+    yield charts.lines(
+        "Time of a step and its plan",
+        {
+            "seconds/total": "measured",
+            "expected/seconds/total": "expected with these trajectories",
+            "planned/seconds/total": "planned before the start",
+        },
+        note="evaluations and checkpoints fall into single steps; the plan spreads checkpoints over all",
+    )
     yield charts.lines("Time in the gate", {"gate/time_share": "all", "gate/reduce_share": "its reductions"})
 
 
@@ -354,7 +363,7 @@ def _supervised(charts: Charts) -> Iterable[Panel | None]:
 
 
 def _other(charts: Charts) -> Iterable[Panel | None]:
-    hidden = ("seconds/", "token/count", "token/weight", "extra_forwards")
+    hidden = ("seconds/", "expected/", "planned/", "token/count", "token/weight", "extra_forwards")
     for kind in charts.data.records:
         for name in charts.data.names(kind):
             if (kind, name) not in charts.shown and not name.startswith(hidden) and not name.endswith("/nodes"):
