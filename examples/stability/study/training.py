@@ -14,9 +14,9 @@ from fiberpo_megatron.fibration import Objective
 from study.model import Model, Shape, initial_parameters
 from study.tasks import TASKS, Problems, Task
 
-PROMPTS, SAMPLES, MINI_BATCHES = 16, 8, 4
-"""Prompts of a step, samples of each, and optimiser steps of one pass over them."""
-STEPS = {"short": 25, "long": 15, "domains": 16}
+PROMPTS, SAMPLES = 24, 8
+"""Prompts of a step, and samples of each."""
+STEPS = {"short": 25, "long": 16, "domains": 20}
 """Training steps (batches of rollouts) of a run, by task."""
 HELD_OUT = {"short": 1024, "long": 384, "domains": 768}
 """Held-out problems, by task."""
@@ -32,13 +32,15 @@ class Cell:
 
     task: str
     epochs: int
-    """Passes over a batch of rollouts, each of `MINI_BATCHES` optimiser steps."""
+    """Passes over a batch of rollouts."""
+    mini_batches: int
+    """Optimiser steps of one pass."""
     learning_rate: float
 
     @property
     def optimiser_steps(self) -> int:
         """Return the number of optimiser steps on each batch of rollouts."""
-        return self.epochs * MINI_BATCHES
+        return self.epochs * self.mini_batches
 
     @property
     def name(self) -> str:
@@ -217,7 +219,7 @@ def train(
         orders = [generator_of(7, seed, number) for seed in each]
         for _ in range(cell.epochs):
             order = torch.stack([torch.randperm(PROMPTS, generator=generator) for generator in orders])
-            for chosen in order.chunk(MINI_BATCHES, 1):
+            for chosen in order.chunk(cell.mini_batches, 1):
                 widest = torch.maximum(widest, _optimise(model, optimizer, objectives, batch.of_prompts(chosen)))
         tell(number + 1)
     final = held_out_scores(model, task, each, HELD_OUT[task.name])
