@@ -106,9 +106,10 @@ TOP = {
     "subprocesses",
     "together",
     "types",
+    "user_warnings",
 }
 """Modules beside the folders."""
-ANYWHERE = {"durable", "json_files", "printable"}
+ANYWHERE = {"durable", "json_files", "printable", "user_warnings"}
 """Modules of the standard library alone that every part may import."""
 FOR_SETTINGS = {"fiberpo_megatron.engines.arguments", "fiberpo_megatron.engines.urls"}
 """Modules of the standard library alone with which settings check their values."""

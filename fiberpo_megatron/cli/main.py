@@ -12,10 +12,12 @@ from fiberpo_megatron.config import Config, ConfigError, load_config
 from fiberpo_megatron.printable import printable
 from fiberpo_megatron.run_lock import refuse
 from fiberpo_megatron.trainer.preflight import preflight
+from fiberpo_megatron.user_warnings import on_console, warnings_to
 
 _OVERRIDES = "further --section.key value pairs override the config, e.g. --parallel.tensor 2"
 
 
+@warnings_to(on_console)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. Errors are one message on stderr."""
     parser = _parser()

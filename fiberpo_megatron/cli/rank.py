@@ -19,6 +19,7 @@ from fiberpo_megatron.launch.local import LAUNCHER
 from fiberpo_megatron.rendezvous import first_ranks_text, ranks_store
 from fiberpo_megatron.trainer.stop import Stopped, StopRequest, leave
 from fiberpo_megatron.types import EXIT_STOPPED
+from fiberpo_megatron.user_warnings import nowhere, on_console, warnings_to
 
 CONFIG_TIMEOUT = timedelta(minutes=10)
 """Time for rank 0 to start and read the config; the run's own timeout is a setting in it."""
@@ -57,7 +58,8 @@ def _run(arguments: list[str], stop: StopRequest) -> None:
     flags.add_argument("--registry", type=Path)
     options, overrides = flags.parse_known_args(rest)
     resume, registry = options.resume, options.registry and Registry(options.registry)
-    config = shared_config(path, overrides)
+    with warnings_to(nowhere if LAUNCHER in os.environ else on_console):  # the launcher has read it and given them
+        config = shared_config(path, overrides)
     if LAUNCHER not in os.environ and "RANK" in os.environ:
         _begin(config, command, resume)
     if command == "check-model":

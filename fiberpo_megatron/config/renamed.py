@@ -1,22 +1,27 @@
 """This module translates configs that were written for earlier versions, with a warning that shows the new text."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from fiberpo_megatron.user_warnings import warn_user
+
 DEMO = "examples.demo.environments"
 """Where the built-in tasks of earlier versions live now."""
 _TASK_CLASSES = {"addition": f"{DEMO}:Addition", "sort": f"{DEMO}:Sort", "jsonl": "jsonl"}
 TRAJECTORY_APC = "apc-trajectory"
 """What earlier versions called apc; today's apc couples the samples of a state."""
+WITH_PRESET = ("fiberpo", "fiberpo-domain", "fiberpo-expert", "fiberpo-expert-global")
+"""Objectives for which a config without `algorithm.preset` meant the bare form in earlier versions."""
+_WRITTEN_OUT = {"objective", "advantage", "normalise_std", "expert_routing", "routing_replay"}
 _ALL = ("kind", "name", "weight")
 
 
 def translated(values: Mapping[str, Any], source: Path | str) -> dict[str, Any]:
-    """Return the config's values under today's names; a UserWarning shows the text that takes the old one's place.
+    """Return the config's values under today's names; a warning to the user shows the text that takes the old one's
+    place.
 
     Raises ValueError when a section stands under its old and its new name.
     """
@@ -39,13 +44,22 @@ def translated(values: Mapping[str, Any], source: Path | str) -> dict[str, Any]:
         changed = {**objective, "use": TRAJECTORY_APC} if isinstance(objective, Mapping) else TRAJECTORY_APC
         new["algorithm"] = {"objective": changed}
         values["algorithm"] = {**algorithm, "objective": changed}
+    algorithm = values.get("algorithm", {})
+    if isinstance(algorithm, Mapping) and "preset" not in algorithm and _meant_the_paper(algorithm, bool(new)):
+        new["algorithm"] = {**new.get("algorithm", {}), "preset": "paper"}
+        values["algorithm"] = {**algorithm, "preset": "paper"}
     if new:
-        warnings.warn(
-            f"{source} uses names of an earlier version; write instead of [rollouts], data.tasks and 'apc':\n\n"
-            f"{tomli_w.dumps(_writable(new))}",
-            stacklevel=2,
-        )
+        warn_user(f"{source} was written for an earlier version; write today:\n\n{tomli_w.dumps(_writable(new))}")
     return values
+
+
+def _meant_the_paper(algorithm: Mapping[str, Any], earlier: bool) -> bool:
+    """Whether these settings were written before there were presets, for an objective that has one today: with names of
+    that time (`earlier`), or by a run, which wrote out all of its settings."""
+    objective = algorithm.get("objective", "fiberpo")
+    use = objective.get("use") if isinstance(objective, Mapping) else objective
+    fibred = isinstance(use, str) and (use in WITH_PRESET or use.startswith("fiberpo_megatron."))
+    return fibred and (earlier or algorithm.keys() >= _WRITTEN_OUT)
 
 
 def _bounds_trajectories(algorithm: Mapping[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from fiberpo_megatron.fibration.fiber import (
 )
 from fiberpo_megatron.fibration.objective import Objective, TokenObjective
 from fiberpo_megatron.fibration.objective_metrics import ObjectiveMetrics
-from fiberpo_megatron.fibration.options import Option
+from fiberpo_megatron.fibration.options import Advice, Option
 from fiberpo_megatron.fibration.registry import (
     build_objective,
     objective_class,
@@ -39,13 +39,14 @@ OBJECTIVES = registered_names()
 """Short names of this package's own objectives; `registered_names()` adds those that others registered."""
 
 PRESET_LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
-    cls.name: cls.preset for cls in (FiberPO, FiberPODomain, FiberPOExpert, FiberPOExpertGlobal)
+    cls.name: cls.default_levels for cls in (FiberPO, FiberPODomain, FiberPOExpert, FiberPOExpertGlobal)
 }
 """Levels of the fibred objectives, fine to coarse."""
 
 __all__ = [
     "APC",
     "APCTrajectory",
+    "Advice",
     "CISPO",
     "DAPO",
     "DEFAULT_BUDGETS",

@@ -4,7 +4,6 @@ own."""
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,15 +135,9 @@ def check_names(names: Names) -> None:
 
 
 def check_budget(name: str, budget: Budget) -> Budget:
-    """Return a level's (C+, C-); warns when C- >= C+. Raises ValueError unless both are positive and finite."""
+    """Return a level's (C+, C-). Raises ValueError unless both are positive and finite."""
     plus, minus = budget
     for label, value in (("C_plus", plus), ("C_minus", minus)):
         if not 0.0 < value < math.inf:
             raise ValueError(f"{label} of level {name!r} is {value}; a budget must be positive and finite")
-    if minus >= plus:
-        warnings.warn(
-            f"level {name!r} has C_minus {minus} >= C_plus {plus}: the negative channel's aggregate is the "
-            "larger one (the KL bias), so C_minus < C_plus is recommended",
-            stacklevel=2,
-        )
     return plus, minus

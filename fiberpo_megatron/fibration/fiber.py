@@ -1,4 +1,5 @@
-"""Define the fibred objectives: FiberPO, FiberPO-Domain, both expert presets and any nested chain."""
+"""Define the fibred objectives: FiberPO, FiberPO-Domain, both objectives with expert partitions and any nested
+chain."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from fiberpo_megatron.fibration.budgets import Budget, check_names
 from fiberpo_megatron.fibration.gates import GatedTree, adjoint, gate_tree
-from fiberpo_megatron.fibration.levels import EXPERT_KEY, Branch, Choice, LevelTree, make_tree, warn_wide_epsilon
+from fiberpo_megatron.fibration.levels import EXPERT_KEY, Branch, Choice, LevelTree, make_tree
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.objective import Objective
-from fiberpo_megatron.fibration.options import Epsilon, epsilon_pair
+from fiberpo_megatron.fibration.options import Advice, Epsilon, epsilon_pair
 from fiberpo_megatron.fibration.ratio_clip import check_dual_clip
 from fiberpo_megatron.fibration.registry import register
 from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating, equal
@@ -47,11 +48,11 @@ class FiberPO(Objective):
     budgets: Mapping[str, Sequence[float] | Mapping[Any, Any]] | None = None
     """The pair (C+, C-) of each level, in mean |log ratio|, by the level's name (its keys joined by "+"; in a tree
     BRANCH:KEYS where branches do not share it). In place of a pair, a table of pairs by the ids of one key of the level
-    or of a coarser one: {"by" = KEY, "*" = pair of all others, ID = pair}. Unset: the presets' defaults; a level that
-    has none needs its budget here."""
+    or of a coarser one: {"by" = KEY, "*" = pair of all others, ID = pair}. A level that is not listed takes its
+    default; one that has none must be listed."""
     levels: Sequence[Sequence[str]] | Mapping[Any, Any] | None = None
     """A nested chain of levels, fine to coarse, each a list of keys; or a tree of chains by the ids of one key:
-    {"by" = KEY, "*" = chain of all others, ID = chain}. Unset: the preset's."""
+    {"by" = KEY, "*" = chain of all others, ID = chain}. Unset: the objective's own."""
     names: Mapping[str, Mapping[str, int]] | None = None
     """Names of ids, by key, which tables of budgets and levels may use, and metrics then do. A run gives those of its
     domains."""
@@ -71,7 +72,7 @@ class FiberPO(Objective):
     (1 + 1/k_max) C. It bounds by what factor rollback multiplies a node's gradient. Unset: k is the number of
     tokens."""
 
-    preset: ClassVar[tuple[tuple[str, ...], ...]] = (("trajectory",),)
+    default_levels: ClassVar[tuple[tuple[str, ...], ...]] = (("trajectory",),)
     """The levels that `levels` replaces."""
     kernel = "fiberpo_megatron.fibration.kernels.formulas:FIBER"
     node_terms = 4
@@ -86,7 +87,7 @@ class FiberPO(Objective):
     def tree(self) -> LevelTree:
         """Return the checked levels with their budgets."""
         return make_tree(
-            self.preset if self.levels is None else self.levels,
+            self.default_levels if self.levels is None else self.levels,
             self.budgets,
             defaults=DEFAULT_BUDGETS,
             names=self.names or {},
@@ -112,7 +113,33 @@ class FiberPO(Objective):
                 f"objective {self.name!r} has no level with the key 'expert' and does not read 'expert_membership'; "
                 "remove it, or add 'expert' to a level"
             )
-        warn_wide_epsilon(self.tree, self.bounds)
+        _ = self.tree, self.bounds
+
+    def advice(self, given: Mapping[str, Any]) -> list[Advice]:
+        """Return which budgets have C- >= C+, and which levels' delta is not well above the width of the token clip."""
+        found = []
+        own = given.get("budgets") or {}
+        for level in self.tree.levels:
+            for plus, minus in level.budget.all if level.name in own else ():
+                if minus >= plus:
+                    text = (
+                        "C_minus is not below C_plus; lower it, because the KL bias makes S_minus the larger aggregate"
+                    )
+                    found.append(Advice("budgets", level.name, (plus, minus), text))
+        width = max(self.bounds)
+        tightest = {level.name: min(level.budget.all, key=sum) for level in self.tree.levels}
+        tight = {name: budget for name, budget in tightest.items() if width > 0.5 * sum(budget)}
+        if tight and "epsilon" in given:
+            levels = ", ".join(f"{name!r} ({sum(budget):g})" for name, budget in tight.items())
+            text = f"it is not well below delta = C_plus + C_minus of level {levels}; lower it to at most half of delta"
+            found.append(Advice("epsilon", None, self.epsilon, f"{text}, or raise the budgets"))
+        elif own.keys() & tight.keys():
+            name = min(own.keys() & tight.keys(), key=lambda name: (sum(tight[name]), name))
+            text = (
+                f"delta = C_plus + C_minus is less than twice epsilon = {width:g}; raise the budget, or lower epsilon"
+            )
+            found.append(Advice("budgets", name, tight[name], text))
+        return found
 
     @property
     def base_keys(self) -> tuple[str, ...]:
@@ -181,7 +208,7 @@ class FiberPO(Objective):
 class FiberPODomain(FiberPO):
     """Is FiberPO with gates on trajectories, prompt groups and domains (FiberPO-Domain, arXiv:2603.08239)."""
 
-    preset = (("trajectory",), ("prompt_group",), ("domain",))
+    default_levels = (("trajectory",), ("prompt_group",), ("domain",))
     kernel = FiberPO.kernel
 
 
@@ -190,7 +217,7 @@ class FiberPODomain(FiberPO):
 class FiberPOExpert(FiberPO):
     """Is FiberPO-Domain below which each trajectory's expert partitions have gates of their own."""
 
-    preset = (("trajectory", "expert"), ("trajectory",), ("prompt_group",), ("domain",))
+    default_levels = (("trajectory", "expert"), ("trajectory",), ("prompt_group",), ("domain",))
     kernel = FiberPO.kernel
 
 
@@ -199,7 +226,7 @@ class FiberPOExpert(FiberPO):
 class FiberPOExpertGlobal(FiberPO):
     """Is FiberPO-Domain with one chain of gates per expert partition, up to the partition as a whole."""
 
-    preset = (("trajectory", "expert"), ("prompt_group", "expert"), ("domain", "expert"), ("expert",))
+    default_levels = (("trajectory", "expert"), ("prompt_group", "expert"), ("domain", "expert"), ("expert",))
     kernel = FiberPO.kernel
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,8 +134,8 @@ def make_tree(
 
     Args:
         levels: a chain, or a table {"by": key, "*": chain, id or name: chain, ...}.
-        budgets: by the name of every level its pair (C+, C-), or a table of pairs (`budgets.read_budget`); None takes
-            the defaults.
+        budgets: by the level's name its pair (C+, C-), or a table of pairs (`budgets.read_budget`); a level that is
+            not listed takes its default.
         defaults: budgets by the level's keys, joined by "+".
         names: names of ids, by key.
         soft: whether tokens belong to expert partitions by their shares.
@@ -145,15 +144,13 @@ def make_tree(
         ValueError: levels that cannot nest, or budgets that do not fit them; names level, value and fix.
     """
     by, chains = _chains(levels, names)
-    suffixes = {_identity(chain[at:]): chain[at:] for _, _, chain in chains for at in range(len(chain))}
-    order = sorted(suffixes, key=len, reverse=True)  # a level's parent is the shorter suffix
-    titles = [_title(identity, chains) for identity in order]
-    _check_names(titles, budgets)
+    titles = _titles(chains)
+    order = list(titles)
+    _check_names([title for title, _ in titles.values()], budgets)
     found = []
-    for title, identity in zip(titles, order):
-        keys, *coarser = suffixes[identity]
+    for identity, (title, (keys, *coarser)) in titles.items():
         default = defaults.get(level_name(keys))
-        given = default if budgets is None else budgets.get(title)
+        given = (budgets or {}).get(title, default)
         if given is None:
             raise ValueError(f"level {title!r} has no budget; add budgets[{title!r}] = (C_plus, C_minus)")
         budget = read_budget(title, keys, [key for level in coarser for key in level], given, default, names)
@@ -167,6 +164,14 @@ def make_tree(
         if len(branches) > 1 or others is None:
             choice = Choice(by, {number: at for number, at in of_id.items() if number is not None}, others)
     return LevelTree(tuple(found), branches, choice, soft)
+
+
+def level_titles(levels: Sequence[Sequence[str]] | Mapping[str, Any], names: Names) -> dict[str, tuple[str, ...]]:
+    """Return the keys of every level of a chain or tree, by the name by which budgets call it.
+
+    Raises ValueError as `make_tree` does, budgets apart.
+    """
+    return {title: chain[0] for title, chain in _titles(_chains(levels, names)[1]).values()}
 
 
 _Chains = list[tuple[int | None, str, Chain]]
@@ -197,6 +202,13 @@ def _chains(levels: Any, names: Names) -> tuple[str | None, _Chains]:
         label = OTHERS if number is None else name_of(by, number, names)
         chains.append((number, label, check_levels(chain)))
     return by, chains
+
+
+def _titles(chains: _Chains) -> dict[_Identity, tuple[str, Chain]]:
+    """Every level's name, and its part of a chain from it on; a level's parent is the shorter one."""
+    suffixes = {_identity(chain[at:]): chain[at:] for _, _, chain in chains for at in range(len(chain))}
+    order = sorted(suffixes, key=len, reverse=True)
+    return {identity: (_title(identity, chains), suffixes[identity]) for identity in order}
 
 
 def _title(identity: _Identity, chains: _Chains) -> str:
@@ -250,16 +262,3 @@ def check_levels(levels: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]
                 "from the other"
             )
     return tuple(chain)
-
-
-def warn_wide_epsilon(tree: LevelTree, epsilon: Budget) -> None:
-    """Warn unless the token clip is well below every level's delta = C+ + C- (at most half of it)."""
-    for level in tree.levels:
-        delta = min(sum(budget) for budget in level.budget.all)
-        if max(epsilon) > 0.5 * delta:
-            warnings.warn(
-                f"epsilon {max(epsilon)} is not well below level {level.name!r}'s delta {delta:g} (C_plus + "
-                "C_minus): the token clip should be the finer control; lower epsilon to at most half of "
-                "delta, or raise the level's budgets",
-                stacklevel=2,
-            )

@@ -18,9 +18,10 @@ from fiberpo_megatron.fibration.collective import Reduce
 from fiberpo_megatron.fibration.evaluate import ObjectiveOutput, evaluate
 from fiberpo_megatron.fibration.levels import EXPERT_KEY, TRAJECTORY_KEY, inside_trajectory
 from fiberpo_megatron.fibration.membership import NodeMap
-from fiberpo_megatron.fibration.options import check_values
+from fiberpo_megatron.fibration.options import Advice, changed_options, check_values
 from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating, Rule
 from fiberpo_megatron.fibration.tokens import make_batch, require_keys, with_lone_node
+from fiberpo_megatron.user_warnings import warn_user
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,18 @@ class Objective(Rule):
         if self.kernels:
             self.require_kernel()
         self.check()
+        for advice in self.advice(changed_options(self)):
+            warn_user(str(advice))
 
     def check(self) -> None:
         """Raise ValueError for options that do not go together. Types and finite numbers are checked before."""
+
+    def advice(self, given: Mapping[str, Any]) -> list[Advice]:
+        """Return what in the options that were given is allowed but unwise; the user sees one line each, once.
+
+        `given` are the options that the user set: nothing is said about the numbers of a preset or default.
+        """
+        return []
 
     @property
     def spans_micro_batches(self) -> bool:

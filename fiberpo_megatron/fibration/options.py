@@ -20,6 +20,22 @@ NOT_OPTIONS = ("kernels",)
 """Fields that say how a call runs, not what it computes."""
 
 
+class Advice(NamedTuple):
+    """Says what in an option is allowed but unwise."""
+
+    option: str
+    entry: str | None
+    """The entry of the option that is meant, where the option is a table."""
+    seen: Any
+    """The value of the option, or of its entry."""
+    text: str
+
+    def __str__(self) -> str:
+        """Return it as one line, as for an option in Python."""
+        entry = "" if self.entry is None else f"[{self.entry!r}]"
+        return f"{self.option}{entry} = {self.seen!r}: {self.text}"
+
+
 class Option(NamedTuple):
     """Describes one option of an objective."""
 
@@ -93,6 +109,12 @@ def check_values(objective: Any) -> None:
             raise ValueError(
                 f"objective {objective.name!r}: option {field.name!r} is {value!r}; {_choices(hints[field.name])}"
             )
+
+
+def changed_options(objective: Any) -> dict[str, Any]:
+    """Return the options of an objective that are not their defaults."""
+    values = {field.name: (getattr(objective, field.name), field.default) for field in _fields(type(objective))}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def pair(label: str, given: Any) -> tuple[float, float]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from fiberpo_megatron.fibration.objective import Objective
 from fiberpo_megatron.fibration.options import Option, check_class, given_options, options_of
+from fiberpo_megatron.fibration.presets import with_preset
 from fiberpo_megatron.plugins import find, short_names
+from fiberpo_megatron.user_warnings import nowhere, warn_user, warnings_to
 
 Class = TypeVar("Class", bound=type[Objective])
 
@@ -71,13 +73,20 @@ def objective_class(objective: str | type[Objective], setting: str = "algorithm.
 
 
 def build_objective(
-    objective: str | type[Objective] | Objective, *, kernels: bool | None = None, **options: Any
+    objective: str | type[Objective] | Objective,
+    *,
+    preset: str | Mapping[str, Any] | None = None,
+    kernels: bool | None = None,
+    **options: Any,
 ) -> Objective:
     """Return an objective by name, import path or class, with its options checked.
 
     Args:
         objective: a short name such as "grpo", an import path "package.module:Class", a subclass of `Objective`, or an
             objective that is already built, which takes no options.
+        preset: what gives the options that are not passed: "paper" (or None) for the bare form, each option's default;
+            "recommended" for the numbers of `presets.RECOMMENDED`; or a table of options, such as a run recorded of
+            what was recommended then. Objectives that are not listed there have no preset and take their defaults.
         kernels: True insists on the fused Triton kernels, False on torch; None takes the kernels where they can run.
         options: fields of the class (`objective_options` lists them). An option that is None counts as not given.
 
@@ -85,15 +94,23 @@ def build_objective(
         ValueError: an unknown name, an option that this objective does not read, or a bad value; names the fix.
     """
     if isinstance(objective, Objective):
-        given = sorted(name for name, value in options.items() if value is not None)
-        if given:
+        named = sorted(name for name, value in {"preset": preset, **options}.items() if value is not None)
+        if named:
             raise ValueError(
-                f"objective {objective.name!r} is already built and takes no options; give {', '.join(given)} to its "
+                f"objective {objective.name!r} is already built and takes no options; give {', '.join(named)} to its "
                 "constructor"
             )
-        return objective if kernels is None else dataclasses.replace(objective, kernels=kernels)
+        with warnings_to(nowhere):  # its constructor has given them
+            return objective if kernels is None else dataclasses.replace(objective, kernels=kernels)
     cls = objective_class(objective)
-    return cls(**given_options(cls, cls.name, options), kernels=kernels)
+    given = chosen = given_options(cls, cls.name, options)
+    if preset is not None:
+        chosen = given_options(cls, cls.name, with_preset(cls, given, preset))
+    with warnings_to(nowhere):  # the options of a preset are not the user's
+        built = cls(**chosen, kernels=kernels)
+    for advice in built.advice(given):
+        warn_user(str(advice))
+    return built
 
 
 def objective_options(objective: str | type[Objective]) -> list[Option]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,9 +85,7 @@ class _BoundedSum(Objective):
         given = {self.level: (0.12, 0.10)} if self.budgets is None else self.budgets
         if set(given) != {self.level}:
             raise ValueError(f"objective {self.name!r} reads exactly budgets[{self.level!r}]; got {sorted(given)}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # only the sum counts here
-            return sum(check_budget(self.level, pair(f"budgets[{self.level!r}]", given[self.level])))
+        return sum(check_budget(self.level, pair(f"budgets[{self.level!r}]", given[self.level])))
 
     def check(self) -> None:
         """Refuse budgets that are not a pair of positive numbers for the objective's level."""

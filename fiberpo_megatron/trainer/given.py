@@ -19,11 +19,10 @@ from fiberpo_megatron.fibration import Objective
 from fiberpo_megatron.interfaces import AdvantageEstimator
 from fiberpo_megatron.mcore.optimizers import Optimizer
 from fiberpo_megatron.settings import PluginConfig
+from fiberpo_megatron.trainer.settings import FLAT
 
 EnvironmentsGiven = Mapping[str, type[Environment] | Environment] | Sequence[type[Environment] | Environment]
 """Environments by name, or in order; the names are then those of the classes."""
-_FLAT = ("epsilon", "epsilon_high", "budgets", "levels", "expert_membership", "dual_clip", "k_max")
-"""Options of [algorithm] that an objective's object takes the place of."""
 
 
 def with_given(
@@ -35,7 +34,8 @@ def with_given(
 ) -> Config:
     """Return the config with the given parts in the place of its own.
 
-    An objective's class takes the options of [algorithm] that are set; an object has options of its own. Raises
+    An objective's class takes the options of [algorithm] that are set, the preset among them; an object has options of
+    its own. Raises
     ConfigError for a part that cannot be named, or whose options are no JSON values.
     """
     algorithm: dict[str, Any] = {}
@@ -45,9 +45,9 @@ def with_given(
         algorithm["objective"] = _plugin(objective, "objective")
         if isinstance(objective, Objective):
             algorithm |= {
-                **dict.fromkeys(_FLAT),
-                "unclip_positive": False,
-                "pessimistic": False,
+                **dict.fromkeys(FLAT),
+                "preset": "paper",
+                "preset_options": None,
                 "kernels": objective.kernels,
             }
     if advantage is not None:

@@ -1,5 +1,6 @@
 """This module finds and checks the plug-ins of a config before anything starts, and records them with the run."""
 
+import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -8,10 +9,13 @@ from pathlib import Path
 from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.environments.host import describe
 from fiberpo_megatron.fibration import OBJECTIVES, FiberPO, Objective, build_objective
+from fiberpo_megatron.fibration.presets import preset_options
 from fiberpo_megatron.interfaces import AdvantageEstimator
 from fiberpo_megatron.plugins import BUILT_IN, Plugin, check_options, check_version, find
 from fiberpo_megatron.settings import PluginConfig
 from fiberpo_megatron.trainer.batch import SUPPLIED_KEYS
+from fiberpo_megatron.trainer.settings import AlgorithmConfig
+from fiberpo_megatron.user_warnings import nowhere, warnings_to
 
 
 def make_objective(config: Config) -> Objective:
@@ -22,14 +26,45 @@ def make_objective(config: Config) -> Objective:
     """
     algorithm = config.algorithm
     try:
-        options = algorithm.objective_options([environment.name for environment in config.environments])
-        objective = build_objective(algorithm.objective.use, kernels=algorithm.kernels, **options)
+        with warnings_to(nowhere):  # `advice` gives them, once a run
+            options = algorithm.objective_options([environment.name for environment in config.environments])
+            objective = build_objective(algorithm.objective.use, kernels=algorithm.kernels, **options)
         objective.check_keys((*SUPPLIED_KEYS, "expert"))
         if isinstance(objective, FiberPO):
             _check_listed(config, objective)
     except ValueError as error:
         raise ConfigError(f"[algorithm]: {error}") from error
     return objective
+
+
+def advice(config: Config) -> list[str]:
+    """Return what in the objective's settings is allowed but unwise, one line each, which begins with the setting."""
+    algorithm = config.algorithm
+    given = algorithm.objective_options([environment.name for environment in config.environments])
+    del given["preset"]
+    lines = []
+    for it in make_objective(config).advice(given):
+        section = "algorithm.objective.options" if it.option in algorithm.objective.options else "algorithm"
+        entry = "" if it.entry is None else f".{it.entry if it.entry.isidentifier() else json.dumps(it.entry)}"
+        lines.append(f"{section}.{it.option}{entry} = {json.dumps(it.seen)}: {it.text}")
+    return lines
+
+
+def with_recorded_preset(config: Config, resume: bool) -> Config:
+    """Return the config of a run that goes on with the preset, and its numbers, that its config.toml records.
+
+    A run of a version without presets goes on with the bare form. A config with `algorithm.preset_options`, or with the
+    preset "paper", stays as it is.
+    """
+    algorithm = config.algorithm
+    if not resume or algorithm.preset == "paper" or algorithm.preset_options is not None:
+        return config
+    try:
+        made = tomllib.loads((config.run.folder / "config.toml").read_text()).get("algorithm", {})
+    except FileNotFoundError:
+        return config
+    kept = {"preset": made.get("preset", "paper"), "preset_options": made.get("preset_options")}
+    return config.model_copy(update={"algorithm": AlgorithmConfig.model_validate(algorithm.model_dump() | kept)})
 
 
 def _check_listed(config: Config, objective: FiberPO) -> None:
@@ -113,11 +148,15 @@ def check_plugins(config: Config, resume: bool, environments: bool = True) -> No
 def recorded(config: Config, environments: Sequence[tuple[str, str | None]]) -> Config:
     """Return the config with the import path and version of every plug-in that is not this package's own.
 
-    The token weights that the objective chooses are written out as well. `environments`: (import path, version) of each
-    environment, as its worker said them.
+    The token weights that the objective chooses, and the options that its preset gives, are written out as well.
+    `environments`: (import path, version) of each environment, as its worker said them.
     """
     values = config.model_dump(mode="json", exclude_none=True)
-    values["algorithm"].setdefault("weighting", make_objective(config).weighting)
+    objective, algorithm = make_objective(config), values["algorithm"]
+    algorithm.setdefault("weighting", objective.weighting)
+    options = preset_options(type(objective), config.algorithm.objective_options([])["preset"])
+    if options:
+        algorithm["preset_options"] = json.loads(json.dumps(options))
     for values_of, (path, version) in zip(values["environments"], environments):
         if not path.startswith("fiberpo_megatron."):
             values_of |= {"use": path} | ({"version": version} if version else {})

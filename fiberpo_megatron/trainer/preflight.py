@@ -14,12 +14,20 @@ from fiberpo_megatron.rollout.dump import RolloutDump
 from fiberpo_megatron.sources.stored import DUMP, dump_of
 from fiberpo_megatron.trainer.batch import SUPPLIED_KEYS
 from fiberpo_megatron.trainer.fp8 import missing_for_fp8
-from fiberpo_megatron.trainer.plugin_checks import check_plugins, make_advantage, make_objective
+from fiberpo_megatron.trainer.plugin_checks import (
+    advice,
+    check_plugins,
+    make_advantage,
+    make_objective,
+    with_recorded_preset,
+)
+from fiberpo_megatron.user_warnings import on_console
 
 
 def preflight(config: Config, command: str, resume: bool, world_size: int, here: bool = True) -> None:
     """Raises ConfigError naming the setting, the value seen and the fix. `command`: train, sft, dump or eval;
     `world_size`: training ranks that run or are about to be started; `here`: on this machine, not from a login node."""
+    config = with_recorded_preset(config, resume)
     _check_model(config, command)
     _check_layout(config, world_size)
     if here:
@@ -38,6 +46,8 @@ def preflight(config: Config, command: str, resume: bool, world_size: int, here:
         _check_advantages(config)
         _check_keys(config)
     check_plugins(config, resume, environments=here)
+    for line in advice(config) if command == "train" else ():
+        on_console(line)
 
 
 def _check_colocated(config: Config) -> None:

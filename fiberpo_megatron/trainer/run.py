@@ -27,7 +27,7 @@ from fiberpo_megatron.together import together
 from fiberpo_megatron.trainer.expectation import Expected, announced, nothing_expected
 from fiberpo_megatron.trainer.given import EnvironmentsGiven, with_given
 from fiberpo_megatron.trainer.loop import Training, evaluate, train
-from fiberpo_megatron.trainer.plugin_checks import make_advantage, make_objective, recorded
+from fiberpo_megatron.trainer.plugin_checks import make_advantage, make_objective, recorded, with_recorded_preset
 from fiberpo_megatron.trainer.preflight import check_folder, preflight
 from fiberpo_megatron.trainer.recorder import RunCheckpoints, last_report, open_recorder, restore
 from fiberpo_megatron.trainer.sft import fine_tune
@@ -85,7 +85,7 @@ class Run(Closeable):
 
         Raises ConfigError (a ValueError) for settings that cannot work, before any engine starts.
         """
-        config = with_given(config, environments, objective, optimizer, advantage)
+        config = with_recorded_preset(with_given(config, environments, objective, optimizer, advantage), resume)
         return cls(config, command, resume, stop, registry, checked)
 
     def __init__(

@@ -13,6 +13,21 @@ BudgetsById = dict[str, Budget | str]
 Chain = list[list[str]]
 ChainsById = dict[str, Chain | str]
 Membership = Literal["soft", "hard"]
+PresetOption = bool | float | str | Budget | Chain | ChainsById | dict[str, Budget | BudgetsById]
+
+
+FLAT = (
+    "epsilon",
+    "epsilon_high",
+    "budgets",
+    "levels",
+    "expert_membership",
+    "dual_clip",
+    "k_max",
+    "unclip_positive",
+    "pessimistic",
+)
+"""Settings of [algorithm] that are options of an objective."""
 
 
 class AlgorithmConfig(Section):
@@ -22,9 +37,17 @@ class AlgorithmConfig(Section):
     """What is maximised: fiberpo, fiberpo-domain, fiberpo-expert, fiberpo-expert-global, ppo, grpo, dapo, gspo, cispo,
     apc, apc-trajectory, reinforce, or the import path of an objective of yours (docs/extending.md).
     `{use = "...", options = {...}}` gives it options."""
+    preset: Literal["recommended", "paper"] = "recommended"
+    """Where options that the config does not set come from, for fiberpo, fiberpo-domain, fiberpo-expert and
+    fiberpo-expert-global. recommended: the numbers that did best in examples/stability; paper: the bare form. Other
+    objectives have no preset and take their own defaults. A resumed run keeps the preset and the numbers that it began
+    with; only "paper" replaces them."""
+    preset_options: dict[str, PresetOption] | None = None
+    """The options that "recommended" stood for when the run began. A run writes them into its config.toml, so that it
+    can be repeated whatever a later version recommends; leave them unset in a config of your own."""
     epsilon: float | tuple[float, float] | None = None
     """Token-level clip width (log ratio for fiberpo). A pair is (positive, non-positive advantage). Unset: the
-    objective's default."""
+    preset's, else the objective's default."""
     epsilon_high: float | None = None
     """Upper clip width of ppo, grpo, dapo, gspo and cispo; `epsilon` is then the lower one."""
     budgets: dict[str, Budget | BudgetsById] | None = None
@@ -32,25 +55,27 @@ class AlgorithmConfig(Section):
     share it). A table in place of a pair gives nodes budgets of their own: `{by = "domain", "*" = [C+, C-], math = [C+,
     C-]}`, where `by` is a key of the level or of a coarser one, and "*" stands for all others. Domains go by the
     environment's name, turns by their place in the trajectory (from 0), weight versions by how far they lie behind the
-    trainer's, engines and expert partitions by number. Unset: the preset's defaults."""
+    trainer's, engines and expert partitions by number. A level that is not listed takes the preset's budget, else the
+    objective's default."""
     levels: Chain | ChainsById | None = None
-    """A custom chain of levels, fine to coarse, in place of the preset's. A level is a list of keys: turn, trajectory,
-    prompt_group, domain, expert, weight_version, engine. A table is a tree: `{by = "domain", "*" = CHAIN, math =
-    CHAIN}`; equal coarse ends of its chains are shared."""
+    """A custom chain of levels, fine to coarse, in place of the objective's own. A level is a list of keys: turn,
+    trajectory, prompt_group, domain, expert, weight_version, engine. A table is a tree: `{by = "domain", "*" = CHAIN,
+    math = CHAIN}`; equal coarse ends of its chains are shared."""
     expert_membership: Membership | None = None
     """How a token belongs to expert partitions (objectives with an expert level only). Unset: soft."""
     expert_partitions: int | None = Field(None, ge=1)
     """Number of contiguous expert blocks. Unset: the expert-parallel size."""
     dual_clip: float | None = Field(None, gt=1)
-    """Bound c of the dual-clip overlay: tokens with A < 0 and x > 0 use max(r A, c A)."""
-    unclip_positive: bool = False
-    """Overlay: tokens with A > 0 and x < 0 use r A."""
-    pessimistic: bool = False
+    """Bound c of the dual-clip overlay: tokens with A < 0 and x > 0 use max(r A, c A). Unset: the preset's, else no
+    bound."""
+    unclip_positive: bool | None = None
+    """Overlay: tokens with A > 0 and x < 0 use r A. Unset: the preset's, else false."""
+    pessimistic: bool | None = None
     """The objective of a token is the smaller one of G A and r A, as in PPO. Read by the fibred objectives; with
-    `dual_clip` = c, tokens with A < 0 have at least c A."""
+    `dual_clip` = c, tokens with A < 0 have at least c A. Unset: the preset's, else false."""
     k_max: float | None = Field(None, ge=1)
     """Largest slope of a gate in rollback, whatever the number of tokens of its node. Read by the fibred objectives.
-    Unset: no bound."""
+    Unset: the preset's, else no bound."""
     weighting: Literal["seq-mean", "token-mean"] | None = None
     """mu of a token: 1/(trajectories x its trajectory's tokens), or 1/tokens. Unset: what the objective's paper has,
     which is token-mean for apc and seq-mean for the others."""
@@ -75,13 +100,14 @@ class AlgorithmConfig(Section):
         return as_plugin(value)
 
     def objective_options(self, domains: Sequence[str]) -> dict[str, Any]:
-        """Return the objective's options that are set: the flat ones of [algorithm], then those of its table.
+        """Return the objective's options that are set: the flat ones of [algorithm], those of its table, and `preset`,
+        the one of `build_objective`.
 
         Flat budgets and levels call domains by their names, `domains`, which then are an option as well.
         """
-        names = ("epsilon", "epsilon_high", "budgets", "levels", "expert_membership", "dual_clip", "k_max")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        options |= {name: True for name in ("unclip_positive", "pessimistic") if getattr(self, name)}
+        options: dict[str, Any] = {name: getattr(self, name) for name in FLAT if getattr(self, name) is not None}
+        recorded = self.preset == "recommended" and self.preset_options is not None
+        options["preset"] = self.preset_options if recorded else self.preset
         tables = {"levels": self.levels, **(self.budgets or {})}
         if any(isinstance(table, dict) and self._key(name, table) == "domain" for name, table in tables.items()):
             options["names"] = {"domain": {name: at for at, name in enumerate(domains)}}

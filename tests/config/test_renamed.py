@@ -49,6 +49,9 @@ max_prompt_tokens = 64
 [storage]
 dump = true
 
+[algorithm]
+preset = "paper"
+
 [[environments]]
 name = "addition"
 use = "examples.demo.environments:Addition"
@@ -81,7 +84,7 @@ def load(folder: Path, text: str, *overrides: str) -> Config:
 
 
 def test_old_names_are_the_new_config_and_the_warning_shows_it(tmp_path: Path):
-    with pytest.warns(UserWarning, match=r"c\.toml uses names of an earlier version; write instead") as found:
+    with pytest.warns(UserWarning, match=r"c\.toml was written for an earlier version; write today") as found:
         config = load(tmp_path, OLD)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -90,7 +93,7 @@ def test_old_names_are_the_new_config_and_the_warning_shows_it(tmp_path: Path):
     shown = str(warning.message).partition("\n\n")[2]
     rest = {name: section for name, section in tomllib.loads(NEW).items() if name in ("model", "data")}
     assert Config.model_validate(rest | tomllib.loads(shown)) == config, "the shown text is what to write"
-    assert tomllib.loads(shown).keys() == {"storage", "environments"}
+    assert tomllib.loads(shown).keys() == {"storage", "environments", "algorithm"}
 
 
 def test_what_is_translated_exists(tmp_path: Path):
@@ -126,6 +129,46 @@ def test_a_budget_of_trajectories_belongs_to_what_apc_was(tmp_path: Path, writte
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load(tmp_path, f'{rest}[algorithm]\nobjective = "apc"\n').algorithm.objective.use == "apc"
+
+
+WRITTEN_OUT = """
+[model]
+path = "x"
+[algorithm]
+objective = {objective}
+unclip_positive = false
+advantage = "group-mean"
+normalise_std = true
+expert_routing = "old"
+routing_replay = "none"
+"""
+
+
+@pytest.mark.parametrize(
+    ("objective", "preset"),
+    [
+        ("fiberpo-expert", "paper"),
+        ("fiberpo_megatron.fibration.fiber:FiberPO", "paper"),
+        ("grpo", "recommended"),  # has no preset, so that nothing need be written
+        ("mine:Objective", "recommended"),
+    ],
+)
+def test_what_a_run_without_presets_wrote_out_means_the_bare_form(tmp_path: Path, objective: str, preset: str):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        config = load(tmp_path, WRITTEN_OUT.format(objective=f'"{objective}"'))
+        assert config.algorithm.preset == preset
+    assert len(found) == (preset == "paper")
+    if found:
+        shown = tomllib.loads(str(found[0].message).partition("\n\n")[2])
+        assert shown == {"algorithm": {"preset": "paper"}}
+        assert Path(found[0].filename) == Path(__file__), "the warning is at the caller's line"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        written = f'{WRITTEN_OUT.format(objective=repr(objective))}preset = "recommended"\n'
+        assert load(tmp_path, written).algorithm.preset == "recommended"
+        fresh = f'[model]\npath = "x"\n[algorithm]\nobjective = "{objective}"\n'
+        assert load(tmp_path, fresh).algorithm.preset == "recommended", "a new config"
 
 
 def test_overrides_of_old_configs_take_the_old_names(tmp_path: Path):

@@ -37,10 +37,17 @@ def test_a_resolved_config_means_what_it_meant():
     assert (earlier.optimizer.beta1, earlier.optimizer.eps) == (0.9, 1e-8)  # defaults that it had written out
     assert earlier.weight_sync.bucket_mib == 256
     assert earlier.algorithm.weighting == "seq-mean" and today.algorithm.weighting is None  # the objective's own
-    rest = {"optimizer": True, "weight_sync": {"bucket_mib"}, "algorithm": {"weighting"}}
+    assert earlier.algorithm.preset == "paper" and today.algorithm.preset == "recommended"
+    assert earlier.algorithm.unclip_positive is False  # the default of then and of the bare form
+    rest = {
+        "optimizer": True,
+        "weight_sync": {"bucket_mib"},
+        "algorithm": {"weighting", "preset", "unclip_positive"},
+    }
     assert earlier.model_dump(exclude=rest) == today.model_dump(exclude=rest)
     (warning,) = found
     shown = tomllib.loads(str(warning.message).partition("\n\n")[2])
+    assert shown["algorithm"] == {"preset": "paper"}
     assert shown["storage"] == {"dump": False, "unfinished": True}
     assert shown["environments"] == [
         {

@@ -294,7 +294,7 @@ def test_experts_inside_a_trajectory_do_not_span_micro_batches() -> None:
         ("fiberpo", {"epsilon": -0.1}, "must be positive"),
         ("fiberpo", {"epsilon": (0.1, 0.1, 0.1)}, "pass a pair"),
         ("grpo", {"epsilon": 1.5}, "1 - epsilon must stay"),
-        ("fiberpo", {"budgets": {}}, "level 'trajectory' has no budget"),
+        ("fiberpo", {"levels": [["turn"]], "budgets": {}}, "level 'turn' has no budget"),
         ("fiberpo", {"budgets": {"trajectory": (0.1, 0.0)}}, "C_minus of level 'trajectory' is 0.0"),
         ("fiberpo", {"budgets": {"trajectory": (-0.1, 0.1)}}, "C_plus of level 'trajectory' is -0.1"),
         ("fiberpo", {"budgets": {"trajectory": 0.1}}, "pass a pair"),
@@ -323,10 +323,16 @@ def test_refused_options(name: str, options: dict, message: str) -> None:
 
 
 def test_warnings_for_unsound_budgets() -> None:
-    with pytest.warns(UserWarning, match="C_minus 0.3 >= C_plus 0.2"):
+    with pytest.warns(
+        UserWarning, match=r"^budgets\['trajectory'\] = \(0.2, 0.3\): C_minus is not below C_plus; lower"
+    ):
         build_objective("fiberpo", budgets={"trajectory": (0.2, 0.3)})
-    with pytest.warns(UserWarning, match="epsilon 0.3 is not well below level 'trajectory'"):
+    with pytest.warns(
+        UserWarning, match=r"^epsilon = 0.3: it is not well below delta .* of level 'trajectory' \(0.3\)"
+    ):
         build_objective("fiberpo", epsilon=0.3, budgets={"trajectory": (0.2, 0.1)})
+    with pytest.warns(UserWarning, match=r"^budgets\['trajectory'\] = \(0.04, 0.03\): delta .* twice epsilon = 0.05"):
+        build_objective("fiberpo", budgets={"trajectory": (0.04, 0.03)})
 
 
 # ---- the autograd function ----
