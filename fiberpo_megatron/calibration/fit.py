@@ -129,7 +129,7 @@ def probe_scenario(
         recompute=False,
         width=DTYPE_BYTES[config.model.dtype],
         engine_width=DTYPE_BYTES[config.model.dtype if engine.dtype == "auto" else engine.dtype],
-        graph_limit=0 if gpu.name == "cpu" else None,
+        graph_limit=0 if "--disable-cuda-graph" in engine.extra_args else None,
     )
 
 
@@ -188,7 +188,6 @@ def engine_constants(
     `score` are the seconds in which an environment scores a response, which pass during generation.
     """
     slow = replace(assumptions, engine_step_ms=0.0, engine_request_us=0.0, decode_kernel_us=LEAST_US)
-    slow = replace(slow, eager_kernel_us=LEAST_US)
     scenario = probe_scenario(config, hf_config, gpu, 1, 1, 1)
     decoder = make_decoder(scenario, slow)
     rows, known = [], []
@@ -208,7 +207,6 @@ def engine_constants(
             "assumptions.decode_memory_efficiency": min(1.0, slow.decode_memory_efficiency / factor),
             "assumptions.expert_memory_efficiency": min(1.0, slow.expert_memory_efficiency / factor),
             "assumptions.decode_kernel_us": LEAST_US,
-            "assumptions.eager_kernel_us": LEAST_US,
             "assumptions.engine_step_ms": step * 1e3,
             "assumptions.engine_request_us": request * 1e6,
             "assumptions.prefill_efficiency": min(1.0, slow.prefill_efficiency / max(reading, 1e-3)),

@@ -6,6 +6,7 @@ and `high`, the quartiles) and its unit; `measurements` are the timings that the
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
@@ -110,7 +111,7 @@ def vendor_row(device: str) -> Gpu | None:
 
     The longest name of a row that is a word of the device's name is taken: GB200 is not B200.
     """
-    words = device.replace("_", " ").split()
+    words = re.split(r"[\s_-]+", device)
     found = [gpu for name, gpu in GPUS.items() if name in words]
     return max(found, key=lambda gpu: len(gpu.name), default=None)
 
