@@ -85,7 +85,7 @@ class Assumptions(Overheads):
     """Share of `tflops` while an engine reads prompts."""
     decode_memory_efficiency: float = 0.75
     """Share of memory bandwidth in decoding: reading dense weights, and keys and values."""
-    expert_memory_efficiency: float = 0.60
+    expert_memory_efficiency: float = 0.59
     """Share of memory bandwidth in decoding: reading the weights of experts, each of which gets few tokens."""
     nvlink_efficiency: float = 0.70
     """Share of NVLink's bandwidth in large collectives."""
@@ -95,25 +95,25 @@ class Assumptions(Overheads):
     """Share of NVLink's and the network's bandwidth in the all-reduces of decoding (some 100 KB)."""
     nvlink_latency_us: float = 10.0
     """Microseconds of a small all-reduce inside an NVLink domain."""
-    network_latency_us: float = 18.0
+    network_latency_us: float = 16.0
     """Microseconds of one hop between domains; an all-reduce over n domains has 2 log2(n) of them."""
     train_kernel_us: float = 8.0
     """Microseconds in which the trainer's Python issues one kernel: the floor of small micro-batches."""
-    decode_kernel_us: float = 4.5
+    decode_kernel_us: float = 4.6
     """Microseconds that a kernel of decoding takes beside its reading, replayed from a CUDA graph."""
-    eager_kernel_us: float = 40.0
+    eager_kernel_us: float = 44.0
     """Microseconds in which an engine without CUDA graphs issues one kernel of decoding."""
     graph_limit: float = 512
     """Largest number of running requests for which an engine captures CUDA graphs; larger batches run without."""
     engine_step_ms: float = 2.0
     """Milliseconds of the engine's scheduler and sampling per decoding step."""
-    engine_request_us: float = 40.0
+    engine_request_us: float = 38.0
     """Microseconds of the engine's scheduler per running request and decoding step."""
-    engine_host_ms: float = 2.0
+    engine_host_ms: float = 2.3
     """Milliseconds per decoding step in which an engine's schedule reaches each further host over the network."""
     engine_reserved_gb: float = 4.0
     """CUDA context, graphs and activations of an engine on every GPU, outside weights and KV cache (10^9 bytes)."""
-    pageable_copy_efficiency: float = 0.07
+    pageable_copy_efficiency: float = 0.065
     """Share of the link to host memory in copies to and from pageable memory, by all GPUs of a host at once."""
     pinned_copy_efficiency: float = 0.75
     """The same for pinned memory."""

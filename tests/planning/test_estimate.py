@@ -123,8 +123,8 @@ def test_proposals_fit_and_come_fastest_first():
 
 
 def test_assumptions():
-    assert assume(["train_efficiency=0.4"]).train_efficiency == 0.4
-    for wrong in ("speed=1", "train_efficiency=fast", "train_efficiency=1.5", "reserved_gb=0"):
+    assert assume(["matmul_efficiency=0.4"]).matmul_efficiency == 0.4
+    for wrong in ("speed=1", "matmul_efficiency=fast", "matmul_efficiency=1.5", "reserved_gb=0"):
         with pytest.raises(ValueError, match=f"--assume {wrong}"):
             assume([wrong])
 

@@ -45,7 +45,7 @@ def test_errors_stay_within_their_bound():
     """The issue's goal is 15 % and 40 %; a change of the model that loses more than it gains is to be seen here."""
     comparisons = compare(built_in(), Assumptions())
     found = summary(comparisons)
-    assert found.points == 12 and found.median < 0.10 and found.largest < 0.35, comparisons
+    assert found.points == 13 and found.median < 0.10 and found.largest < 0.35, comparisons
     generation = [c.errors["generate"] for c in comparisons if "generate" in c.published]
     assert len(generation) == 3 and max(map(abs, generation)) < 0.25
     parts = {c.id: next(iter(c.errors.values())) for c in compare_parts(Assumptions())}
@@ -78,7 +78,7 @@ def test_the_command_without_a_file(capsys: pytest.CaptureFixture[str]):
     assert main(["plan", "--published"]) == 0
     assert "np-30b-sync" in capsys.readouterr().out
     assert main(["plan"]) == 2
-    assert "give CONFIG.toml and --gpus N, or --published" in capsys.readouterr().err
+    assert "or --published" in capsys.readouterr().err
 
 
 def test_a_relative_model_folder_lies_beside_the_file(tmp_path: Path):
