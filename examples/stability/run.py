@@ -58,7 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--objectives", nargs="+", default=["fiberpo", "grpo", "gspo"], metavar="NAME")
+    parser.add_argument(
+        "--objectives",
+        nargs="+",
+        default=["fiberpo", "grpo", "gspo"],
+        metavar="NAME",
+        help='names, or names with options of their own: "grpo epsilon=0.1"',
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="default: 1 2 3")
     parser.add_argument("--steps", type=int, help="training steps of a run (default: of stability.toml)")
     parser.add_argument("--learning-rate", type=float, help="default: of stability.toml")

@@ -162,6 +162,16 @@ def test_runs_differ_in_objective_and_seed_only(tmp_path: Path):
     assert rest[0]["trainer"]["steps"] == 5
 
 
+def test_an_objective_may_have_options_of_its_own(tmp_path: Path):
+    tuned, default = plan(["grpo epsilon=[0.2,0.1]", "gspo"], [1], tmp_path, CONFIG, [])
+    assert (tuned.name, tuned.folder.name) == ("grpo epsilon=[0.2,0.1], seed 1", "grpo-epsilon=-0.2-0.1--seed1")
+    assert tuned.config().algorithm.objective.use == "grpo"
+    assert tuned.config().algorithm.epsilon == (0.2, 0.1)
+    assert default.config().algorithm.epsilon is None
+    with pytest.raises(ValueError, match="'epsilon' is no option; write NAME KEY=VALUE"):
+        plan(["grpo epsilon"], [1], tmp_path, CONFIG, [])
+
+
 def test_the_shipped_setting_is_off_policy():
     batch = planned(Path("unused"))[0].config().batch
     assert batch.epochs * batch.mini_batches in (8, 16)

@@ -56,12 +56,21 @@ def plan(
     objectives: Sequence[str], seeds: Sequence[int], folder: Path, config_file: Path, overrides: Sequence[str]
 ) -> list[PlannedRun]:
     """Plan every objective under a seed before the next seed, so that an interrupted campaign still compares equal
-    cases."""
+    cases.
+
+    An objective is a name, which may be followed by options of its own: "grpo epsilon=0.1".
+    """
     runs = []
     for seed in seeds:
         for objective in objectives:
-            run_folder = folder / f"{objective}-seed{seed}"
-            own = ("--run.folder", str(run_folder), "--run.seed", str(seed), "--algorithm.objective", objective)
+            name, *options = objective.split()
+            run_folder = folder / f"{re.sub('[^a-z0-9.=-]+', '-', objective)}-seed{seed}"
+            own = ["--run.folder", str(run_folder), "--run.seed", str(seed), "--algorithm.objective", name]
+            for option in options:
+                key, equals, value = option.partition("=")
+                if not equals:
+                    raise ValueError(f"objective {objective!r}: {option!r} is no option; write NAME KEY=VALUE ...")
+                own += [f"--algorithm.{key}", value]
             runs.append(PlannedRun(objective, seed, run_folder, config_file, (*overrides, *own)))
     return runs
 
