@@ -16,8 +16,6 @@ SCREENING_CELLS = (Cell("short", *PACES[1]), Cell("long", *PACES[2]), Cell("doma
 SCREENING_SEEDS = (5,)
 FINAL_SEEDS = (6,)
 """Seeds of the second round of tuning."""
-FINALISTS = 2
-"""Configurations of each objective that reach the second round."""
 COMPARISON_SEEDS = tuple(range(8, 16))
 
 Options = Mapping[str, Any]
@@ -68,7 +66,16 @@ GRIDS: Mapping[str, tuple[Options, ...]] = {
         ),
     ),
 }
-"""Per objective the configurations that are tried: eight each."""
+"""Per objective the configurations of the first round: eight each."""
+REFINEMENTS: Mapping[str, tuple[Options, ...]] = {
+    "fiberpo": (
+        _fiberpo(0.02, (0.02, 0.015), pessimistic=True, k_max=16.0, dual_clip=3.0),
+        _fiberpo(0.02, (0.05, 0.04), pessimistic=True, k_max=4.0, dual_clip=3.0),
+    ),
+    "grpo": ({"epsilon": 0.02, "dual_clip": 3.0}, {"epsilon": 0.01}),
+    "gspo": ({"epsilon": [1e-3, 2e-3]}, {"epsilon": [2e-2, 1.5e-2]}),
+}
+"""Per objective two configurations near the best of the first round; they and the best go into the second round."""
 
 
 def text_of(options: Options) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 from fiberpo_megatron.telemetry.report.figures import PALETTE, STYLE
 from study.campaign import Row
 from study.paired import Interval, paired_interval
-from study.plan import CELLS, FINALISTS, GRIDS
+from study.plan import CELLS, GRIDS, REFINEMENTS, text_of
 from study.training import Cell
 
 SCREENING, FINAL, COMPARISON, DEFAULTS = "screening", "final", "comparison", "defaults"
@@ -38,9 +38,9 @@ def mean_scores(rows: Iterable[Row], stage: str) -> dict[str, dict[str, float]]:
 
 
 def finalists(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Return by objective the options of the configurations that reach the second round."""
+    """Return by objective the options of the second round: the best of the first one, and its refinements."""
     ranked = mean_scores(rows, SCREENING)
-    return {objective: list(ranked[objective])[:FINALISTS] for objective in GRIDS}
+    return {name: [next(iter(ranked[name])), *map(text_of, REFINEMENTS[name])] for name in GRIDS}
 
 
 def chosen(rows: Sequence[Row]) -> dict[str, str]:
@@ -92,10 +92,11 @@ def tuning_table(rows: Sequence[Row]) -> str:
     first, second, best = mean_scores(rows, SCREENING), mean_scores(rows, FINAL), chosen(rows)
     table = [["objective", "options", "first round", "second round", ""]]
     for objective in GRIDS:
-        for options, score in first[objective].items():
-            later = second[objective].get(options)
+        for options in dict.fromkeys((*first[objective], *second[objective])):
+            scores = [ranked[objective].get(options) for ranked in (first, second)]
             mark = "chosen" if best[objective] == options else ""
-            table.append([objective, f"`{options}`", f"{score:.3f}", "" if later is None else f"{later:.3f}", mark])
+            cells = ["" if score is None else f"{score:.3f}" for score in scores]
+            table.append([objective, f"`{options}`", *cells, mark])
     return _markdown(table)
 
 
