@@ -20,13 +20,16 @@ from fiberpo_megatron.planning.calibration import FILE, Calibration, calibrated,
 from fiberpo_megatron.planning.engines import engine_count
 from fiberpo_megatron.planning.estimate import Plan, make_plan
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu
-from fiberpo_megatron.planning.lengths import Lengths
+from fiberpo_megatron.planning.lengths import Lengths, longest
 from fiberpo_megatron.planning.scenario import Scenario
 from fiberpo_megatron.planning.timing import GIGA, StepTime, step_time
 from fiberpo_megatron.planning.training import packing
 from fiberpo_megatron.types import RolloutBatch
 
 _log = logging.getLogger(__name__)
+LEAST_SPREAD, MOST_SPREAD = 0.05, 4.0
+"""Bounds of the standard deviation of the logarithm of lengths; responses of equal lengths have the least."""
+NEAR = 0.01
 
 
 class NoPlan(Exception):
@@ -133,9 +136,23 @@ def with_trajectories(scenario: Scenario, rollouts: RolloutBatch) -> Scenario:
         prompt=float(rollouts.lengths.mean() - responses.mean()),
         response=float(responses.mean()),
         limit=float(responses.max()),
-        spread=max(0.05, float(np.log(np.maximum(responses, 1)).std())),
+        spread=max(LEAST_SPREAD, float(np.log(np.maximum(responses, 1)).std())),
     )
+    lengths = with_longest(lengths, count, float(responses.max()))
     return replace(scenario, prompts=groups, samples=max(1, round(count / groups)), lengths=lengths)
+
+
+def with_longest(lengths: Lengths, count: int, most: float) -> Lengths:
+    """Return the lengths with a spread at which the longest of `count` responses has `most` tokens or, beyond the
+    spread of the responses themselves, comes nearest to it: the end of a generation depends on it."""
+    low, high = lengths.spread, MOST_SPREAD
+    if longest(lengths, count) >= (1 - NEAR) * most:
+        return lengths
+    while high - low > NEAR:
+        middle = (low + high) / 2
+        reached = longest(replace(lengths, spread=middle), count) >= (1 - NEAR) * most
+        low, high = (low, middle) if reached else (middle, high)
+    return replace(lengths, spread=high)
 
 
 def expectation(

@@ -96,7 +96,7 @@ def render(data: RunData) -> str:
     about = attempt("the line below the title", lambda: _about(data), problems)
     cards = attempt("the headline", lambda: _cards(data), problems)
     samples = attempt("the sample rollouts", lambda: _rollouts(data), problems)
-    plan = attempt("the comparison with the plan", lambda: _plan(data), problems)
+    plan = attempt("the comparison with the plan", lambda: plan_section(data), problems)
     settings = attempt("the table of settings", lambda: _settings(data.config), problems)
     name = shown(data.name)
     return (
@@ -267,7 +267,7 @@ def _text(value: object) -> str:
     return f"<pre>{'' if value is None else shown(value, keep=TEXT)}</pre>"
 
 
-def _plan(data: RunData) -> str:
+def plan_section(data: RunData) -> str:
     """Return the table of phases beside the run's plan, with what is furthest from it; nothing without a plan."""
     found = compare(data)
     if found is None:
