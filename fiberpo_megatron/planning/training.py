@@ -133,7 +133,9 @@ def passes(scenario: Scenario, shape: ModelShape, assumptions: Assumptions) -> P
     """Return the passes of a model of that shape in the scenario's layout."""
     packed = packing(scenario)
     batches = max(1, scenario.optimiser_steps // scenario.epochs)
-    tokens = scenario.tokens / batches / scenario.data / packed.rows
+    # with fewer trajectories than ranks some ranks have one, and the others wait for them
+    each = max(1.0, scenario.trajectories / batches / scenario.data)
+    tokens = each * scenario.lengths.mean / packed.rows
     row = row_time(scenario, shape, tokens * packed.imbalance, assumptions)
     # rows that the pipeline is filled and emptied with, in every mini-batch
     slots = packed.rows + (scenario.parallel.pipeline - 1) / scenario.parallel.virtual_pipeline
