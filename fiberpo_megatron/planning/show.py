@@ -88,9 +88,25 @@ def plan_text(plan: Plan) -> str:
             "",
             table((*(name.replace("_", " ") for name in asdict(time)), "total"), phases),
             "",
+            *_notes(plan),
             verdict,
         ]
     )
+
+
+def _notes(plan: Plan) -> list[str]:
+    """Return a line for what the phases alone do not say, and an empty one behind them."""
+    time, notes = plan.time, []
+    if time.checkpoint:
+        notes.append(
+            f"checkpoints (every {plan.config.checkpoint.every_steps} steps) take {100 * time.checkpoint / time.total:.1f}"
+            " % of the time"
+        )
+    if time.hidden:
+        notes.append(
+            f"generation passes beside training for {time.hidden:.1f} s; the trainer waits {time.wait:.1f} s a step"
+        )
+    return [*notes, ""] if notes else []
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

@@ -59,6 +59,13 @@ def test_the_page_shows_what_the_tool_writes():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.exhaustive  # fits the constants four times, which takes a minute
+def test_the_page_shows_the_sources_left_out():
+    tool = [sys.executable, str(ROOT / "tools/ledger_tables.py"), "--check", "--refit"]
+    done = subprocess.run(tool, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_points_of_ones_own_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write(tmp_path, POINT, {**POINT, "id": "other", "gpu": "H20", "seconds": {"step": 100}})
     assert main(["plan", "--published", str(path), "--json"]) == 0
