@@ -32,6 +32,8 @@ CPU_RANKS = 2
 PUBLICATION_CALLS = 7
 """Control calls that an engine gets in a publication: pause, begin, a bucket, end, the version, resume, and a flush."""
 SHORTEST_ROW = 256
+CHECKPOINT = "calibration_checkpoint"
+"""Folder that is written and removed."""
 PACKAGES = ("fiberpo-megatron", "torch", "megatron-core", "sglang")
 DEFAULT_MODEL: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -96,8 +98,9 @@ def calibrate(config: Config | None, say: Callable[[str], None]) -> Calibration 
         length = min(chosen.data.max_prompt_tokens, 256) + chosen.rollout.max_response_tokens // 2
         length = max(8, min(length, int(hf_config.get("max_position_embeddings", length)) // 2))
         row = max(SHORTEST_ROW, min(chosen.batch.micro_batch_tokens, 16 * SHORTEST_ROW if kind == "cpu" else 10**9))
-        shared = folder if "RANK" not in os.environ else chosen.run.folder / "calibrating"
-        job = Job(chosen.model_dump_json(), [row // 8, row // 2, row], length, str(shared / "checkpoint"))
+        shared = folder if "RANK" not in os.environ else chosen.run.folder  # that all ranks' machines see
+        shared.mkdir(parents=True, exist_ok=True)
+        job = Job(chosen.model_dump_json(), [row // 8, row // 2, row], length, str(shared / CHECKPOINT))
         say(f"Timing products, memory, links and passes on {ranks} ranks ...")
         times = ranks_times(job, ranks, folder, chosen.run.threads_per_rank)
         if os.environ.get("RANK", "0") != "0":
