@@ -22,7 +22,7 @@ PARTS = {
     "telemetry": {"config", "types", "plugins"},
     "data": {"config", "types", "environments"},
     "mcore": {"config", "types", "interfaces", "plugins", "rendezvous"},
-    "planning": {"config", "fibration", "mcore", "plugins"},
+    "planning": {"config", "types", "fibration", "mcore", "plugins"},
     "interfaces": {"types"},
     "together": {"interfaces"},
     "engines": {"closeable", "config", "types", "rendezvous", "environments", "subprocesses", "process_identity"},

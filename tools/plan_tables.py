@@ -89,7 +89,7 @@ def main() -> int:
         model, count, name = options.search.split(":")
         gpu = GPUS[name]
         config, hf_config = config_of(model, [])
-        plans = propose(config, hf_config, int(count), gpu.memory_gb * GIGA, gpu, Assumptions())
+        plans = propose(config, hf_config, int(count), gpu.memory_gb * GIGA, gpu, Assumptions()).plans
         print(show.table(show.LAYOUT_HEADINGS, [show.layout_row(plan) for plan in plans]))
         return 0
     text = PAGE.read_text()

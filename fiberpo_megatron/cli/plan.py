@@ -24,7 +24,27 @@ def add_parser(commands: Any, overrides: str) -> None:
         help="print predicted beside published step times: those of this package, or of a JSON file of your own",
     )
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of one GPU; default: that GPU's")
-    parser.add_argument("--search", action="store_true", help="propose layouts, the fastest that fits first")
+    parser.add_argument("--search", action="store_true", help="propose layouts, the best that fits first, and say why")
+    parser.add_argument(
+        "--price",
+        type=float,
+        metavar="P",
+        help="with --search: price of a GPU for an hour; the cheapest run comes first",
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="with --search: steps of the run; default trainer.steps")
+    parser.add_argument(
+        "--staleness",
+        type=int,
+        metavar="S",
+        help="steps by which trajectories may run ahead of the weights (this version's runs have 0); with --search the "
+        "largest that is tried, default 4",
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE.svg", help="draw what bounds each phase, of the best plan with --search"
+    )
+    parser.add_argument(
+        "--scale", action="store_true", help="show the config's model on 8 to 10240 GPUs; takes --gpu, not --gpus"
+    )
     parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="replace an assumption")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -36,20 +56,20 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from fiberpo_megatron.planning.calibration import calibrated
     from fiberpo_megatron.planning.estimate import make_plan
     from fiberpo_megatron.planning.hardware import GPUS
-    from fiberpo_megatron.planning.search import propose
     from fiberpo_megatron.planning.timing import GIGA
 
     if options.published is not None:
         return _published(options)
-    if options.config is None or options.gpus is None:
-        raise ConfigError("give CONFIG.toml and --gpus N, or --published")
+    if options.config is None or (options.gpus is None) != options.scale:
+        raise ConfigError("give CONFIG.toml and --gpus N, CONFIG.toml and --scale, or --published")
+    _check_search(options)
     config = load_config(options.config, overrides)
     path = config.model.path / "config.json"
     if not path.is_file():
         raise ConfigError(f"model.path = {config.model.path}: there is no {path}; a plan needs config.json alone")
     if options.gpu is not None and options.gpu not in GPUS:
         raise ConfigError(f"--gpu {options.gpu} is not known; choose from {', '.join(GPUS)}")
-    if options.gpus < 1:
+    if options.gpus is not None and options.gpus < 1:
         raise ConfigError(f"--gpus {options.gpus}: at least 1 is needed")
     gpu = GPUS[options.gpu or "H100"]
     measured = None
@@ -65,20 +85,84 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         gpu,
         calibrated(measured, options.assume),
     )
-    if not options.search:
-        plan = make_plan(*arguments)
-        print(json.dumps(show.plan_json(plan), indent=1) if options.json else show.plan_text(plan))
-        return 1 if plan.problems else 0
-    plans = propose(*arguments)
+    if options.scale:
+        return _scale(options, *arguments)
+    if options.search:
+        return _search(options, *arguments)
+    staleness = options.staleness or 0
+    plan = make_plan(*arguments, staleness=staleness, drain=staleness == 0)
+    print(json.dumps(show.plan_json(plan), indent=1) if options.json else show.plan_text(plan))
+    if staleness and not options.json:
+        print(f"\nStaleness {staleness} can be planned only: this version's runs have none (no rollout.staleness).")
+    _draw(options, plan, arguments[-1])
+    return 1 if plan.problems else 0
+
+
+def _check_search(options: argparse.Namespace) -> None:
+    """Raise ConfigError for options that nothing would read, or that have impossible values."""
+    for name in ("price", "steps"):
+        value = getattr(options, name)
+        if value is not None and not options.search:
+            raise ConfigError(f"--{name} {value} belongs to --search")
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name} {value} must be above 0")
+    if options.staleness is not None and options.staleness < 0:
+        raise ConfigError(f"--staleness {options.staleness} must be 0 or more")
+    for name in ("search", "picture", "staleness"):
+        if options.scale and getattr(options, name):
+            raise ConfigError(f"--scale and --{name} do not go together; plan one number of GPUs with --gpus")
+
+
+def _search(
+    options: argparse.Namespace, config: Any, hf_config: Any, gpus: int, memory: float, gpu: Any, assumptions: Any
+) -> int:
+    """Print the best plans; return 0 if any fits, else 1."""
+    from fiberpo_megatron.planning import show
+    from fiberpo_megatron.planning.explain import found_text, limit_lines, reason_lines
+    from fiberpo_megatron.planning.search import STALENESS, Goal, propose, settings
+    from fiberpo_megatron.planning.timing import GIGA
+
+    largest = max(STALENESS) if options.staleness is None else options.staleness
+    staleness = tuple(sorted({0, largest, *(value for value in STALENESS if value < largest)}))
+    goal = Goal(options.price, options.steps or config.trainer.steps, staleness)
+    found = propose(config, hf_config, gpus, memory, gpu, assumptions, goal=goal)
     if options.json:
-        print(json.dumps([show.plan_json(plan) for plan in plans], indent=1))
-    elif plans:
-        print(show.table(show.LAYOUT_HEADINGS, [show.layout_row(plan) for plan in plans]))
+        plans = [
+            show.plan_json(plan)
+            | {"gpus": candidate.gpus, "staleness": candidate.staleness, "settings": settings(plan)}
+            | {"cost": goal.cost(plan, candidate.gpus)}
+            for candidate, plan in zip(found.candidates, found.plans)
+        ]
+        words = [*limit_lines(found.plans[0], assumptions), *reason_lines(found)] if plans else []
+        print(json.dumps({"plans": plans, "why": words}, indent=1))
+    elif found.plans:
+        print(found_text(found, goal, assumptions))
     else:
-        print(
-            f"No layout of {options.gpus} GPUs with {memory / GIGA:.0f} GB fits; more GPUs or shorter rows would help"
-        )
-    return 0 if plans else 1
+        print(f"No layout of {gpus} GPUs with {memory / GIGA:.0f} GB fits; more GPUs or shorter rows would help")
+    if found.plans:
+        _draw(options, found.plans[0], assumptions)
+    return 0 if found.plans else 1
+
+
+def _draw(options: argparse.Namespace, plan: Any, assumptions: Any) -> None:
+    """Write the picture that was asked for."""
+    from fiberpo_megatron.planning.picture import roofline_svg
+
+    if options.picture is None:
+        return
+    try:
+        options.picture.write_text(roofline_svg(plan, assumptions), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--picture {options.picture}: it cannot be written: {error.strerror}") from error
+
+
+def _scale(options: argparse.Namespace, config: Any, hf_config: Any, _: Any, *machine: Any) -> int:
+    """Print the config's model on growing numbers of GPUs; return 0 if any fits, else 1."""
+    from fiberpo_megatron.planning.scale import scale, scale_json, scale_text
+
+    rows = scale(config, hf_config, *machine)
+    print(json.dumps(scale_json(rows), indent=1) if options.json else scale_text(rows))
+    return 0 if any(row.plan is not None for row in rows) else 1
 
 
 def _calibration(options: argparse.Namespace) -> Any:

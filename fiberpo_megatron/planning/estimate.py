@@ -3,11 +3,13 @@ transferred."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.mcore.families import Architecture, read_architecture
-from fiberpo_megatron.mcore.optimizers import make_optimizer
+from fiberpo_megatron.mcore.optimizers import Optimizer, make_optimizer
+from fiberpo_megatron.mcore.optimizers.settings import OptimizerConfig
 from fiberpo_megatron.mcore.parallel.checks import check_layout
 from fiberpo_megatron.planning.activations import Implementation, Row, activation_bytes, log_prob_bytes
 from fiberpo_megatron.planning.engines import EnginePlan, engine_count, engine_dtype_bytes, plan_engine
@@ -149,16 +151,10 @@ def make_plan(
     parallel = config.parallel.model_copy(update={"data": training // config.parallel.model_ranks})
     config = config.model_copy(update={"parallel": parallel})
     gates = gate_bytes(config)
-    scenario = _scenario(config, architecture, training, serving, gpu, assumptions, sum(gates), staleness, drain)
-    work = Workload(
-        scenario.trajectories,
-        scenario.lengths.prompt,
-        scenario.lengths.response,
-        scenario.optimiser_steps,
-        packing(scenario).rows,
-    )
+    scenario = make_scenario(config, architecture, training, serving, gpu, assumptions, sum(gates), staleness, drain)
+    work = workload(scenario)
     stages = tuple(
-        _stage(config, architecture, training, stage, work, assumptions) for stage in range(parallel.pipeline)
+        plan_stage(config, architecture, training, stage, work, assumptions) for stage in range(parallel.pipeline)
     )
     fullest = max(stages, key=lambda stage: stage.states.total)
     # colocated: while an engine generates, the trainer's parameters stay, its gradients and optimizer state do not
@@ -182,7 +178,18 @@ def make_plan(
     )
 
 
-def _scenario(
+def workload(scenario: Scenario) -> Workload:
+    """Return a scenario's step in numbers."""
+    return Workload(
+        scenario.trajectories,
+        scenario.lengths.prompt,
+        scenario.lengths.response,
+        scenario.optimiser_steps,
+        packing(scenario).rows,
+    )
+
+
+def make_scenario(
     config: Config,
     architecture: Architecture,
     training: int,
@@ -241,7 +248,7 @@ def _number(arguments: list[str], name: str) -> int | None:
     return int(words[words.index(name) + 1]) if name in words else None
 
 
-def _stage(
+def plan_stage(
     config: Config,
     architecture: Architecture,
     world_size: int,
@@ -251,26 +258,43 @@ def _stage(
     implementation: Implementation = "te",
 ) -> StagePlan:
     """Plan the rank of the first optimizer shard, which holds the most, because padding lies at the end of a buffer."""
+    optimizer = _optimizer(config.optimizer.model_dump_json(), type(config.optimizer))
+    activations, log_probs = passing_bytes(config, architecture, stage, work, assumptions, implementation)
+    return StagePlan(
+        stage=stage,
+        states=state_bytes(architecture, config.model, config.parallel, world_size, Position(stage), optimizer),
+        activations=activations,
+        log_probs=log_probs,
+        reserved=int(assumptions.reserved_gb * GIGA),
+        offloaded=config.optimizer.cpu_offload,
+    )
+
+
+@lru_cache(maxsize=16)  # a search asks for the same one beside every layout
+def _optimizer(settings: str, section: type[OptimizerConfig]) -> Optimizer:
+    return make_optimizer(section.model_validate_json(settings))
+
+
+def passing_bytes(
+    config: Config,
+    architecture: Architecture,
+    stage: int,
+    work: Workload,
+    assumptions: Assumptions,
+    implementation: Implementation = "te",
+) -> tuple[int, int]:
+    """Return the bytes of a stage's activations, and of its log-prob buffers, at their peak."""
     parallel, model = config.parallel, config.model
     tokens = config.batch.micro_batch_tokens
     share = work.response_tokens / (work.prompt_tokens + work.response_tokens)
     row = Row(tokens, int(tokens * share / parallel.context), assumptions.expert_imbalance)
-    last = stage == parallel.pipeline - 1
-    return StagePlan(
+    activations = activation_bytes(
+        architecture,
+        model,
+        parallel,
+        row,
         stage=stage,
-        states=state_bytes(
-            architecture, model, parallel, world_size, Position(stage), make_optimizer(config.optimizer)
-        ),
-        activations=activation_bytes(
-            architecture,
-            model,
-            parallel,
-            row,
-            stage=stage,
-            micro_batches=work.micro_batches,
-            implementation=implementation,
-        ),
-        log_probs=log_prob_bytes(architecture, model, parallel, row) if last else 0,
-        reserved=int(assumptions.reserved_gb * GIGA),
-        offloaded=config.optimizer.cpu_offload,
+        micro_batches=work.micro_batches,
+        implementation=implementation,
     )
+    return activations, log_prob_bytes(architecture, model, parallel, row) if stage == parallel.pipeline - 1 else 0
