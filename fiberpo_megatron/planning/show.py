@@ -98,13 +98,12 @@ def _notes(plan: Plan) -> list[str]:
     """Return a line for what the phases alone do not say, and an empty one behind them."""
     time, notes = plan.time, []
     if time.checkpoint:
-        notes.append(
-            f"checkpoints (every {plan.config.checkpoint.every_steps} steps) take {100 * time.checkpoint / time.total:.1f}"
-            " % of the time"
-        )
+        every, share = plan.config.checkpoint.every_steps, 100 * time.checkpoint / time.total
+        notes.append(f"checkpoints (every {every} steps) take {share:.1f} % of the time")
     if time.hidden:
         notes.append(
-            f"generation passes beside training for {time.hidden:.1f} s; the trainer waits {time.wait:.1f} s a step"
+            f"{time.hidden:.1f} s of the phases pass beside others: training, and the tails of other steps' generation; "
+            f"the trainer waits {time.wait:.1f} s a step"
         )
     return [*notes, ""] if notes else []
 
