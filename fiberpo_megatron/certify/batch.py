@@ -18,11 +18,11 @@ from fiberpo_megatron.types import RolloutBatch
 VERSION = 6
 """Version of the trainer's weights; rollouts come from this one and two earlier ones."""
 ENGINES = 3
-SHAPES = ((1, 2, 2), (4, 2, 2), (2, 2, 3), (2, 3, 6), (4, 4, 12), (8, 4, 32))
+SHAPES = ((1, 2, 2), (4, 2, 2), (2, 3, 6), (8, 4, 24))
 """(groups, samples of each, most response tokens): the rollback of a gate is wide where it has few tokens."""
-SHIFTS = (0.03, 0.07, 0.15, 0.4)
+SHIFTS = (0.04, 0.1, 0.25)
 """How far trajectories move as a whole: standard deviation of their mean log ratio."""
-ROUNDS = 16
+ROUNDS = 8
 """Most batches that are drawn for each shape and shift; fewer if all states have come about before."""
 MOST = 6
 """Batches that are kept."""
@@ -130,9 +130,10 @@ def made_batches(objective: Objective, seed: int, domains: int, partitions: int)
     Many batches are drawn; those are kept that add states, the one that adds most first, and at last a longer one with
     extreme log ratios and with tokens of weight 0.
     """
+    extreme = _extreme(objective, np.random.default_rng([seed, 1]), domains, partitions)
     drawn: list[Batch] = []
     possible: set[str] = set()
-    found: set[str] = set()
+    found = set(extreme.states)
     for number, shape, shift in product(range(ROUNDS), SHAPES, SHIFTS):
         if possible and not possible - found and (shape, shift) == (SHAPES[0], SHIFTS[0]):
             break
@@ -145,15 +146,13 @@ def made_batches(objective: Objective, seed: int, domains: int, partitions: int)
         drawn.append(Batch(name, tokens, frozenset(_states(metrics))))
         found |= drawn[-1].states
     kept: list[Batch] = []
-    reached: set[str] = set()
+    reached = set(extreme.states)
     while len(kept) < MOST:
         best = max(drawn, key=lambda batch: (len(batch.states - reached), len(batch.tokens)))
-        if not best.states - reached:
+        if kept and not best.states - reached:
             break
         kept.append(best)
         reached |= best.states
-    extreme = _extreme(objective, np.random.default_rng([seed, 1]), domains, partitions)
-    reached |= extreme.states
     return [*kept, extreme], sorted(possible - reached)
 
 

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fiberpo_megatron.certify import kernels, real_ranks
+from fiberpo_megatron.certify import gates, kernels, real_ranks
 from fiberpo_megatron.certify.batch import Batch, draw_problem, made_batches, steady
 from fiberpo_megatron.certify.checks import Check
-from fiberpo_megatron.certify.gates import check_gates
 from fiberpo_megatron.certify.models import small_model
 from fiberpo_megatron.certify.peer import PeerComparison, compare_peer
 from fiberpo_megatron.certify.processes import RankFailed, run_processes
@@ -113,7 +112,7 @@ def certify(
     for batch in batches:
         for dtype in {batch.tokens.log_ratio.dtype} if file is not None else (torch.float32, torch.float64):
             subject = f"{batch.name}, {str(dtype).removeprefix('torch.')}"
-            certificate.checks += check_gates(objective, batch.tokens.to(dtype=dtype), subject, seed)
+            _part(certificate, gates.PART, gates.check_gates(objective, batch.tokens.to(dtype=dtype), subject, seed))
     said = _tell(certificate, say, 0)
     if ranks > 1:
         _part(certificate, real_ranks.PART, real_ranks.check_processes(named, batches, min(ranks, 4), seed))

@@ -199,7 +199,8 @@ class StepFile:
         given = self.about.get("objective")
         if given is None:
             return None
-        use, options = (given, {}) if isinstance(given, str) else (given.get("use"), given.get("options", {}))
+        table = {"use": given} if isinstance(given, str) else given if isinstance(given, dict) else {}
+        use, options = table.get("use"), table.get("options", {})
         if not isinstance(use, str) or not isinstance(options, dict):
             raise StepFileError(
                 f'{self.path}: "objective" is {given!r}; write {{"use": "fiberpo", "options": {{"epsilon": 0.05}}}}'
