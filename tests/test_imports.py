@@ -70,6 +70,7 @@ PARTS = {
         "types",
         "data",
         "environments",
+        "fibration",
         "mcore",
         "planning",
         "engines",

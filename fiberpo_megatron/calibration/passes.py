@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from fiberpo_megatron.calibration.gate import objective_gate
 from fiberpo_megatron.calibration.timing import timed
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.data.packing import pack
 from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.model import build_model, draw_weights
+from fiberpo_megatron.mcore.optimizers.build import non_finite_gradient
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 from fiberpo_megatron.mcore.policy import MegatronPolicy
-from fiberpo_megatron.types import Coefficients, MicroBatch, RolloutBatch
+from fiberpo_megatron.types import MicroBatch, RolloutBatch
 
 LAYERS = (1, 3)
 """Layers of the two models that are timed: a layer costs their difference, and the rest is what a pass itself costs."""
@@ -36,7 +37,7 @@ class PassTimes:
     forward: list[float]
     """Log-probs without gradient."""
     train: list[float]
-    """A forward and a backward pass, and the sum of the gradients over the ranks."""
+    """The objective's gates, a forward and a backward pass, and the sum of the gradients over the ranks."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ModelTimes:
 
     layers: int
     optimizer: list[float]
-    """The optimizer's step on gradients that are there."""
+    """The optimizer's step on gradients that are there, and the check of them."""
     export: list[float]
     """Full tensors under Hugging Face names on rank 0."""
     save: list[float]
@@ -81,13 +82,6 @@ def micro_batch(vocabulary: int, layout: ParallelLayout, tokens: int, length: in
     return packed
 
 
-def constant_gate(log_probs: Tensor, part: slice) -> Coefficients:
-    """Return small coefficients of both signs; what an objective says does not change what the passes cost."""
-    gradient = torch.full_like(log_probs, 1e-6)
-    gradient[::2] *= -1
-    return Coefficients(gradient, {})
-
-
 def time_passes(
     config: Config,
     hf_config: Mapping[str, Any],
@@ -109,9 +103,10 @@ def time_passes(
             positions[size] = len(batches[0].tokens) * layout.context_size
             known = policy.log_probs(batches, 1.0)
             log_probs = known.log_probs if known else torch.zeros(0)
+            gate = objective_gate(config, layout, batches[0], length, log_probs)
             works["forward", layers, size] = partial(policy.log_probs, batches, 1.0)
-            works["train", layers, size] = partial(policy.accumulate, batches, constant_gate, 1.0, log_probs=log_probs)
-        works["optimizer", layers, 0] = policy.optimizer.step
+            works["train", layers, size] = partial(policy.accumulate, batches, gate, 1.0, log_probs=log_probs)
+        works["optimizer", layers, 0] = partial(_optimizer_step, policy)
         works["export", layers, 0] = partial(_export, policy)
         works["save", layers, 0] = partial(policy.save, str(folder), {"step": 0})
     found = timed(works, layout.device, partial(_without, folder, layout))
@@ -129,6 +124,13 @@ def _policy(config: Config, hf_config: Mapping[str, Any], layout: ParallelLayout
     models = build_model(architecture, config.model, layout)
     draw_weights(models, architecture, config.run.seed)
     return MegatronPolicy(models, hf_config, layout, config, 1000)
+
+
+def _optimizer_step(policy: MegatronPolicy) -> None:
+    """Do what follows the gradients in a step: look whether they are finite, on every rank, and update the weights."""
+    policy.layout.agree(None, "a timed step")
+    policy.layout.agree(non_finite_gradient(policy.chunks), "a timed step")
+    policy.optimizer.step()
 
 
 def _export(policy: MegatronPolicy) -> None:
