@@ -102,7 +102,7 @@ def _notes(plan: Plan) -> list[str]:
         notes.append(f"checkpoints (every {every} steps) take {share:.1f} % of the time")
     if time.hidden:
         notes.append(
-            f"{time.hidden:.1f} s of the phases pass beside others: training, and the tails of other steps' generation; "
+            f"{time.hidden:.1f} s of the phases pass beside others: training, or other steps' generation; "
             f"the trainer waits {time.wait:.1f} s a step"
         )
     return [*notes, ""] if notes else []
