@@ -1,4 +1,8 @@
-"""This module runs an objective as several ranks would, in one process: each rank is a thread with its own tokens."""
+"""This module runs an objective as several ranks would, in one process: each rank is a thread with its own tokens.
+
+One thread runs at a time, the others wait for their turn or in a reduction: several would only contend for Python's
+lock, and Triton's interpreter cannot run in two threads at once.
+"""
 
 import random
 import threading
@@ -25,27 +29,36 @@ class Sum:
         self._tensors: list[Tensor] = [torch.empty(0)] * size
         self._order = random.Random(seed).sample(range(size), size)
         self._barrier = threading.Barrier(size, timeout=WAIT_S)
+        self.turn = threading.Lock()
+        """Lock that a rank holds while it runs, and gives up while it waits for the others."""
 
     def of(self, rank: int) -> Callable[[Tensor], Tensor]:
         """Return the reduction that one rank calls.
 
-        Raises ValueError when ranks pass tensors of different sizes, and BrokenBarrierError when another rank failed
-        or did not come within WAIT_S seconds.
+        The rank holds `turn`. Raises ValueError when ranks pass tensors of different sizes, and BrokenBarrierError when
+        another rank failed or did not come within WAIT_S seconds.
         """
 
         def reduce(tensor: Tensor) -> Tensor:
             self._tensors[rank] = tensor
-            self._barrier.wait()
+            self._wait()
             sizes = {len(one) for one in self._tensors}
             if len(sizes) > 1:
                 raise ValueError(f"ranks reduce tensors of different sizes: {sorted(sizes)}; pass the same `counts`")
             total = torch.zeros_like(tensor)
             for other in self._order:
                 total += self._tensors[other]
-            self._barrier.wait()
+            self._wait()
             return total
 
         return reduce
+
+    def _wait(self) -> None:
+        self.turn.release()
+        try:
+            self._barrier.wait()
+        finally:
+            self.turn.acquire()
 
     def abort(self) -> None:
         """Let every rank that waits, or will wait, raise."""
@@ -63,7 +76,8 @@ def run_ranks(
 
     def rank_call(rank: int) -> ObjectiveOutput:
         try:
-            return tokens.take(parts[rank]).call(objective, total.of(rank), metrics)
+            with total.turn:
+                return tokens.take(parts[rank]).call(objective, total.of(rank), metrics)
         except BaseException:
             total.abort()
             raise
