@@ -13,9 +13,9 @@ import argparse
 import asyncio
 import io
 import json
+import multiprocessing
 import os
 import pickle
-import subprocess
 import sys
 import tempfile
 import threading
@@ -46,7 +46,7 @@ MEAN_TOKENS, SAMPLES = 4096, 16
 
 
 class Memory:
-    """Measures how far a block raises the memory of this process, in bytes (`peak`), and its CPU seconds (`seconds`)."""
+    """Measures how far a block raises the memory of this process (`peak`, bytes), and its CPU time (`seconds`)."""
 
     def __enter__(self) -> "Memory":
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
@@ -107,13 +107,13 @@ def _fake_start(real: Callable[..., None]) -> Callable[..., None]:
     return begin
 
 
-def store_rate() -> float:
+def store() -> dict[str, float]:
     """Return how many operations a second the rendezvous store of one process answers to one other."""
-    store = dist.TCPStore("127.0.0.1", 0, 1, True)
+    opened = dist.TCPStore("127.0.0.1", 0, 1, True)
     began, count = time.perf_counter(), 5000
     for _ in range(count):
-        store.add("key", 1)
-    return count / (time.perf_counter() - began)
+        opened.add("key", 1)
+    return {"rate": count / (time.perf_counter() - began)}
 
 
 # Gloo
@@ -343,14 +343,40 @@ def engines(count: int) -> dict[str, float]:
     return {"seconds": asyncio.run(work())}
 
 
+RESULTS: dict[str, dict[str, float]] = {}
+"""What was measured before, by name and numbers (`--results`)."""
+
+
 def _in_process(name: str, *numbers: float) -> dict[str, float]:
     """Return what a function of this module measures in a process of its own."""
-    command = [sys.executable, __file__, "--one", name, *map(str, numbers)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"measuring {name} {numbers} failed: {done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    key = " ".join([name, *map(str, numbers)])
+    if key not in RESULTS:
+        RESULTS[key] = _measured(name, *numbers)
+        if results_file is not None:
+            results_file.write_text(json.dumps(RESULTS, indent=1))
+    return RESULTS[key]
+
+
+results_file: Path | None = None
+
+
+def _measured(name: str, *numbers: float) -> dict[str, float]:
+    """Return what a function of this module measures in a process of its own, whose memory is not another's."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, name, numbers))
+    process.start()
+    sender.close()
+    try:
+        found: dict[str, float] = receiver.recv()
+    except EOFError as error:
+        raise RuntimeError(f"measuring {name} {numbers} failed; its error is above") from error
+    process.join(60)
     return found
+
+
+def _send(sender: Any, name: str, numbers: Sequence[float]) -> None:
+    sender.send(ONE[name](*map(int, numbers)))
 
 
 def _seconds(value: float) -> str:
@@ -366,7 +392,7 @@ def _bytes(value: float) -> str:
 
 def measure(ranks: Sequence[int], tokens: int) -> str:
     """Return the tables of all measurements."""
-    rate = store_rate()
+    rate = _in_process("store")["rate"]
     rings = {n: _in_process("gloo", n, 0) for n in RING}
     lazy = {n: _in_process("gloo", n, 1) for n in RING}
     hop = rings[4]["ring"] / (2 * 3)
@@ -411,19 +437,20 @@ def measure(ranks: Sequence[int], tokens: int) -> str:
     )
     asked = {n: _in_process("engines", n // 8) for n in ranks}
     row("three calls to all engines (one for 8 ranks)", lambda n: _seconds(asked[n]["seconds"]))
-    for count in (4_000_000, tokens) if tokens > 4_000_000 else (tokens,):
+    for count, sizes in ((4_000_000, ranks), (tokens, ranks[-1:])):  # a batch costs about the same on any number
         text = f"{count / 1e6:.0f}M tokens"
-        gathered = {n: _in_process("gather", n, count) for n in ranks}
-        row(f"{text}: `gather_rollouts` on a leader, CPU", lambda n, g=gathered: _seconds(g[n]["seconds"]))
-        row(f"{text}: its peak memory", lambda n, g=gathered: _bytes(g[n]["peak"]))
-        row(f"{text}: what every rank holds afterwards", lambda n, g=gathered: _bytes(g[n]["held"]))
-        packed = {n: _in_process("pack", n, count) for n in ranks}
-        row(f"{text}: keys and packing of 8 mini-batches, CPU", lambda n, p=packed: _seconds(p[n]["seconds"]))
-        row(f"{text}: its peak memory", lambda n, p=packed: _bytes(p[n]["peak"]))
-        row(
-            f"{text}: metrics of the batch, CPU and peak memory",
-            lambda n, p=packed: f"{_seconds(p[n]['metrics_seconds'])}, {_bytes(p[n]['metrics_peak'])}",
-        )
+        gathered = {n: _in_process("gather", n, count) for n in sizes}
+        packed = {n: _in_process("pack", n, count) for n in sizes}
+        for what, each in (
+            ("`gather_rollouts` on a leader, CPU", lambda n, g=gathered: _seconds(g[n]["seconds"])),
+            ("its peak memory", lambda n, g=gathered: _bytes(g[n]["peak"])),
+            ("what every rank holds afterwards", lambda n, g=gathered: _bytes(g[n]["held"])),
+            ("keys and packing of 8 mini-batches, CPU", lambda n, p=packed: _seconds(p[n]["seconds"])),
+            ("their peak memory", lambda n, p=packed: _bytes(p[n]["peak"])),
+            ("metrics of the batch, CPU", lambda n, p=packed: _seconds(p[n]["metrics_seconds"])),
+            ("their peak memory", lambda n, p=packed: _bytes(p[n]["metrics_peak"])),
+        ):
+            row(f"{text}: {what}", lambda n, f=each, s=sizes: f(n) if n in s else "")
     slopes = [
         [
             str(n),
@@ -441,6 +468,7 @@ def measure(ranks: Sequence[int], tokens: int) -> str:
 
 ONE: dict[str, Callable[..., dict[str, float]]] = {
     "start": start,
+    "store": store,
     "gloo": lambda ranks, lazy: gloo(ranks, bool(lazy)),
     "gather": gather,
     "pack": pack,
@@ -455,12 +483,19 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[32, 128, 1024])
     parser.add_argument("--tokens", type=float, default=64e6, help="tokens of the large batch")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="keep results there, and measure only what is missing"
+    )
     parser.add_argument("--one", nargs="+", metavar="NAME", help="measure one thing: its name and numbers; prints JSON")
     options = parser.parse_args()
     if options.one:
         name, *numbers = options.one
         print(json.dumps(ONE[name](*(int(float(number)) for number in numbers))))
         return 0
+    global results_file
+    results_file = options.results
+    if results_file is not None and results_file.is_file():
+        RESULTS.update(json.loads(results_file.read_text()))
     text = measure(options.ranks, int(options.tokens))
     print(text)
     if options.write:

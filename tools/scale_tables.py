@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from fiberpo_megatron.config import load_config
@@ -32,7 +33,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    rows = {model: rows_of(model) for model in MODELS}
+    with ProcessPoolExecutor(len(MODELS)) as pool:
+        rows = dict(zip(MODELS, pool.map(rows_of, MODELS)))
     texts = [f"### {MODELS[model]}\n\n{scale_text(found)}" for model, found in rows.items()]
     curves = {
         MODELS[model]: [(row.gpus, row.tokens / row.plan.time.total) for row in found if row.plan is not None]

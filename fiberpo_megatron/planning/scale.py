@@ -12,8 +12,10 @@ from typing import Any
 
 from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.planning.collectives import GIGA
+from fiberpo_megatron.planning.decoding import make_decoder
 from fiberpo_megatron.planning.estimate import Plan
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu
+from fiberpo_megatron.planning.lengths import longest
 from fiberpo_megatron.planning.roofline import bounds
 from fiberpo_megatron.planning.search import Goal, Search
 from fiberpo_megatron.planning.show import engines_text, layout_text, table
@@ -145,8 +147,10 @@ def _stops(plan: Plan, assumptions: Assumptions) -> dict[str, float]:
     traffic = _traffic(plan)
     rounds = ceil(log2(max(2, plan.training_gpus)))
     agreements = AGREEMENTS_STEP + AGREEMENTS_OPTIMISER * scenario.optimiser_steps
+    decoder, lengths = make_decoder(scenario, assumptions), scenario.lengths
+    last = longest(lengths, scenario.trajectories)
     return {
-        "the longest responses": parts["generation"].get("the last, longest responses (few requests run)", 0.0),
+        "the longest response": last * decoder.step(1, lengths.prompt + last / 2) / decoder.accepted,
         "filling the pipeline": training.get("filling and emptying the pipeline", 0.0),
         "uneven rows": training.get("uneven rows", 0.0),
         "gradients and parameters": max(
