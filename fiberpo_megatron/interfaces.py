@@ -238,6 +238,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def level_names(self) -> Sequence[str]:
+        """These are the gated levels, fine to coarse; empty without any."""
+        ...
+
+    @property
     def weighting(self) -> str:
         """This is the objective's own kind of token weights, "seq-mean" or "token-mean"."""
         ...
@@ -255,7 +260,8 @@ class Objective(Protocol):
         reduce: Callable[[Tensor], Tensor] | None,
         metrics: bool,
     ) -> Any:
-        """Return an output with `gradient` [n] and, when asked, `metrics` (see `fibration.Objective`)."""
+        """Return an output with `gradient` [n] and, when asked, `metrics` and this rank's `amplification` (see
+        `fibration.Objective`)."""
         ...
 
 
