@@ -1,4 +1,5 @@
 import csv
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -227,6 +228,14 @@ def test_the_committed_runs_give_the_committed_tables():
     assert {"tuning.md", "by_cell.md", "comparison.md"} <= found.keys()
     for name, text in found.items():
         assert (RESULTS / name).read_text() == text, name
+    assert found["comparison.md"] in (RESULTS.parents[1] / "README.md").read_text()
+
+
+def test_the_recommended_preset_is_what_tuning_chose():
+    chosen = json.loads(report.chosen(read_rows(RESULTS / "runs.csv"))["fiberpo"])
+    found = build_objective("fiberpo", preset="recommended")
+    assert found == build_objective("fiberpo", **{**chosen, "budgets": found.budgets})
+    assert list(found.budgets["trajectory"]) == chosen["budgets"]["trajectory"]
 
 
 def test_the_committed_runs_are_those_of_the_protocol():
@@ -250,16 +259,26 @@ def test_the_committed_runs_are_those_of_the_protocol():
 
 
 def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    cell, grids = Cell("short", 1, 4, 3e-4), {"fiberpo": ({}, {"pessimistic": True}), "grpo": ({},), "gspo": ({},)}
+    cell, grids = Cell("domains", 1, 4, 3e-4), {"fiberpo": ({}, {"pessimistic": True}), "grpo": ({},), "gspo": ({},)}
     for module in (search, report):
         monkeypatch.setattr(module, "CELLS", (cell,))
         monkeypatch.setattr(module, "GRIDS", grids)
     monkeypatch.setattr(report, "REFINEMENTS", dict.fromkeys(grids, ()))
     monkeypatch.setattr(search, "SCREENING_CELLS", (cell,))
     monkeypatch.setattr(search, "COMPARISON_SEEDS", (8, 9, 12))
-    monkeypatch.setattr(training, "STEPS", {"short": 1})
-    monkeypatch.setattr(training, "TARGETS", {"short": 0.0})  # the first look ends the warm-up
-    words = ["--results", str(tmp_path / "results"), "--warm-ups", str(tmp_path / "warm-ups")]
+    monkeypatch.setattr(training, "STEPS", {"domains": 1})
+    monkeypatch.setattr(training, "TARGETS", {"domains": 0.0})  # the first look ends the warm-up
+    words = [
+        "tune",
+        "compare",
+        "levels",
+        "defaults",
+        "report",
+        "--results",
+        str(tmp_path / "results"),
+        "--warm-ups",
+        str(tmp_path / "warm-ups"),
+    ]
     assert search.main(words) == 0
     with (tmp_path / "results" / "runs.csv").open() as lines:
         stages = [line["stage"] for line in csv.DictReader(lines)]
@@ -267,6 +286,7 @@ def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "screening": 4,
         "final": 3,
         "comparison": 9,
+        "levels": 3,
         "defaults": 9,
     }
     assert (tmp_path / "results" / "comparison.png").read_bytes().startswith(b"\x89PNG")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from fiberpo_megatron.fibration import DEFAULT_BUDGETS
 from study.training import Cell
 
 PACES = ((1, 4, 3e-4), (2, 4, 3e-4), (2, 8, 6e-4))
@@ -76,6 +77,12 @@ REFINEMENTS: Mapping[str, tuple[Options, ...]] = {
     "gspo": ({"epsilon": [1e-3, 2e-3]}, {"epsilon": [2e-2, 1.5e-2]}),
 }
 """Per objective two configurations near the best of the first round; they and the best go into the second round."""
+
+
+def with_levels(options: Options) -> Options:
+    """Return FiberPO's options with gates on prompt groups and domains too, which take the trajectories' budgets."""
+    budget = options.get("budgets", DEFAULT_BUDGETS)["trajectory"]
+    return {**options, "levels": DOMAIN_LEVELS, "budgets": {level: budget for (level,) in DOMAIN_LEVELS}}
 
 
 def text_of(options: Options) -> str:

@@ -18,8 +18,9 @@ from study.paired import Interval, paired_interval
 from study.plan import CELLS, GRIDS, REFINEMENTS, text_of
 from study.training import Cell
 
-SCREENING, FINAL, COMPARISON, DEFAULTS = "screening", "final", "comparison", "defaults"
-"""Stages: two rounds of tuning, the comparison on other seeds, and each objective's defaults beside it."""
+SCREENING, FINAL, COMPARISON, LEVELS, DEFAULTS = "screening", "final", "comparison", "levels", "defaults"
+"""Stages: two rounds of tuning, the comparison on other seeds, and beside it FiberPO's choice with levels of prompt
+groups and domains, and each objective's defaults."""
 SUBJECT, PEERS = "fiberpo", ("grpo", "gspo")
 
 
@@ -87,6 +88,18 @@ def comparison_table(rows: Sequence[Row], stage: str = COMPARISON) -> str:
     return _markdown(table)
 
 
+def levels_table(rows: Sequence[Row]) -> str:
+    """Return a Markdown table of FiberPO's choice with gates on prompt groups and domains too, against all three."""
+    peers = (SUBJECT, *PEERS)
+    table = [["cell", "with levels", *(f"with levels - {peer}" for peer in peers)]]
+    for cell in CELLS:
+        own = finals(rows, LEVELS, cell.name, SUBJECT)
+        if own:
+            found = [paired_interval(own, finals(rows, COMPARISON, cell.name, peer)) for peer in peers]
+            table.append([_title(cell), f"{statistics.fmean(own):.3f}", *map(format_interval, found)])
+    return _markdown(table)
+
+
 def tuning_table(rows: Sequence[Row]) -> str:
     """Return a Markdown table of every configuration that was tried, with its mean in both rounds."""
     first, second, best = mean_scores(rows, SCREENING), mean_scores(rows, FINAL), chosen(rows)
@@ -135,6 +148,8 @@ def texts(rows: Sequence[Row]) -> Mapping[str, str]:
     for stage in (COMPARISON, DEFAULTS):
         if stage in stages:
             found[f"{stage}.md"] = comparison_table(rows, stage) + "\n"
+    if LEVELS in stages:
+        found[f"{LEVELS}.md"] = levels_table(rows) + "\n"
     return found
 
 
