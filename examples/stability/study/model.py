@@ -106,7 +106,7 @@ class Model:
         x = self._embed(tokens, 0)
         for layer in range(self.shape.layers):
             q, k, v = self._heads(x, layer)
-            if layer == self.shape.layers - 1:  # nobody reads the last layer's output at the prompt's positions
+            if layer == self.shape.layers - 1:  # the last layer's output at the prompt's positions has no reader
                 x, q, mask = x[:, :, first:], q[:, :, first:], mask[first:]
             x = self._mix(x, F.scaled_dot_product_attention(q, k, v, attn_mask=mask), layer)
         return self._head(x)
