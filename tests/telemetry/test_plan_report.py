@@ -53,10 +53,10 @@ def test_the_phase_that_costs_most_seconds_is_named():
 def test_lengths_are_told_from_the_rest():
     longer = {"expected__seconds__generate": 14.0, "response_length__mean": 700.0}
     text = verdict(seconds__generate=14.2, **longer)
-    assert "+4 s of it come from the trajectories that the steps had: the mean response was 700 tokens" in text
+    assert "The trajectories that the steps had change the plan by +4 s: the mean response was 700 tokens" in text
     assert "planned were 500" in text and "not explained" not in text
     text = verdict(seconds__generate=20.0, **longer)
-    assert "+4 s of it come from" in text and "+6 s are not explained by lengths." in text
+    assert "change the plan by +4 s" in text and "A difference of +6 s is not explained by lengths." in text
 
 
 TRAIN, GENERATE = {"seconds__train": 9.0}, {"seconds__generate": 14.0}

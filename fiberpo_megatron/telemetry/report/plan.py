@@ -125,13 +125,13 @@ def _verdict(phase: Phase, facts: Facts) -> list[str]:
     lengths, rest = phase.expected - phase.planned, phase.measured - phase.expected
     if abs(lengths) >= NOTABLE * phase.planned:
         lines.append(
-            f"{_signed(lengths)} s of it come from the trajectories that the steps had: the mean response was "
+            f"The trajectories that the steps had change the plan by {_signed(lengths)} s: the mean response was "
             f"{facts.mean('response_length/mean'):,.0f} tokens, planned were "
             f"{facts.mean('planned/response_length/mean'):,.0f}."
         )
     if abs(rest) < NOTABLE * phase.expected:
         return lines
-    lines.append(f"{_signed(rest)} s are not explained by lengths.")
+    lines.append(f"A difference of {_signed(rest)} s is not explained by lengths.")
     if rest < 0:
         return [*lines, "The machine is faster here than the plan assumes; `fiberpo calibrate` measures its constants."]
     causes = [text for phases, find in CAUSES if phase.name in phases and (text := find(facts))]
