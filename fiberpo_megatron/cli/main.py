@@ -37,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return doctor.run(options, overrides)
         if options.command == "plan":
             return plan.run(options, overrides)
-        if options.command == "check-model":
-            from fiberpo_megatron.cli.check_model import check_model
         if options.command == "calibrate":
             return calibrate.run(options, overrides)
+        if options.command == "check-model":
+            from fiberpo_megatron.cli.check_model import check_model
 
             return check_model(options.folder, options.prompt, options.tolerance, overrides)
         if options.command == "slurm":
@@ -69,9 +69,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--resume", action="store_true", help="continue where the run stopped")
     doctor.add_parser(commands, _OVERRIDES)
     plan.add_parser(commands, _OVERRIDES)
+    calibrate.add_parser(commands, _OVERRIDES)
     check = commands.add_parser(
         "check-model",
-    calibrate.add_parser(commands, _OVERRIDES)
         help="compare a model's log-probs with transformers'",
         description=f"compare our log-probs of a prompt with transformers'; {_OVERRIDES}",
     )
