@@ -192,9 +192,9 @@ def gloo(ranks: int, lazy: bool) -> dict[str, float]:
 # Rollouts and mini-batches
 
 
-def batch_of(tokens: int) -> RolloutBatch:
-    """Return a batch of about so many tokens without routing."""
-    groups = max(8, tokens // MEAN_TOKENS // SAMPLES // 8 * 8)  # eight mini-batches of whole groups
+def batch_of(tokens: int, multiple: int = 1) -> RolloutBatch:
+    """Return a batch of about so many tokens without routing, of a multiple of so many groups."""
+    groups = max(1, round(tokens / (MEAN_TOKENS * SAMPLES * multiple))) * multiple
     count = groups * SAMPLES
     lengths = np.full(count, MEAN_TOKENS)
     lengths[::2] += MEAN_TOKENS // 4
@@ -218,9 +218,7 @@ def gather(ranks: int, tokens: int) -> dict[str, float]:
     from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 
     leaders = max(1, ranks // 4)
-    whole = batch_of(tokens)
-    share = batch_of(max(SAMPLES * MEAN_TOKENS, len(whole.tokens) // leaders))
-    del whole
+    share = batch_of(tokens // leaders)
 
     def received(message: torch.Tensor, group: Any) -> list[torch.Tensor]:
         return [message.clone() for _ in range(leaders)]
@@ -243,7 +241,7 @@ def pack(ranks: int, tokens: int) -> dict[str, float]:
     from fiberpo_megatron.trainer.loop import rollout_summary
     from fiberpo_megatron.trainer.settings import BatchConfig
 
-    whole = batch_of(tokens)
+    whole = batch_of(tokens, multiple=8)  # eight mini-batches of whole groups
     count = len(whole.lengths)
     layout: Any = SimpleNamespace(
         data_rank=0, data_size=ranks // 4, context_rank=0, context_size=1, sequence_multiple=1, micro_batch_multiple=1
@@ -437,7 +435,7 @@ def measure(ranks: Sequence[int], tokens: int) -> str:
     )
     asked = {n: _in_process("engines", n // 8) for n in ranks}
     row("three calls to all engines (one for 8 ranks)", lambda n: _seconds(asked[n]["seconds"]))
-    for count, sizes in ((4_000_000, ranks), (tokens, ranks[-1:])):  # a batch costs about the same on any number
+    for count, sizes in ((4_000_000, ranks[:-1]), (tokens, ranks[-1:])):  # a large batch belongs to many ranks
         text = f"{count / 1e6:.0f}M tokens"
         gathered = {n: _in_process("gather", n, count) for n in sizes}
         packed = {n: _in_process("pack", n, count) for n in sizes}
