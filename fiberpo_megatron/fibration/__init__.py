@@ -12,6 +12,7 @@ Sources: Fibration Policy Optimization (arXiv:2603.08239) and JoyAI-LLM Flash (a
 3.3). `docs/fibration.md` says which parts are theirs and which are this project's.
 """
 
+from fiberpo_megatron.fibration.amplification import Amplification
 from fiberpo_megatron.fibration.collective import Reduce
 from fiberpo_megatron.fibration.evaluate import ObjectiveOutput
 from fiberpo_megatron.fibration.fiber import (
@@ -47,6 +48,7 @@ __all__ = [
     "APC",
     "APCTrajectory",
     "Advice",
+    "Amplification",
     "CISPO",
     "DAPO",
     "DEFAULT_BUDGETS",

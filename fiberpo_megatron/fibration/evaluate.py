@@ -10,9 +10,12 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from fiberpo_megatron.fibration.amplification import Amplification, origin
 from fiberpo_megatron.fibration.collective import Reduce, fused_sum
+from fiberpo_megatron.fibration.exact import Limbs, decode
 from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
 from fiberpo_megatron.fibration.membership import NodeMap, checked_size, id_range, make_node_map, parent_ids
 from fiberpo_megatron.fibration.objective_metrics import ObjectiveMetrics
@@ -36,6 +39,9 @@ class ObjectiveOutput:
     """This rank's share of J, a float64 scalar; the shares sum to J."""
     metrics: ObjectiveMetrics | None
     """Global metrics; None when the call asked for none."""
+    amplification: Amplification | None = None
+    """The largest |c| / (mu |A|) on this rank, and where it comes from: the largest over ranks is the caller's to find
+    (`trainer/optimise.py`). None without metrics, for an objective without gated levels, and where every c is 0."""
 
 
 def evaluate(
@@ -53,11 +59,19 @@ def evaluate(
     call.third_pass(gating, second, gated.gradient)
     metrics = None
     if with_metrics:
-        only_max = call.ranges.max_log_ratio if reduce is None else None
-        metrics = summarise(
-            first, second, gating.gated_tree, call.nodes if rule.uses_experts else None, only_max=only_max
-        )
-    return ObjectiveOutput(gated.ratio, gated.gradient, gated.value, metrics)
+        metrics = summarise(rule, first, second, gating.gated_tree, call.nodes if rule.uses_experts else None)
+    value = torch.tensor(gated.value.values(0), dtype=torch.float64, device=batch.log_ratio.device)
+    amplification = call.amplification(gating, first.get("parents"), gated.gradient) if with_metrics else None
+    return ObjectiveOutput(gated.ratio, gated.gradient, value, metrics, amplification)
+
+
+def beyond_range(rule: Rule) -> str:
+    """Return the message about a sum that is beyond its range, or a term that is not finite."""
+    return (
+        f"a sum of objective {rule.name!r} over a node's tokens, on this rank or another, is beyond what it can hold "
+        "or not finite; check the weights (mu is at most 1 and sums to 1), the advantages (|A| up to 1e3), and in an "
+        "objective of your own `terms`, `node_terms` and the ranges that `term_ranges` and `adjoint_ranges` return"
+    )
 
 
 def seen_keys(rule: Rule, batch: TokenBatch, *, with_metrics: bool) -> tuple[str, ...]:
@@ -101,25 +115,33 @@ class _Call:
             trajectories = self._trajectories(shared) if TRAJECTORY_KEY in seen else None
             share = None if self.nodes is None else self.nodes.share
             top, device = self.ranges.max_log_ratio, batch.log_ratio.device
-            self.statistics = TokenStatistics(top, self.runs, trajectories, share, device)
+            self.statistics = TokenStatistics(rule, top, self.runs, trajectories, share, device)
 
     def _trajectories(self, shared: bool) -> int:
         if self.nodes is not None:
             return self.nodes.sizes[TRAJECTORY_KEY]
         return checked_size(TRAJECTORY_KEY, id_range(self.runs.ids[TRAJECTORY_KEY]), self.batch, shared=shared)
 
-    def _fused(self, tables: dict[str, Tensor]) -> dict[str, Tensor]:
-        return fused_sum(tables, self.reduce) if tables else {}
+    def _fused(self, sums: Limbs | None, tables: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum over ranks: of a node's limbs come back its sums. Raises ValueError, on every rank alike, if one of them
+        is beyond its range."""
+        if sums is not None:
+            tables = {"nodes": sums.to_send(), "overflow": sums.overflow, **tables}
+        reduced = fused_sum(tables, self.reduce) if tables else {}
+        if sums is not None:
+            if bool(reduced.pop("overflow")):
+                raise ValueError(beyond_range(self.rule))
+            reduced["nodes"] = decode(reduced["nodes"], sums.ranges)
+        return reduced
 
     def first_pass(self) -> tuple[dict[str, Tensor], Gating]:
         node_sums = self.passes.first(self.statistics)
         tables: dict[str, Tensor] = {}
-        if self.nodes is not None and node_sums is not None:
-            tables["nodes"] = node_sums
+        if self.nodes is not None:
             tables.update(parent_tables(self.nodes, parent_ids(self.rule, self.nodes, self.runs.ids)))
         if self.statistics is not None:
             tables.update(self.statistics.first_tables())
-        reduced = self._fused(tables)
+        reduced = self._fused(node_sums, tables)
         if "nodes" in reduced:
             self.rule.blind_lone_node(reduced["nodes"])
         if self.statistics is not None:
@@ -130,10 +152,8 @@ class _Call:
 
     def second_pass(self, gating: Gating) -> tuple[GatedTokens, dict[str, Tensor]]:
         gated = self.passes.second(gating, self.statistics)
-        tables = {} if gated.node_sums is None else {"nodes": gated.node_sums}
-        if self.statistics is not None:
-            tables.update(self.statistics.second_tables(gated.value))
-        return gated, self._fused(tables)
+        tables = {} if self.statistics is None else self.statistics.second_tables(gated.value)
+        return gated, self._fused(gated.node_sums, tables)
 
     def third_pass(self, gating: Gating, reduced: dict[str, Tensor], gradient: Tensor) -> None:
         table = gating.adjoint(reduced["nodes"]) if self.nodes is not None else None
@@ -141,3 +161,16 @@ class _Call:
             self.passes.third(gating, table, gradient)
         if self.ranges.any_beyond_clamp:
             gradient.masked_fill_(self.batch.log_ratio.abs() > self.rule.max_log_ratio, 0.0)
+
+    def amplification(self, gating: Gating, parents: Tensor | None, gradient: Tensor) -> Amplification | None:
+        if gating.gated_tree is None or self.nodes is None:
+            return None
+        found = self.passes.largest(gradient)
+        if not found.tokens:
+            return None
+        at, batch = torch.cat(found.tokens), self.batch
+        token = {name: getattr(batch, name).index_select(0, at) for name in ("log_ratio", "weights")}
+        push = gradient.index_select(0, at).double() / token["weights"].double()
+        share = None if self.nodes.share is None else self.nodes.share.index_select(0, at)
+        where = found.value, found.base, push, token["log_ratio"] >= 0, share
+        return origin(self.nodes, gating.gated_tree, gating.received, parents, *where)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.fibration.budgets import Budget, check_names
-from fiberpo_megatron.fibration.gates import GatedTree, adjoint, gate_tree
+from fiberpo_megatron.fibration.exact import Range
+from fiberpo_megatron.fibration.gates import GatedTree, adjoint, gate_tree, received_by_level
 from fiberpo_megatron.fibration.levels import EXPERT_KEY, Branch, Choice, LevelTree, make_tree
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.objective import Objective
@@ -22,7 +23,7 @@ from fiberpo_megatron.fibration.ratio_clip import check_dual_clip
 from fiberpo_megatron.fibration.registry import register
 from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating, equal
 from fiberpo_megatron.fibration.tokens import TokenBatch
-from fiberpo_megatron.fibration.tree import build_tree
+from fiberpo_megatron.fibration.tree import NODE_RANGES, build_tree
 
 UNBOUNDED = 1e30
 
@@ -191,6 +192,11 @@ class FiberPO(Objective):
                     f"{count - 1}; remove the entry, or correct it"
                 )
 
+    @property
+    def term_ranges(self) -> tuple[Range, ...]:
+        """Return the ranges of mu, 1, mu x+ and mu x-."""
+        return NODE_RANGES
+
     def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
         """Return mu, 1, mu x+ and mu x-: what equation 3 of arXiv:2604.03044 averages, per channel."""
         x, mu = chunk.log_ratio, chunk.weights
@@ -322,7 +328,8 @@ class FiberGating(Gating):
 
     def adjoint(self, sums: Tensor) -> Tensor:
         flat = sums.reshape(3, -1).index_select(1, self.gated_tree.tree.index)
-        return self._dense(adjoint(self.gated_tree, flat[0], flat[1:]))
+        self.received = received_by_level(self.gated_tree, flat[0], flat[1:])
+        return self._dense(adjoint(self.gated_tree, self.received))
 
     def finish(self, chunk: Chunk, values: list[Tensor]) -> Tensor:
         received_plus, received_minus = values

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fiberpo_megatron.fibration.tree import NodeTree
+from fiberpo_megatron.fibration.exact import sum_by_index
+from fiberpo_megatron.fibration.tree import ADJOINT, NodeTree
 
 PLUS, MINUS = 0, 1
 
@@ -64,12 +66,12 @@ def gate_tree(tree: NodeTree, k_max: float | None = None) -> GatedTree:
     return GatedTree(tree, tuple(gated), total)
 
 
-def adjoint(gated: GatedTree, weight: Tensor, clipped: Tensor) -> Tensor:
-    """Return what each token receives through the aggregates, per channel and finest node: [2, F].
+def received_by_level(gated: GatedTree, weight: Tensor, clipped: Tensor) -> list[Tensor]:
+    """Return what each token receives through the aggregates of each level, per channel and node: [2, n] per level.
 
     `weight` [F] is W_n = sum_i w_i K(i, n) with w_i = mu_i A_i G_i; `clipped` [2, F] is the part of W_n
     whose fiber clip stops the gradient of channel c. A token of sign channel c adds
-    mu_j K(j, n) times row c to its gradient.
+    mu_j K(j, n) times row c to its gradient, for every level.
 
     With B_l the adjoint at level l, B_1 = (g'_1 - 1) W_1 + X and B_{l+1} = (g'_{l+1} - 1) W_{l+1} +
     sum over children, in all branches of a tree, of (1 - g'_l) W_l (+ X where it is the finest level of a branch): the
@@ -77,14 +79,29 @@ def adjoint(gated: GatedTree, weight: Tensor, clipped: Tensor) -> Tensor:
     exactly zero while nothing is active.
     Both channels read the same because S- enters log G with the opposite sign, as does x in x-.
     """
-    tree = gated.tree
-    received = torch.zeros_like(clipped)
+    tree, received = gated.tree, []
     handed_up = [clipped.new_zeros((2, nodes.mass.shape[0])) for nodes in tree.levels]
     for leaves in tree.leaves:
         handed_up[leaves.level].index_add_(1, leaves.node, clipped.index_select(1, leaves.finest))
     for nodes, level, handed in zip(tree.levels, gated.levels, handed_up, strict=True):
-        lost = (1.0 - level.slope) * nodes.total(weight)
-        nodes.add_to(received, (handed - lost) / nodes.mass)
+        lost = (1.0 - level.slope) * nodes.total(weight.unsqueeze(0))
+        received.append((handed - lost) / nodes.mass)
         if nodes.parent is not None and nodes.level.parent is not None:
-            handed_up[nodes.level.parent].index_add_(1, nodes.parent, lost)
+            above = handed_up[nodes.level.parent]
+            above += sum_by_index(lost, nodes.parent, above.shape[1], (ADJOINT, ADJOINT))
     return received
+
+
+def spread(gated: GatedTree, level: int, values: Tensor) -> Tensor:
+    """Return the values of one level's nodes, [2, n], at each of its finest nodes, [2, F]; 0 at those of others."""
+    out = values.new_zeros((values.shape[0], gated.tree.index.shape[0]))
+    gated.tree.levels[level].add_to(out, values)
+    return out
+
+
+def adjoint(gated: GatedTree, received: Sequence[Tensor]) -> Tensor:
+    """Return what tokens receive through all levels (`received_by_level`), per channel and finest node: [2, F]."""
+    total = torch.zeros((2, gated.tree.index.shape[0]), dtype=torch.float64, device=gated.tree.index.device)
+    for nodes, values in zip(gated.tree.levels, received, strict=True):
+        nodes.add_to(total, values)
+    return total

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.fibration.budgets import OTHERS
+from fiberpo_megatron.fibration.exact import SHARE_UNIT, Limbs, Range, rounded, slice_bits, slices
 from fiberpo_megatron.fibration.levels import Choice, level_name
 from fiberpo_megatron.fibration.runs import RunSlice
 from fiberpo_megatron.fibration.tokens import LONE, TokenBatch, table_size
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
     from fiberpo_megatron.fibration.rule import Rule
 
 MAX_TABLE_NODES = 1 << 24
+
+COARSE_SHARE_UNIT = -23
+"""Exponent of the unit of a share's larger part; the smaller part, at most half a unit, has that of `SHARE_UNIT`."""
+SHARE_BITS = 25
+"""Bits of either part, with its sign."""
+PIECE = 1 << 12
+"""Tokens that one matrix product adds up at most, so that it is exact."""
+PIECE_BITS = 16
+"""Bits of the terms in it: 25 + 16 + 12 are 53."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,13 @@ class NodeMap:
                 f"counts of {list(keys)} (they are {[self.sizes[key] for key in keys]} now)"
             )
 
+    @cached_property
+    def fine_shares(self) -> bool:
+        """Return whether some share is no multiple of 2^`SHARE_UNIT`; those of float32 counts are."""
+        if self.share is None or self.share.dtype != torch.float32:
+            return True
+        return bool(((self.share > 0) & (self.share < 2.0 ** (SHARE_UNIT + 23))).any())
+
     def kernel(self, tokens: slice) -> Tensor | None:
         """Return K(i, p) of a chunk, [n, P]: omega when soft, one-hot at its first maximum when hard."""
         if self.share is None:
@@ -80,25 +97,43 @@ class NodeMap:
         partition = share.argmax(dim=1)  # the first of equal maxima: the lowest p wins a tie
         return torch.zeros_like(share).scatter_(1, partition.unsqueeze(1), 1.0)
 
-    def sum_into(self, table: Tensor, values: Sequence[Tensor | None], tokens: slice, runs: RunSlice) -> None:
-        """Add sum_i K(i, n) value_i to table [C, base_nodes, P] (float64) for C token values [n].
+    def sum_into(self, sums: Limbs, values: Sequence[Tensor | None], tokens: slice, runs: RunSlice) -> None:
+        """Add sum_i K(i, n) value_i to the limbs [base_nodes, P] of C sums, for C token values [n].
 
         None stands for ones, whose sum without experts is the length of the run.
         """
         base = self.base_of_run[runs.first : runs.end]
         kernel = self.kernel(tokens)
+        cut = _CutValues(sums, values, shared=kernel is not None)
         if kernel is None:
-            for row, value in zip(table, values, strict=True):
-                sums = runs.lengths.double() if value is None else runs.sums(value)
-                row.view(-1).index_add_(0, base, sums)
-        elif runs.long_on_cpu:
-            rows = [torch.ones_like(kernel[:, 0]) if value is None else value for value in values]
-            stacked, wide = torch.stack(rows).double(), kernel.double()
-            products = [stacked[:, start:end] @ wide[start:end] for start, end in runs.bounds]
-            table.index_add_(1, base, torch.stack(products, dim=1))
-        else:
-            for row, value in zip(table, values, strict=True):
-                row.index_add_(0, base, runs.sums(kernel if value is None else kernel * value.unsqueeze(1)))
+            for row, value in enumerate(values):
+                if value is None:
+                    sums.add(row, base, runs.lengths.double().unsqueeze(1))
+                    continue
+                for part in cut(row, value, slice_bits(value)):
+                    sums.add(row, base, runs.sums(part).unsqueeze(1))
+            return
+        ones = torch.ones_like(kernel[:, 0])
+        shares = self._share_parts(kernel)
+        if runs.long_on_cpu:
+            bits = PIECE_BITS if self.soft else slice_bits(ones)
+            found = [cut(row, ones if value is None else value, bits) for row, value in enumerate(values)]
+            _add_products(sums, base, found, shares, runs)
+            return
+        bits = slice_bits(ones) - SHARE_BITS * self.soft
+        for row, value in enumerate(values):
+            for part in cut(row, ones if value is None else value, bits):
+                for share in shares:
+                    sums.add(row, base, runs.sums(share * part.unsqueeze(1)))
+
+    def _share_parts(self, kernel: Tensor) -> list[Tensor]:
+        """K as parts [n, P] that add up to it, to a unit of 2^`SHARE_UNIT`."""
+        if not self.soft:
+            return [kernel]
+        if self.fine_shares:
+            kernel = rounded(kernel.double(), SHARE_UNIT)
+        coarse = (kernel + 1.0).sub_(1.0) if kernel.dtype == torch.float32 else rounded(kernel, COARSE_SHARE_UNIT)
+        return [coarse, kernel - coarse]
 
     def gather(self, table: Tensor, tokens: slice, runs: RunSlice) -> list[Tensor]:
         """Return sum_n K(i, n) table[c, n] for each token of the chunk and each c of [C, base_nodes, P]."""
@@ -106,11 +141,49 @@ class NodeMap:
         kernel = self.kernel(tokens)
         if kernel is None:
             return [runs.spread(row.view(-1).index_select(0, base)) for row in table]
-        if runs.long_on_cpu:
-            rows = table.index_select(1, base).unbind(1)
-            products = [row @ kernel[start:end].t() for row, (start, end) in zip(rows, runs.bounds, strict=True)]
-            return list(torch.cat(products, dim=1))
+        # No matrix product: in one, a token's bits could depend on how many tokens there are.
         return [runs.spread(row.index_select(0, base)).mul_(kernel).sum(1) for row in table]
+
+
+class _CutValues:
+    """Cuts token values into slices; where one is beyond its range, it flags that and returns no slice."""
+
+    def __init__(self, sums: Limbs, values: Sequence[Tensor | None], *, shared: bool) -> None:
+        self.sums, self.shared = sums, shared
+
+    def __call__(self, row: int, value: Tensor, bits: int) -> list[Tensor]:
+        it: Range = self.sums.ranges[row]
+        parts = slices(value.to(torch.float64, copy=True), it.term_unit(shared=self.shared), it.limit, bits)
+        if parts is None:
+            self.sums.flag()
+            return []
+        return [part for part, _ in parts]
+
+
+def _add_products(
+    sums: Limbs, base: Tensor, found: Sequence[Sequence[Tensor]], shares: Sequence[Tensor], runs: RunSlice
+) -> None:
+    """Add the matrix products of the slices `found` of each row [n] and the parts of shares [n, P], by pieces of
+    runs."""
+    rows = [row for row, parts in enumerate(found) for _ in parts]
+    if not rows:
+        return
+    tokens = shares[0].shape[0]
+    # Rows of a matrix that are a power of two apart share cache lines, which makes products three times slower.
+    stacked = torch.empty(len(rows), tokens + 8, dtype=torch.float64)[:, :tokens]
+    for place, part in zip(stacked, (part for parts in found for part in parts), strict=True):
+        place.copy_(part)
+    pieces = [
+        (run, at, min(at + PIECE, end))
+        for run, (start, end) in enumerate(runs.bounds)
+        for at in range(start, end, PIECE)
+    ]
+    nodes = base if len(pieces) == base.shape[0] else base[[run for run, _, _ in pieces]]
+    for share in shares:
+        wide = share.double()
+        products = torch.stack([stacked[:, start:end] @ wide[start:end] for _, start, end in pieces], 1)
+        for row, product in zip(rows, products, strict=True):
+            sums.add(row, nodes, product)
 
 
 def make_node_map(

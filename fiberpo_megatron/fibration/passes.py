@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fiberpo_megatron.fibration.amplification import Largest
+from fiberpo_megatron.fibration.exact import Limbs, Range, Totals
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.rule import Chunk, Gating, Rule
 from fiberpo_megatron.fibration.runs import Runs, iterate
@@ -23,10 +25,10 @@ class GatedTokens:
     """G, [N]."""
     gradient: Tensor
     """The direct term of dJ/dx, [N]."""
-    value: Tensor
-    """This rank's share of J, float64 scalar."""
-    node_sums: Tensor | None
-    """What the second reduction sums, [adjoint_terms, base_nodes, P]; None without nodes."""
+    value: Totals
+    """This rank's share of J."""
+    node_sums: Limbs | None
+    """What the second reduction sums, `adjoint_terms` sums over [base_nodes, P]; None without nodes."""
 
 
 class Passes:
@@ -44,19 +46,18 @@ class Passes:
                 x = x.clamp(-self.rule.max_log_ratio, self.rule.max_log_ratio)
             yield Chunk(tokens, runs, x, batch.advantages[tokens], batch.weights[tokens], self.ranges.any_weightless)
 
-    def _table(self, rows: int) -> Tensor | None:
+    def _limbs(self, ranges: Sequence[Range]) -> Limbs | None:
         if self.nodes is None:
             return None
-        shape = (rows, self.nodes.base_nodes, self.nodes.partitions)
-        return torch.zeros(shape, dtype=torch.float64, device=self.batch.log_ratio.device)
+        return Limbs(ranges, (self.nodes.base_nodes, self.nodes.partitions), self.batch.log_ratio.device)
 
     def _gather(self, table: Tensor | None, chunk: Chunk) -> list[Tensor]:
         assert self.nodes is not None and table is not None
         return self.nodes.gather(table, chunk.tokens, chunk.runs)
 
-    def first(self, statistics: TokenStatistics | None) -> Tensor | None:
-        """Return the node sums [node_terms, base_nodes, P], float64; None without nodes."""
-        sums = self._table(self.rule.node_terms)
+    def first(self, statistics: TokenStatistics | None) -> Limbs | None:
+        """Return `node_terms` sums over [base_nodes, P]; None without nodes."""
+        sums = self._limbs(self.rule.term_ranges)
         for chunk in self._chunks():
             if self.nodes is not None and sums is not None:
                 self.nodes.sum_into(sums, self.rule.terms(chunk), chunk.tokens, chunk.runs)
@@ -67,13 +68,16 @@ class Passes:
     def second(self, gating: Gating, statistics: TokenStatistics | None) -> GatedTokens:
         """Return gated ratio, direct gradient and adjoint sums."""
         ratio, gradient = torch.empty_like(self.batch.log_ratio), torch.empty_like(self.batch.log_ratio)
-        value = torch.zeros((), dtype=torch.float64, device=ratio.device)
-        sums = self._table(self.rule.adjoint_terms)
+        value = Totals((self.rule.value_range,), ratio.device)
+        sums = self._limbs(self.rule.adjoint_ranges)
         for chunk in self._chunks():
             values = [] if self.nodes is None else self._gather(gating.node_values, chunk)
             gated = gating.gate(chunk, values)
-            ratio[chunk.tokens], gradient[chunk.tokens] = gated.ratio, gated.gradient
-            value += (chunk.weights * chunk.advantages).mul_(gated.ratio).sum(dtype=torch.float64)
+            ratio[chunk.tokens] = gated.ratio
+            # The third pass adds zero to most tokens, but is skipped where nothing is active: -0.0 must not tell.
+            torch.add(gated.gradient, 0.0, out=gradient[chunk.tokens])
+            share = (chunk.weights * chunk.advantages).mul_(gated.ratio)
+            value.add(0, share.to(torch.float64, copy=share.dtype == torch.float64))
             if self.nodes is not None and sums is not None:
                 self.nodes.sum_into(sums, gated.node_terms, chunk.tokens, chunk.runs)
             if statistics is not None:
@@ -84,3 +88,11 @@ class Passes:
         """Add to `gradient` what reaches tokens through aggregates; `table` is `gating.adjoint`'s."""
         for chunk in self._chunks():
             gradient[chunk.tokens] += gating.finish(chunk, self._gather(table, chunk))
+
+    def largest(self, gradient: Tensor) -> Largest:
+        """Return where this rank's largest |c| / (mu |A|) is, from the whole `gradient`."""
+        found = Largest()
+        for chunk in self._chunks():
+            assert self.nodes is not None
+            found.add(chunk, gradient[chunk.tokens], self.nodes.base_of_run[chunk.runs.rows])
+        return found

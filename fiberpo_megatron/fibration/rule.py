@@ -6,6 +6,7 @@ see the tokens as `Chunk`s of n tokens at a time. `objective.Objective` is the r
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fiberpo_megatron.fibration.exact import LARGEST_ADVANTAGE, Range
 from fiberpo_megatron.fibration.gates import GatedTree
 from fiberpo_megatron.fibration.levels import Branch, Choice
 from fiberpo_megatron.fibration.membership import NodeMap
@@ -88,6 +90,8 @@ class Gating(ABC):
     """[C, base_nodes, P] values that `gate` receives for each token's node; None when the rule has no nodes."""
     gated_tree: GatedTree | None = None
     """The gates of every level, which the metrics read; None when the rule has no gated levels."""
+    received: list[Tensor] | None = None
+    """What tokens receive through each gated level (`gates.received_by_level`), once `adjoint` was called."""
 
     @abstractmethod
     def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
@@ -131,6 +135,24 @@ class Rule(ABC):
     weighting: ClassVar[str] = "seq-mean"
     """The token weights mu that the objective's paper has, "seq-mean" or "token-mean"; a run takes them unless its
     config sets `algorithm.weighting`."""
+
+    @property
+    def value_range(self) -> Range:
+        """Return the range of mu A G, whose sum is J: mu up to 1, |A| up to 1e3, G up to exp(`max_log_ratio`)."""
+        return Range.covering(LARGEST_ADVANTAGE * math.exp(self.max_log_ratio))
+
+    @property
+    def term_ranges(self) -> tuple[Range, ...]:
+        """Return the range of each of the `node_terms` values that `terms` returns (`exact.Range`).
+
+        Sums over nodes take as much room as their ranges need. The default holds mu A r, and all that is smaller.
+        """
+        return (self.value_range,) * self.node_terms
+
+    @property
+    def adjoint_ranges(self) -> tuple[Range, ...]:
+        """Return the range of each of the `adjoint_terms` values that a chunk hands on; the default holds mu A r."""
+        return (self.value_range,) * self.adjoint_terms
 
     @property
     def base_keys(self) -> tuple[str, ...]:

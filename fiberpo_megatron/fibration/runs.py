@@ -12,7 +12,9 @@ from torch import Tensor
 from fiberpo_megatron.fibration.tokens import TokenBatch
 
 CPU_CHUNK = 1 << 16
-"""Tokens per chunk on a CPU: each float32 temporary is 256 KiB. On a GPU one chunk holds all tokens."""
+"""Tokens per chunk on a CPU: each float32 temporary is 256 KiB."""
+GPU_CHUNK = 1 << 20
+"""Tokens per chunk on a GPU: so many slices of a term still add up exactly (`exact.slice_bits`)."""
 
 LONG_RUN = 64
 """Mean tokens per run from which a loop over runs pays off on a CPU."""
@@ -49,7 +51,9 @@ class Runs:
 def find_runs(batch: TokenBatch, keys: tuple[str, ...]) -> Runs:
     """Return the runs of the batch over `keys`; ids are taken from the first token of each run."""
     size, device = batch.size, batch.log_ratio.device
-    chunk = CPU_CHUNK if device.type == "cpu" else max(size, 1)
+    chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+    if batch.expert_share is not None:  # tensors [n, P]
+        chunk //= 4
     if size == 0:
         none = torch.zeros(0, dtype=torch.int64, device=device)
         return Runs(size, chunk, none, none, dict.fromkeys(keys, none))
@@ -91,12 +95,21 @@ class RunSlice:
 
     @property
     def long_on_cpu(self) -> bool:
-        """Return whether a python loop over runs costs less than one vectorised pass over [n, P] values."""
+        """Return whether a python loop over runs costs less than vectorised passes over [n, P] values."""
         return self.lengths.device.type == "cpu" and self.tokens >= LONG_RUN * (self.end - self.first)
 
+    @cached_property
+    def last(self) -> Tensor:
+        """Return the last token of each run within the slice, int64 [r]."""
+        return self.lengths.cumsum(0) - 1
+
     def sums(self, values: Tensor) -> Tensor:
-        """Return the float64 sums of [n] or [n, C] values over each run: [r] or [r, C]."""
-        return torch.segment_reduce(values.double(), "sum", lengths=self.lengths, axis=0, unsafe=True)
+        """Return the sums of float64 [n] or [n, C] values over each run: [r] or [r, C].
+
+        They are exact where every sum of consecutive values is, as those of `exact.slices` are.
+        """
+        ends = values.cumsum(0).index_select(0, self.last)
+        return torch.diff(ends, dim=0, prepend=torch.zeros_like(ends[:1]))
 
     def spread(self, per_run: Tensor) -> Tensor:
         """Return [r] or [r, C] values handed to their tokens: [n] or [n, C]."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.fibration.budgets import check_budget
+from fiberpo_megatron.fibration.exact import COUNT, Range
 from fiberpo_megatron.fibration.levels import STATE_KEY, TRAJECTORY_KEY
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.objective import Objective
@@ -35,6 +36,11 @@ class GSPO(RatioClip):
     node_terms = 2
     adjoint_terms = 1
     max_log_ratio = WIDEST_LOG_RATIO
+
+    @property
+    def term_ranges(self) -> tuple[Range, ...]:
+        """Return the ranges of 1 and x."""
+        return COUNT, Range.covering(self.max_log_ratio)
 
     def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
         """Return 1 and x, whose sums give the mean log ratio."""
@@ -90,6 +96,11 @@ class _BoundedSum(Objective):
     def check(self) -> None:
         """Refuse budgets that are not a pair of positive numbers for the objective's level."""
         _ = self.delta
+
+    @property
+    def term_ranges(self) -> tuple[Range, ...]:
+        """Return the ranges of 1 and |r - 1|."""
+        return COUNT, Range.covering(math.exp(self.max_log_ratio))
 
     def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
         """Return 1 and |r - 1|, whose sums give the slack."""

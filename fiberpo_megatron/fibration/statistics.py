@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.fibration import histogram
+from fiberpo_megatron.fibration.exact import WEIGHT, Range, Totals, decode_totals, sum_by_index
 from fiberpo_megatron.fibration.gates import GatedTree
 from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
 from fiberpo_megatron.fibration.membership import NodeMap
@@ -19,59 +20,78 @@ from fiberpo_megatron.fibration.objective_metrics import (
     TokenMetrics,
     level_metrics,
 )
-from fiberpo_megatron.fibration.rule import Chunk, GatedChunk
+from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Rule
 from fiberpo_megatron.fibration.runs import Runs
 from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO
+from fiberpo_megatron.fibration.tree import NODE_RANGES
+
+RATIO, MU, WEIGHTED, SQUARE, ENTROPY = range(5)
+"""The sums of a call's tokens: of r, mu, mu r, mu r^2, and of mu times the entropy of omega."""
+
+
+def statistic_ranges(rule: Rule) -> tuple[Range, ...]:
+    """Return the ranges of the five sums; an entropy is at most the log of 2^24 partitions."""
+    largest = math.exp(rule.max_log_ratio)
+    ratio = Range.covering(largest)
+    return ratio, WEIGHT, ratio, Range.covering(largest**2), Range.covering(math.log(2.0**24))
 
 
 class TokenStatistics:
     """Collects what `ObjectiveMetrics` needs; `evaluate` sums the tables over ranks."""
 
     def __init__(
-        self, local_max: float, runs: Runs, trajectories: int | None, share: Tensor | None, device: torch.device
+        self,
+        rule: Rule,
+        local_max: float,
+        runs: Runs,
+        trajectories: int | None,
+        share: Tensor | None,
+        device: torch.device,
     ) -> None:
         self.runs = runs
         self.share = share
-        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self.sums = Totals(statistic_ranges(rule), device)
         self.counts = torch.zeros(histogram.BINS, dtype=torch.float64, device=device)
         self.clipped = torch.zeros(1, dtype=torch.float64, device=device)
         self.tokens_of = self.clipped_of = None
         if trajectories is not None:
             self.tokens_of = torch.zeros(trajectories, dtype=torch.float64, device=device)
             self.clipped_of = torch.zeros_like(self.tokens_of)
-        self.local_max = local_max
+        self.widest, self.local_max = rule.max_log_ratio, local_max
         self.first_sums: dict[str, Tensor] = {}
 
     def first(self, chunk: Chunk) -> None:
         """Add up what needs only the inputs."""
         x, ratio, mu = chunk.log_ratio, chunk.ratio, chunk.weights
         weighted = ratio * mu
-        counted = float(x.shape[0])
-        if chunk.any_weightless:
-            held = mu > 0
-            x, ratio, counted = x[held], ratio[held], float(held.sum())
-        entropy = weighted.new_zeros((), dtype=torch.float64)
         if self.share is not None:
             share = self.share[chunk.tokens]
             log_share = share.clamp(min=torch.finfo(share.dtype).tiny).log_()
-            entropy = -(mu @ log_share.mul_(share)).sum(dtype=torch.float64)
-        wide = torch.float64
-        parts = [mu.new_tensor(counted, dtype=wide), ratio.sum(dtype=wide), mu.sum(dtype=wide)]
-        parts += [weighted.sum(dtype=wide), self._square(weighted, chunk.ratio), entropy]
+            self._add(ENTROPY, log_share.mul_(share).sum(1).mul_(mu).neg_())
+        self._add(SQUARE, self._square(weighted, ratio))
+        self._add(WEIGHTED, weighted)
+        self._add(MU, mu)
+        if chunk.any_weightless:
+            held = mu > 0
+            x, ratio = x[held], ratio[held]
+        self._add(RATIO, ratio)
         tokens = None if self.tokens_of is None else _per_run(chunk, chunk.counted)
-        self.sums += torch.stack(parts)
         self.counts += histogram.histogram(x)
         if self.tokens_of is not None and tokens is not None:
             self.tokens_of.index_add_(0, self.runs.ids[TRAJECTORY_KEY][chunk.runs.rows], tokens)
 
+    def _add(self, row: int, values: Tensor) -> None:
+        self.sums.add(row, values.to(torch.float64, copy=True))
+
     def _square(self, weighted: Tensor, ratio: Tensor) -> Tensor:
-        """The sum of mu r^2, whose terms overflow float32 where r is above exp(44)."""
-        if self.local_max > MAX_LOG_RATIO:
+        """Return mu r^2. Its terms overflow float32 where r is above exp(44): wherever that can be, they are float64,
+        so that a token's bits do not depend on the others."""
+        if self.widest > MAX_LOG_RATIO:
             weighted, ratio = weighted.double(), ratio.double()
-        return weighted.mul_(ratio).sum(dtype=torch.float64)
+        return weighted * ratio
 
     def first_tables(self) -> dict[str, Tensor]:
-        tables = {"sums": self.sums, "log_ratio_histogram": self.counts}
+        tables = {"sums": self.sums.to_send(), "log_ratio_histogram": self.counts}
         return tables if self.tokens_of is None else {**tables, "trajectory_tokens": self.tokens_of}
 
     def after_first(self, reduced: dict[str, Tensor]) -> None:
@@ -86,35 +106,32 @@ class TokenStatistics:
         if self.clipped_of is not None and per_run is not None:
             self.clipped_of.index_add_(0, self.runs.ids[TRAJECTORY_KEY][chunk.runs.rows], per_run)
 
-    def second_tables(self, value: Tensor) -> dict[str, Tensor]:
+    def second_tables(self, value: Totals) -> dict[str, Tensor]:
         top = histogram.top_bin(self.first_sums["log_ratio_histogram"])
-        fine = histogram.fine_position(self.local_max, top).to(value.device)
-        tables = {"clipped": self.clipped, "value": value.reshape(1), "max": fine}
+        fine = histogram.fine_position(self.local_max, top).to(self.clipped.device)
+        tables = {"clipped": self.clipped, "value": value.to_send(), "max": fine}
         return tables if self.clipped_of is None else {**tables, "trajectory_clipped": self.clipped_of}
 
 
 def summarise(
+    rule: Rule,
     first: Mapping[str, Tensor],
     second: Mapping[str, Tensor],
     gated_tree: GatedTree | None,
     experts: NodeMap | None,
-    *,
-    only_max: float | None,
 ) -> ObjectiveMetrics:
     """Return the metrics from the global sums of both reductions.
 
-    `experts` are the nodes of an objective with expert partitions. `only_max` is the largest log ratio when there is no
-    other rank, so that the maximum is exact.
+    `experts` are the nodes of an objective with expert partitions.
     """
-    count, ratio, weight, weighted, square, entropy = first["sums"].tolist()
+    ratio, weight, weighted, square, entropy = decode_totals(first["sums"], statistic_ranges(rule))
     counts = first["log_ratio_histogram"]
+    count = float(counts.sum())
     tokens = max(count, 1.0)
     none, some, every = _trajectory_shares(first.get("trajectory_tokens"), second.get("trajectory_clipped"))
-    top = only_max
-    if top is None:
-        top = histogram.refined_maximum(histogram.top_bin(counts), second["max"].cpu())
+    top = histogram.refined_maximum(histogram.top_bin(counts), second["max"].cpu())
     return ObjectiveMetrics(
-        value=float(second["value"]),
+        value=decode_totals(second["value"], (rule.value_range,))[0],
         effective_sample_size=weighted * weighted / (weight * square) if weight * square > 0 else 0.0,
         ratio=RatioMetrics(
             mean=ratio / tokens,
@@ -140,14 +157,18 @@ def _trajectory_shares(
 
 
 def _per_run(chunk: Chunk, value: Tensor | None) -> Tensor:
-    return chunk.runs.lengths.double() if value is None else chunk.runs.sums(value)
+    return chunk.runs.lengths.double() if value is None else chunk.runs.sums(value.double())
 
 
 def _expert_metrics(sums: Tensor, nodes: NodeMap, entropy: float, weight: float) -> ExpertMetrics:
     if nodes.expert_nodes is not None:  # other branches of the tree have none
         sums = sums.index_select(1, nodes.expert_nodes.to(sums.device))
-        weight = float(sums[0].sum())
-    mass, _, plus, minus = sums.sum(1)
+    # A plain sum's order would depend on the number of nodes without tokens, which differs with the number of ranks.
+    one_node = sums.new_zeros(sums.shape[1], dtype=torch.int64)
+    rows = zip(sums, NODE_RANGES, strict=True)
+    mass, _, plus, minus = (sum_by_index(row.t(), one_node, 1, (it,) * row.shape[1])[:, 0] for row, it in rows)
     drift = (plus + minus) / mass.clamp(min=torch.finfo(torch.float64).tiny)
+    if nodes.expert_nodes is not None:
+        weight = float(mass.sum())
     total = max(weight, torch.finfo(torch.float64).tiny)
     return ExpertMetrics(tuple((mass / total).tolist()), tuple(drift.tolist()), entropy / total)

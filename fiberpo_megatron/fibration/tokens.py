@@ -56,7 +56,7 @@ class ValueRanges:
     any_weightless: bool
     any_beyond_clamp: bool
     max_log_ratio: float
-    """Largest clamped log ratio on this rank; -inf when it holds no token."""
+    """Largest clamped log ratio on this rank of a token whose weight is not 0; -inf when it holds none."""
 
 
 def make_batch(
@@ -103,8 +103,14 @@ def check_values(batch: TokenBatch, limit: float) -> ValueRanges:
     return ValueRanges(
         any_weightless=smallest == 0.0,
         any_beyond_clamp=low < -limit or high > limit,
-        max_log_ratio=min(max(high, -limit), limit) if batch.size else float("-inf"),
+        max_log_ratio=_largest_counted(batch, smallest, high, limit),
     )
+
+
+def _largest_counted(batch: TokenBatch, smallest: float, high: float, limit: float) -> float:
+    if smallest == 0.0:
+        high = float(batch.log_ratio.masked_fill(batch.weights == 0.0, float("-inf")).max()) if batch.size else high
+    return min(max(high, -limit), limit) if batch.size and high > float("-inf") else float("-inf")
 
 
 def table_size(name: str, largest: int, counts: Mapping[str, int] | None, *, shared: bool) -> int:

@@ -7,6 +7,7 @@ and every rank computes it from the same reduced table in the same order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,8 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fiberpo_megatron.fibration.exact import COUNT, LARGEST_ADVANTAGE, MOST_TERMS, WEIGHT, Range, sum_by_index
 from fiberpo_megatron.fibration.levels import EXPERT_KEY, Level, LevelTree
 from fiberpo_megatron.fibration.membership import NodeMap, combine_ids
+from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO
+
+DRIFT = Range.covering(MAX_LOG_RATIO)
+NODE_RANGES = (WEIGHT, COUNT, DRIFT, DRIFT)
+"""The ranges of mu, 1, mu x+ and mu x-."""
+ADJOINT = Range.covering(LARGEST_ADVANTAGE * math.exp(MAX_LOG_RATIO) * MOST_TERMS**2)
+"""The range of k W over a level's nodes: both k and W = sum mu A G are sums over tokens."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +48,9 @@ class LevelNodes:
     """C+ and C-, [2, n], or [2, 1] where all nodes have the same."""
 
     def total(self, finest: Tensor) -> Tensor:
-        """Return the sums of finest-node values [..., F] over this level's nodes: [..., n]."""
+        """Return the sums of finest-node values [C, F] over this level's nodes: [C, n]."""
         own = finest if self.members is None else finest.index_select(-1, self.members)
-        out = finest.new_zeros((*finest.shape[:-1], self.mass.shape[0]))
-        return out.index_add_(-1, self.of_member, own)
+        return sum_by_index(own, self.of_member, self.mass.shape[0], (ADJOINT,) * own.shape[0])
 
     def add_to(self, finest: Tensor, values: Tensor) -> None:
         """Add this level's node values [..., n] to those of its finest nodes, [..., F], in place."""
@@ -69,6 +77,7 @@ class Leaves:
 class NodeTree:
     """Holds all levels, each before its parent, over the finest nodes that hold tokens."""
 
+    of: LevelTree
     levels: tuple[LevelNodes, ...]
     leaves: tuple[Leaves, ...]
     """The finest nodes of each branch."""
@@ -136,7 +145,7 @@ def build_tree(tree: LevelTree, nodes: NodeMap, sums: Tensor, parents: Tensor | 
         if level.parent is not None:
             parent = _parent(tree, level, own, _of(own.members, placed[level.parent].of_finest), ids)
         held = finest if own.members is None else finest.index_select(1, own.members)
-        total = finest.new_zeros((4, own.size)).index_add_(1, own.of_member, held)
+        total = sum_by_index(held, own.of_member, own.size, NODE_RANGES)
         mass, tokens, aggregate = total[0], total[1].clamp(min=1.0), total[2:] / total[0]
         budget = _budget(level, own, nodes, ids, sizes)
         levels.append(LevelNodes(level, own.members, own.of_member, parent, mass, tokens, aggregate, budget))
@@ -144,7 +153,14 @@ def build_tree(tree: LevelTree, nodes: NodeMap, sums: Tensor, parents: Tensor | 
         Leaves(chain.levels[0], finest_nodes, placed[chain.levels[0]].of_finest.index_select(0, finest_nodes))
         for chain, finest_nodes in zip(tree.branches, of_branch, strict=True)
     )
-    return NodeTree(tuple(levels), leaves, index, flat.shape[1])
+    return NodeTree(tree, tuple(levels), leaves, index, flat.shape[1])
+
+
+def node_ids(tree: LevelTree, nodes: NodeMap, index: int, parents: Tensor | None) -> tuple[int, dict[str, int]]:
+    """Return the branch of one finest node, by its place in the dense table, and its ids by key."""
+    at = torch.tensor([index], device=None if parents is None else parents.device)
+    branch, ids, _ = _finest_ids(tree, nodes, at, parents)
+    return 0 if branch is None else int(branch), {key: int(found) for key, found in ids.items()}
 
 
 def _budget(level: Level, own: _Placed, nodes: NodeMap, ids: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:

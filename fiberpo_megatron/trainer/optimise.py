@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fiberpo_megatron.fibration import Amplification
 from fiberpo_megatron.interfaces import Layout, Objective, Passes
 from fiberpo_megatron.telemetry.metrics import combine
 from fiberpo_megatron.telemetry.timers import PhaseTimers
@@ -41,6 +42,8 @@ class ObjectiveGate:
     """The part of it inside reductions: moving the node sums, and waiting for the slowest rank."""
     reduce_bytes: int = 0
     """Size of what the reductions summed."""
+    amplification: Amplification | None = None
+    """This rank's largest |c| / (mu |A|), once a call was asked for metrics."""
     kept: list[GateCall] | None = None
     """Every call with what it gave, in order, for a step dump; None when no dump is asked for."""
 
@@ -78,6 +81,8 @@ class ObjectiveGate:
             metrics=metrics,
         )
         self.seconds += time.perf_counter() - began
+        if metrics:
+            self.amplification = out.amplification
         return out
 
     def _timed(self, reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -122,7 +127,8 @@ def optimise(
     timers.add("gate", sum(gate.seconds for _, gate, _ in steps))
     timers.add("gate_reduce", sum(gate.reduce_seconds for _, gate, _ in steps))
     metrics["gate/reduce_bytes"] = sum(gate.reduce_bytes for _, gate, _ in steps) / max(1, len(steps))
-    return metrics | _summary([(outcome, recorded) for outcome, _, recorded in steps], parts)
+    metrics |= _summary([(outcome, recorded) for outcome, _, recorded in steps], parts)
+    return metrics | _amplification(layout, objective, [gate.amplification for _, gate, _ in steps])
 
 
 def _step(
@@ -191,6 +197,27 @@ def _rollout_metrics(
         "rollout_diff/max": layout.max_over_tokens(largest).item(),
         "entropy": nats / tokens,
     }
+
+
+def _amplification(layout: Layout, objective: Objective, steps: Sequence[Amplification | None]) -> dict[str, float]:
+    """The largest |c| / (mu |A|) of all optimiser steps and ranks, and where it came from."""
+    levels = objective.level_names
+    if not levels or not layout.is_last_stage:
+        return {}
+    keys = tuple(dict.fromkeys((*objective.keys, "expert")))
+    found = [(-it.value, step, *it.order, it) for step, it in enumerate(steps) if it is not None]
+    rows = torch.full((layout.data_size * layout.context_size, 5 + len(keys)), -1.0, dtype=torch.float64)
+    if found:
+        size, step, base, place, it = min(found, key=lambda row: row[:-1])
+        level = -1.0 if it.level == "token" else levels.index(it.level)
+        ids = [it.node.get(key, -1) for key in keys]
+        mine = [-size, step, base, place, level, *ids]
+        rows[layout.data_rank * layout.context_size + layout.context_rank] = torch.tensor(mine, dtype=torch.float64)
+    size, _, _, _, level, *ids = min(layout.max_over_tokens(rows).tolist(), key=lambda row: (-row[0], *row[1:4]))
+    if size < 0.0:
+        return {}
+    nodes = {f"amplification/node/{key}": number for key, number in zip(keys, ids) if number >= 0}
+    return {"amplification/max": size, "amplification/level": level, **nodes}
 
 
 def _summary(

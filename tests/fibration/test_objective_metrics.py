@@ -62,7 +62,6 @@ def test_token_metrics_by_hand() -> None:
     square = sum(ratio * ratio for ratio in ratios)
     expected = {
         "ratio/mean": sum(ratios) / 4,
-        "ratio/max": math.exp(0.3),
         "effective_sample_size": sum(ratios) ** 2 / (4 * square),
         "token/count": 4.0,
         "token/weight": 1.0,
@@ -73,6 +72,7 @@ def test_token_metrics_by_hand() -> None:
         "objective/value": 0.25 * (math.exp(0.28) - math.exp(-0.02)),
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-14)
+    assert math.log(found["ratio/max"]) == pytest.approx(0.3, rel=2**-15)  # quantised, on one rank as on several
     assert found["ratio/p99"] <= found["ratio/max"]
 
 

@@ -16,9 +16,11 @@ from torch import Tensor
 from fiberpo_megatron.fibration.fiber import FiberPO
 from fiberpo_megatron.fibration.gates import GatedTree
 from fiberpo_megatron.fibration.kernels import node_kernels
+from fiberpo_megatron.fibration.kernels.exact_sums import layout_of
 from fiberpo_megatron.fibration.kernels.launch import launch
 from fiberpo_megatron.fibration.levels import EXPERT_KEY, LevelTree
 from fiberpo_megatron.fibration.membership import MAX_TABLE_NODES, NodeMap
+from fiberpo_megatron.fibration.tree import NODE_RANGES
 
 NODE_TILE = 128
 """Finest nodes per program: a thread each."""
@@ -169,6 +171,7 @@ class DeviceTree:
             self.total,
             ADJOINT=stopped is not None,
             ROWS=rows,
+            **layout_of(NODE_RANGES),
             **self.layout,
         )
         return out

@@ -8,6 +8,7 @@ which write the messages. Unlike in torch, a malformed token is found after the 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from importlib import import_module
 
 import torch
@@ -15,10 +16,13 @@ import triton
 from torch import Tensor
 
 from fiberpo_megatron.fibration import histogram
+from fiberpo_megatron.fibration.amplification import Amplification, origin
 from fiberpo_megatron.fibration.collective import Reduce, fused_sum
+from fiberpo_megatron.fibration.evaluate import beyond_range
+from fiberpo_megatron.fibration.exact import Range
 from fiberpo_megatron.fibration.fiber import FiberPO
-from fiberpo_megatron.fibration.gates import GatedTree, gate_tree
-from fiberpo_megatron.fibration.kernels import token_kernels
+from fiberpo_megatron.fibration.gates import GatedTree, gate_tree, received_by_level
+from fiberpo_megatron.fibration.kernels import exact_sums, token_kernels
 from fiberpo_megatron.fibration.kernels.device_tree import DeviceTree, HostTree
 from fiberpo_megatron.fibration.kernels.formulas import Formulas
 from fiberpo_megatron.fibration.kernels.launch import launch
@@ -26,7 +30,7 @@ from fiberpo_megatron.fibration.kernels.run_plan import Plan, make_plan
 from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
 from fiberpo_megatron.fibration.objective_metrics import ObjectiveMetrics
 from fiberpo_megatron.fibration.rule import Rule
-from fiberpo_megatron.fibration.statistics import summarise
+from fiberpo_megatron.fibration.statistics import statistic_ranges, summarise
 from fiberpo_megatron.fibration.tokens import TokenBatch, check_values
 from fiberpo_megatron.fibration.tree import build_tree
 
@@ -36,6 +40,10 @@ TILE_BYTES = 8192
 """Expert shares per program, [BLOCK, padded P]: 16 registers for each of 128 threads. At twice as much the second
 pass fills all 255 registers for P = 8 (compiled for sm_90), and float64 spills."""
 MAX_BLOCK, MIN_BLOCK = 1024, 16
+PROGRAMS_AT_ONCE = 1024
+"""Programs of a pass whose totals are added side by side."""
+NODES_AT_ONCE = 256
+"""Nodes per program that decodes sums."""
 
 
 def why_not(batch: TokenBatch) -> str | None:
@@ -70,15 +78,16 @@ def formulas_of(rule: Rule) -> Formulas:
 
 def evaluate_fused(
     rule: Rule, batch: TokenBatch, keys: tuple[str, ...], reduce: Reduce | None, *, with_metrics: bool
-) -> tuple[Tensor, Tensor, Tensor, ObjectiveMetrics | None]:
-    """Return gated ratio [N], gradient [N], this rank's value, and the metrics; `keys` are those whose ids matter."""
+) -> tuple[Tensor, Tensor, Tensor, ObjectiveMetrics | None, Amplification | None]:
+    """Return gated ratio [N], gradient [N], this rank's value, the metrics, and this rank's largest amplification;
+    `keys` are those whose ids matter."""
     x = batch.log_ratio
     with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
         call = _FusedCall(rule, batch, keys, reduce, with_metrics=with_metrics)
         first = call.first_pass()
         ratio, gradient, value, second = call.second_pass(first)
         call.third_pass(first, second, gradient)
-        return ratio, gradient, value, call.finish(first, second)
+        return ratio, gradient, value, *call.finish(first, second)
 
 
 class _FusedCall:
@@ -114,21 +123,25 @@ class _FusedCall:
                 self.tree = DeviceTree(rule.tree, self.plan.nodes, self.x.dtype, rule.k_max)
             else:
                 self.tree = HostTree(rule, self.plan.nodes, self.x.dtype)
-        # integers that programs add to or raise: histogram, tokens and clipped tokens per trajectory, the tree's
-        ints = [histogram.BINS if with_metrics else 0, self.trajectories, self.trajectories]
+        # Integers that programs add to or raise: the histogram, tokens and clipped tokens per trajectory, whether a sum
+        # is beyond its range, and the tree's.
+        ints = [histogram.BINS if with_metrics else 0, self.trajectories, self.trajectories, 1]
         ints.append(0 if self.tree is None else self.tree.integers)
-        zeros = (torch.zeros if sum(ints) else torch.empty)(sum(ints), dtype=torch.int32, device=self.x.device)
-        self.bins, self.tokens_of, self.clipped_of, of_tree = zeros.split(ints)
+        zeros = torch.zeros(sum(ints), dtype=torch.int32, device=self.x.device)
+        self.bins, self.tokens_of, self.clipped_of, self.beyond, of_tree = zeros.split(ints)
         if self.tree is not None:
             self.tree.place_in(of_tree)
+        # per program the largest |c| / (mu |A|) and its token
+        self.largest = self._floats(self.programs, 2) if self.tree is not None and with_metrics else None
 
     def first_pass(self) -> dict[str, Tensor]:
         """Return the first reduction's tables."""
-        rows = self.rule.node_terms
+        ranges, of_statistics = self.rule.term_ranges, statistic_ranges(self.rule)
+        rows = len(ranges)
         if not rows and not self.with_metrics:
             return {}
-        sums = self._run_sums(rows)
-        statistics, top = self._floats(self.programs, 6), self._floats(self.programs)
+        sums, top = self._run_sums(ranges), self._floats(self.programs)
+        statistics = self._integers(self.programs, sum(it.limbs for it in of_statistics))
         launch(
             token_kernels.first_pass,
             (self.programs,),
@@ -142,25 +155,28 @@ class _FusedCall:
             top,
             self.bins,
             self.tokens_of,
+            self.beyond,
             self.batch.size,
             TERMS=self.formulas.terms,
             ROWS=rows,
+            **exact_sums.layout_of(ranges),
             STATISTICS=self.with_metrics,
+            **{f"STATISTIC_{name}": value for name, value in exact_sums.layout_of(of_statistics).items()},
             TRAJECTORIES=self.trajectories > 0,
             RUNS=self.plan is not None,
             **self.tile,
         )
         tables: dict[str, Tensor] = {}
         if self.plan is not None and sums is not None:
-            tables["nodes"] = self.plan.sum_runs(sums)
+            tables["nodes"] = self.plan.sum_runs(sums, ranges)
             if self.rule.parent_keys:
                 tables["parents"] = self.plan.parent_tables(len(self.rule.parent_keys))
         if self.with_metrics:
-            tables |= {"sums": statistics.sum(0), "log_ratio_histogram": self.bins}
+            tables |= {"sums": self._sum_programs(statistics, of_statistics), "log_ratio_histogram": self.bins}
             self.top = top.amax()
             if self.trajectories:
                 tables["trajectory_tokens"] = self.tokens_of
-        reduced = fused_sum(tables, self.reduce)
+        reduced = self._reduced(tables, ranges)
         if "nodes" in reduced:
             self.rule.blind_lone_node(reduced["nodes"])
         return reduced
@@ -169,8 +185,9 @@ class _FusedCall:
         """Return the gated ratio, the direct gradient, this rank's value, and the second reduction's tables."""
         values = first.get("nodes") if self.tree is None else self.tree.gate(first["nodes"], first.get("parents"))
         ratio, gradient = torch.empty_like(self.x), torch.empty_like(self.x)
-        rows = self.rule.adjoint_terms
-        sums, statistics = self._run_sums(rows), self._floats(self.programs, 3)
+        ranges = self.rule.adjoint_ranges
+        of_totals = (Range(0, 1), Range(0, 1), self.rule.value_range)  # clipped and malformed tokens, value
+        sums, statistics = self._run_sums(ranges), self._integers(self.programs, 2 + of_totals[2].limbs)
         launch(
             token_kernels.second_pass,
             (self.programs,),
@@ -187,28 +204,34 @@ class _FusedCall:
             sums,
             statistics,
             self.clipped_of,
+            self.beyond,
+            self.largest,
             self.batch.size,
             0 if self.plan is None else self.plan.nodes.base_nodes,
             GATE=self.formulas.gate,
             OPTIONS=self.formulas.options(self.rule),
             VALUES=0 if values is None else values.shape[0],
-            ROWS=rows,
+            ROWS=len(ranges),
+            **exact_sums.layout_of(ranges),
+            VALUE_TOP=of_totals[2].top,
+            VALUE_LIMBS=of_totals[2].limbs,
+            LARGEST=self.largest is not None,
             TRAJECTORIES=self.trajectories > 0,
             RUNS=self.plan is not None,
             **self.tile,
         )
-        totals = statistics.sum(0)  # value, clipped and malformed tokens
+        totals = self._sum_programs(statistics, of_totals)
         tables = {"totals": totals}
         if self.plan is not None and sums is not None:
-            tables["nodes"] = self.plan.sum_runs(sums)
+            tables["nodes"] = self.plan.sum_runs(sums, ranges)
         if self.trajectories:
             tables["trajectory_clipped"] = self.clipped_of
-        if self.reduce is None or not first:
-            return ratio, gradient, totals[0], tables
         if self.with_metrics:
             tables["max"] = self._floats(histogram.FINE_BINS)
             launch(token_kernels.place_maximum, (1,), first["log_ratio_histogram"], self.top, tables["max"])
-        return ratio, gradient, totals[0], fused_sum(tables, self.reduce)
+        value = self._floats(1)
+        self._decode(totals[2:], value, (self.rule.value_range,), 1)
+        return ratio, gradient, value[0], self._reduced(tables, ranges, reduce=bool(first))
 
     def third_pass(self, first: dict[str, Tensor], second: dict[str, Tensor], gradient: Tensor) -> None:
         """Add the gradient through aggregates."""
@@ -229,35 +252,60 @@ class _FusedCall:
             table,
             more,
             gradient,
+            self.largest,
             self.plan.nodes.base_nodes,
             FINISH=self.formulas.finish,
             OPTIONS=self.formulas.options(self.rule),
             VALUES=table.shape[0],
             MORE=0 if more is None else more.shape[0],
+            LARGEST=self.largest is not None,
             **self.tile,
         )
+        if self.largest is not None:
+            self.found = self._floats(4 + self.batch.partitions)
+            tensors = self._base, self.x, self.weights, self.share, gradient, self.found
+            tile = {name: self.tile[name] for name in ("EXPERTS", "P", "PADDED")}
+            launch(
+                token_kernels.find_largest, (1,), self.largest, *tensors, self.plan.runs, **tile, BLOCK=PROGRAMS_AT_ONCE
+            )
 
-    def finish(self, first: dict[str, Tensor], second: dict[str, Tensor]) -> ObjectiveMetrics | None:
-        """Return the metrics, read together with the flags. Raises ValueError when a flag is set."""
-        wanted = {"totals": second["totals"]}
+    def finish(
+        self, first: dict[str, Tensor], second: dict[str, Tensor]
+    ) -> tuple[ObjectiveMetrics | None, Amplification | None]:
+        """Return the metrics and this rank's amplification, read together with the flags. Raises ValueError when a flag
+        is set."""
+        wanted = {"totals": second["totals"], "overflow": second["overflow"], "beyond": self.beyond}
         if self.tree is not None and self.tree.flag.numel():
             wanted["flag"] = self.tree.flag
         if self.with_metrics:
-            wanted |= {"top": self.top, **first, **{name: second[name] for name in second if name != "nodes"}}
+            wanted |= {**first, **{name: second[name] for name in second if name not in ("nodes", "overflow")}}
+        if self.largest is not None:
+            wanted |= {"adjoints": second["nodes"], "largest": self.found}
         read = _to_host(wanted)
-        value, clipped, malformed = read["totals"].tolist()
+        malformed = float(read["totals"][1])
         if malformed:
             check_values(self.batch, self.rule.max_log_ratio)
             raise ValueError(f"{malformed:.0f} tokens of other ranks are malformed; their ranks' errors name them")
+        if read["overflow"].any() or read["beyond"].any():
+            raise ValueError(beyond_range(self.rule))
         if "flag" in read and read["flag"].any() and not self.with_metrics:
             self._gated_tree(_to_host(first))
         if not self.with_metrics:
-            return None
-        read |= {"value": read["totals"][0], "clipped": read["totals"][1]}
-        only_max = float(read["top"]) if self.reduce is None else None
+            return None, None
+        read |= {"value": read["totals"][2:], "clipped": read["totals"][0]}
         tree = self._gated_tree(read)
         experts = self.plan.nodes if self.plan is not None and self.rule.uses_experts else None
-        return summarise(read, read, tree, experts, only_max=only_max)
+        return summarise(self.rule, read, read, tree, experts), self._amplification(read, tree)
+
+    def _amplification(self, read: dict[str, Tensor], gated: GatedTree | None) -> Amplification | None:
+        if gated is None or self.plan is None or float(read["largest"][0]) == 0.0:
+            return None
+        weight, *clipped = read["adjoints"].reshape(3, -1).index_select(1, gated.tree.index)
+        received = received_by_level(gated, weight, torch.stack(clipped))
+        value, base, positive, push = read["largest"][:4].unsqueeze(1)
+        share = None if self.share is None else read["largest"][4:].unsqueeze(0)
+        where = float(value), int(base), push, positive > 0, share
+        return origin(self.plan.nodes, gated, received, read.get("parents"), *where)
 
     def _gated_tree(self, tables: dict[str, Tensor]) -> GatedTree | None:
         """Return the tree in torch on the host. Raises ValueError if levels do not nest."""
@@ -278,9 +326,36 @@ class _FusedCall:
     def _trajectory(self) -> Tensor | None:
         return self.plan.row(TRAJECTORY_KEY) if self.plan is not None and self.trajectories else None
 
-    def _run_sums(self, rows: int) -> Tensor | None:
-        """Allocate `rows` sums per run and partition; every program fills its own."""
-        return self._floats(self.programs, rows, self.batch.partitions) if rows else None
+    def _reduced(self, tables: dict[str, Tensor], ranges: Sequence[Range], *, reduce: bool = True) -> dict[str, Tensor]:
+        """Sum over ranks: of a node's limbs come back its sums, and in "overflow" whether one was beyond its range."""
+        reduced = fused_sum({**tables, "overflow": self.beyond}, self.reduce if reduce else None)
+        if "nodes" in reduced:
+            limbs = reduced["nodes"]
+            reduced["nodes"] = self._floats(len(ranges), *limbs.shape[1:])
+            self._decode(limbs, reduced["nodes"], ranges, limbs[0].numel())
+        return reduced
+
+    def _decode(self, limbs: Tensor, out: Tensor, ranges: Sequence[Range], size: int) -> None:
+        constants = {"ROWS": len(ranges), **exact_sums.layout_of(ranges), "BLOCK": NODES_AT_ONCE}
+        grid = (triton.cdiv(size, NODES_AT_ONCE),)
+        launch(exact_sums.decode_sums, grid, limbs, out, self.beyond, size, **constants)
+
+    def _sum_programs(self, statistics: Tensor, ranges: Sequence[Range]) -> Tensor:
+        """Add up what programs stored, int64 [programs, limbs]; return float64 [limbs] in normalised form."""
+        out = self._floats(statistics.shape[1])
+        layout = exact_sums.layout_of(ranges)
+        constants = {"ROWS": len(ranges), "LIMBS": layout["LIMBS"], "FIRST": layout["FIRST"]}
+        arguments = (statistics, out, self.programs)
+        launch(exact_sums.sum_programs, (len(ranges),), *arguments, **constants, BLOCK=PROGRAMS_AT_ONCE)
+        return out
+
+    def _run_sums(self, ranges: Sequence[Range]) -> Tensor | None:
+        """Allocate the limbs of sums per run and partition; every program fills its own."""
+        limbs = sum(it.limbs for it in ranges)
+        return self._integers(self.programs, limbs, self.batch.partitions) if limbs else None
+
+    def _integers(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, device=self.x.device)
 
     def _floats(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=self.x.device)

@@ -4,13 +4,15 @@ without a wait.
 Levels are numbered from fine (0) to coarse (LEVELS - 1). A finest node is (base node b, partition p), at b * P + p of
 tables [..., nodes, P]. The coarser levels share one table [..., total]: place[level - 1, b], plus p if the level has
 the key "expert", is the entry of a finest node's ancestor, and place is -1 where b holds no token. Sums over a node's
-members run over `reach`, the span of base nodes between its first and its last, in order: they are deterministic.
+members run over `reach`, the span of base nodes between its first and its last, in order.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from fiberpo_megatron.fibration.kernels.exact_sums import decoded, limb_of
 
 MASS = tl.constexpr(0)
 COUNT = tl.constexpr(1)
@@ -91,10 +93,9 @@ def _coarse(counts, offsets, experts, level, P: tl.constexpr, LEVELS: tl.constex
 
 
 @triton.jit
-def _store_total(out_ptr, at, column, expert, p, P: tl.constexpr):
-    """Store sums per partition [PADDED]: one entry each with "expert", else their total."""
-    value = tl.where(expert > 0, column, tl.sum(column, axis=0))
-    tl.store(out_ptr + at + p, value, mask=(p < P) & ((expert > 0) | (p == 0)))
+def _joined(column, expert):
+    """Return sums per partition [PADDED] as they are with "expert", else their total in place of each."""
+    return tl.where(expert > 0, column, tl.sum(column, axis=0))
 
 
 @triton.jit(do_not_specialize=["nodes", "total"], do_not_specialize_on_alignment=["reach_ptr", "flag_ptr"])
@@ -112,6 +113,9 @@ def sum_up(
     total,
     ADJOINT: tl.constexpr,
     ROWS: tl.constexpr,
+    TOPS: tl.constexpr,
+    LIMBS: tl.constexpr,
+    FIRST: tl.constexpr,
     LEVELS: tl.constexpr,
     P: tl.constexpr,
     PADDED: tl.constexpr,
@@ -119,9 +123,9 @@ def sum_up(
 ):
     """Write to out [ROWS, total] the sums over each coarser node's finest nodes of sums [..., nodes, P].
 
-    It sums its ROWS rows. With ADJOINT it sums row 0, W, and both channels' (1 - g') W of the level below, which
-    `gate_nodes` left in stopped [LEVELS, 2, nodes, P]. flag becomes 1 if base nodes of one node lie in several nodes of
-    the next level.
+    It sums its ROWS rows, by limbs as `exact.sum_by_index` does. With ADJOINT it sums row 0, W, and both channels'
+    (1 - g') W of the level below, which `gate_nodes` left in stopped [LEVELS, 2, nodes, P], in float64. flag becomes 1
+    if base nodes of one node lie in several nodes of the next level.
     """
     level = tl.program_id(1)
     count, offset, expert = _coarse(counts, offsets, experts, level, P, LEVELS)
@@ -133,29 +137,75 @@ def sum_up(
         begin = tl.where(end > 0, nodes - tl.load(reach_ptr + target), 0)
         low = tl.full((BLOCK,), 1 << 30, tl.int64)
         high = tl.full((BLOCK,), -1, tl.int64)
+        entries = (p < P) & ((expert > 0) | (p == 0))
         for row in tl.static_range(ROWS):
-            column = tl.zeros((PADDED,), tl.float64)
-            for first in range(begin, end, BLOCK):
-                b, inside, at, held = _lanes(first, nodes, P, PADDED, BLOCK)
-                member = inside & (tl.load(place_ptr + level * nodes + b, mask=inside, other=-1) == target)
-                held = held & member[:, None]
-                if ADJOINT:
+            if ADJOINT:
+                column = tl.zeros((PADDED,), tl.float64)
+                for first in range(begin, end, BLOCK):
+                    b, inside, at, held = _lanes(first, nodes, P, PADDED, BLOCK)
+                    member = inside & (tl.load(place_ptr + level * nodes + b, mask=inside, other=-1) == target)
+                    held = held & member[:, None]
                     value = tl.load(sums_ptr + at, mask=held, other=0.0)
                     if row > 0:
                         slope = stopped_ptr + (level * 2 + row - 1) * nodes * P
                         value = value * tl.load(slope + at, mask=held, other=0.0)
-                else:
-                    value = tl.load(sums_ptr + row * nodes * P + at, mask=held, other=0.0)
-                    if row == 0:
-                        above = member & (level + 2 < LEVELS)
-                        next_place = tl.load(place_ptr + (level + 1) * nodes + b, mask=above, other=-1)
-                        low = tl.minimum(low, tl.where(above, next_place, 1 << 30))
-                        high = tl.maximum(high, next_place)
-                column += tl.sum(value, axis=0)
-            _store_total(out_ptr, row * total + target, column, expert, p, P)
+                    column += tl.sum(value, axis=0)
+                tl.store(out_ptr + row * total + target + p, _joined(column, expert), mask=entries)
+            else:
+                value = _exact_row(
+                    sums_ptr + row * nodes * P,
+                    place_ptr + level * nodes,
+                    target,
+                    begin,
+                    end,
+                    expert,
+                    nodes,
+                    TOPS[row],
+                    LIMBS[row],
+                    P,
+                    PADDED,
+                    BLOCK,
+                )
+                tl.store(out_ptr + row * total + target + p, value, mask=entries)
         if not ADJOINT:
+            for first in range(begin, end, BLOCK):
+                b, inside, at, held = _lanes(first, nodes, P, PADDED, BLOCK)
+                member = inside & (tl.load(place_ptr + level * nodes + b, mask=inside, other=-1) == target)
+                above = member & (level + 2 < LEVELS)
+                next_place = tl.load(place_ptr + (level + 1) * nodes + b, mask=above, other=-1)
+                low = tl.minimum(low, tl.where(above, next_place, 1 << 30))
+                high = tl.maximum(high, next_place)
             lowest, highest = tl.min(low, axis=0), tl.max(high, axis=0)
             tl.atomic_max(flag_ptr, ((highest >= 0) & (lowest != highest)).to(tl.int32))
+
+
+@triton.jit
+def _exact_row(
+    sums_ptr,
+    place_ptr,
+    target,
+    begin,
+    end,
+    expert,
+    nodes,
+    TOP: tl.constexpr,
+    COUNT: tl.constexpr,
+    P: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the sums [PADDED] of one row over the base nodes begin..end that lie in node `target`."""
+    limbs = ()
+    for limb in tl.static_range(COUNT):
+        column = tl.zeros((PADDED,), tl.int64)
+        for first in range(begin, end, BLOCK):
+            b, inside, at, held = _lanes(first, nodes, P, PADDED, BLOCK)
+            member = inside & (tl.load(place_ptr + b, mask=inside, other=-1) == target)
+            value = tl.load(sums_ptr + at, mask=held & member[:, None], other=0.0)
+            column += tl.sum(limb_of(value, limb, TOP), axis=0)
+        limbs = limbs + (_joined(column, expert),)
+    value, _ = decoded(limbs, TOP, COUNT)
+    return value
 
 
 @triton.jit

@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fiberpo_megatron.fibration.kernels.exact_sums import MASK, WIDTH
+
 
 @triton.jit
 def _changes(ids, at, held, BASE: tl.constexpr):
@@ -115,25 +117,73 @@ def sum_runs(
     runs,
     nodes,
     ROWS: tl.constexpr,
+    LIMBS: tl.constexpr,
+    FIRST: tl.constexpr,
     ORDERED: tl.constexpr,
     P: tl.constexpr,
     PADDED: tl.constexpr,
     RUNS: tl.constexpr,
 ):
-    """Write table[c, n, p], the sums [runs, ROWS, P] of node n's runs, added in the order of the tokens.
+    """Write table[l, n, p], float64: the limbs [runs, limbs, P] of node n's runs added up, in the form that
+    `exact.normalise` gives.
 
-    base is the base node of each run in ascending order, order (unless ORDERED) the runs in that order.
+    base is the base node of each run in ascending order, order (unless ORDERED) the runs in that order. A program adds
+    one row's limbs.
     """
     node = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1)
     p = tl.arange(0, PADDED)
-    total = tl.zeros((PADDED,), tl.float64)
+    begin = _first_at_least(base_ptr, node, runs)
     end = _first_at_least(base_ptr, node + 1, runs)
-    for first in range(_first_at_least(base_ptr, node, runs), end, RUNS):
-        run, inside = _runs_of(base_ptr, order_ptr, first, end, RUNS, ORDERED)
-        held = inside[:, None] & (p < P)[None, :]
-        total += tl.sum(tl.load(sums_ptr + (run[:, None] * ROWS + c) * P + p[None, :], mask=held, other=0.0), axis=0)
-    tl.store(table_ptr + (c * nodes + node) * P + p, total, mask=p < P)
+    for row in tl.static_range(ROWS):
+        if tl.program_id(1) == row:
+            _sum_limbs(
+                sums_ptr + FIRST[row] * P + p,
+                FIRST[ROWS] * P,
+                base_ptr,
+                order_ptr,
+                table_ptr + (FIRST[row] * nodes + node) * P + p,
+                nodes * P,
+                begin,
+                end,
+                p < P,
+                LIMBS[row],
+                ORDERED,
+                P,
+                PADDED,
+                RUNS,
+            )
+
+
+@triton.jit
+def _sum_limbs(
+    sums_ptr,
+    run_stride,
+    base_ptr,
+    order_ptr,
+    table_ptr,
+    limb_stride,
+    begin,
+    end,
+    entries,
+    COUNT: tl.constexpr,
+    ORDERED: tl.constexpr,
+    P: tl.constexpr,
+    PADDED: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    """Add the COUNT limbs of one row over runs begin..end, and store them in normalised form; pointers are [PADDED]."""
+    carry = tl.zeros((PADDED,), tl.int64)
+    for step in tl.static_range(COUNT):
+        total = carry
+        for first in range(begin, end, RUNS):
+            run, inside = _runs_of(base_ptr, order_ptr, first, end, RUNS, ORDERED)
+            held = inside[:, None] & entries[None, :]
+            place = sums_ptr[None, :] + run[:, None] * run_stride + (COUNT - 1 - step) * P
+            total += tl.sum(tl.load(place, mask=held, other=0), axis=0)
+        carry = total >> WIDTH
+        if step < COUNT - 1:
+            total = total & MASK
+        tl.store(table_ptr + (COUNT - 1 - step) * limb_stride, total.to(tl.float64), mask=entries)
 
 
 @triton.jit(do_not_specialize=["runs", "nodes"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
+from fiberpo_megatron.fibration.exact import Range
 from fiberpo_megatron.fibration.kernels import run_kernels
+from fiberpo_megatron.fibration.kernels.exact_sums import layout_of
 from fiberpo_megatron.fibration.kernels.launch import launch
 from fiberpo_megatron.fibration.membership import NodeMap, checked_size, make_node_map, parent_ids
 from fiberpo_megatron.fibration.rule import Rule
@@ -49,10 +52,11 @@ class Plan:
         """Return the base node of each run."""
         return self.ids[-1]
 
-    def sum_runs(self, sums: Tensor) -> Tensor:
-        """Add sums per run [R, C, P] per node; return [C, base_nodes, P]."""
-        rows, partitions, nodes = sums.shape[1], sums.shape[2], self.nodes.base_nodes
-        table = torch.empty((rows, nodes, partitions), dtype=torch.float64, device=sums.device)
+    def sum_runs(self, sums: Tensor, ranges: Sequence[Range]) -> Tensor:
+        """Add the limbs of sums per run, int64 [R, limbs, P], per node; return float64 [limbs, base_nodes, P]."""
+        rows, partitions, nodes = len(ranges), sums.shape[2], self.nodes.base_nodes
+        table = torch.empty((sums.shape[1], nodes, partitions), dtype=torch.float64, device=sums.device)
+        layout = layout_of(ranges)
         launch(
             run_kernels.sum_runs,
             (nodes, rows),
@@ -63,6 +67,8 @@ class Plan:
             self.runs,
             nodes,
             ROWS=rows,
+            LIMBS=layout["LIMBS"],
+            FIRST=layout["FIRST"],
             ORDERED=self.order is None,
             P=partitions,
             PADDED=triton.next_power_of_2(partitions),

@@ -1,8 +1,8 @@
 """These kernels are the passes over tokens: one program works on a run of at most BLOCK tokens, which share a base
 node.
 
-Each program writes its own float64 sums; `run_kernels.sum_runs` adds them per node in the order of the tokens. No float
-is added atomically, so results do not depend on how programs are scheduled. Without RUNS (no ids are needed) a program
+Each program writes its own sums as integers (`exact_sums`), which `run_kernels.sum_runs` adds per node: results depend
+neither on the order of tokens nor on how programs are scheduled. Without RUNS (no ids are needed) a program
 takes BLOCK tokens. Token tensors are contiguous; PADDED is P rounded up to a power of two; without expert shares P is
 1.
 """
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from fiberpo_megatron.fibration import histogram
+from fiberpo_megatron.fibration.kernels.exact_sums import share_parts, store_products, store_total
 from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO, SHARE_TOLERANCE, WIDEST_LOG_RATIO
 
 BINS = tl.constexpr(histogram.BINS)
@@ -25,8 +26,6 @@ FINE_BINS = tl.constexpr(histogram.FINE_BINS)
 WIDEST = tl.constexpr(WIDEST_LOG_RATIO)
 NARROW = tl.constexpr(MAX_LOG_RATIO)
 TOLERANCE = tl.constexpr(SHARE_TOLERANCE)
-FIRST_SUMS = tl.constexpr(6)
-SECOND_SUMS = tl.constexpr(3)
 
 
 @triton.jit
@@ -86,17 +85,34 @@ def _gather(table_ptr, base, nodes, kernel, ROWS: tl.constexpr, P: tl.constexpr,
 
 
 @triton.jit
-def _store_sums(sums_ptr, run, terms, kernel, ROWS: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr):
-    """Store sums[run, c, p] = sum_i K(i, p) terms[c]_i, in float64."""
+def _store_sums(
+    sums_ptr,
+    flag_ptr,
+    run,
+    terms,
+    kernel,
+    ROWS: tl.constexpr,
+    TOPS: tl.constexpr,
+    LIMBS: tl.constexpr,
+    FIRST: tl.constexpr,
+    P: tl.constexpr,
+    PADDED: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """Store the limbs of sum_i K(i, p) terms[c]_i in sums[run, FIRST[c]..., p]."""
+    out = sums_ptr + run * FIRST[ROWS] * P
     p = tl.arange(0, PADDED)
+    if EXPERTS:
+        parts = share_parts(kernel)
+    beyond = 0
     for c in tl.static_range(ROWS):
-        total = tl.sum((kernel * terms[c][:, None]).to(tl.float64), axis=0)
-        tl.store(sums_ptr + (run * ROWS + c) * P + p, total, mask=p < P)
-
-
-@triton.jit
-def _total(value):
-    return tl.sum(value.to(tl.float64), axis=0)
+        term = terms[c].to(tl.float64)
+        row = out + FIRST[c] * P
+        if EXPERTS:
+            beyond = beyond | store_products(row + p, P, term, parts, p < P, TOPS[c], LIMBS[c])
+        else:
+            beyond = beyond | store_total(row, term, TOPS[c], LIMBS[c])
+    tl.atomic_max(flag_ptr, beyond)
 
 
 @triton.jit
@@ -131,7 +147,7 @@ def place_maximum(bins_ptr, max_ptr, fine_ptr):
     tl.store(fine_ptr + row, ((row == fine) & (_bin(value) == top) & (value > -2.0 * WIDEST)).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["bins_ptr", "tokens_ptr"])
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["bins_ptr", "tokens_ptr", "flag_ptr"])
 def first_pass(
     x_ptr,
     mu_ptr,
@@ -143,10 +159,17 @@ def first_pass(
     max_ptr,
     bins_ptr,
     tokens_ptr,
+    flag_ptr,
     size,
     TERMS: tl.constexpr,
     ROWS: tl.constexpr,
+    TOPS: tl.constexpr,
+    LIMBS: tl.constexpr,
+    FIRST: tl.constexpr,
     STATISTICS: tl.constexpr,
+    STATISTIC_TOPS: tl.constexpr,
+    STATISTIC_LIMBS: tl.constexpr,
+    STATISTIC_FIRST: tl.constexpr,
     TRAJECTORIES: tl.constexpr,
     RUNS: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -156,33 +179,36 @@ def first_pass(
     BLOCK: tl.constexpr,
     CLAMP: tl.constexpr,
 ):
-    """Write node sums [runs, ROWS, P] and, with STATISTICS, `TokenStatistics`' sums [runs, 6], the largest log ratio
-    [runs], the histogram and the tokens that count per trajectory."""
+    """Write the limbs of node sums [runs, limbs, P] and, with STATISTICS, of `TokenStatistics`' sums [runs, limbs], the
+    largest log ratio [runs], the histogram and the tokens that count per trajectory. flag becomes 1 if a term is beyond
+    its range."""
     run, at, held = _tokens(start_ptr, size, RUNS, BLOCK)
     x = _clamp(tl.load(x_ptr + at, mask=held, other=0.0), CLAMP)
     mu = tl.load(mu_ptr + at, mask=held, other=0.0)
     counted = mu > 0
     share = _share(share_ptr, at, held, x, P, PADDED, EXPERTS)
     if ROWS > 0:
-        _store_sums(sums_ptr, run, TERMS(x, mu, counted), _kernel(share, PADDED, SOFT), ROWS, P, PADDED)
+        terms, kernel = TERMS(x, mu, counted), _kernel(share, PADDED, SOFT)
+        _store_sums(sums_ptr, flag_ptr, run, terms, kernel, ROWS, TOPS, LIMBS, FIRST, P, PADDED, EXPERTS)
     if STATISTICS:
         ratio = tl.exp(x)
         weighted = ratio * mu
-        out = statistics_ptr + run * FIRST_SUMS
         tokens = tl.sum(counted.to(tl.int32), axis=0)
-        tl.store(out, tokens.to(tl.float64))
-        tl.store(out + 1, _total(tl.where(counted, ratio, 0.0)))
-        tl.store(out + 2, _total(mu))
-        tl.store(out + 3, _total(weighted))
-        if CLAMP > NARROW:  # the square of a ratio above exp(44) overflows float32
-            tl.store(out + 4, _total(weighted.to(tl.float64) * ratio.to(tl.float64)))
+        if CLAMP > NARROW:  # noqa: SIM108  (branches differ in type) the square of a ratio above exp(44) overflows float32
+            square = weighted.to(tl.float64) * ratio.to(tl.float64)
         else:
-            tl.store(out + 4, _total(weighted * ratio))
+            square = weighted * ratio
         entropy = tl.zeros_like(x)
         if EXPERTS:
             entropy = tl.sum(tl.where(share > 0, share * tl.log(tl.where(share > 0, share, 1.0)), 0.0), axis=1)
-        tl.store(out + 5, -_total(mu * entropy))
-        tl.store(max_ptr + run, tl.max(tl.where(held, x.to(tl.float64), -float("inf")), axis=0))
+        values = (tl.where(counted, ratio, 0.0), mu, weighted, square, -(mu * entropy))
+        out = statistics_ptr + run * STATISTIC_FIRST[5]
+        beyond = 0
+        for c in tl.static_range(5):
+            row = out + STATISTIC_FIRST[c]
+            beyond = beyond | store_total(row, values[c].to(tl.float64), STATISTIC_TOPS[c], STATISTIC_LIMBS[c])
+        tl.atomic_max(flag_ptr, beyond)
+        tl.store(max_ptr + run, tl.max(tl.where(counted, x.to(tl.float64), -float("inf")), axis=0))
         _count_bins(bins_ptr, x, counted)
         if TRAJECTORIES:
             tl.atomic_add(tokens_ptr + tl.load(trajectory_ptr + run), tokens)
@@ -198,7 +224,65 @@ def _malformed(x, a, mu, share, held, EXPERTS: tl.constexpr):
     return bad & held
 
 
-@triton.jit(do_not_specialize=["size", "nodes"], do_not_specialize_on_alignment=["clipped_ptr"])
+@triton.jit
+def _store_largest(out_ptr, run, at, gradient, a, mu):
+    """Store out[run] = the block's largest |c| / (mu |A|), and the first token that has it."""
+    scale = tl.abs(mu * a)
+    size = tl.where(scale > 0, tl.abs(gradient) / tl.where(scale > 0, scale, 1.0), 0.0)
+    largest = tl.max(size, axis=0)
+    tl.store(out_ptr + 2 * run, largest.to(tl.float64))
+    tl.store(out_ptr + 2 * run + 1, tl.min(tl.where(size == largest, at, 1 << 62), axis=0).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["runs"])
+def find_largest(
+    largest_ptr,
+    base_ptr,
+    x_ptr,
+    mu_ptr,
+    share_ptr,
+    gradient_ptr,
+    out_ptr,
+    runs,
+    EXPERTS: tl.constexpr,
+    P: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write out [4 + P]: the largest |c| / (mu |A|) of `largest` [runs, 2], and of its token the base node, whether x
+    is at least 0, c / mu, and the expert shares.
+
+    Of several tokens it takes the first one of the first base node. One program does this.
+    """
+    row = tl.arange(0, BLOCK)
+    best = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, runs, BLOCK):
+        best = tl.maximum(best, tl.load(largest_ptr + 2 * (first + row), mask=first + row < runs, other=0.0))
+    largest = tl.max(best, axis=0)
+    base = tl.full((BLOCK,), 1 << 62, tl.int64)
+    for first in range(0, runs, BLOCK):
+        size = tl.load(largest_ptr + 2 * (first + row), mask=first + row < runs, other=-1.0)
+        base = tl.minimum(base, tl.load(base_ptr + first + row, mask=size == largest, other=1 << 62))
+    node = tl.min(base, axis=0)
+    token = tl.full((BLOCK,), 1 << 62, tl.float64)
+    for first in range(0, runs, BLOCK):
+        size = tl.load(largest_ptr + 2 * (first + row), mask=first + row < runs, other=-1.0)
+        mine = (size == largest) & (tl.load(base_ptr + first + row, mask=size == largest, other=-1) == node)
+        token = tl.minimum(token, tl.load(largest_ptr + 2 * (first + row) + 1, mask=mine, other=1 << 62))
+    at = tl.min(token, axis=0).to(tl.int64)
+    found = largest > 0
+    mu = tl.load(mu_ptr + at, mask=found, other=1.0).to(tl.float64)
+    tl.store(out_ptr, largest)
+    tl.store(out_ptr + 1, node.to(tl.float64))
+    tl.store(out_ptr + 2, (tl.load(x_ptr + at, mask=found, other=0.0) >= 0).to(tl.float64))
+    tl.store(out_ptr + 3, tl.load(gradient_ptr + at, mask=found, other=0.0).to(tl.float64) / mu)
+    if EXPERTS:
+        p = tl.arange(0, PADDED)
+        share = tl.load(share_ptr + at * P + p, mask=p < tl.where(found, P, 0), other=0.0)
+        tl.store(out_ptr + 4 + p, share.to(tl.float64), mask=p < P)
+
+
+@triton.jit(do_not_specialize=["size", "nodes"], do_not_specialize_on_alignment=["clipped_ptr", "flag_ptr"])
 def second_pass(
     x_ptr,
     a_ptr,
@@ -213,12 +297,20 @@ def second_pass(
     sums_ptr,
     statistics_ptr,
     clipped_ptr,
+    flag_ptr,
+    largest_ptr,
     size,
     nodes,
     GATE: tl.constexpr,
     OPTIONS: tl.constexpr,
     VALUES: tl.constexpr,
     ROWS: tl.constexpr,
+    TOPS: tl.constexpr,
+    LIMBS: tl.constexpr,
+    FIRST: tl.constexpr,
+    VALUE_TOP: tl.constexpr,
+    VALUE_LIMBS: tl.constexpr,
+    LARGEST: tl.constexpr,
     TRAJECTORIES: tl.constexpr,
     RUNS: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -228,8 +320,8 @@ def second_pass(
     BLOCK: tl.constexpr,
     CLAMP: tl.constexpr,
 ):
-    """Write G and the direct gradient [N], adjoint sums [runs, ROWS, P], clipped tokens per trajectory, and [runs, 3]:
-    value, clipped and malformed tokens."""
+    """Write G and the direct gradient [N], the limbs of adjoint sums [runs, limbs, P], clipped tokens per trajectory,
+    and [runs, 2 + VALUE_LIMBS]: clipped and malformed tokens, and the limbs of the value."""
     run, at, held = _tokens(start_ptr, size, RUNS, BLOCK)
     raw = tl.load(x_ptr + at, mask=held, other=0.0)
     x = _clamp(raw, CLAMP)
@@ -242,14 +334,19 @@ def second_pass(
         values = _gather(values_ptr, tl.load(base_ptr + run), nodes, kernel, VALUES, P, PADDED)
     ratio, gradient, free, terms = GATE(x, a, mu, values, OPTIONS)
     tl.store(ratio_ptr + at, ratio, mask=held)
-    tl.store(gradient_ptr + at, tl.where(tl.abs(raw) > CLAMP, 0.0, gradient), mask=held)
+    gradient = tl.where(tl.abs(raw) > CLAMP, 0.0, gradient + 0.0)  # no -0.0, as in torch
+    tl.store(gradient_ptr + at, gradient, mask=held)
+    if LARGEST:
+        _store_largest(largest_ptr, run, at, gradient, a, mu)
     if ROWS > 0:
-        _store_sums(sums_ptr, run, terms, kernel, ROWS, P, PADDED)
+        _store_sums(sums_ptr, flag_ptr, run, terms, kernel, ROWS, TOPS, LIMBS, FIRST, P, PADDED, EXPERTS)
     clipped = tl.sum(((mu > 0) & (free == 0)).to(tl.int32), axis=0)
-    out = statistics_ptr + run * SECOND_SUMS
-    tl.store(out, _total(mu * a * ratio))
-    tl.store(out + 1, clipped.to(tl.float64))
-    tl.store(out + 2, _total(_malformed(raw, a, mu, share, held, EXPERTS)))
+    malformed = tl.sum(_malformed(raw, a, mu, share, held, EXPERTS).to(tl.int64), axis=0)
+    out = statistics_ptr + run * (2 + VALUE_LIMBS)
+    tl.store(out, clipped.to(tl.int64))
+    tl.store(out + 1, malformed)
+    beyond = store_total(out + 2, (mu * a * ratio).to(tl.float64), VALUE_TOP, VALUE_LIMBS)
+    tl.atomic_max(flag_ptr, beyond)
     if TRAJECTORIES:
         tl.atomic_add(clipped_ptr + tl.load(trajectory_ptr + run), clipped)
 
@@ -265,11 +362,13 @@ def third_pass(
     values_ptr,
     more_ptr,
     gradient_ptr,
+    largest_ptr,
     nodes,
     FINISH: tl.constexpr,
     OPTIONS: tl.constexpr,
     VALUES: tl.constexpr,
     MORE: tl.constexpr,
+    LARGEST: tl.constexpr,
     EXPERTS: tl.constexpr,
     SOFT: tl.constexpr,
     P: tl.constexpr,
@@ -299,5 +398,7 @@ def third_pass(
         if MORE > 0:
             more = _gather(more_ptr, base, nodes, kernel, MORE, P, PADDED)
         added = FINISH(x, a, mu, values, more, OPTIONS)
-        gradient = tl.load(gradient_ptr + at, mask=held, other=0.0)
-        tl.store(gradient_ptr + at, gradient + tl.where(tl.abs(raw) > CLAMP, 0.0, added), mask=held)
+        gradient = tl.load(gradient_ptr + at, mask=held, other=0.0) + tl.where(tl.abs(raw) > CLAMP, 0.0, added)
+        tl.store(gradient_ptr + at, gradient, mask=held)
+        if LARGEST:
+            _store_largest(largest_ptr, run, at, gradient, a, mu)
