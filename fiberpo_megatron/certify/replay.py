@@ -10,6 +10,7 @@ import torch
 from fiberpo_megatron.certify.compare import Difference, difference, metric_difference
 from fiberpo_megatron.certify.ranks import run_ranks
 from fiberpo_megatron.fibration import Objective, ObjectiveOutput, build_objective
+from fiberpo_megatron.fibration.options import NOT_OPTIONS
 from fiberpo_megatron.trainer.step_dump import machine
 from fiberpo_megatron.trainer.step_file import DumpedStep, StepFile, StepFileError
 
@@ -67,7 +68,8 @@ def dumped_objective(file: StepFile) -> Objective:
         )
     use, options = named
     try:
-        return build_objective(use, kernels=file.about.get("kernels"), **options)
+        how = {name: file.about.get(name) for name in NOT_OPTIONS}
+        return build_objective(use, **how, **options)
     except ValueError as error:
         raise StepFileError(
             f"the objective of {file.path} cannot be built: {error}. Run this from the folder, or in the environment, "

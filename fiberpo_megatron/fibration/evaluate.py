@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fiberpo_megatron.fibration.amplification import Amplification, origin
 from fiberpo_megatron.fibration.collective import Reduce, fused_sum
-from fiberpo_megatron.fibration.exact import Limbs, decode
+from fiberpo_megatron.fibration.exact import NodeSums
 from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
 from fiberpo_megatron.fibration.membership import NodeMap, checked_size, id_range, make_node_map, parent_ids
 from fiberpo_megatron.fibration.objective_metrics import ObjectiveMetrics
@@ -122,7 +122,7 @@ class _Call:
             return self.nodes.sizes[TRAJECTORY_KEY]
         return checked_size(TRAJECTORY_KEY, id_range(self.runs.ids[TRAJECTORY_KEY]), self.batch, shared=shared)
 
-    def _fused(self, sums: Limbs | None, tables: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _fused(self, sums: NodeSums | None, tables: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sum over ranks: of a node's limbs come back its sums. Raises ValueError, on every rank alike, if one of them
         is beyond its range."""
         if sums is not None:
@@ -131,7 +131,7 @@ class _Call:
         if sums is not None:
             if bool(reduced.pop("overflow")):
                 raise ValueError(beyond_range(self.rule))
-            reduced["nodes"] = decode(reduced["nodes"], sums.ranges)
+            reduced["nodes"] = sums.decode(reduced["nodes"])
         return reduced
 
     def first_pass(self) -> tuple[dict[str, Tensor], Gating]:

@@ -109,7 +109,7 @@ def slices(values: Tensor, unit: int, limit: float, bits: int) -> Iterator[tuple
     """Cut float64 terms into slices that add up to the terms, rounded to multiples of 2^unit.
 
     Each slice comes with its unit's exponent and holds multiples of it, of at most 2^bits units. The cut depends on the
-    values at hand, the sum does not. Returns None where a value is not below `limit`. `values` are used up.
+    values at hand, the sum does not. Returns None if a value is not below `limit`. `values` are used up.
     """
     largest = _largest(values)
     return _slices(values, unit, largest, bits) if largest < limit else None
@@ -198,6 +198,30 @@ class Limbs:
             top = self.rows(row)[0]
             self.overflow += (top.abs() >= 1 << HEADROOM).any()
         return self.table.double()
+
+    def decode(self, sent: Tensor) -> Tensor:
+        """Return the sums, float64 [ranges, ...], from what `to_send` of all ranks adds up to."""
+        return decode(sent, self.ranges)
+
+
+class FloatSums:
+    """Holds sums in float64, as `Limbs` holds them exactly: their last bits depend on the order of the terms."""
+
+    def __init__(self, rows: int, shape: Sequence[int], device: torch.device) -> None:
+        self.table = torch.zeros((rows, *shape), dtype=torch.float64, device=device)
+        self.overflow = torch.zeros(1, dtype=torch.float64, device=device)
+
+    def to_send(self) -> Tensor:
+        """Return the sums, float64 [rows, ...]."""
+        self.overflow += (~torch.isfinite(self.table)).any()
+        return self.table
+
+    def decode(self, sent: Tensor) -> Tensor:
+        """Return the sums over ranks."""
+        return sent
+
+
+NodeSums = Limbs | FloatSums
 
 
 def normalise(table: Tensor, ranges: Sequence[Range]) -> None:

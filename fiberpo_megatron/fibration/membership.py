@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.fibration.budgets import OTHERS
-from fiberpo_megatron.fibration.exact import SHARE_UNIT, Limbs, Range, rounded, slice_bits, slices
+from fiberpo_megatron.fibration.exact import SHARE_UNIT, FloatSums, Limbs, NodeSums, Range, rounded, slice_bits, slices
 from fiberpo_megatron.fibration.levels import Choice, level_name
 from fiberpo_megatron.fibration.runs import RunSlice
 from fiberpo_megatron.fibration.tokens import LONE, TokenBatch, table_size
@@ -97,13 +97,16 @@ class NodeMap:
         partition = share.argmax(dim=1)  # the first of equal maxima: the lowest p wins a tie
         return torch.zeros_like(share).scatter_(1, partition.unsqueeze(1), 1.0)
 
-    def sum_into(self, sums: Limbs, values: Sequence[Tensor | None], tokens: slice, runs: RunSlice) -> None:
-        """Add sum_i K(i, n) value_i to the limbs [base_nodes, P] of C sums, for C token values [n].
+    def sum_into(self, sums: NodeSums, values: Sequence[Tensor | None], tokens: slice, runs: RunSlice) -> None:
+        """Add sum_i K(i, n) value_i to C sums over [base_nodes, P], for C token values [n].
 
         None stands for ones, whose sum without experts is the length of the run.
         """
         base = self.base_of_run[runs.first : runs.end]
         kernel = self.kernel(tokens)
+        if isinstance(sums, FloatSums):
+            _sum_floats(sums.table, base, values, kernel, runs)
+            return
         cut = _CutValues(sums, values, shared=kernel is not None)
         if kernel is None:
             for row, value in enumerate(values):
@@ -143,6 +146,23 @@ class NodeMap:
             return [runs.spread(row.view(-1).index_select(0, base)) for row in table]
         # No matrix product: in one, a token's bits could depend on how many tokens there are.
         return [runs.spread(row.index_select(0, base)).mul_(kernel).sum(1) for row in table]
+
+
+def _sum_floats(
+    table: Tensor, base: Tensor, values: Sequence[Tensor | None], kernel: Tensor | None, runs: RunSlice
+) -> None:
+    """Add to table [C, base_nodes, P] in float64."""
+    if kernel is None:
+        for row, value in zip(table, values, strict=True):
+            row.view(-1).index_add_(0, base, runs.lengths.double() if value is None else runs.float_sums(value))
+    elif runs.long_on_cpu:
+        rows = [torch.ones_like(kernel[:, 0]) if value is None else value for value in values]
+        stacked, wide = torch.stack(rows).double(), kernel.double()
+        products = [stacked[:, start:end] @ wide[start:end] for start, end in runs.bounds]
+        table.index_add_(1, base, torch.stack(products, dim=1))
+    else:
+        for row, value in zip(table, values, strict=True):
+            row.index_add_(0, base, runs.float_sums(kernel if value is None else kernel * value.unsqueeze(1)))
 
 
 class _CutValues:

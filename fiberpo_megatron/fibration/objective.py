@@ -36,6 +36,10 @@ class Objective(Rule):
     """True runs calls in fused Triton kernels, False in torch. None takes the kernels where the objective has some and
     they can run: on CUDA with Triton 3.4 or newer."""
 
+    exact_sums: bool = field(default=True, kw_only=True)
+    """Whether sums over tokens in torch are exact, so that a result has the same bits in any layout. False adds up in
+    float64, which takes a third to two thirds of the time on a CPU (docs/fibration.md); kernels are always exact."""
+
     gradient_is_derivative: ClassVar[bool] = True
     """Whether the gradient is the derivative of the value; False for an objective with a stop-gradient, such as CISPO.
     Tests compare the gradient with finite differences accordingly."""

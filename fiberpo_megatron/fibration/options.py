@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_orig
 Epsilon = tuple[float, float]
 """(for positive, for non-positive advantage); for clips of a ratio this is (upper, lower)."""
 
-NOT_OPTIONS = ("kernels",)
+NOT_OPTIONS = ("kernels", "exact_sums")
 """Fields that say how a call runs, not what it computes."""
 
 

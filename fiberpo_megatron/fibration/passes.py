@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.fibration.amplification import Largest
-from fiberpo_megatron.fibration.exact import Limbs, Range, Totals
+from fiberpo_megatron.fibration.exact import FloatSums, Limbs, NodeSums, Range, Totals
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.rule import Chunk, Gating, Rule
 from fiberpo_megatron.fibration.runs import Runs, iterate
@@ -27,7 +27,7 @@ class GatedTokens:
     """The direct term of dJ/dx, [N]."""
     value: Totals
     """This rank's share of J."""
-    node_sums: Limbs | None
+    node_sums: NodeSums | None
     """What the second reduction sums, `adjoint_terms` sums over [base_nodes, P]; None without nodes."""
 
 
@@ -46,18 +46,19 @@ class Passes:
                 x = x.clamp(-self.rule.max_log_ratio, self.rule.max_log_ratio)
             yield Chunk(tokens, runs, x, batch.advantages[tokens], batch.weights[tokens], self.ranges.any_weightless)
 
-    def _limbs(self, ranges: Sequence[Range]) -> Limbs | None:
+    def _sums(self, ranges: Sequence[Range]) -> NodeSums | None:
         if self.nodes is None:
             return None
-        return Limbs(ranges, (self.nodes.base_nodes, self.nodes.partitions), self.batch.log_ratio.device)
+        shape, device = (self.nodes.base_nodes, self.nodes.partitions), self.batch.log_ratio.device
+        return Limbs(ranges, shape, device) if self.rule.exact_sums else FloatSums(len(ranges), shape, device)
 
     def _gather(self, table: Tensor | None, chunk: Chunk) -> list[Tensor]:
         assert self.nodes is not None and table is not None
         return self.nodes.gather(table, chunk.tokens, chunk.runs)
 
-    def first(self, statistics: TokenStatistics | None) -> Limbs | None:
+    def first(self, statistics: TokenStatistics | None) -> NodeSums | None:
         """Return `node_terms` sums over [base_nodes, P]; None without nodes."""
-        sums = self._limbs(self.rule.term_ranges)
+        sums = self._sums(self.rule.term_ranges)
         for chunk in self._chunks():
             if self.nodes is not None and sums is not None:
                 self.nodes.sum_into(sums, self.rule.terms(chunk), chunk.tokens, chunk.runs)
@@ -69,7 +70,7 @@ class Passes:
         """Return gated ratio, direct gradient and adjoint sums."""
         ratio, gradient = torch.empty_like(self.batch.log_ratio), torch.empty_like(self.batch.log_ratio)
         value = Totals((self.rule.value_range,), ratio.device)
-        sums = self._limbs(self.rule.adjoint_ranges)
+        sums = self._sums(self.rule.adjoint_ranges)
         for chunk in self._chunks():
             values = [] if self.nodes is None else self._gather(gating.node_values, chunk)
             gated = gating.gate(chunk, values)

@@ -77,6 +77,7 @@ def build_objective(
     *,
     preset: str | Mapping[str, Any] | None = None,
     kernels: bool | None = None,
+    exact_sums: bool | None = None,
     **options: Any,
 ) -> Objective:
     """Return an objective by name, import path or class, with its options checked.
@@ -88,11 +89,13 @@ def build_objective(
             "recommended" for the numbers of `presets.RECOMMENDED`; or a table of options, such as a run recorded of
             what was recommended then. Objectives that are not listed there have no preset and take their defaults.
         kernels: True insists on the fused Triton kernels, False on torch; None takes the kernels where they can run.
+        exact_sums: False adds up node sums in float64 on the torch path; None is True (`Objective.exact_sums`).
         options: fields of the class (`objective_options` lists them). An option that is None counts as not given.
 
     Raises:
         ValueError: an unknown name, an option that this objective does not read, or a bad value; names the fix.
     """
+    how = {name: value for name, value in {"kernels": kernels, "exact_sums": exact_sums}.items() if value is not None}
     if isinstance(objective, Objective):
         named = sorted(name for name, value in {"preset": preset, **options}.items() if value is not None)
         if named:
@@ -101,13 +104,13 @@ def build_objective(
                 "constructor"
             )
         with warnings_to(nowhere):  # its constructor has given them
-            return objective if kernels is None else dataclasses.replace(objective, kernels=kernels)
+            return dataclasses.replace(objective, **how) if how else objective
     cls = objective_class(objective)
     given = chosen = given_options(cls, cls.name, options)
     if preset is not None:
         chosen = given_options(cls, cls.name, with_preset(cls, given, preset))
     with warnings_to(nowhere):  # the options of a preset are not the user's
-        built = cls(**chosen, kernels=kernels)
+        built = cls(**chosen, **how)
     for advice in built.advice(given):
         warn_user(str(advice))
     return built

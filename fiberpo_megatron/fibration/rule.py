@@ -122,6 +122,8 @@ class Rule(ABC):
     """Import path "module:NAME" of the `Formulas` that compute this objective in fused Triton kernels. None: the call
     runs in torch on every device. A subclass does not inherit it, because its arithmetic may differ: it repeats the
     path if its arithmetic is the same."""
+    exact_sums: bool
+    """Whether sums over nodes are exact; see `Objective`."""
     node_terms: ClassVar[int] = 0
     """Number of values that the first reduction sums per node; 0 for an objective without node sums."""
     adjoint_terms: ClassVar[int] = 0

@@ -111,6 +111,10 @@ class RunSlice:
         ends = values.cumsum(0).index_select(0, self.last)
         return torch.diff(ends, dim=0, prepend=torch.zeros_like(ends[:1]))
 
+    def float_sums(self, values: Tensor) -> Tensor:
+        """Return the float64 sums of [n] or [n, C] values over each run, rounded: [r] or [r, C]."""
+        return torch.segment_reduce(values.double(), "sum", lengths=self.lengths, axis=0, unsafe=True)
+
     def spread(self, per_run: Tensor) -> Tensor:
         """Return [r] or [r, C] values handed to their tokens: [n] or [n, C]."""
         return per_run.index_select(0, self.run_of_token)

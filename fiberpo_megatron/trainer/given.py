@@ -16,6 +16,7 @@ from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.environments import Environment
 from fiberpo_megatron.environments.settings import EnvironmentConfig
 from fiberpo_megatron.fibration import Objective
+from fiberpo_megatron.fibration.options import NOT_OPTIONS
 from fiberpo_megatron.interfaces import AdvantageEstimator
 from fiberpo_megatron.mcore.optimizers import Optimizer
 from fiberpo_megatron.settings import PluginConfig
@@ -49,6 +50,7 @@ def with_given(
                 "preset": "paper",
                 "preset_options": None,
                 "kernels": objective.kernels,
+                "exact_sums": objective.exact_sums,
             }
     if advantage is not None:
         algorithm["advantage"] = _plugin(advantage, "advantage")
@@ -106,7 +108,7 @@ def _options(item: Any, setting: str) -> dict[str, Any]:
         args, named = item.constructor_arguments
         options = dict(inspect.signature(type(item)).bind(*args, **named).arguments)
     elif dataclasses.is_dataclass(item):
-        fields = [f for f in dataclasses.fields(item) if f.init and f.name != "kernels"]
+        fields = [f for f in dataclasses.fields(item) if f.init and f.name not in NOT_OPTIONS]
         options = {f.name: getattr(item, f.name) for f in fields if getattr(item, f.name) is not None}
     else:
         names = [

@@ -28,7 +28,8 @@ def make_objective(config: Config) -> Objective:
     try:
         with warnings_to(nowhere):  # `advice` gives them, once a run
             options = algorithm.objective_options([environment.name for environment in config.environments])
-            objective = build_objective(algorithm.objective.use, kernels=algorithm.kernels, **options)
+            use, kernels, exact = algorithm.objective.use, algorithm.kernels, algorithm.exact_sums
+            objective = build_objective(use, kernels=kernels, exact_sums=exact, **options)
         objective.check_keys((*SUPPLIED_KEYS, "expert"))
         if isinstance(objective, FiberPO):
             _check_listed(config, objective)

@@ -92,6 +92,9 @@ class AlgorithmConfig(Section):
     (R2); rollout: those that the engine chose (R3), in the old-log-prob pass as well."""
     kernels: bool | None = None
     """The objective in fused Triton kernels (true), in torch (false), or, unset, in the kernels where they can run."""
+    exact_sums: bool = True
+    """Add up the gates' sums exactly, so that coefficients have the same bits in any layout. false adds up in float64
+    on the torch path, which is faster on a CPU (docs/fibration.md)."""
 
     @field_validator("objective", "advantage", mode="before")
     @classmethod

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fiberpo_megatron import durable
 from fiberpo_megatron.fibration import OBJECTIVES, Objective, ObjectiveOutput
+from fiberpo_megatron.fibration.options import NOT_OPTIONS
 from fiberpo_megatron.interfaces import Layout
 from fiberpo_megatron.together import together
 from fiberpo_megatron.trainer.batch import MiniBatch
@@ -68,6 +69,7 @@ class StepDumps:
             "step": step,
             "objective": {"use": self._name(objective), "options": options_of(objective)},
             "kernels": objective.kernels,
+            "exact_sums": objective.exact_sums,
             **facts,
         }
         return StepDump(self.folder / FOLDER / f"step-{step:08}.safetensors", layout, rollouts, objective, about)
@@ -204,7 +206,7 @@ def _about(part: Path) -> dict[str, Any]:
 
 def options_of(objective: Objective) -> dict[str, Any]:
     """Return the options of a built objective as JSON values. Raises ValueError where one is none."""
-    fields = [field for field in dataclasses.fields(objective) if field.init and field.name != "kernels"]
+    fields = [field for field in dataclasses.fields(objective) if field.init and field.name not in NOT_OPTIONS]
     options = {field.name: getattr(objective, field.name) for field in fields}
     try:
         written: dict[str, Any] = json.loads(

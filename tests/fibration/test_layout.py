@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -241,3 +242,20 @@ def test_reduce_on_one_rank_changes_nothing() -> None:
     objective = tight("fiberpo-expert-global")
     alone, reduced = case.call(objective), case.call(objective, reduce=lambda tensor: tensor)
     assert torch.equal(alone.gradient, reduced.gradient)
+
+
+@pytest.mark.parametrize("name", ["fiberpo-expert", "gspo"])
+def test_sums_in_float64_are_a_choice(name: str) -> None:
+    """They agree with exact ones within rounding, in any cut, and depend on the order of tokens."""
+    case = random_case(1, trajectories=9, longest=200)
+    exactly, rounded = tight(name), replace(tight(name), exact_sums=False)
+    expected = case.call(exactly)
+    parts = cut(case, 3, seed=3, trajectories_whole=False)
+    outputs, _ = run_ranks(rounded, case, parts, counts=counts_of(case))
+    torch.testing.assert_close(joined(outputs, parts, "gradient"), expected.gradient, rtol=1e-10, atol=1e-15)
+    assert outputs[0].metrics.as_dict() == pytest.approx(expected.metrics.as_dict(), rel=1e-10, abs=1e-12)
+    found = []
+    for seed in range(6):
+        order = torch.randperm(case.x.shape[0], generator=torch.Generator().manual_seed(seed))
+        found.append(joined([case.call(rounded, order)], [order], "gradient"))
+    assert not all(torch.equal(found[0], other) for other in found)

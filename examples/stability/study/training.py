@@ -206,7 +206,7 @@ def train(
         tell: receives the number of steps done, after each.
 
     Returns:
-        By (place of the objective, seed) what was measured. Runs do not depend on those beside them except for rounding.
+        By (place of the objective, seed) what was measured. Runs beside it change it by rounding alone.
     """
     began, task = time.process_time(), TASKS[cell.task]
     each = list(seeds) * len(objectives)
