@@ -11,6 +11,8 @@ With --operations it counts instead how many operations a call in fused kernels 
 host waits, which without a GPU needs Triton and its interpreter:
 
     TRITON_INTERPRET=1 python tools/bench_objective.py --operations
+
+With --exact-sums it times exact sums beside sums in float64 (`Objective.exact_sums`) in torch.
 """
 
 from __future__ import annotations
@@ -237,12 +239,14 @@ def row_chain(name: str, batch: Packed) -> list[Tensor]:
     return [by_partition(group), by_partition(domain_of_group), p.repeat(int(domain_of_group.max()) + 1)]
 
 
-def ours(name: str, batch: Packed, *, metrics: bool, kernels: bool | None = None) -> Callable[[], Any]:
+def ours(
+    name: str, batch: Packed, *, metrics: bool, kernels: bool | None = None, exact_sums: bool = True
+) -> Callable[[], Any]:
     options: dict[str, Any] = {}
     if name in PRESET_LEVELS:
         names = ["+".join(level) for level in PRESET_LEVELS[name]]
         options = {"epsilon": EPSILON, "budgets": dict.fromkeys(names, BUDGET)}
-    objective = build_objective(name, kernels=kernels, **options)
+    objective = build_objective(name, kernels=kernels, exact_sums=exact_sums, **options)
     counts = {key: int(ids.max()) + 1 for key, ids in batch.keys.items()}
 
     def call() -> Any:
@@ -421,6 +425,22 @@ def print_operations(options: argparse.Namespace) -> None:
         print(f"{name:<22}{full.operations:>12}{full.waits:>8}{bare.operations:>14}{bare.waits:>8}", flush=True)
 
 
+def print_exact_sums(options: argparse.Namespace) -> None:
+    """Print the milliseconds of calls in torch with exact sums beside those with float64 sums, taken in turn."""
+    heads = ("exact ms", "float64 ms", "ratio", "no metrics", "float64 ms", "ratio")
+    print(f"{'objective':<22}{'tokens':>10}" + "".join(f"{head:>12}" for head in heads))
+    for tokens in options.sizes:
+        for name in options.objectives:
+            batch = make_packed(tokens, experts="expert" in name, scale=options.scale, device=options.device)
+            cells = []
+            for metrics in (True, False):
+                calls = [ours(name, batch, metrics=metrics, kernels=False, exact_sums=exact) for exact in (True, False)]
+                rounds = [[best_ms(call, 1, options.device) for call in calls] for _ in range(options.repeats)]
+                exact, floats = (min(times) for times in zip(*rounds, strict=True))
+                cells += [f"{exact:.1f}", f"{floats:.1f}", f"{exact / floats:.2f}"]
+            print(f"{name:<22}{tokens:>10}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1 << 16, 1 << 18, 1 << 20, 1 << 22], help="tokens")
@@ -431,11 +451,15 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0.05, help="standard deviation of the log ratio")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--operations", action="store_true", help="count operations and waits instead of timing")
+    parser.add_argument("--exact-sums", action="store_true", help="time exact sums beside sums in float64 instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     if options.operations:
         print_operations(options)
+        return
+    if options.exact_sums:
+        print_exact_sums(options)
         return
     bandwidth = copy_bandwidth(options.device)
     print(f"{options.device}, {options.threads} threads, copy bandwidth {bandwidth / 1e9:.1f} GB/s")

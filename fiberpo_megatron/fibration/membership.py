@@ -80,13 +80,6 @@ class NodeMap:
                 f"counts of {list(keys)} (they are {[self.sizes[key] for key in keys]} now)"
             )
 
-    @cached_property
-    def fine_shares(self) -> bool:
-        """Return whether some share is no multiple of 2^`SHARE_UNIT`; those of float32 counts are."""
-        if self.share is None or self.share.dtype != torch.float32:
-            return True
-        return bool(((self.share > 0) & (self.share < 2.0 ** (SHARE_UNIT + 23))).any())
-
     def kernel(self, tokens: slice) -> Tensor | None:
         """Return K(i, p) of a chunk, [n, P]: omega when soft, one-hot at its first maximum when hard."""
         if self.share is None:
@@ -133,7 +126,8 @@ class NodeMap:
         """K as parts [n, P] that add up to it, to a unit of 2^`SHARE_UNIT`."""
         if not self.soft:
             return [kernel]
-        if self.fine_shares:
+        fine = kernel.dtype != torch.float32 or bool(((kernel > 0) & (kernel < 2.0 ** (SHARE_UNIT + 23))).any())
+        if fine:  # not every share is a multiple of the unit, as the shares of counts in float32 are
             kernel = rounded(kernel.double(), SHARE_UNIT)
         coarse = (kernel + 1.0).sub_(1.0) if kernel.dtype == torch.float32 else rounded(kernel, COARSE_SHARE_UNIT)
         return [coarse, kernel - coarse]

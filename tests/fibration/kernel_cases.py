@@ -53,7 +53,10 @@ def random_case(seed: int, **options) -> Case:
 
 
 def hard_case(dtype: torch.dtype = torch.float64, *, partitions: int = 3, seed: int = 0) -> Case:
-    """Trajectories of 1 to 1,200 tokens, two of them in several places; zeros, clamped and weightless tokens."""
+    """Trajectories of 1 to 1,200 tokens, two of them in several places; zeros, clamped and weightless tokens.
+
+    Every run of equal ids is a program, whose cost in the interpreter hardly depends on its tokens.
+    """
     draw = torch.Generator().manual_seed(seed)
     block = fused.block_size(1, dtype)
     lengths = torch.tensor([1, 40, block, block + 176, 1, 17, 60])
@@ -104,13 +107,13 @@ def assert_same(objective, case: Case, part: torch.Tensor | None = None, **optio
         assert wide == pytest.approx(expected.metrics.as_dict(), rel=10 * tolerance, abs=tolerance, nan_ok=True)
 
 
-@pytest.mark.parametrize(("name", "soft"), PRESETS)
+@pytest.mark.parametrize(("name", "soft"), varied(PRESETS, [("fiberpo", True), ("fiberpo-expert", True)]))
 def test_presets(name: str, soft: bool) -> None:
     assert_same(preset(name, soft=soft), hard_case())
 
 
 def test_float32() -> None:
-    assert_same(preset("fiberpo-expert"), hard_case(torch.float32))
+    assert_same(preset("fiberpo-domain"), hard_case(torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -121,8 +124,12 @@ def test_float32() -> None:
         ("fiberpo-domain", {"pessimistic": True, "dual_clip": 1.2, "epsilon": (0.03, 0.02)}),
         pytest.param("fiberpo", {"pessimistic": True}, marks=pytest.mark.exhaustive),
         pytest.param("fiberpo", {"k_max": 5}, marks=pytest.mark.exhaustive),
-        ("fiberpo-domain", {"k_max": 30.5}),
-        ("fiberpo-expert", {"dual_clip": 1.2, "unclip_positive": True, "epsilon": (0.03, 0.02)}),
+        pytest.param("fiberpo-domain", {"k_max": 30.5}, marks=pytest.mark.exhaustive),
+        pytest.param(
+            "fiberpo-expert",
+            {"dual_clip": 1.2, "unclip_positive": True, "epsilon": (0.03, 0.02)},
+            marks=pytest.mark.exhaustive,
+        ),
     ],
     ids=str,
 )
@@ -133,9 +140,9 @@ def test_overlays(name: str, options: dict) -> None:
 WITH_KERNEL = [name for name in OBJECTIVES if name not in PRESET_LEVELS and objective_class(name).kernel]
 
 
-@pytest.mark.parametrize("name", varied(WITH_KERNEL, ["ppo", "cispo", "gspo", "apc"]))  # most others share formulas
+@pytest.mark.parametrize("name", varied(WITH_KERNEL, ["ppo", "gspo", "apc"]))  # most others share formulas
 def test_other_objectives(name: str) -> None:
-    for dtype in TOLERANCE:
+    for dtype in (torch.float64,) if name == "apc" else TOLERANCE:
         assert_same(build_objective(name), hard_case(dtype))
 
 
@@ -148,6 +155,7 @@ def test_one_long_node_and_many_partitions(monkeypatch: pytest.MonkeyPatch) -> N
     assert_same(build_objective("fiberpo", levels=levels, budgets=budgets, epsilon=0.1), case)
 
 
+@pytest.mark.exhaustive
 def test_six_levels() -> None:
     """Two keys in the finest level, expert partitions in some levels, tokens in any order."""
     case = random_case(5, trajectories=4, longest=3)
@@ -305,8 +313,7 @@ def test_no_kernels_with_an_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_objective_brings_its_own_kernel() -> None:
-    for dtype in TOLERANCE:
-        assert_same(FusedSAPO(tau_positive=2.0), hard_case(dtype))
+    assert_same(FusedSAPO(tau_positive=2.0), hard_case())
 
 
 def test_an_objective_without_a_kernel_runs_in_torch_on_every_device() -> None:
@@ -340,7 +347,7 @@ def by_node() -> dict:
     }
 
 
-@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("soft", varied([True, False], [True]))
 def test_budgets_by_node(soft: bool) -> None:
     plain, listed = preset("fiberpo-expert", soft=soft), preset("fiberpo-expert", soft=soft, budgets=by_node())
     case = random_case(11)
@@ -348,6 +355,7 @@ def test_budgets_by_node(soft: bool) -> None:
     assert not torch.equal(case.call(listed).gradient, case.call(plain).gradient)
 
 
+@pytest.mark.exhaustive
 def test_budgets_by_node_of_the_finest_level() -> None:
     finest = {"by": "trajectory", "*": TIGHT, 1: (0.3, 0.2), 2: (0.01, 0.01)}
     assert_same(preset("fiberpo-expert", budgets={**by_node(), "trajectory+expert": finest}), random_case(11))
