@@ -107,8 +107,9 @@ def assert_same(objective, case: Case, part: torch.Tensor | None = None, **optio
         assert wide == pytest.approx(expected.metrics.as_dict(), rel=10 * tolerance, abs=tolerance, nan_ok=True)
 
 
-@pytest.mark.parametrize(("name", "soft"), varied(PRESETS, [("fiberpo", True), ("fiberpo-expert", True)]))
-def test_presets(name: str, soft: bool) -> None:
+@pytest.mark.parametrize("of", varied(PRESETS, [("fiberpo", True), ("fiberpo-expert", True)]), ids=str)
+def test_presets(of: tuple[str, bool]) -> None:
+    name, soft = of
     assert_same(preset(name, soft=soft), hard_case())
 
 
