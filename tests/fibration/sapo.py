@@ -25,7 +25,7 @@ class SAPO(TokenObjective):
     def gate(self, chunk: Chunk) -> GatedChunk:
         """Return G = 1 + (4 / tau) (sigmoid(tau (r - 1)) - 1/2): the paper's gate, shifted to 1 on-policy."""
         tau = torch.full_like(chunk.ratio, self.tau_negative).masked_fill_(chunk.advantages > 0, self.tau_positive)
-        passed = torch.sigmoid(tau * (chunk.ratio - 1))
+        passed = 0.5 * (1 + torch.tanh(0.5 * tau * (chunk.ratio - 1)))  # the sigmoid
         gated = 1 + 4 / tau * (passed - 0.5)
         slope = 4 * passed * (1 - passed)  # dG/dr; and dr/dx = r
         return GatedChunk(gated, chunk.weights * chunk.advantages * slope * chunk.ratio)
