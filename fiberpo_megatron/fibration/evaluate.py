@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fiberpo_megatron.fibration.amplification import Amplification, origin
 from fiberpo_megatron.fibration.collective import Reduce, fused_sum
-from fiberpo_megatron.fibration.exact import NodeSums
+from fiberpo_megatron.fibration.exact import NodeSums, Totals
 from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
 from fiberpo_megatron.fibration.membership import NodeMap, checked_size, id_range, make_node_map, parent_ids
 from fiberpo_megatron.fibration.objective_metrics import ObjectiveMetrics
@@ -122,16 +122,22 @@ class _Call:
             return self.nodes.sizes[TRAJECTORY_KEY]
         return checked_size(TRAJECTORY_KEY, id_range(self.runs.ids[TRAJECTORY_KEY]), self.batch, shared=shared)
 
-    def _fused(self, sums: NodeSums | None, tables: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sum over ranks: of a node's limbs come back its sums. Raises ValueError, on every rank alike, if one of them
-        is beyond its range."""
+    def _fused(self, sums: NodeSums | None, totals: Totals | None, tables: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum over ranks: of a node's limbs come back its sums. Raises ValueError, on every rank alike, if one of them,
+        or of the `totals` among the tables, is beyond its range."""
         if sums is not None:
-            tables = {"nodes": sums.to_send(), "overflow": sums.overflow, **tables}
-        reduced = fused_sum(tables, self.reduce) if tables else {}
-        if sums is not None:
-            if bool(reduced.pop("overflow")):
+            tables = {"nodes": sums.to_send(), **tables}
+        overflows = totals is not None and totals.overflows
+        if not tables:  # nothing crosses ranks
+            if overflows:
                 raise ValueError(beyond_range(self.rule))
+            return {}
+        flag = self.batch.log_ratio.new_full((1,), float(overflows), dtype=torch.float64)
+        reduced = fused_sum({**tables, "overflow": flag if sums is None else flag + sums.overflow}, self.reduce)
+        if sums is not None:
             reduced["nodes"] = sums.decode(reduced["nodes"])
+        if bool(reduced.pop("overflow")) or (sums is not None and not bool(torch.isfinite(reduced["nodes"]).all())):
+            raise ValueError(beyond_range(self.rule))
         return reduced
 
     def first_pass(self) -> tuple[dict[str, Tensor], Gating]:
@@ -141,7 +147,7 @@ class _Call:
             tables.update(parent_tables(self.nodes, parent_ids(self.rule, self.nodes, self.runs.ids)))
         if self.statistics is not None:
             tables.update(self.statistics.first_tables())
-        reduced = self._fused(node_sums, tables)
+        reduced = self._fused(node_sums, None if self.statistics is None else self.statistics.sums, tables)
         if "nodes" in reduced:
             self.rule.blind_lone_node(reduced["nodes"])
         if self.statistics is not None:
@@ -153,7 +159,7 @@ class _Call:
     def second_pass(self, gating: Gating) -> tuple[GatedTokens, dict[str, Tensor]]:
         gated = self.passes.second(gating, self.statistics)
         tables = {} if self.statistics is None else self.statistics.second_tables(gated.value)
-        return gated, self._fused(gated.node_sums, tables)
+        return gated, self._fused(gated.node_sums, gated.value, tables)
 
     def third_pass(self, gating: Gating, reduced: dict[str, Tensor], gradient: Tensor) -> None:
         table = gating.adjoint(reduced["nodes"]) if self.nodes is not None else None

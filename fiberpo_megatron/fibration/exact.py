@@ -200,8 +200,12 @@ class Limbs:
         return self.table.double()
 
     def decode(self, sent: Tensor) -> Tensor:
-        """Return the sums, float64 [ranges, ...], from what `to_send` of all ranks adds up to."""
-        return decode(sent, self.ranges)
+        """Return the sums, float64 [ranges, ...], from what `to_send` of all ranks adds up to; infinite beyond the
+        range."""
+        found = decode(sent, self.ranges)
+        for row, it in zip(found, self.ranges, strict=True):
+            row.masked_fill_(row.abs() >= it.limit, math.inf)
+        return found
 
 
 class FloatSums:
@@ -274,22 +278,17 @@ class Totals:
         for part, unit in parts:
             self.numbers[row] += int(float(part.sum()) * 2.0**-unit) << (unit - it.unit)
 
-    def add_integer(self, row: int, value: int) -> None:
-        """Add an integer."""
-        self.numbers[row] += value << -self.ranges[row].unit
-
     def to_send(self) -> Tensor:
-        """Return the limbs of all sums, float64 [rows], and 1 for an overflow or else 0 as one more."""
+        """Return the limbs of all sums, float64 [rows]; `overflows` then says whether one is beyond its range."""
         sent: list[int] = []
-        overflows = self.overflows
         for number, it in zip(self.numbers, self.ranges, strict=True):
             limbs: list[int] = []
             for _ in range(it.limbs - 1):
                 limbs.append(number & MASK)
                 number >>= WIDTH
-            overflows |= abs(number) >= 1 << HEADROOM
+            self.overflows |= abs(number) >= 1 << HEADROOM
             sent += [number if abs(number) < 1 << HEADROOM else 0, *reversed(limbs)]
-        return torch.tensor([*sent, float(overflows)], dtype=torch.float64, device=self.device)
+        return torch.tensor(sent, dtype=torch.float64, device=self.device)
 
     def values(self, row: int) -> float:
         """Return this rank's sum."""

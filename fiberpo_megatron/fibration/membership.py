@@ -100,7 +100,7 @@ class NodeMap:
         if isinstance(sums, FloatSums):
             _sum_floats(sums.table, base, values, kernel, runs)
             return
-        cut = _CutValues(sums, values, shared=kernel is not None)
+        cut = _CutValues(sums, shared=kernel is not None)
         if kernel is None:
             for row, value in enumerate(values):
                 if value is None:
@@ -162,7 +162,7 @@ def _sum_floats(
 class _CutValues:
     """Cuts token values into slices; where one is beyond its range, it flags that and returns no slice."""
 
-    def __init__(self, sums: Limbs, values: Sequence[Tensor | None], *, shared: bool) -> None:
+    def __init__(self, sums: Limbs, *, shared: bool) -> None:
         self.sums, self.shared = sums, shared
 
     def __call__(self, row: int, value: Tensor, bits: int) -> list[Tensor]:

@@ -148,6 +148,18 @@ def test_a_sum_beyond_its_range_raises_on_every_rank(factor: float) -> None:
     assert "'Huge'" in errors[0] and errors[0] == errors[1]
 
 
+@pytest.mark.parametrize("metrics", [True, False])
+def test_a_value_beyond_its_range_is_no_silent_number(metrics: bool) -> None:
+    """J and the sums of the metrics are held in ranges as well."""
+    case = random_case(1, trajectories=4)
+    case.advantages = case.advantages + 1e60
+    with pytest.raises(ValueError, match="is beyond what it can hold or not finite"):
+        case.call(build_objective("reinforce"), metrics=metrics)
+    with pytest.raises(ValueError, match="is beyond what it can hold or not finite"):
+        parts = [torch.arange(3), torch.arange(3, case.x.shape[0])]
+        run_ranks(build_objective("reinforce"), case, parts, metrics=metrics)
+
+
 def test_weights_beyond_the_range_are_named() -> None:
     case = random_case(1, trajectories=4)
     case.weights = case.weights * 1e12
