@@ -16,7 +16,7 @@ from fiberpo_megatron.certify.batch import Batch, draw_problem, made_batches, st
 from fiberpo_megatron.certify.checks import Check
 from fiberpo_megatron.certify.models import small_model
 from fiberpo_megatron.certify.peer import PeerComparison, compare_peer
-from fiberpo_megatron.certify.processes import RankFailed, run_processes
+from fiberpo_megatron.certify.processes import RanksFailed, run_ranks
 from fiberpo_megatron.certify.replay import replay
 from fiberpo_megatron.certify.training_step import SIZES, Case, check_own_gates, compare, run_rank, run_reference
 from fiberpo_megatron.config import Config
@@ -199,7 +199,7 @@ def _part(certificate: Certificate, what: str, checks: Iterator[Check]) -> None:
     """Take the checks of a part; an error ends the part and fails the certificate, the other parts go on."""
     try:
         certificate.checks += checks
-    except (RankFailed, RuntimeError, ValueError) as error:
+    except (RanksFailed, RuntimeError, ValueError) as error:
         certificate.failures.append((what, str(error)))
 
 
@@ -238,7 +238,7 @@ def _training_steps(
         "sensitivity": moved,
     }
     case = Case(model, named, problem, {}, 0, config.run.seed, STEPS)
-    (reference,) = run_processes(1, run_reference, case, on_cpu=True)
+    (reference,) = run_ranks(1, run_reference, case, on_cpu=True)
     old = dict(zip(reference.index.tolist(), reference.old_log_probs.tolist()))
     subject = f"{model.get('model_type')}, {model['num_hidden_layers']} layers, hidden size {model['hidden_size']}"
     for name, sizes in _layouts(config).items():
@@ -252,7 +252,7 @@ def _training_steps(
             certificate.not_run.append((name, str(error)))
             continue
         budgets = BUDGETS if name in ("one process", "DP2", "CP2") else (BUDGETS[1],)
-        by_rank = run_processes(tried.ranks, run_rank, tried, old, budgets)
+        by_rank = run_ranks(tried.ranks, run_rank, tried, old, budgets)
         for number, budget in enumerate(budgets):
             outcomes = [of_rank[number] for of_rank in by_rank]
             wanted = reference if number == len(budgets) - 1 else replace(reference, parameters=[])

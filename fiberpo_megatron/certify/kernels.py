@@ -6,7 +6,6 @@ process of its own, `python -m fiberpo_megatron.certify.kernels`.
 
 import importlib.util
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -93,7 +92,8 @@ def _run(
 ) -> list[dict[str, Result]]:
     with tempfile.TemporaryDirectory(prefix="fiberpo-certify-") as folder:
         call = Path(folder) / "call"
-        call.write_bytes(pickle.dumps((named, tried, seed, "cpu" if interpreted else "cuda")))
+        device = "cpu" if interpreted else "cuda"
+        torch.save((*named, [vars(tokens) for tokens in tried], seed, device), call)
         environment = {**os.environ, "TRITON_INTERPRET": "1" if interpreted else "0"}
         environment["PYTHONPATH"] = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, "-m", "fiberpo_megatron.certify.kernels", str(call)]
@@ -103,17 +103,17 @@ def _run(
             raise RuntimeError(f"the process that runs the Triton kernels did not end in {DEADLINE_S:.0f} s") from error
         if done.returncode:
             raise RuntimeError(f"the process that runs the Triton kernels failed:\n{done.stderr[-2000:]}")
-        found: list[dict[str, Result]] = pickle.loads(call.with_name("found").read_bytes())
-        return found
+        found = torch.load(call.with_name("found"), weights_only=True)
+        return [{what: Result(**result) for what, result in results.items()} for results in found]
 
 
 def main(path: str) -> None:
     """Run the calls that the file at `path` describes; results go into the file `found` beside it."""
-    named, tried, seed, device = pickle.loads(Path(path).read_bytes())
-    objective = build_objective(named[0], **named[1], kernels=True)
+    use, options, tried, seed, device = torch.load(path, weights_only=True)
+    objective = build_objective(use, **options, kernels=True)
     found = []
-    for tokens in tried:
-        tokens = tokens.to(device=device)
+    for fields in tried:
+        tokens = Tokens(**fields).to(device=device)
         results = {
             "in one call": Result.of(tokens.call(objective)),
             "the same call again": Result.of(tokens.call(objective)),
@@ -125,11 +125,11 @@ def main(path: str) -> None:
             results[what] = cut_result(objective, tokens, [part.to(device) for part in parts], seed)
         found.append(
             {
-                what: Result(result.gradient.cpu(), result.gated_ratio.cpu(), result.metrics)
+                what: vars(Result(result.gradient.cpu(), result.gated_ratio.cpu(), result.metrics))
                 for what, result in results.items()
             }
         )
-    Path(path).with_name("found").write_bytes(pickle.dumps(found))
+    torch.save(found, Path(path).with_name("found"))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import Tensor
 from fiberpo_megatron.certify.batch import Batch
 from fiberpo_megatron.certify.checks import Check, Result, check_results
 from fiberpo_megatron.certify.gates import cuts
-from fiberpo_megatron.certify.processes import run_processes
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.certify.ranks import in_order
 from fiberpo_megatron.fibration import build_objective
 
@@ -36,7 +36,7 @@ def check_processes(
     options."""
     objective = build_objective(named[0], **named[1])
     parts = [_cut(batch, ranks, seed) for batch in batches]
-    outcomes = run_processes(ranks, _rank, named, [batch.tokens for batch in batches], parts)
+    outcomes = run_ranks(ranks, _rank, named, [batch.tokens for batch in batches], parts)
     for number, batch in enumerate(batches):
         found = [outcome[number] for outcome in outcomes]
         result = Result(

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from fiberpo_megatron.certify import kernels
 from fiberpo_megatron.certify.models import MODELS, small_model
-from fiberpo_megatron.certify.processes import RankFailed, run_processes
 from fiberpo_megatron.cli.main import main
 from tests.certify.test_peer import tensors
 from tests.trainer.test_step_dump import changed, dumped
@@ -158,21 +157,6 @@ def test_a_large_model_is_shrunk_in_its_family():
     read_architecture(small)
     same, shrunk = small_model(MODELS["moe"])
     assert not shrunk and same == {**MODELS["moe"], "initializer_range": 0.1}
-
-
-def fails_on_rank_1() -> int:
-    import os
-
-    if os.environ["RANK"] == "1":
-        raise ValueError("rank 1 is planted to fail")
-    return int(os.environ["WORLD_SIZE"])
-
-
-@pytest.mark.exhaustive
-def test_processes_report_what_they_return_and_raise():
-    assert run_processes(1, fails_on_rank_1) == [1]
-    with pytest.raises(RankFailed, match="rank 1 of 2 failed:(.|\n)*ValueError: rank 1 is planted to fail"):
-        run_processes(2, fails_on_rank_1)
 
 
 def test_kernels_that_cannot_run_are_named():

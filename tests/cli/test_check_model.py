@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.cli.main import main
 from fiberpo_megatron.config import load_config
 from fiberpo_megatron.trainer import transformers_reference as reference
 from fiberpo_megatron.trainer.model_check import compare
-from tests.distributed.spawn import run_ranks
 from tests.mcore.weights.weights_reference import write_model
 
 TOKENIZER = Path(__file__).parents[2] / "examples/demo/model"

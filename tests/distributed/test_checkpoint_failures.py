@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
+from fiberpo_megatron.certify.processes import collect_ranks, run_ranks
 from fiberpo_megatron.mcore import checkpoint
 from fiberpo_megatron.mcore.checkpoint import folders as checkpoint_folders
 from fiberpo_megatron.mcore.checkpoint.folders import CheckpointError, partial_folder
 from fiberpo_megatron.mcore.parallel.layout import start_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
 from tests.distributed.parity import QWEN3_MOE, make_config
-from tests.distributed.spawn import collect_ranks, run_ranks
 
 
 def start(hf_config: dict[str, Any] = QWEN3_MOE, **sections: Any) -> MegatronPolicy:

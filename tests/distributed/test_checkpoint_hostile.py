@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.mcore import checkpoint
 from fiberpo_megatron.mcore.checkpoint.folders import DESCRIPTION, CheckpointError, Description, describe, mark_all
 from fiberpo_megatron.mcore.parallel.layout import start_layout
 from fiberpo_megatron.mcore.policy import build_policy
 from tests.distributed.parity import QWEN3_MOE, make_config
-from tests.distributed.spawn import run_ranks
 
 
 class Payload:

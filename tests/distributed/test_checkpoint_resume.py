@@ -14,6 +14,7 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import FileSystemWriter
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.mcore import checkpoint
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout, start_layout
@@ -30,7 +31,6 @@ from tests.distributed.parity import (
     micro_batches_for,
     pieces,
 )
-from tests.distributed.spawn import run_ranks
 from tests.variations import varied
 
 STATE = {"step": 2, "prompts": [3, 1], "text": "ü"}

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.mcore.optimizers import sharded
 from fiberpo_megatron.mcore.optimizers.build import optimizer_parts
 from fiberpo_megatron.mcore.parallel.layout import start_layout
 from tests.distributed.parity import MODELS
-from tests.distributed.spawn import run_ranks
 from tests.distributed.test_checkpoint_resume import configured, draws, start
 
 

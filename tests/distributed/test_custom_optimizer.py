@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.mcore.checkpoint.folders import CheckpointError
 from fiberpo_megatron.mcore.optimizers import TorchOptimizer, check_optimizer, make_optimizer
@@ -25,7 +26,6 @@ from tests.distributed.parity import (
     micro_batches_for,
     pieces,
 )
-from tests.distributed.spawn import run_ranks
 from tests.planning.layouts import next_layout
 
 MOMENTUM = {"use": "tests.distributed.optimizers:Momentum", "options": {"decay": 0.8}}

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.config import load_config
 from fiberpo_megatron.mcore.parallel.layout import start_layout
 from fiberpo_megatron.mcore.policy import build_policy
 from tests.distributed.parity import QWEN3_MOE, make_config
-from tests.distributed.spawn import run_ranks
 
 EARLIER = Path(__file__).parent / "earlier"
 DEMO = Path(__file__).parents[2] / "examples/demo/train.toml"

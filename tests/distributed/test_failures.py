@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.mcore.parallel.layout import start_layout
 from fiberpo_megatron.mcore.policy import build_policy
 from fiberpo_megatron.mcore.router import correction_biases
@@ -17,7 +18,6 @@ from tests.distributed.parity import (
     make_config,
     micro_batches_for,
 )
-from tests.distributed.spawn import run_ranks
 
 
 def step_with(fault: str, parallel: dict[str, int], single_pass: bool) -> tuple[str, bool, float]:

@@ -11,8 +11,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.mcore.parallel.heartbeat import heartbeat
-from tests.distributed.spawn import run_ranks
 
 PATIENCE_S = 3.0
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from fiberpo_megatron.certify.processes import collect_ranks, run_ranks
 from fiberpo_megatron.mcore.parallel.layout import start_layout, stop_layout
 from fiberpo_megatron.types import RolloutBatch
 from tests.distributed.parity import QWEN3_MOE, make_config
-from tests.distributed.spawn import collect_ranks, run_ranks
 
 
 def share_of(data_rank: int) -> RolloutBatch:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.certify.training_step import Case, Outcome, compare, run_rank, run_reference
-from tests.distributed.spawn import run_ranks
 from tests.variations import varied
 from tools import layout_parity
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout, start_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
@@ -20,7 +21,6 @@ from tests.distributed.parity import (
     micro_batches_for,
     pieces,
 )
-from tests.distributed.spawn import run_ranks
 
 PARALLEL = {"data": 2, "expert": 2}
 OPTIMIZERS = (

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fiberpo_megatron.certify.processes import run_ranks
 from tests.distributed.parity import (
     LENGTHS,
     MODELS,
@@ -24,7 +25,6 @@ from tests.distributed.parity import (
     run_without_expert_marks,
     write_checkpoints,
 )
-from tests.distributed.spawn import run_ranks
 from tests.variations import varied
 
 Runner = Callable[[list[Case], Path, dict[str, int]], list[Run]]

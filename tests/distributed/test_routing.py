@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.mcore.parallel.layout import start_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
 from fiberpo_megatron.trainer.step_routing import partition_share
@@ -19,7 +20,6 @@ from tests.distributed.parity import (
     make_config,
     micro_batches_for,
 )
-from tests.distributed.spawn import run_ranks
 
 LAYERS, TOP_K, EXPERTS = 4, 2, 8
 FULL = {"recompute": "full"}

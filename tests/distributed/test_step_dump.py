@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.certify.replay import replay, table
 from fiberpo_megatron.fibration import build_objective
 from fiberpo_megatron.telemetry.timers import PhaseTimers
@@ -14,7 +15,6 @@ from fiberpo_megatron.trainer.settings import BatchConfig
 from fiberpo_megatron.trainer.step_dump import FOLDER, StepDumps
 from fiberpo_megatron.trainer.step_file import StepFile
 from fiberpo_megatron.trainer.step_routing import StepRouting
-from tests.distributed.spawn import run_ranks
 from tests.variations import varied
 from tools import layout_parity
 

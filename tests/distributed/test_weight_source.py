@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.mcore.policy import build_policy
 from tests.distributed.parity import MODELS, make_config
-from tests.distributed.spawn import run_ranks
 from tests.planning.layouts import next_layout
 
 LAYOUTS: list[dict[str, int]] = [{"tensor": 2}, {"pipeline": 2}, {"expert": 2}, {}]

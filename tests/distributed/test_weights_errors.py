@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fiberpo_megatron.certify.processes import collect_ranks, run_ranks
 from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.model import build_model
 from fiberpo_megatron.mcore.parallel.layout import start_layout
 from fiberpo_megatron.mcore.settings import ModelConfig
 from fiberpo_megatron.mcore.weights import export_hf, load_hf
 from tests.distributed.parity import make_config
-from tests.distributed.spawn import collect_ranks, run_ranks
 from tests.mcore.weights.weights_reference import read_config, write_model
 
 Tensors = dict[str, Tensor]

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.mcore.parallel.layout import start_layout
 from fiberpo_megatron.mcore.policy import build_policy
 from fiberpo_megatron.mcore.probe import Observation, observed, whole
@@ -24,7 +25,6 @@ from tests.distributed.parity import (
     make_config,
     micro_batches_for,
 )
-from tests.distributed.spawn import run_ranks
 from tests.mcore.weights.weights_reference import (
     DENSE,
     MODELS,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.spawn import run_ranks
+from fiberpo_megatron.certify.processes import run_ranks
 from tools.weights_memory import MIB, measure, write_model
 
 SIZES = {"hidden_size": 256, "moe_intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 8192}

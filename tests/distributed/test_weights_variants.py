@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.model import build_model
 from fiberpo_megatron.mcore.parallel.layout import start_layout
@@ -21,7 +22,6 @@ from fiberpo_megatron.mcore.settings import ModelConfig
 from fiberpo_megatron.mcore.weights import export_hf, load_hf, save_hf
 from fiberpo_megatron.trainer import transformers_reference as reference
 from tests.distributed.parity import make_batch, make_config, micro_batches_for
-from tests.distributed.spawn import run_ranks
 from tests.mcore.weights.weights_reference import read_config, write_random
 
 SMALL: dict[str, Any] = {

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.cli.main import main
 from fiberpo_megatron.doctor import ranks
 from fiberpo_megatron.doctor.report import Finding
-from tests.distributed.spawn import run_ranks
 
 ROOT = Path(__file__).parents[2]
 

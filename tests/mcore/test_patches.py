@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from fiberpo_megatron.certify.processes import collect_ranks
 from fiberpo_megatron.mcore.cpu import patches
 from tests.distributed.parity import (
     DEEPSEEK_V3,
@@ -16,7 +17,6 @@ from tests.distributed.parity import (
     make_config,
     micro_batches_for,
 )
-from tests.distributed.spawn import collect_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU platform is not installed")
 

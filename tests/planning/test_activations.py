@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
 from fiberpo_megatron.planning.activations import Row, activation_bytes
 from tests.distributed.parity import DEEPSEEK_V3, QWEN3_MOE, make_batch, make_config, micro_batches_for
-from tests.distributed.spawn import run_ranks
 from tests.planning.layouts import next_layout
 
 MOE = {**QWEN3_MOE, "hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 48, "num_hidden_layers": 2}

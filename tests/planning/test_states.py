@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.optimizers import make_optimizer
 from fiberpo_megatron.mcore.optimizers.adam import Adam
@@ -13,7 +14,6 @@ from fiberpo_megatron.mcore.optimizers.settings import OptimizerConfig
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
 from fiberpo_megatron.planning.states import Position, StateBytes, state_bytes
 from tests.distributed.parity import DEEPSEEK_V3, QWEN3_MOE, make_batch, make_config, micro_batches_for
-from tests.distributed.spawn import run_ranks
 from tests.planning.layouts import next_layout
 
 # Sizes that 64 does not divide, so that padding inside and at the end of the buffers counts.

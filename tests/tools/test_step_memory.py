@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from tests.distributed.spawn import run_ranks
+from fiberpo_megatron.certify.processes import run_ranks
 
 TOOL = Path(__file__).parents[2] / "tools/step_memory.py"
 SMALL = argparse.Namespace(layers=2, hidden=64, vocabulary=2048, row_tokens=512, rows=1)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
 from fiberpo_megatron.engines.errors import EngineError
 from fiberpo_megatron.engines.pool import EnginePool
@@ -17,7 +18,6 @@ from fiberpo_megatron.weight_sync.base import LeaderPublisher
 from fiberpo_megatron.weight_sync.compare import WeightMismatch, compare_log_probs
 from fiberpo_megatron.weight_sync.disk import DiskPublisher
 from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
-from tests.distributed.spawn import run_ranks
 from tests.tiny_model import hugging_face_weights, load, log_probs, moved
 from tests.weight_sync.per_rank import publish_from_megatron
 from tests.weight_sync.sources import Tensors, context

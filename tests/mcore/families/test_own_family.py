@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.config.schema import ParallelConfig
 from fiberpo_megatron.mcore.families import FAMILIES, Family, family_of, read_architecture, read_hf_config
 from fiberpo_megatron.planning.parameters import chunk_weights, model_parameters
 from tests.distributed.parity import TEMPERATURE, make_batch, make_config, micro_batches_for
-from tests.distributed.spawn import run_ranks
 from tests.mcore.weights.weights_reference import expected, read_tensors, write_random
 
 PAGE = Path(__file__).parents[3] / "docs/models.md"

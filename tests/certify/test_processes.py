@@ -1,4 +1,4 @@
-"""The spawn helper itself."""
+"""Processes of one machine that form a layout, and what comes back when one of them fails."""
 
 import os
 import time
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.spawn import RanksFailed, collect_ranks, run_ranks
+from fiberpo_megatron.certify.processes import RanksFailed, collect_ranks, run_ranks
 
 
 def rank_and_sum(extra: int) -> tuple[int, int]:
@@ -38,8 +38,8 @@ def test_values_come_back_in_rank_order():
 
 
 def test_an_exception_names_its_rank(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tests.distributed.spawn._GRACE_S", 0.5)
-    with pytest.raises(RanksFailed, match="rank 1: ValueError: no such thing"):
+    monkeypatch.setattr("fiberpo_megatron.certify.processes._GRACE_S", 0.5)
+    with pytest.raises(RanksFailed, match="rank 1 of 2 failed: ValueError: no such thing"):
         run_ranks(2, fail_on_one)
 
 
