@@ -19,7 +19,7 @@ import numpy as np
 
 from fiberpo_megatron.certify.batch import Problem, draw_problem
 from fiberpo_megatron.certify.models import MODELS
-from fiberpo_megatron.certify.processes import RankFailed, run_processes
+from fiberpo_megatron.certify.processes import RanksFailed, run_ranks
 from fiberpo_megatron.certify.training_step import SIZES, Case, compare, run_rank, run_reference
 
 
@@ -58,10 +58,10 @@ def main() -> None:
     case = case_of()
     try:
         case.check()
-        (reference,) = run_processes(1, run_reference, case, on_cpu=True)
+        (reference,) = run_ranks(1, run_reference, case, on_cpu=True)
         old = dict(zip(reference.index.tolist(), reference.old_log_probs.tolist()))
-        outcomes = run_processes(case.ranks, run_rank, case, old, (case.micro_batch_tokens,))
-    except (ValueError, RankFailed) as error:
+        outcomes = run_ranks(case.ranks, run_rank, case, old, (case.micro_batch_tokens,))
+    except (ValueError, RanksFailed) as error:
         raise SystemExit(f"layout_parity: {error}") from None
     found, _ = compare(reference, [outcome for (outcome,) in outcomes])
     print(json.dumps({f"{name}_max_relative_diff": one.relative for name, one in found.items()}))

@@ -46,13 +46,13 @@ def check_kernels(named: tuple[str, dict[str, Any]], batches: Sequence[Batch], s
     Raises RuntimeError with that process's last words when it fails.
     """
     interpreted = not torch.cuda.is_available()
-    small = list(batches)
+    small = [(batch.name, batch.tokens) for batch in batches]
     if interpreted:
-        small = [batch for batch in batches if len(batch.tokens) <= MOST_TOKENS][:MOST_BATCHES]
+        small = [_shortened(name, tokens) for name, tokens in small[:MOST_BATCHES]]
     objective = build_objective(named[0], **named[1], kernels=False)
     tried = [
-        (f"{batch.name}, {str(dtype).removeprefix('torch.')}", batch.tokens.to(dtype=dtype))
-        for batch in small
+        (f"{name}, {str(dtype).removeprefix('torch.')}", tokens.to(dtype=dtype))
+        for name, tokens in small
         for dtype in (torch.float32, torch.float64)
     ]
     where = "Triton's interpreter" if interpreted else "CUDA"
@@ -74,6 +74,13 @@ def check_kernels(named: tuple[str, dict[str, Any]], batches: Sequence[Batch], s
         for what, result in found.items():
             if what != "in one call":
                 yield check_results(PART, f"{where}: {what}", name, result, first)
+
+
+def _shortened(name: str, tokens: Tokens) -> tuple[str, Tokens]:
+    """Return the batch, or its first tokens where it is longer than the interpreter is asked to run."""
+    if len(tokens) <= MOST_TOKENS:
+        return name, tokens
+    return f"{name}, its first {MOST_TOKENS} tokens", tokens.take(slice(MOST_TOKENS))
 
 
 def _steady(objective: Objective, tokens: Tokens, wanted: Result, tolerance: float) -> torch.Tensor:

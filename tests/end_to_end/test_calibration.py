@@ -35,6 +35,7 @@ def expected_and_measured(folder: Path) -> tuple[float, float]:
 
 
 @pytest.mark.sglang
+@pytest.mark.timeout(3600)
 @pytest.mark.exhaustive
 def test_a_calibration_predicts_the_demos_step(tmp_path: Path):
     """It measures the machine before and after the run, which must have stayed the same, and runs the demo between."""
