@@ -137,6 +137,10 @@ class Passes(Protocol):
         """
         ...
 
+    def reference(self) -> AbstractContextManager[None]:
+        """Let `log_probs` compute with the weights of the reference inside the block. Every rank enters it."""
+        ...
+
     def step(
         self,
         micro_batches: Sequence[MicroBatch],
@@ -321,6 +325,15 @@ class Sampler(Protocol):
         ...
 
 
+class Scorer(Protocol):
+    """It scores what the policy said with another model, such as a teacher's."""
+
+    async def log_probs(self, prompt: Sequence[int], response: Sequence[int]) -> NDArray[np.float32]:
+        """Return [T], the log-prob of each token of `response` given all tokens before it, at temperature 1; nan where
+        it is not known."""
+        ...
+
+
 class Publisher(Protocol):
     """It carries weights to the engines."""
 
@@ -385,9 +398,17 @@ class Recorder(Protocol):
 class Checkpoints(Protocol):
     """It keeps the run's checkpoints."""
 
-    def save(self, policy: Policy, step: int, *, prompts: Mapping[str, object], measured: Mapping[str, float]) -> None:
+    def save(
+        self,
+        policy: Policy,
+        step: int,
+        *,
+        prompts: Mapping[str, object],
+        measured: Mapping[str, float],
+        terms: Mapping[str, object] | None = None,
+    ) -> None:
         """Begin to save the state after `step` steps. `measured` holds the step's metrics as "train/..." and
-        "eval/..."."""
+        "eval/...", `terms` the JSON values that the objective's terms keep."""
         ...
 
     def complete(self, wait: bool) -> int:

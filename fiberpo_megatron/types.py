@@ -74,6 +74,10 @@ class Completion:
     all were sampled."""
     engines: NDArray[np.int16] | None = None
     """[T] index of the engine that sampled each token, -1 where none did. None: engine 0 sampled all."""
+    teacher_log_probs: NDArray[np.float32] | None = None
+    """[T] log-probs of `token_ids` under the teacher at temperature 1, nan where it gave none; None when not asked."""
+    reference_log_probs: NDArray[np.float32] | None = None
+    """[T] the same under a served reference."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +110,20 @@ TRAJECTORY, TOKEN, NAMED = "trajectory", "token", "named"
 """What an array of a RolloutBatch has one entry for. NAMED means a mapping from names to arrays [B]."""
 
 
-def _array(dtype: type, per: str, fill: object = None, of: Callable[[Trajectory], Any] | None = None) -> Any:
+def _array(
+    dtype: type,
+    per: str,
+    fill: object = None,
+    of: Callable[[Trajectory], Any] | None = None,
+    empty: tuple[int, ...] | None = None,
+) -> Any:
     """Declare an array of RolloutBatch: everything that packs, exchanges, stores or joins batches reads it here.
 
     `fill` is the value where nothing is known: in files of older versions, in batches made without engines. `of` takes
-    the values out of a trajectory: one number, or (per token) one for each token of prompt and response.
+    the values out of a trajectory: one number, or (per token) one for each token of prompt and response. `empty`: the
+    shape that stands for a fact of tokens that was not asked for; `of` then gives None.
     """
-    metadata = {"dtype": np.dtype(dtype), "per": per, "fill": fill, "of": of}
+    metadata = {"dtype": np.dtype(dtype), "per": per, "fill": fill, "of": of, "empty": empty}
     return field(metadata=metadata)
 
 
@@ -148,6 +159,16 @@ def _experts(trajectory: Trajectory) -> NDArray[np.int16] | None:
     if experts is None:
         return None
     return np.concatenate([experts.astype(np.int16), np.full((1, *experts.shape[1:]), -1, np.int16)])
+
+
+def _scores(name: str) -> Callable[[Trajectory], NDArray[np.float32] | None]:
+    """Return what takes the scores of another model, a field of Completion, out of a trajectory."""
+
+    def of(trajectory: Trajectory) -> NDArray[np.float32] | None:
+        values = getattr(trajectory.completion, name)
+        return None if values is None else _behind_prompt(trajectory, values, np.nan)
+
+    return of
 
 
 @dataclass(frozen=True)
@@ -188,9 +209,16 @@ class RolloutBatch:
     """[B] by name: components of the reward, nan where a trajectory has none of that name."""
     environment_metrics: Mapping[str, NDArray[np.float32]] = _array(np.float32, NAMED, np.nan, lambda t: t.metrics)
     """[B] by name: further numbers of the environments, nan where a trajectory has none of that name."""
-    routed_experts: NDArray[np.int16] = _array(np.int16, TOKEN, None, _experts)
+    routed_experts: NDArray[np.int16] = _array(np.int16, TOKEN, None, _experts, empty=(0, 0, 0))
     """[N, MoE layers, top_k] the engine's experts of each token, -1 where it gave none (the last token of a
     trajectory); empty when it was not asked."""
+    teacher_log_probs: NDArray[np.float32] = _array(np.float32, TOKEN, np.nan, _scores("teacher_log_probs"), empty=(0,))
+    """[N] the teacher's log-probs at response tokens, at temperature 1; nan elsewhere and where it gave none; empty
+    when no teacher was asked."""
+    reference_log_probs: NDArray[np.float32] = _array(
+        np.float32, TOKEN, np.nan, _scores("reference_log_probs"), empty=(0,)
+    )
+    """[N] the same of a served reference."""
 
     @classmethod
     def filled(cls, **arrays: Any) -> "RolloutBatch":
@@ -204,8 +232,8 @@ class RolloutBatch:
                 values[fact.name] = {n: np.asarray(v, dtype) for n, v in arrays.get(fact.name, {}).items()}
             elif fact.name in arrays:
                 values[fact.name] = np.asarray(arrays[fact.name], dtype)
-            elif fact.name == "routed_experts":
-                values[fact.name] = np.zeros((0, 0, 0), dtype)
+            elif fact.metadata["empty"] is not None:
+                values[fact.name] = np.zeros(fact.metadata["empty"], dtype)
             else:
                 values[fact.name] = np.full(sizes[per], fill, dtype)
         return cls(**values)
@@ -266,7 +294,7 @@ def flatten(groups: Sequence[RolloutGroup]) -> RolloutBatch:
             arrays[fact.name] = np.array(values, dtype)
         elif not any(value is None for value in values) and values:
             arrays[fact.name] = np.concatenate([np.asarray(value, dtype) for value in values])
-        elif fact.name != "routed_experts":
+        elif fact.metadata["empty"] is None:
             arrays[fact.name] = np.zeros(0, dtype)
     return RolloutBatch.filled(**arrays)
 
@@ -358,6 +386,9 @@ class Coefficients:
     gradient: Tensor
     """[n] c_j = dJ / d log pi(a_j); J is maximised."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    entropy: Tensor | None = None
+    """[n] e_j = dJ / dH_j, H_j the entropy of the distribution that token j was drawn from; None where J has no entropy
+    in it, which costs nothing. A policy minimises -sum_j c_j log pi(a_j) - sum_j e_j H_j."""
 
 
 Gate = Callable[[Tensor, slice], Coefficients]

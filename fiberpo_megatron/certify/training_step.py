@@ -158,7 +158,7 @@ def run_reference(case: Case) -> Outcome:
     collected = Collected(len(index))
     old: list[Tensor] = []
 
-    def loss(_: int, log_probs: Tensor) -> Tensor:
+    def loss(_: int, log_probs: Tensor, entropy: Tensor) -> Tensor:
         values = log_probs.detach()
         if not old:
             old.append(values - drift)

@@ -1,8 +1,12 @@
 """This module computes log-probs and entropy of response tokens, with the vocabulary split over tensor-parallel ranks.
 
-One autograd function goes from hidden states to log-probs: only response rows pass the output layer, a chunk of rows at
-a time, and the backward pass computes each chunk's logits again. A rank therefore never holds more than [chunk,
-vocabulary / tensor] in float32, and never a softmax over the whole vocabulary.
+One autograd function goes from hidden states to log-probs and entropies: only response rows pass the output layer, a
+chunk of rows at a time, and the backward pass computes each chunk's logits again. A rank therefore never holds more
+than [chunk, vocabulary / tensor] in float32 (twice that where the entropy has a gradient), and never a softmax over the
+whole vocabulary.
+
+With z the logits over the temperature, p = softmax(z) and H = -sum_v p_v log p_v, the closed forms are
+d log p_a / dz_v = [v = a] - p_v and dH / dz_v = -p_v (log p_v + H).
 """
 
 from dataclasses import dataclass
@@ -39,8 +43,8 @@ def response_log_probs(
     """Return log-probs and entropy (nats) of logits / temperature at response positions, both float32 [n].
 
     hidden [t / tensor, 1, h] of the last layer; weight [v, h], this rank's rows of the output layer; labels and
-    positions int64 [n], the tokens and the rows of the packed row that predict them. The log-probs are differentiable
-    in hidden and weight; the entropy carries no gradient.
+    positions int64 [n], the tokens and the rows of the packed row that predict them. Both are differentiable in hidden
+    and weight; a loss without the entropy in it pays nothing for the entropy's gradient.
     """
     if shard.size > 1:
         # backward: reduce-scatter, which sums the ranks' shares of the hidden states' gradient
@@ -75,21 +79,28 @@ class _LinearLogProbs(torch.autograd.Function):
             log_probs.append(at_label - log_total)
             entropies.append(log_total - mean / total)
             log_sums.append(log_total + peak)
-        ctx.save_for_backward(rows, weight, labels, torch.cat(log_sums))
-        ctx.scale, ctx.shard, ctx.chunk = scale, shard, chunk
         entropy = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy)
+        ctx.save_for_backward(rows, weight, labels, torch.cat(log_sums), entropy)
+        ctx.scale, ctx.shard, ctx.chunk = scale, shard, chunk
+        ctx.set_materialize_grads(False)  # without a gradient of the entropies, none is computed
         return torch.cat(log_probs), entropy
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, labels, log_sums = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, weight, labels, log_sums, entropies = ctx.saved_tensors
+        of_log_probs = torch.zeros_like(log_sums) if gradients[0] is None else gradients[0]
+        of_entropies = gradients[1]
         rows_grad = torch.empty_like(rows)
         weight_grad = torch.zeros(weight.shape, dtype=_wide(weight), device=weight.device)
-        pieces = (x.split(ctx.chunk) for x in (rows, rows_grad, labels, log_sums, gradients[0]))
-        for part, part_grad, label, log_sum, gradient in zip(*pieces):
-            logits_grad = _logits(part, weight, ctx.scale).sub_(log_sum[:, None]).exp_()
-            logits_grad.mul_(-gradient[:, None])
+        pieces = (x.split(ctx.chunk) for x in (rows, rows_grad, labels, log_sums, entropies, of_log_probs))
+        for at, (part, part_grad, label, log_sum, entropy, gradient) in enumerate(zip(*pieces)):
+            logits_grad = _logits(part, weight, ctx.scale).sub_(log_sum[:, None])
+            if of_entropies is None:
+                logits_grad.exp_().mul_(-gradient[:, None])
+            else:
+                of_entropy = of_entropies[at * ctx.chunk : at * ctx.chunk + len(part)]
+                slope = (logits_grad + entropy[:, None]).mul_(of_entropy[:, None]).add_(gradient[:, None])
+                logits_grad.exp_().mul_(slope.neg_())
             _add_at_labels(logits_grad, label, ctx.shard.start, gradient)
             logits_grad = logits_grad.mul_(ctx.scale).to(rows.dtype)
             torch.mm(logits_grad, weight, out=part_grad)

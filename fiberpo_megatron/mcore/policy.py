@@ -1,6 +1,7 @@
 """This module is the trainer's view of the model: it implements `interfaces.Policy` on Megatron-Core."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from fiberpo_megatron.mcore.optimizers.build import build_optimizer, non_finite_
 from fiberpo_megatron.mcore.optimizers.choose import check_layout
 from fiberpo_megatron.mcore.optimizers.offload import TrainingMemory
 from fiberpo_megatron.mcore.parallel.layout import FP8_ROW_MULTIPLE, ParallelLayout
+from fiberpo_megatron.mcore.reference import ReferenceWeights
 from fiberpo_megatron.mcore.router import correction_biases, kept_on_error
 from fiberpo_megatron.mcore.routing import Routing
 from fiberpo_megatron.mcore.schedule import Schedule
@@ -80,6 +82,7 @@ class MegatronPolicy:
         self.schedule = Schedule(self.chunks, models, layout, chunk, self.routing)
         self._aux_loss = config.model.router_aux_loss
         self._trust_others = config.checkpoint.trust_others
+        self._reference: ReferenceWeights | None = None
 
     def log_probs(
         self, micro_batches: Sequence[MicroBatch], temperature: float, *, routing: RoutingMode = "off"
@@ -95,6 +98,31 @@ class MegatronPolicy:
         if not self.layout.is_last_stage:
             return None
         return TokenScores(torch.cat([s.log_probs for s in scores]), torch.cat([s.entropy for s in scores]))
+
+    def keep_reference(self, folder: Path | None) -> None:
+        """Keep reference weights in host memory: those of a Hugging Face folder or, with None, the current ones.
+
+        Every rank calls it. Raises ValueError on every rank when the folder does not hold this model's weights.
+        """
+        from fiberpo_megatron.mcore import weights
+
+        self._reference = ReferenceWeights(self.models)
+        if folder is not None:
+            with self._reference.exchanged():
+                weights.load_hf(self.models, self.hf_config, folder, self.layout)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Let `log_probs` compute with the reference's weights inside the block (see `mcore/reference.py`)."""
+        if self._reference is None:
+            raise RuntimeError("no reference weights are kept; call keep_reference() before the first optimiser step")
+        with self._reference.exchanged():
+            yield
+
+    @property
+    def reference_bytes(self) -> int:
+        """Return the bytes of this rank's reference weights in host memory."""
+        return 0 if self._reference is None else self._reference.host_bytes
 
     def _require_routes(self, routing: RoutingMode, micro_batches: Sequence[MicroBatch]) -> None:
         if routing == "replay":
@@ -217,7 +245,7 @@ class _GateCalls:
     def __init__(self, gate: Gate, slices: Sequence[slice]) -> None:
         self._gate = gate
         self._slices = slices
-        self._gradient: Tensor | None = None
+        self._all: Coefficients | None = None
         self.coefficients: list[Coefficients] = []
         self.error: str | None = None
         """What is not finite; raised after the pass, because raising inside it would leave other ranks waiting."""
@@ -235,35 +263,41 @@ class _GateCalls:
         assert log_probs is not None, "the last pipeline stage knows its log-probs"
         end = self._slices[-1].stop if self._slices else 0
         try:
-            self._gradient = self._call(log_probs, slice(0, end))
+            self._all = self._call(log_probs, slice(0, end))
         except Exception as error:  # every rank raises it together, in `agree`
             return f"{type(error).__name__}: {error}"
         return None
 
-    def loss(self, index: int, log_probs: Tensor) -> Tensor:
-        """Return -sum_j c_j log p_j over one micro-batch: its gradient is minus that of the objective."""
+    def loss(self, index: int, log_probs: Tensor, entropy: Tensor) -> Tensor:
+        """Return -sum_j (c_j log p_j + e_j H_j) over one micro-batch: its gradient is minus that of the objective."""
         if index >= len(self._slices):
             return log_probs.sum()  # a micro-batch that only fills up the schedule, without tokens
         where = self._slices[index]
-        gradient = self._gradient[where] if self._gradient is not None else self._of_micro_batch(log_probs, where)
-        return -(gradient.detach().to(log_probs) * log_probs).sum()
+        if self._all is None:
+            found, where = self._of_micro_batch(log_probs, where), slice(None)
+        else:
+            found = self._all
+        loss = -(found.gradient[where].detach().to(log_probs) * log_probs).sum()
+        if found.entropy is None:
+            return loss
+        return loss - (found.entropy[where].detach().to(entropy) * entropy).sum()
 
-    def _of_micro_batch(self, log_probs: Tensor, where: slice) -> Tensor:
+    def _of_micro_batch(self, log_probs: Tensor, where: slice) -> Coefficients:
         try:
             self.error = self.error or self.check(log_probs)
             return self._call(log_probs.detach(), where)
         except Exception as error:  # reported after the pass, which the other ranks are in the middle of
             self.failure = self.failure or f"{type(error).__name__}: {error}"
-            return torch.zeros_like(log_probs)
+            return Coefficients(torch.zeros_like(log_probs))
 
-    def _call(self, log_probs: Tensor, where: slice) -> Tensor:
+    def _call(self, log_probs: Tensor, where: slice) -> Coefficients:
         coefficients = self._gate(log_probs, where)
         self.coefficients.append(coefficients)
-        gradient = coefficients.gradient
-        if not gradient.isfinite().all() and self.error is None:
-            bad = int((~gradient.isfinite()).sum())
-            self.error = f"{bad} of {len(gradient)} coefficients of the objective are not finite"
-        return gradient
+        for values in (coefficients.gradient, coefficients.entropy):
+            if values is not None and not values.isfinite().all() and self.error is None:
+                bad = int((~values.isfinite()).sum())
+                self.error = f"{bad} of {len(values)} coefficients of the objective are not finite"
+        return coefficients
 
 
 def build_policy(

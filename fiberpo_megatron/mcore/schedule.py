@@ -15,8 +15,9 @@ from fiberpo_megatron.mcore.platform import activate
 from fiberpo_megatron.mcore.routing import Routing
 from fiberpo_megatron.types import MicroBatch, TokenScores
 
-TokenLoss = Callable[[int, Tensor], Tensor]
-"""Maps (index of the micro-batch, its log-probs [n] with gradient) to a scalar that is minimised."""
+TokenLoss = Callable[[int, Tensor, Tensor], Tensor]
+"""Maps (index of the micro-batch, its log-probs [n] and entropies [n], both with gradient) to a scalar that is
+minimised."""
 
 
 class Schedule:
@@ -123,6 +124,6 @@ class Schedule:
     def _minimise(
         self, temperature: float, loss: TokenLoss, index: int, batch: MicroBatch, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        log_probs, _ = self.log_probs_of(batch, hidden, temperature)
+        log_probs, entropy = self.log_probs_of(batch, hidden, temperature)
         # With three outputs Megatron does not divide the loss (calculate_per_token_loss).
-        return loss(index, log_probs), torch.tensor(0, dtype=torch.int, device=hidden.device), {}
+        return loss(index, log_probs, entropy), torch.tensor(0, dtype=torch.int, device=hidden.device), {}

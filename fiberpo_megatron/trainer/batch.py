@@ -28,9 +28,9 @@ class MiniBatch:
     micro_batches: list[MicroBatch]
     packing: PackingEfficiency
     advantages: Tensor
-    """float32 [n]"""
+    """float32 [n]; those of a trajectory's tokens differ where a term rewards tokens (`trainer/terms`)."""
     weights: Tensor
-    """float64 [n] mu: positive, summing to 1 over the mini-batch, over all ranks."""
+    """float64 [n] mu: positive, summing to 1 over the mini-batch, over all ranks; 0 where a term leaves tokens out."""
     keys: dict[str, Tensor]
     """int64 [n] per key (SUPPLIED_KEYS): dense ids inside the mini-batch; "state" is -1 for a state that was sampled
     once, and there only where it was asked for."""
@@ -40,6 +40,11 @@ class MiniBatch:
     """int64 [counts[key]] of some keys: the number by which budgets and branches name each id (`token_labels`)."""
     rollout_log_probs: Tensor
     """float32 [n]"""
+    reference_log_probs: Tensor | None = None
+    """float32 [n] of the tokens under the reference of `algorithm.kl`, at the run's temperature; None without one."""
+    teacher_log_probs: Tensor | None = None
+    """float32 [n] of the tokens under the teacher of `algorithm.distillation`, at the run's temperature; None without
+    one."""
     expert_share: Tensor | None = None
     """float64 [n, P] omega: share of each token's routed (layer, slot) pairs in each expert partition."""
 

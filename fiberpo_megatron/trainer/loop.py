@@ -5,7 +5,7 @@ the tests and a Megatron model with SGLang on a cluster.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from fiberpo_megatron.trainer.settings import AlgorithmConfig, BatchConfig
 from fiberpo_megatron.trainer.step_dump import StepDumps
 from fiberpo_megatron.trainer.step_routing import StepRouting
 from fiberpo_megatron.trainer.stop import Stopped, never
+from fiberpo_megatron.trainer.terms import Terms
 from fiberpo_megatron.types import RolloutBatch
 
 
@@ -58,6 +59,8 @@ class Training:
     """What a plan expects of a step that had these trajectories, as metrics beside the measured ones."""
     dumps: StepDumps | None = None
     """Writes what the objective saw in the steps of `debug.dump_step`."""
+    terms: Terms = field(default_factory=Terms)
+    """What is added to the objective."""
 
 
 def train(run: Training, start: int = 0) -> None:
@@ -123,7 +126,9 @@ def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, floa
             temperature=run.temperature,
             timers=run.timers,
             dump=dump,
+            terms=run.terms,
         )
+    run.terms.update(run.policy.layout, metrics, len(rollouts.lengths))
     return rollout_summary(rollouts, run.source.domains) | metrics
 
 
@@ -143,7 +148,8 @@ def _asked_to_stop(run: Training) -> bool:
 
 def _save(run: Training, done: int, measured: Mapping[str, float]) -> None:
     with run.timers("checkpoint"), run.source.training(publishes=False):
-        run.checkpoints.save(run.policy, done, prompts=run.source.state(), measured=measured)
+        state = run.terms.state()
+        run.checkpoints.save(run.policy, done, prompts=run.source.state(), measured=measured, terms=state)
 
 
 def _complete_save(run: Training, wait: bool) -> None:

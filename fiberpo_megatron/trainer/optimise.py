@@ -1,13 +1,14 @@
 """This module takes the optimiser steps of one training step: old log-probs, then mini_batches x epochs exact steps.
 
 Whatever the objective, the policy minimises -sum_j c_j log pi(a_j) with c_j = dJ / d log pi(a_j) in closed form
-(docs/fibration.md): loss normalisation, micro-batching, packing and layout cannot change the gradient.
+(docs/fibration.md): loss normalisation, micro-batching, packing and layout cannot change the gradient. The terms of a
+run (`trainer/terms`) add to c_j, and bring -sum_j e_j H_j where they have an entropy in them.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,13 +21,31 @@ from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.batch import MiniBatch, packing_metrics
 from fiberpo_megatron.trainer.step_dump import GateCall, StepDump
 from fiberpo_megatron.trainer.step_routing import StepRouting
+from fiberpo_megatron.trainer.terms.base import GateTokens, StepStart
+from fiberpo_megatron.trainer.terms.collection import Terms, summed
 from fiberpo_megatron.types import Coefficients, OptimizerStep, TokenScores
+
+
+@dataclass(frozen=True)
+class GateAnswer:
+    """Holds what one call of the gate found."""
+
+    output: Any
+    """The objective's own output."""
+    gradient: Tensor
+    """[n] the objective's gradient and what the terms add to it."""
+    entropy: Tensor | None
+    """float64 [n] dJ / dH, or None."""
+    weights: Tensor | None
+    """float64 [n] what the masks left of the tokens' weights; None without terms."""
+    metrics: Mapping[str, float]
+    """Metrics of objective and terms; empty when none were asked for."""
 
 
 @dataclass
 class ObjectiveGate:
-    """This gate gives the coefficients of one mini-batch's tokens under the objective; it remembers what it was
-    shown."""
+    """This gate gives the coefficients of one mini-batch's tokens under the objective and its terms; it remembers what
+    it was shown."""
 
     objective: Objective
     mini_batch: MiniBatch
@@ -46,44 +65,72 @@ class ObjectiveGate:
     """This rank's largest |c| / (mu |A|), once a call was asked for metrics."""
     kept: list[GateCall] | None = None
     """Every call with what it gave, in order, for a step dump; None when no dump is asked for."""
+    terms: Terms = field(default_factory=Terms)
+    """What is added to the objective. With metrics, those of all terms travel in one further reduction, after the
+    objective's two."""
 
     def __call__(self, log_probs: Tensor, part: slice) -> Coefficients:
         self.seen.append(log_probs.detach())
-        out = self._evaluate(log_probs, part, self.reduce, metrics=self.reduce is not None)
+        answer = self._evaluate(log_probs, part, self.reduce, metrics=self.reduce is not None)
         if self.kept is not None:
-            self.kept.append(GateCall(part, log_probs.detach(), out))
-        return Coefficients(out.gradient, out.metrics.as_dict() if self.reduce is not None else {})
+            self.kept.append(GateCall(part, log_probs.detach(), answer.output, answer.weights))
+        return Coefficients(answer.gradient, answer.metrics, answer.entropy)
 
     def metrics(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the objective's metrics over everything seen, when the calls were made one micro-batch at a time."""
+        """Return the metrics of objective and terms over everything seen, when the calls were made one micro-batch at a
+        time."""
         log_probs = torch.cat(self.seen)
-        return dict(self._evaluate(log_probs, slice(0, len(log_probs)), reduce, metrics=True).metrics.as_dict())
+        return dict(self._evaluate(log_probs, slice(0, len(log_probs)), reduce, metrics=True).metrics)
 
     def _evaluate(
         self, log_probs: Tensor, part: slice, reduce: Callable[[Tensor], Tensor] | None, metrics: bool
-    ) -> Any:
+    ) -> GateAnswer:
         batch, device = self.mini_batch, log_probs.device
         began = time.perf_counter()
         share = batch.expert_share
+        timed = None if reduce is None else self._timed(reduce)
 
         def on_device(tensor: Tensor) -> Tensor:
             return tensor[part].to(device, non_blocking=True)  # the host need not wait for each copy
 
-        out = self.objective(
-            log_probs.detach() - on_device(self.old_log_probs),
-            on_device(batch.advantages),
-            on_device(batch.weights),
+        def if_any(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else on_device(tensor)
+
+        tokens = GateTokens(
+            log_probs=log_probs.detach(),
+            old_log_probs=on_device(self.old_log_probs),
+            advantages=on_device(batch.advantages),
+            weights=on_device(batch.weights),
+            rollout_log_probs=on_device(batch.rollout_log_probs),
+            reference_log_probs=if_any(batch.reference_log_probs),
+            teacher_log_probs=if_any(batch.teacher_log_probs),
             keys={key: on_device(ids) for key, ids in batch.keys.items()},
+            counts=batch.counts,
+            reduce=timed,
+        )
+        tokens, shares = self.terms.masked(tokens)
+        out = self.objective(
+            tokens.log_probs - tokens.old_log_probs,
+            tokens.advantages,
+            tokens.weights,
+            keys=tokens.keys,
             counts=batch.counts,
             labels=batch.labels,
             expert_share=None if share is None else on_device(share),
-            reduce=None if reduce is None else self._timed(reduce),
+            reduce=timed,
             metrics=metrics,
         )
+        added = self.terms.coefficients(tokens)
+        gradient = out.gradient
+        if added.gradient is not None:
+            gradient = (gradient.double() + added.gradient).to(gradient.dtype)
+        found = dict(out.metrics.as_dict()) if metrics else {}
+        if metrics and timed is not None:
+            found |= summed(shares | added.sums, timed)
         self.seconds += time.perf_counter() - began
         if metrics:
             self.amplification = out.amplification
-        return out
+        return GateAnswer(out, gradient, added.entropy, tokens.weights if self.terms else None, found)
 
     def _timed(self, reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def timed(sums: Tensor) -> Tensor:
@@ -106,8 +153,11 @@ def optimise(
     temperature: float,
     timers: PhaseTimers,
     dump: StepDump | None = None,
+    terms: Terms | None = None,
 ) -> dict[str, float]:
     """Take len(parts) x epochs optimiser steps; metrics are complete on last-stage ranks.
+
+    `terms` are what is added to the objective; nothing by default.
 
     `dump` gets what the objective saw and gave in each of them, also where a step fails because something is not
     finite.
@@ -118,17 +168,33 @@ def optimise(
         scores = [policy.log_probs(part.micro_batches, temperature, routing=routing.mode) for part in parts]
         parts = routing.attach(parts)
         metrics = _rollout_metrics(layout, parts, scores) | routing.agreement(parts)
+    terms, passes = terms or Terms(), 0
+    if terms.needs_reference and any(part.reference_log_probs is None for part in parts):
+        with timers("reference"):
+            parts, passes = _with_reference(policy, parts, temperature), len(parts)
+    if terms and layout.is_last_stage:
+        prepared = terms.prepare(StepStart(parts, [s for s in scores if s is not None], routing.rollouts, layout))
+        parts, metrics = prepared.parts, {**metrics, **prepared.metrics}
     steps: list[tuple[OptimizerStep, ObjectiveGate, Mapping[str, float]]] = []
     with timers("train"), _finished(dump):
         for epoch in range(epochs):
             for index, (part, old) in enumerate(zip(parts, scores)):
                 fresh = epoch == 0 and index == 0
-                steps.append(_step(policy, objective, part, old, temperature, fresh, dump))
+                steps.append(_step(policy, objective, part, old, temperature, fresh, dump, terms))
     timers.add("gate", sum(gate.seconds for _, gate, _ in steps))
     timers.add("gate_reduce", sum(gate.reduce_seconds for _, gate, _ in steps))
     metrics["gate/reduce_bytes"] = sum(gate.reduce_bytes for _, gate, _ in steps) / max(1, len(steps))
     metrics |= _summary([(outcome, recorded) for outcome, _, recorded in steps], parts)
+    metrics["extra_forwards"] += passes
     return metrics | _amplification(layout, objective, [gate.amplification for _, gate, _ in steps])
+
+
+def _with_reference(policy: Passes, parts: Sequence[MiniBatch], temperature: float) -> list[MiniBatch]:
+    """Return the parts with their tokens' log-probs under the reference, which routes tokens by its own routers."""
+    with policy.reference():
+        scores = [policy.log_probs(part.micro_batches, temperature) for part in parts]
+    known = [None if found is None else found.log_probs for found in scores]
+    return [replace(part, reference_log_probs=found) for part, found in zip(parts, known)]
 
 
 def _step(
@@ -139,13 +205,15 @@ def _step(
     temperature: float,
     fresh: bool,
     dump: StepDump | None,
+    terms: Terms,
 ) -> tuple[OptimizerStep, ObjectiveGate, Mapping[str, float]]:
     """One optimiser step. `fresh`: the weights have not moved since the old log-probs, so x = 0 by definition and
     no extra forward is needed; nor is it where every level lies inside one micro-batch."""
     layout = policy.layout
     old_log_probs = old.log_probs if old is not None else torch.zeros(0)
-    single_pass = not fresh and not objective.spans_micro_batches and layout.context_size == 1
-    gate = ObjectiveGate(objective, part, old_log_probs, None if single_pass else layout.sum_over_tokens)
+    spans = objective.spans_micro_batches or terms.spans_micro_batches
+    single_pass = not fresh and not spans and layout.context_size == 1
+    gate = ObjectiveGate(objective, part, old_log_probs, None if single_pass else layout.sum_over_tokens, terms=terms)
     if dump is not None:
         gate.kept = []
     metrics: Mapping[str, float] = {}

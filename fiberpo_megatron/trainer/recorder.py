@@ -63,7 +63,15 @@ class RunCheckpoints:
         self._pending: tuple[Policy, int, PendingSave] | None = None
         self._complete = 0
 
-    def save(self, policy: Policy, step: int, *, prompts: Mapping[str, object], measured: Mapping[str, float]) -> None:
+    def save(
+        self,
+        policy: Policy,
+        step: int,
+        *,
+        prompts: Mapping[str, object],
+        measured: Mapping[str, float],
+        terms: Mapping[str, object] | None = None,
+    ) -> None:
         """Save the state after `step` steps, or begin to; an earlier save is completed first."""
         self.complete(wait=True)
         metrics: dict[str, float] = {}
@@ -71,7 +79,7 @@ class RunCheckpoints:
             if policy.layout.rank == 0:
                 self._check_lock()
                 metrics = self._best_value(measured)
-        state = {"step": step, "prompts": dict(prompts), "metrics": metrics}
+        state = {"step": step, "prompts": dict(prompts), "metrics": metrics} | ({"terms": terms} if terms else {})
         folder = str(checkpoint.step_folder(self.folder, step))
         if self._settings.asynchronous:
             self._pending = policy, step, policy.begin_save(folder, state)

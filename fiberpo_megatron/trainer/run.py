@@ -34,6 +34,7 @@ from fiberpo_megatron.trainer.sft import fine_tune
 from fiberpo_megatron.trainer.step_dump import StepDumps
 from fiberpo_megatron.trainer.stop import Stopped, leave, never
 from fiberpo_megatron.trainer.tasks import start_tasks
+from fiberpo_megatron.trainer.terms import build_terms
 
 Command = Literal["train", "sft", "dump", "eval"]
 PLANNED_PROMPTS = 32
@@ -100,6 +101,7 @@ class Run(Closeable):
         """Use `from_config`."""
         self.config, self._resume, self._stop = config, resume, stop
         self.objective, self.advantage = make_objective(config), make_advantage(config)
+        self.terms = build_terms(config.algorithm)
         hf_config = read_hf_config(config.model.path, config.model.family)
         listen_towards_master()
         with ExitStack() as stack:
@@ -123,6 +125,8 @@ class Run(Closeable):
                     with durable.replaced(config.run.folder / "config.toml", text=True) as file:
                         file.write(text)
             self.policy = build_policy(config, hf_config, layout, config.sft.steps if command == "sft" else None)
+            if command == "train" and self.terms.needs_reference:
+                self.policy.keep_reference(config.algorithm.kl.reference)  # before a checkpoint is loaded
             self._parts = SourceParts(
                 config=config,
                 hf_config=hf_config,
@@ -143,6 +147,7 @@ class Run(Closeable):
         start = int(state.get("step", 0))
         if state:
             self.tasks.prompts.restore(state["prompts"])
+            self.terms.restore(state.get("terms", {}))
         with self.source(start, ("train", "eval"), self._resume) as (_, training):
             train(training, start)
         self._finish()
@@ -205,6 +210,7 @@ class Run(Closeable):
                 stop=self._stop,
                 expected=expected,
                 dumps=StepDumps(config.run.folder, config.debug.steps, config.algorithm.objective.use),
+                terms=self.terms,
             )
             yield source, training
 

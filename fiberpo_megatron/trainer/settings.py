@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fiberpo_megatron.settings import PluginConfig, Section, as_plugin
+from fiberpo_megatron.trainer.term_settings import EntropyConfig, KlConfig
 
 Budget = tuple[float, float]
 BudgetsById = dict[str, Budget | str]
@@ -95,6 +96,8 @@ class AlgorithmConfig(Section):
     exact_sums: bool = True
     """Add up the gates' sums exactly, so that coefficients have the same bits in any layout. false adds up in float64
     on the torch path, which is faster on a CPU (docs/fibration.md)."""
+    kl: KlConfig = KlConfig()
+    entropy: EntropyConfig = EntropyConfig()
 
     @field_validator("objective", "advantage", mode="before")
     @classmethod

@@ -43,6 +43,8 @@ class GateCall:
     log_probs: Tensor
     """[n]"""
     output: ObjectiveOutput
+    weights: Tensor | None = None
+    """[n] the weights that the masks of terms left; None where they are the mini-batch's."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class StepDump:
             "log_probs": joined([call.log_probs for call in calls], empty),
             "old_log_probs": old_log_probs.cpu()[seen],
             "advantages": part.advantages.cpu()[seen],
-            "weights": part.weights.cpu()[seen],
+            "weights": _weights(part, calls, seen),
             "coefficients": joined([out.gradient for out in outputs], empty),
             "gated_ratio": joined([out.gated_ratio for out in outputs], empty),
             "token_ids": torch.from_numpy(self._rollouts.tokens)[index],
@@ -196,6 +198,12 @@ class StepDump:
         facts = {f"rollouts/{name}": torch.from_numpy(getattr(self._rollouts, name)) for name in ROLLOUT_FACTS}
         write_joined(self.path, parts, facts, about)
         durable.remove_tree(self._scratch)
+
+
+def _weights(part: MiniBatch, calls: Sequence[GateCall], seen: Tensor) -> Tensor:
+    """Return the weights that the objective was called with."""
+    masked = [call.weights for call in calls if call.weights is not None]
+    return torch.cat(masked).cpu() if masked else part.weights.cpu()[seen]
 
 
 def _about(part: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Memory:
     records: list[tuple[str, int, dict[str, float]]] = field(default_factory=list)
     samples: list[tuple[int, int]] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
+    terms: list[dict[str, object]] = field(default_factory=list)
 
     def record(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         self.records.append((kind, step, dict(metrics)))
@@ -42,9 +43,16 @@ class Memory:
         self.samples.append((step, len(groups)))
 
     def save(
-        self, policy: TablePolicy, step: int, *, prompts: Mapping[str, object], measured: Mapping[str, float]
+        self,
+        policy: TablePolicy,
+        step: int,
+        *,
+        prompts: Mapping[str, object],
+        measured: Mapping[str, float],
+        terms: Mapping[str, object] | None = None,
     ) -> None:
         self.saved.append(step)
+        self.terms.append(dict(terms or {}))
 
     def complete(self, wait: bool) -> int:
         return self.saved[-1] if self.saved else 0

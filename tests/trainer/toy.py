@@ -4,7 +4,7 @@ Megatron and SGLang. The real ones are in tests/distributed and tests/end_to_end
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -105,6 +105,14 @@ class TablePolicy:
         self.learning_rate = learning_rate
         self.forwards = 0
         self.released = False
+        self.reference_table = torch.zeros(VOCABULARY, VOCABULARY)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        table = self.table
+        self.table = self.reference_table
+        yield
+        self.table = table
 
     def _scores(self, micro_batch: MicroBatch, temperature: float) -> Tensor:
         positions = micro_batch.response_positions
@@ -145,7 +153,12 @@ class TablePolicy:
             seen = torch.cat(current).detach() if log_probs is None else log_probs
             outcomes = [gate(seen, slice(0, len(seen)))]
         coefficients = torch.cat([o.gradient for o in outcomes]).float()
-        (gradient,) = torch.autograd.grad((coefficients * torch.cat(current)).sum(), self.table)
+        value = (coefficients * torch.cat(current)).sum()
+        if outcomes[0].entropy is not None:
+            rows = torch.cat([self._scores(m, temperature) for m in micro_batches])
+            bonus = torch.cat([o.entropy for o in outcomes if o.entropy is not None]).float()
+            value = value - (bonus * (rows.exp() * rows).sum(-1)).sum()
+        (gradient,) = torch.autograd.grad(value, self.table)
         with torch.no_grad():
             self.table += self.learning_rate * gradient
         return OptimizerStep(gradient.norm().item(), self.learning_rate, tuple(outcomes), extra)
