@@ -250,6 +250,21 @@ class RolloutBatch:
                 arrays[fact.name] = value[first:last] if per == TRAJECTORY else value[begin:end]
         return RolloutBatch(**arrays)
 
+    def select(self, kept: NDArray[np.bool_]) -> "RolloutBatch":
+        """Return the trajectories that `kept` [B] marks as a batch whose groups are numbered 0, 1, ... again."""
+        tokens = np.repeat(kept, self.lengths)
+        arrays: dict[str, Any] = {}
+        for fact in fields(self):
+            value, per = getattr(self, fact.name), fact.metadata["per"]
+            if per == NAMED:
+                arrays[fact.name] = {name: values[kept] for name, values in value.items()}
+            elif per == TRAJECTORY:
+                arrays[fact.name] = value[kept]
+            else:
+                arrays[fact.name] = value[tokens] if len(value) == len(tokens) else value  # one that was not asked for
+        arrays["groups"] = np.unique(arrays["groups"], return_inverse=True)[1].astype(np.int64)
+        return RolloutBatch(**arrays)
+
     @property
     def offsets(self) -> NDArray[np.int64]:
         """This is [B + 1], the start of each trajectory in the flat arrays."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from fiberpo_megatron.data.settings import DataConfig
+from fiberpo_megatron.engines.settings import ScoringServers
 from fiberpo_megatron.environments.settings import EnvironmentConfig
 from fiberpo_megatron.launch.settings import SlurmConfig
 from fiberpo_megatron.mcore.optimizers.settings import OptimizerConfig
@@ -71,6 +72,17 @@ class Config(Section):
         """This says whether engines have to return the experts of every token."""
         algorithm = self.algorithm
         return self.rollout.return_routing or "rollout" in (algorithm.expert_routing, algorithm.routing_replay)
+
+    @property
+    def scoring_servers(self) -> dict[str, tuple[str, ScoringServers]]:
+        """These are the servers that score trajectories, by the fact of `RolloutBatch` that they give, with the section
+        that names them."""
+        algorithm = self.algorithm
+        found = {
+            "teacher_log_probs": ("algorithm.distillation.teacher", algorithm.distillation.teacher),
+            "reference_log_probs": ("algorithm.kl.servers", algorithm.kl.servers),
+        }
+        return {fact: (section, servers) for fact, (section, servers) in found.items() if servers is not None}
 
     @model_validator(mode="after")
     def dumped_steps_exist(self) -> "Config":

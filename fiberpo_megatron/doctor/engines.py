@@ -11,7 +11,7 @@ from fiberpo_megatron.doctor.software import ENGINE, requirement_of
 from fiberpo_megatron.engines.addresses import free_ports, is_free
 from fiberpo_megatron.engines.answers import CONTROL_BYTES, parsed
 from fiberpo_megatron.engines.api_key import read_key
-from fiberpo_megatron.engines.client import KEY_FIX, EngineAddress
+from fiberpo_megatron.engines.client import EngineAddress
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 10.0
@@ -63,7 +63,7 @@ def _server(address: EngineAddress, needed: tuple[str, ...]) -> Finding:
         with httpx.Client(base_url=address.url, timeout=TIMEOUT_S, trust_env=False, headers=headers) as http:
             info = _answer(http, "/server_info")
             if info is None:
-                return Finding(name, "fail", "the server asks for another API key", KEY_FIX)
+                return Finding(name, "fail", "the server asks for another API key", address.key_fix)
             version = str(info.get("version", "unknown"))
             offered = (_answer(http, "/openapi.json") or {})["paths"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:

@@ -119,19 +119,29 @@ def completion(answer: object, asked: Asked) -> Completion:
     return Completion(token_ids, log_probs, reason, _weight_spans(info, len(token_ids)), experts)
 
 
-def prompt_log_probs(answer: object, token_ids: Sequence[int]) -> NDArray[np.float32]:
-    """Return the [len - 1] log-probs of token_ids[1:], from a /generate answer with `logprob_start_len` 0.
+def prompt_log_probs(answer: object, token_ids: Sequence[int], first: int = 1) -> NDArray[np.float32]:
+    """Return the [len - first] log-probs of token_ids[first:], from a /generate answer with `logprob_start_len`
+    first - 1.
 
     SGLang 0.5 scores token 0 in place of the vocabulary's last one in a prompt (its guard against image hashes is off
     by one) and names it 0; the log-probs of such positions are nan.
     """
     entries = field(field(answer, "meta_info", dict), "input_token_logprobs", list)
-    if len(entries) != len(token_ids):
-        raise ValueError(f"{len(token_ids)} tokens were to be scored, but the answer has log-probs for {len(entries)}")
+    asked = len(token_ids) - first + 1
+    if len(entries) != asked:
+        raise ValueError(f"{asked} tokens were to be scored, but the answer has log-probs for {len(entries)}")
     last = max(token_ids)
-    replaced = [a == last and _named(entry) == 0 != a for a, entry in zip(token_ids[1:], entries[1:])]
-    named = [0 if wrong else token for token, wrong in zip(token_ids[1:], replaced)]
+    replaced = [a == last and _named(entry) == 0 != a for a, entry in zip(token_ids[first:], entries[1:])]
+    named = [0 if wrong else token for token, wrong in zip(token_ids[first:], replaced)]
     return np.where(replaced, np.float32(np.nan), _log_probs(entries[1:], named))
+
+
+def texts(answer: object, count: int) -> list[str]:
+    """Return the `count` texts of an answer to /v1/detokenize."""
+    found = field(answer, "text", list)
+    if len(found) != count or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"the texts of {count} tokens were asked for, but the answer is {short(found)}")
+    return found
 
 
 def abort_message(answer: object) -> str | None:

@@ -30,7 +30,7 @@ from fiberpo_megatron.environments import ToolCall
 from fiberpo_megatron.types import Completion
 
 CONTROL_TIMEOUT_S = 60.0
-KEY_FIX = "Name the file with the servers' key in rollout.engine.api_key_file"
+KEY_FIX = "Name the file with the servers' key in {section}.api_key_file"
 KEEP_ALIVE_S = 3.0
 """Idle connections are dropped sooner than the server drops them (5 s): none is used while it closes."""
 
@@ -45,6 +45,8 @@ class EngineAddress:
     log: Path | None = None
     api_key: str | None = field(default=None, repr=False)
     """Sent with every request (`Authorization: Bearer`); never shown."""
+    section: str = "rollout.engine"
+    """Section of the config that names the server, for messages."""
 
     def __post_init__(self) -> None:
         checked_url(self.url)
@@ -52,6 +54,11 @@ class EngineAddress:
     @property
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    @property
+    def key_fix(self) -> str:
+        """Say where the key of the server is named."""
+        return KEY_FIX.format(section=self.section)
 
 
 NEUTRAL: dict[str, object] = {
@@ -199,19 +206,43 @@ class EngineClient:
                 self._refuse_abort(element)
             return [answers.completion(element, one) for element, one in zip(answer, asked)]
 
-    async def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Return the [len - 1] log-probs of token_ids[1:] at temperature 1 (SGLang scores prompts at no other)."""
+    async def score(self, token_ids: Sequence[int], first: int = 1) -> NDArray[np.float32]:
+        """Return the [len - first] log-probs of token_ids[first:] at temperature 1 (SGLang scores prompts at no other).
+
+        Trajectories of one prompt share its work in the server's cache where `first` lies behind the prompt.
+        """
+        if not 1 <= first < len(token_ids):
+            raise ValueError(f"tokens from {first} on are to be scored, but a text of {len(token_ids)} tokens has none")
         request = {
             "input_ids": list(token_ids),
             "sampling_params": Sampling(0).as_json(),
             "return_logprob": True,
-            "logprob_start_len": 0,
+            "logprob_start_len": first - 1,
             "stream": False,
         }
         answer = await self._call("POST", "/generate", request, self.timeout_s, Asked(len(token_ids), 0).largest_bytes)
         with self._answer_errors("/generate"):
             self._refuse_abort(answer)
-            return answers.prompt_log_probs(answer, token_ids)
+            return answers.prompt_log_probs(answer, token_ids, first)
+
+    async def check_token(self, token: int) -> None:
+        """Raise EngineRefused, with the server's words, when `token` is not in the vocabulary of its model."""
+        request = {
+            "input_ids": [0],
+            "sampling_params": Sampling(0).as_json(),
+            "return_logprob": True,
+            "token_ids_logprob": [token],
+            "stream": False,
+        }
+        await self._call("POST", "/generate", request, self.timeout_s, json=False)
+
+    async def texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Return the text of each token alone, special tokens included. Raises EngineRefused when the server has no
+        tokenizer (`--skip-tokenizer-init`)."""
+        request = {"tokens": [[token] for token in token_ids], "skip_special_tokens": False}
+        answer = await self._call("POST", "/v1/detokenize", request, CONTROL_TIMEOUT_S)
+        with self._answer_errors("/v1/detokenize"):
+            return answers.texts(answer, len(token_ids))
 
     def _refuse_abort(self, answer: object) -> None:
         reason = answers.abort_message(answer)
@@ -459,7 +490,8 @@ class EngineClient:
                 self.address.log,
             ) from error
         if response.status_code == httpx.codes.UNAUTHORIZED:
-            raise EngineRefused(self.url, f"{path} was refused: {_key_seen(self.address)}", KEY_FIX)
+            what = f"{path} was refused: {_key_seen(self.address)}"
+            raise EngineRefused(self.url, what, self.address.key_fix)
         if not fine:
             raise self._refused(path, f"HTTP {response.status_code}: {_reason(body)}")
         with self._answer_errors(path):

@@ -16,7 +16,7 @@ import torch
 
 from fiberpo_megatron.engines.addresses import free_ports, is_free
 from fiberpo_megatron.engines.api_key import key_pipe
-from fiberpo_megatron.engines.client import KEY_FIX, EngineAddress
+from fiberpo_megatron.engines.client import EngineAddress
 from fiberpo_megatron.engines.command import Server, interpreter, server_command, server_environment, sglang_version
 from fiberpo_megatron.engines.errors import EngineRefused, EngineStartError, EngineUnreachable
 from fiberpo_megatron.engines.settings import EngineConfig
@@ -124,18 +124,19 @@ def check_reachable(address: EngineAddress) -> None:
         with httpx.Client(headers=address.headers, trust_env=False, timeout=CHECK_TIMEOUT_S) as http:
             status = _status(http, "GET", f"{address.url}/model_info")
         if status == httpx.codes.UNAUTHORIZED:
-            raise EngineRefused(address.url, "the server asks for another API key than this run has", KEY_FIX)
+            what = "the server asks for another API key than this run has"
+            raise EngineRefused(address.url, what, address.key_fix)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise EngineUnreachable(
             address.url,
             f"no SGLang server answers ({type(error).__name__}: {error})",
-            "Start it, or correct rollout.engine.urls",
+            f"Start it, or correct {address.section}.urls",
         ) from error
     if status != httpx.codes.OK:
         raise EngineUnreachable(
             address.url,
             f"no SGLang server answers (HTTP {status} to /model_info)",
-            "Start it, or correct rollout.engine.urls",
+            f"Start it, or correct {address.section}.urls",
         )
 
 

@@ -10,6 +10,48 @@ from fiberpo_megatron.engines.urls import checked_url
 from fiberpo_megatron.settings import Section
 
 
+class ScoringServers(Section):
+    """These settings say which running SGLang servers score a run's trajectories with another model. The address of one
+    server, or a list of addresses, stands for `{urls = [...]}`."""
+
+    urls: list[str] = Field(min_length=1)
+    """Addresses of the servers (http://host:port, or https); all serve the same model."""
+    api_key_file: Path | None = None
+    """File (mode 0600) with the API key of the servers."""
+    max_concurrent_requests: int = Field(64, ge=1)
+    """Trajectories that one data-parallel leader has in work at the servers, all servers together."""
+    request_timeout_s: float = Field(600.0, gt=0)
+    """Seconds one scoring request may take, its wait in the server's queue included."""
+    retries: int = Field(3, ge=0)
+    """How often a request that was lost, or had no answer in time, is sent again, to the next server where there are
+    several."""
+    trust_vocabulary: bool = False
+    """Take it for granted that every token id means the same to the servers. false: it is checked before anything is
+    sampled; a server without a tokenizer (--skip-tokenizer-init) cannot be asked and is refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def nothing_secret(cls, values: Any) -> Any:
+        """Check `urls` before any other message could show a password that stands in them."""
+        urls = values.get("urls") if isinstance(values, dict) else None
+        if isinstance(urls, list):
+            found = [checked_url(url, "the api_key_file of the same table") for url in urls]
+            if len(set(found)) < len(found):
+                raise ValueError("urls names a server twice; name each once")
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def addresses_alone(cls, values: Any) -> Any:
+        """Take an address, or a list of addresses, for `urls`. It runs before `nothing_secret`, so that a message is
+        about a table and shows no value."""
+        if isinstance(values, str | list):
+            values = {"urls": values}
+        if isinstance(values, dict) and isinstance(values.get("urls"), str):
+            values = {**values, "urls": [values["urls"]]}
+        return values
+
+
 class EngineConfig(Section):
     """These settings hold either the addresses of running SGLang servers, or how to start servers."""
 

@@ -11,8 +11,8 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _PATH = re.compile(r"(/(?!\.\.?(/|$))[A-Za-z0-9._~-]+)*/?")
 
 
-def checked_url(url: object) -> str:
-    """Return the address of a server without a slash at its end.
+def checked_url(url: object, key_setting: str = "rollout.engine.api_key_file") -> str:
+    """Return the address of a server without a slash at its end. `key_setting`: where the config names its key.
 
     An address is http://host:port or https://host:port, with a path where a proxy needs one. Everything else raises
     ValueError: an address with a name and password, another scheme, control characters, spaces, a query. The message
@@ -21,9 +21,7 @@ def checked_url(url: object) -> str:
     if not isinstance(url, str):
         raise ValueError(f"an engine's address is a {type(url).__name__}; write a text like http://host:port")
     if "@" in url:
-        raise _refused(
-            url, "it holds a user's name or password", "name the servers' key in rollout.engine.api_key_file"
-        )
+        raise _refused(url, "it holds a user's name or password", f"name the servers' key in {key_setting}")
     if not url.isascii() or not url.isprintable() or " " in url:
         raise _refused(url, "it has a character that no address has (a control character, a space, or none of ASCII)")
     if "?" in url or "#" in url:

@@ -71,8 +71,8 @@ class ScaleRow:
 
 
 def token_bytes() -> int:
-    """Return the bytes of one token in a batch of rollouts, without routing."""
-    kept = [fact for fact in fields(RolloutBatch) if fact.metadata["per"] == TOKEN and fact.name != "routed_experts"]
+    """Return the bytes of one token in a batch of rollouts, without what a run may ask for (routing, scores)."""
+    kept = [fact for fact in fields(RolloutBatch) if fact.metadata["per"] == TOKEN and fact.metadata["empty"] is None]
     return sum(fact.metadata["dtype"].itemsize for fact in kept)
 
 

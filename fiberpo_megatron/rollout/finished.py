@@ -33,7 +33,15 @@ _HEAD = struct.Struct("<4sqQI")
 """Magic, index of the prompt (_ORIGIN for the first record), bytes that follow, their CRC-32."""
 _MAGIC = b"grp1"
 _ORIGIN = -1
-_ARRAYS = ("token_ids", "log_probs", "routed_experts", "loss_mask", "engines")
+_ARRAYS = (
+    "token_ids",
+    "log_probs",
+    "routed_experts",
+    "loss_mask",
+    "engines",
+    "teacher_log_probs",
+    "reference_log_probs",
+)
 _FACTS = tuple(fact.name for fact in fields(Trajectory) if fact.name not in ("prompt", "completion"))
 """What a trajectory says besides its tokens: JSON values."""
 _log = logging.getLogger(__name__)
@@ -235,6 +243,8 @@ def _trajectory(prompt: Prompt, described: dict[str, Any], arrays: dict[str, Any
         routed_experts=arrays["routed_experts"],
         loss_mask=arrays["loss_mask"],
         engines=arrays["engines"],
+        teacher_log_probs=arrays["teacher_log_probs"],
+        reference_log_probs=arrays["reference_log_probs"],
     )
     asked = tuple(described.get("prompt_ids", prompt.token_ids))
     return Trajectory(

@@ -2,20 +2,22 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
+
+import numpy as np
 
 from fiberpo_megatron.engines.background import BackgroundLoop
 from fiberpo_megatron.environments import Outcome, Turn
 from fiberpo_megatron.environments import Trajectory as EnvironmentTrajectory
 from fiberpo_megatron.environments.budget import StepBudget
 from fiberpo_megatron.environments.host import EnvironmentFailed, Failure
-from fiberpo_megatron.interfaces import ConversationEncoder, Sampler
+from fiberpo_megatron.interfaces import ConversationEncoder, Sampler, Scorer
 from fiberpo_megatron.rollout.conversation import ParseTools, PolicyConversation, response_seeds
 from fiberpo_megatron.rollout.environments import RunningEnvironment
 from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory
@@ -53,6 +55,8 @@ class Generator:
     random_reward: bool = False
     """`data.random_reward`."""
     parse_tools: ParseTools | None = None
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    """What scores the tokens of training trajectories, by the field of `Completion` that it fills."""
 
     def groups(
         self, prompts: Sequence[Prompt], count: int, version: str, stop: Callable[[], bool]
@@ -62,8 +66,12 @@ class Generator:
         All are sampled with weights `version`. A group has `count` trajectories, or fewer where its environment failed
         and drops them. There are fewer prompts where `stop` says so before the last has ended.
 
-        Raises EnvironmentFailed for a failure with `on_failure = "error"`, and RuntimeError when an engine answered
-        with other weights: this source is synchronous, so that would mean that a publication was lost.
+        A trajectory is scored by `scorers` as soon as it has ended, while others are still sampled, and its group is
+        finished when the scores are there.
+
+        Raises EnvironmentFailed for a failure with `on_failure = "error"`, ScoringFailed when a scorer's servers
+        failed, and RuntimeError when an engine answered with other weights: this source is synchronous, so that would
+        mean that a publication was lost.
         """
         came: SimpleQueue[tuple[int, RolloutGroup] | None] = SimpleQueue()  # None: there is no more
         asked = Counter(prompt.domain for prompt in prompts)
@@ -101,7 +109,8 @@ class Generator:
         """Return the `count` scored trajectories of one prompt. `budget` bounds the time of its environment."""
         environment = self.environments[prompt.domain]
         if environment.description.single_turn:
-            samples = await self._single_turns(environment, prompt, count, version, budget)
+            single = await self._single_turns(environment, prompt, count, version, budget)
+            samples = await _together(map(self._with_scores, single))
         else:
             samples = await _together(self._conversation(environment, prompt, i, version, budget) for i in range(count))
         if environment.description.scores_groups:
@@ -164,7 +173,20 @@ class Generator:
             return _Sample(prompt, None, "", (), result)
         last = conversations[-1]
         asked = prompt if last.prompt_ids == prompt.token_ids else replace(prompt, token_ids=last.prompt_ids)
-        return _Sample(asked, last.completion, last.text, tuple(turns[-1]), result)
+        return await self._with_scores(_Sample(asked, last.completion, last.text, tuple(turns[-1]), result))
+
+    async def _with_scores(self, sample: _Sample) -> _Sample:
+        """The sample with what other models say about its tokens. Held-out ones are not trained on, and not scored."""
+        completion = sample.completion
+        if not self.scorers or completion is None or sample.prompt.split != "train":
+            return sample
+        found = await _together(
+            scorer.log_probs(sample.prompt.token_ids, completion.token_ids) for scorer in self.scorers.values()
+        )
+        if completion.loss_mask is not None:
+            found = [np.where(completion.loss_mask, log_probs, np.float32(np.nan)) for log_probs in found]
+        scores: dict[str, Any] = dict(zip(self.scorers, found))
+        return replace(sample, completion=replace(completion, **scores))
 
     async def _score_group(
         self,

@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +16,12 @@ from fiberpo_megatron.data.encoding import Encoder
 from fiberpo_megatron.data.prompts import PromptSets
 from fiberpo_megatron.engines.answers import RoutingShape
 from fiberpo_megatron.engines.api_key import new_key, read_key
-from fiberpo_megatron.engines.client import EngineAddress, Sampling
+from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
+from fiberpo_megatron.engines.errors import EngineError
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.engines.registry import SLACK_S, Registry
 from fiberpo_megatron.engines.servers import check_reachable, engines
-from fiberpo_megatron.engines.settings import EngineConfig
+from fiberpo_megatron.engines.settings import EngineConfig, ScoringServers
 from fiberpo_megatron.interfaces import Policy, Recorder, RolloutSource
 from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
@@ -29,6 +30,7 @@ from fiberpo_megatron.rollout.conversation import ParseTools
 from fiberpo_megatron.rollout.environments import Environments
 from fiberpo_megatron.rollout.generator import Generator
 from fiberpo_megatron.rollout.sampler import EngineSampler
+from fiberpo_megatron.rollout.scoring import ScoringFailed, ServedScores, check_vocabulary, probed_tokens
 from fiberpo_megatron.sources.device_sharing import SeparateDevices, SharedDevices
 from fiberpo_megatron.sources.engine import EngineSource
 from fiberpo_megatron.sources.replay import ReplaySource
@@ -76,6 +78,7 @@ def rollout_source(
         )
         return
     with ExitStack() as stack:
+        scorers = stack.enter_context(scoring_servers(parts))
         shared = SharedDevices(policy) if config.rollout.engine.colocated else None
         pool = stack.enter_context(engine_pool(parts))
         with together(parts.layout, "checking the engines"):
@@ -93,7 +96,9 @@ def rollout_source(
             policy=policy,
             prompts=parts.prompts,
             read=read,
-            generator=None if environments is None else _generator(config, environments, sampler, parts.encoder, pool),
+            generator=None
+            if environments is None
+            else _generator(config, environments, sampler, parts.encoder, pool, scorers),
             sampler=sampler,
             publisher=publisher,
             store=store,
@@ -130,7 +135,12 @@ def make_sampler(config: Config, hf_config: Mapping[str, Any], encoder: Encoder,
 
 
 def _generator(
-    config: Config, environments: Environments, sampler: EngineSampler, encoder: Encoder, pool: EnginePool
+    config: Config,
+    environments: Environments,
+    sampler: EngineSampler,
+    encoder: Encoder,
+    pool: EnginePool,
+    scorers: Mapping[str, ServedScores],
 ) -> Generator:
     parser = config.rollout.tool_call_parser
     parse: ParseTools | None = partial(pool.clients[0].parse_tool_calls, parser=parser) if parser else None
@@ -142,6 +152,7 @@ def _generator(
         config.run.seed,
         config.data.random_reward,
         parse,
+        scorers,
     )
 
 
@@ -150,6 +161,55 @@ def _routing_shape(hf_config: Mapping[str, Any]) -> RoutingShape:
     architecture = read_architecture(hf_config)
     assert architecture.experts is not None
     return RoutingShape(architecture.layers, architecture.experts.per_token, architecture.experts.count)
+
+
+@contextmanager
+def scoring_servers(parts: SourceParts) -> Iterator[dict[str, ServedScores]]:
+    """Yield on leaders what scores trajectories on given servers, by the fact of a trajectory that it gives.
+
+    Every rank calls it. Rank 0 compares the servers' vocabularies with the run's first: nothing was sampled by then.
+    """
+    with ExitStack() as stack:
+        found: dict[str, ServedScores] = {}
+        for fact, (section, servers) in parts.config.scoring_servers.items():
+            key: str | None = None
+            with together(parts.layout, f"checking the servers of {section}"):
+                if parts.layout.rank == 0 and servers.api_key_file is not None:
+                    key = read_key(servers.api_key_file)
+            key = json.loads(parts.layout.share_text(json.dumps(key) if parts.layout.rank == 0 else None))
+            addresses = [EngineAddress(url.rstrip("/"), api_key=key, section=section) for url in servers.urls]
+            with together(parts.layout, f"checking the servers of {section}"):
+                if parts.environments is not None:
+                    pool = EnginePool(
+                        addresses,
+                        timeout_s=servers.request_timeout_s,
+                        max_concurrent=servers.max_concurrent_requests,
+                        loop=parts.environments.loop,
+                    )
+                    found[fact] = ServedScores(stack.enter_context(pool), servers, section)
+                if parts.layout.rank == 0:
+                    _check_scoring(parts, found[fact], servers)
+        yield found
+
+
+def _check_scoring(parts: SourceParts, scores: ServedScores, servers: ScoringServers) -> None:
+    vocabulary = int(parts.hf_config["vocab_size"])
+    ids = probed_tokens(vocabulary, parts.encoder.stop_ids)
+
+    def check(client: EngineClient) -> Coroutine[Any, Any, None]:
+        return check_vocabulary(
+            client,
+            parts.encoder.tokenizer,
+            ids,
+            vocabulary=vocabulary,
+            section=scores.section,
+            trust=servers.trust_vocabulary,
+        )
+
+    try:
+        scores.pool.on_all(check)
+    except EngineError as error:
+        raise ScoringFailed(f"{scores.section}: {error}") from error
 
 
 @contextmanager

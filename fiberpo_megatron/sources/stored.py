@@ -41,6 +41,7 @@ class StoredRollouts:
     def __init__(self, config: Config, vocabulary: int, layout: Layout, start: int, resume: bool) -> None:
         self._config = config.storage
         self._needs_routing = config.needs_rollout_routing
+        self._needs_scores = {fact: section for fact, (section, _) in config.scoring_servers.items()}
         self._layout = layout
         self._own = RolloutDump(config.run.folder / DUMP)
         self._replayed = dump_of(config.storage.replay) if config.storage.replay else None
@@ -130,6 +131,12 @@ class StoredRollouts:
                 f"{dump.path(step)} has no expert routing, which this run's [algorithm] needs; make the dump with "
                 "rollout.return_routing = true"
             )
+        for fact, section in self._needs_scores.items():
+            if not len(getattr(batch, fact)):
+                raise DumpError(
+                    f"{dump.path(step)} has no {fact}, which this run's {section} asks for: the rollouts were stored "
+                    f"without scores, and a replay asks no server; make the dump with {section} set, or unset it"
+                )
         return batch
 
     def _reuse(self, step: int, prompts: Sequence[Prompt], weights: str) -> RolloutBatch | None:
@@ -205,6 +212,8 @@ def _digests(config: Config, world_size: int) -> tuple[str, str]:
     described["rollout"]["engine"] = config.rollout.engine.dtype  # the servers' addresses and sizes decide nothing
     del described["rollout"]["max_concurrent_requests"]
     training = config.model_dump(mode="json", include={"parallel", "optimizer", "algorithm", "batch", "trainer"})
+    if config.scoring_servers:  # their addresses decide nothing, but groups without scores cannot stand beside others
+        described["scores"] = sorted(config.scoring_servers)
     sampling = described | {"model": {"path": described["model"]["path"], "dtype": described["model"]["dtype"]}}
     return _digest(described | training | {"ranks": world_size}), _digest(sampling)
 

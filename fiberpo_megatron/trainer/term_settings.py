@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from fiberpo_megatron.engines.settings import ScoringServers
 from fiberpo_megatron.settings import Section
 
 
@@ -22,6 +23,10 @@ class KlConfig(Section):
     reference: Path | None = None
     """Hugging Face folder of the reference: a model of the same shape and vocabulary. Unset: the weights with which the
     run begins, which are those of `model.path`."""
+    servers: ScoringServers | None = None
+    """SGLang servers of the reference, which score trajectories while others are sampled, in the place of weights in
+    host memory and another forward pass: `servers = "http://host:port"`, or a table. They score at temperature 1, so
+    that rollout.temperature must be 1."""
     target: float | None = Field(None, gt=0)
     """Divergence in nats per token to which the coefficient is steered after every training step. Unset: the
     coefficient stays."""
@@ -35,6 +40,15 @@ class KlConfig(Section):
             raise ValueError(
                 'algorithm.kl.estimator = "unbiased" is a loss: its factor pi / pi_old is 1 in a reward; set '
                 'algorithm.kl.estimator = "k1", which is unbiased in the reward, or algorithm.kl.where = "loss"'
+            )
+        if self.servers is not None and self.reference is not None:
+            raise ValueError(
+                f"algorithm.kl.reference = {self.reference} and algorithm.kl.servers name two references; keep one"
+            )
+        if self.servers is not None and self.coefficient == 0:
+            raise ValueError(
+                "algorithm.kl.servers would score every trajectory for nothing, because algorithm.kl.coefficient = 0; "
+                "set a coefficient, or unset the servers"
             )
         if self.target is not None and self.coefficient == 0:
             raise ValueError(
@@ -55,3 +69,37 @@ class EntropyConfig(Section):
     entropy was below, and shrinks by `step` where it was above. Unset: the coefficient stays."""
     step: float = Field(0.0005, gt=0)
     """Change of a steered coefficient in a training step."""
+
+
+class DistillationConfig(Section):
+    """These settings make the policy follow a teacher on the policy's own trajectories, which an SGLang server of the
+    teacher scores (docs/objectives.md). They are off without a `teacher`."""
+
+    teacher: ScoringServers | None = None
+    """SGLang servers of the teacher: `teacher = "http://host:port"`, a list of addresses, or a table. It must have the
+    vocabulary of model.path, and scores at temperature 1: rollout.temperature must be 1, top_p 1 and top_k -1."""
+    coefficient: float = Field(1.0, gt=0)
+    """Factor of log teacher(a) - log pi_old(a), the negative reverse KL divergence at a sampled token, in its
+    advantage."""
+    reward_weight: float = Field(0.0, ge=0)
+    """Factor of the advantage from rewards, which is added to it. 0 is pure distillation: rewards are logged alone, and
+    one trajectory a prompt is enough."""
+    clip: float | None = Field(None, gt=0)
+    """Bound of |log teacher(a) - log pi_old(a)| in nats. Unset: none."""
+
+
+class OffPolicyMaskConfig(Section):
+    """These settings leave tokens of trajectories that have left the policy out of the objective: the off-policy
+    sequence mask of DeepSeek-V3.2 (arXiv:2512.02556, equation 9)."""
+
+    delta: float | None = Field(None, gt=0)
+    """Mean over a trajectory's tokens of log(pi_rollout / pi), in nats, above which its tokens with a negative
+    advantage have weight 0. pi_rollout are the engine's probabilities. Unset: the mask is off."""
+
+
+class SupervisedConfig(Section):
+    """These settings add the log-likelihood of the step's own right answers to the objective (VAPO, arXiv:2504.05118,
+    section 4.3)."""
+
+    coefficient: float = Field(0.0, ge=0)
+    """Factor of the mean log-prob of the response tokens of correct trajectories; 0 switches the term off."""

@@ -61,7 +61,8 @@ class GateTokens:
     advantages: Tensor
     """float32 [n]"""
     weights: Tensor
-    """float64 [n] mu, with the factors of the masks in `coefficients`"""
+    """float64 [n] mu, in `mask` with the factors of the masks before it. `coefficients` gets those of the mini-batch: a
+    mask is about the objective, and not about what is added to it."""
     rollout_log_probs: Tensor
     """float32 [n]"""
     reference_log_probs: Tensor | None
@@ -72,6 +73,8 @@ class GateTokens:
     """int64 [n] per key"""
     counts: Mapping[str, int]
     """Number of ids of each key over all ranks."""
+    values: Mapping[str, Tensor]
+    """[n] by name, of `MiniBatch.term_values`"""
     reduce: Callable[[Tensor], Tensor] | None
     """Sum of a float64 tensor over the ranks that hold the other tokens; None in a single pass."""
 

@@ -26,7 +26,8 @@ class KlTerm(Term):
         """Measure the divergence of the policy that sampled; in the reward, subtract it from the advantages."""
         sums = torch.zeros(3, dtype=torch.float64)
         parts = []
-        for part, scores in zip(step.parts, step.scores):
+        for given, scores in zip(step.parts, step.scores):
+            part = _known(given, scores)
             old, reference = scores.log_probs.double().cpu(), _reference(part)
             k1, _ = kl_estimate("k1", old, reference, old)
             k3, _ = kl_estimate("k3", old, reference, old)
@@ -70,6 +71,15 @@ class KlTerm(Term):
         """Take back a steered coefficient; a fixed one stays the config's."""
         if self._settings.target is not None:
             self.coefficient = float(state["coefficient"])
+
+
+def _known(part: MiniBatch, scores: TokenScores) -> MiniBatch:
+    """The part with the old log-prob of a token that the reference's server could not score (nan), so that it has no
+    divergence: SGLang 0.5 cannot score the last token of a vocabulary."""
+    reference = _reference(part)
+    if not reference.isnan().any():
+        return part
+    return replace(part, reference_log_probs=torch.where(reference.isnan(), scores.log_probs.cpu(), reference))
 
 
 def _reference(part: MiniBatch) -> torch.Tensor:
