@@ -1,4 +1,4 @@
-"""kill -9 at five points of a run (ten in `make test-all`): in every phase, at random moments, of the launcher, of one
+"""kill -9 at three points of a run (ten in `make test-all`): in every phase, at random moments, of the launcher, of one
 rank, of all processes.
 
 The run goes on with --resume each time, and ends with bitwise the weights and metrics of a run that nobody disturbed.
@@ -133,9 +133,13 @@ def file_mode(folder: Path) -> int:
 
 @pytest.mark.sglang
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("rounds", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "phases",
+    [["generate", "save", "publish"], pytest.param([*PHASES, "any"] * 2, marks=pytest.mark.exhaustive)],
+    ids=len,
+)
 def test_a_run_survives_kills_and_ends_as_if_nothing_had_happened(
-    model: Path, engine: Any, tmp_path: Path, rounds: int
+    model: Path, engine: Any, tmp_path: Path, phases: list[str]
 ):
     options = [
         "--evaluation.prompts", "0", "--weight_sync.method", "disk", "--rollout.max_response_tokens", "40",
@@ -144,8 +148,7 @@ def test_a_run_survives_kills_and_ends_as_if_nothing_had_happened(
         "--optimizer.schedule", "constant", "--optimizer.warmup_steps", "2",  # do not depend on the number of steps
     ]  # fmt: skip
     draw = random.Random(SEED)
-    phases = [*PHASES, "any"] * rounds
-    draw.shuffle(phases)
+    phases = draw.sample(phases, len(phases))
     folder = tmp_path / "killed" / "run"
     folder.parent.mkdir()
     watch = Watch(folder)
@@ -153,7 +156,8 @@ def test_a_run_survives_kills_and_ends_as_if_nothing_had_happened(
     hit = set()
     for phase in phases:
         hit.add(disturb(words, watch, phase, draw.choice(["everything", "launcher", "rank"]), draw))
-    assert hit | {"generate"} == {*PHASES, "any"}  # generation may be over when the signal comes
+    either = {"generate", "forward"}  # generation may be over when the signal comes
+    assert hit | either == {*phases} | either
 
     options += ["--trainer.steps", str(watch.done() + 1)]
     done = run(model, folder, *options, "--resume")

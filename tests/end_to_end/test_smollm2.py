@@ -106,6 +106,7 @@ def test_the_conversion_is_what_transformers_reads(gguf: Path, smollm2: Path):
         assert not added.any() and (added.numel() > 0) == ("self_attn" in name), name
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.sglang
 def test_a_real_model_is_trained_with_tensor_parallelism(smollm2: Path, tmp_path: Path):

@@ -73,25 +73,31 @@ NODES = {"gate_nodes", "adjoin_nodes"}
 COARSE = {"place_nodes", "sum_up", "report_parents"}
 
 
+FURTHER: list[tuple[str, int, torch.dtype, dict[str, Any]]] = [
+    ("fiberpo-expert", 90, torch.float32, {}),
+    ("fiberpo-expert", 80, torch.float32, {"expert_membership": "hard", "unclip_positive": True}),
+    ("fiberpo", 80, torch.float32, {"pessimistic": True, "dual_clip": 3.0, "k_max": 8}),
+    ("fiberpo-expert", 90, torch.float32, {"budgets": BY_NODE}),
+    ("gspo", 90, torch.float32, {}),
+    ("apc", 80, torch.float32, {}),
+    ("tests.fibration.topr_kernel:FusedTOPR", 90, torch.float32, {}),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "capability", "dtype", "options"),
     [
         ("fiberpo", 90, torch.float64, {"dual_clip": 2.0}),
-        ("fiberpo-expert", 90, torch.float32, {}),
-        ("fiberpo-expert", 80, torch.float32, {"expert_membership": "hard", "unclip_positive": True}),
-        ("fiberpo", 80, torch.float32, {"pessimistic": True, "dual_clip": 3.0, "k_max": 8}),
-        ("fiberpo-expert", 90, torch.float32, {"budgets": BY_NODE}),
-        ("gspo", 90, torch.float32, {}),
-        ("apc", 80, torch.float32, {}),
+        ("fiberpo-expert", 80, torch.float32, {"budgets": BY_NODE}),
         ("dapo", 90, torch.float32, {}),
-        ("tests.fibration.sapo_kernel:FusedSAPO", 90, torch.float32, {}),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in FURTHER),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_kernels_compile(name: str, capability: int, dtype: torch.dtype, options: dict, monkeypatch) -> None:
     done = compiled(name, capability, dtype, monkeypatch, **options)
     expected = RUNS | TOKENS
-    if name not in ("dapo", "tests.fibration.sapo_kernel:FusedSAPO"):
+    if name not in ("dapo", "tests.fibration.topr_kernel:FusedTOPR"):
         expected |= ADJOINTS
     if name.startswith("fiberpo"):
         expected |= NODES | {"find_largest"}

@@ -55,6 +55,12 @@ def test_kernels_compile(tmp_path: Path) -> None:
     run_cases("compile_cases.py", tmp_path, TRITON_INTERPRET="0")
 
 
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1200)
+def test_the_other_kernels_compile(tmp_path: Path) -> None:
+    run_cases("compile_cases.py", tmp_path, "exhaustive", TRITON_INTERPRET="0")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_kernels_match_the_torch_passes_on_a_gpu(tmp_path: Path) -> None:
