@@ -35,18 +35,36 @@ def test_value_and_gradient(chunk: int, temperature: float):
     )
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(entropy, -(rows.exp() * rows).sum(-1), rtol=1e-12, atol=1e-12)
-    assert not entropy.requires_grad
     for one, other in zip(torch.autograd.grad((weights * found).sum(), (states, weight)), wanted_gradient):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_gradient_by_finite_differences():
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_gradient_of_the_entropy(chunk: int, temperature: float):
+    """Beside that of the log-probs, and alone, against torch's log_softmax."""
+    states, weight, labels, positions = inputs()
+    weights, bonus = torch.linspace(-1, 2, 5, dtype=torch.float64), torch.linspace(0.5, -1, 5, dtype=torch.float64)
+    rows = (states[positions, 0] @ weight.t() / temperature).log_softmax(-1)
+    log_probs, entropies = rows[torch.arange(5), labels], -(rows.exp() * rows).sum(-1)
+    found, entropy = response_log_probs(
+        states, weight, labels, positions, temperature=temperature, shard=ALONE, chunk=chunk
+    )
+    for scale in (1.0, 0.0):
+        value = (bonus * entropy).sum() + (scale * (weights * found).sum() if scale else 0.0)
+        wanted = (bonus * entropies).sum() + scale * (weights * log_probs).sum()
+        both = (torch.autograd.grad(it, (states, weight), retain_graph=True) for it in (value, wanted))
+        for one, other in zip(*both):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_by_finite_differences():
     states, weight, labels, positions = inputs(rows=11)
 
-    def log_probs(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return response_log_probs(states, weight, labels, positions, temperature=0.8, shard=ALONE, chunk=3)[0]
+    def scores(states: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return response_log_probs(states, weight, labels, positions, temperature=0.8, shard=ALONE, chunk=3)
 
-    assert torch.autograd.gradcheck(log_probs, (states, weight))
+    assert torch.autograd.gradcheck(scores, (states, weight))
 
 
 def test_no_response_token_still_has_a_gradient():
@@ -89,8 +107,9 @@ class LargestOutput(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("bonus", [False, True], ids=["log-probs", "entropy too"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_tensor_is_larger_than_a_chunk_of_logits(dtype: torch.dtype):
+def test_no_tensor_is_larger_than_a_chunk_of_logits(dtype: torch.dtype, bonus: bool):
     """Forward and backward: not [tokens, vocabulary] in float32, nor in the model's type."""
     tokens, hidden, vocabulary, chunk = 512, 4, 1000, 32
     for size, wanted in ((chunk, chunk), (tokens, tokens)):
@@ -98,9 +117,10 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(dtype: torch.dtype):
         weight = torch.randn(vocabulary, hidden).to(dtype).requires_grad_()
         labels = torch.randint(vocabulary, (tokens,))
         with LargestOutput() as largest:
-            found, _ = response_log_probs(
+            found, entropy = response_log_probs(
                 states, weight, labels, torch.arange(tokens), temperature=1.0, shard=ALONE, chunk=size
             )
-            found.sum().backward()
+            value = found.sum() + entropy.sum() if bonus else found.sum()
+            value.backward()
         assert states.grad is not None and weight.grad is not None
         assert largest.bytes == 4 * wanted * vocabulary
