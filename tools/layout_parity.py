@@ -2,6 +2,7 @@
 
     python tools/layout_parity.py --tensor 2 --pipeline 2 --objective fiberpo-domain --micro-batch-tokens 64
     python tools/layout_parity.py --pipeline 2 --virtual-pipeline 2 --model latent --steps 3
+    python tools/layout_parity.py --context 2 --objective gspo --terms kl=k3,kl.where=reward,entropy
 
 A small model (`--model`: Qwen3-MoE, dense Qwen3 with tied embeddings, DeepSeek-V3) with the same seeded weights is run
 (a) by one process in float64 with all trajectories in one micro-batch and (b) by tensor x pipeline x context x data
@@ -9,6 +10,15 @@ processes in float32 with the given token budget. The last line is a JSON object
 largest reference value (`coefficients_max_relative_diff` and so on), for gradients per global tensor. `--steps N` also
 compares the parameters after N optimiser steps, which the reference takes with torch.optim.AdamW. The reference runs on
 CPU, the layout on GPUs if there are any. `fiberpo certify` makes this comparison for a config's model and objective.
+
+`--terms` adds terms to the objective. Its items, separated by commas, are sections of [algorithm]:
+
+    NAME              the term with the settings of TERMS below
+    NAME=VALUE        the same with another value of its main setting, which is the first one there
+    NAME.KEY=VALUE    the same with another value of that setting
+
+What terms read beside the policy's log-probs (the reference's, the teacher's, the engine's, and which trajectories are
+right) is drawn from the seed. `entropy` enters through `gradient`, the others through `coefficients` as well.
 """
 
 import argparse
@@ -21,6 +31,30 @@ from fiberpo_megatron.certify.batch import Problem, draw_problem
 from fiberpo_megatron.certify.models import MODELS
 from fiberpo_megatron.certify.processes import RanksFailed, run_ranks
 from fiberpo_megatron.certify.training_step import SIZES, Case, compare, run_rank, run_reference
+
+
+TERMS: dict[str, dict[str, str | float]] = {
+    "kl": {"estimator": "unbiased", "coefficient": 0.3},
+    "entropy": {"coefficient": 0.2},
+    "distillation": {"coefficient": 0.5, "teacher": "http://127.0.0.1:1", "reward_weight": 1.0},
+    "off_policy_mask": {"delta": 0.02},
+    "supervised": {"coefficient": 0.3},
+}
+"""Settings of each term, the main one first, with which it is a good part of the gradient."""
+
+
+def terms_of(text: str) -> dict[str, dict[str, str | float]]:
+    """Return sections of [algorithm] from the items of `--terms`. Raises ValueError for an unknown name."""
+    sections: dict[str, dict[str, str | float]] = {}
+    for item in filter(None, text.split(",")):
+        path, _, value = item.partition("=")
+        name, _, key = path.partition(".")
+        if name not in TERMS:
+            raise ValueError(f"--terms {item}: {name!r} is no term; choose from {', '.join(TERMS)}")
+        section = sections.setdefault(name, dict(TERMS[name]))
+        if value:
+            section[key or next(iter(TERMS[name]))] = value
+    return sections
 
 
 def make_problem(seed: int, partitions: int) -> Problem:
@@ -41,6 +75,7 @@ def case_of(words: Sequence[str] | None = None) -> Case:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", choices=list(MODELS), default="moe")
     parser.add_argument("--steps", type=int, default=0, help="optimiser steps after which parameters are compared")
+    parser.add_argument("--terms", type=terms_of, default={}, help="what is added to the objective: kl=k3,entropy,..")
     args = parser.parse_args(words)
     return Case(
         model=MODELS[args.model],
@@ -50,6 +85,7 @@ def case_of(words: Sequence[str] | None = None) -> Case:
         micro_batch_tokens=args.micro_batch_tokens,
         seed=args.seed,
         steps=args.steps,
+        terms=args.terms,
     )
 
 

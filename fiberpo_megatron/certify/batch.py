@@ -41,6 +41,17 @@ class Problem:
     """[N, P]"""
     domains: int
 
+    @property
+    def normaliser(self) -> float:
+        """Return what the weighting "constant" divides by: the longest response's tokens."""
+        return float(self.rollouts.response_lengths.max())
+
+    @property
+    def old_log_probs(self) -> NDArray[np.float64]:
+        """Return log-probs [N] from which the log ratios lead to probabilities below 1, spread over four nats."""
+        spread = 0.6180339887498949 * np.arange(len(self.log_ratio)) % 1.0  # the golden ratio: no two alike
+        return -np.maximum(self.log_ratio, 0.0) - 0.05 - 4.0 * spread
+
     def tokens(self, weighting: str, dtype: torch.dtype = torch.float32) -> Tokens:
         """Return what an objective sees of all response tokens."""
         rollouts, count = self.rollouts, len(self.rollouts.lengths)
@@ -51,11 +62,12 @@ class Problem:
         return Tokens(
             log_ratio=torch.from_numpy(self.log_ratio[index]).to(dtype),
             advantages=torch.from_numpy(self.advantages[trajectory]),
-            weights=torch.from_numpy(token_weights(rollouts.response_lengths, weighting)[trajectory]),
+            weights=torch.from_numpy(token_weights(rollouts.response_lengths, weighting, self.normaliser)[trajectory]),
             keys={name: torch.from_numpy(ids[index]) for name, (ids, _) in keys.items()},
             counts={name: number for name, (_, number) in keys.items()},
             labels={name: torch.from_numpy(of) for name, of in token_labels(rollouts, 0, count, VERSION).items()},
             expert_share=torch.from_numpy(self.expert_share[index]),
+            old_log_probs=torch.from_numpy(self.old_log_probs[index]).to(dtype),
         )
 
 

@@ -6,7 +6,7 @@ old log-probs are the reference's own minus them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from fiberpo_megatron.certify.checks import Check
 from fiberpo_megatron.certify.compare import Difference, difference
 from fiberpo_megatron.fibration import Objective, build_objective
 from fiberpo_megatron.fibration.levels import STATE_KEY
-from fiberpo_megatron.types import Coefficients, concatenated_response_tokens
+from fiberpo_megatron.types import Coefficients, TokenScores, concatenated_response_tokens
 
 TIMEOUT_S = 100.0
 TEMPERATURE = 0.8
@@ -48,6 +48,9 @@ class Case:
     seed: int = 0
     steps: int = 0
     """Optimiser steps after which parameters are compared."""
+    terms: Mapping[str, Any] = field(default_factory=dict)
+    """Sections of [algorithm] that add terms to the objective. What they read is drawn from `seed`: the log-probs of
+    reference, teacher and engine lie around the policy's own, and a third of the trajectories is right."""
 
     @property
     def ranks(self) -> int:
@@ -64,6 +67,7 @@ class Case:
                 "model": {"path": ".", "random_init": True, "dtype": "float32", "train_router": True},
                 "parallel": {**sizes, "distributed_optimizer": False},
                 "optimizer": {"learning_rate": LEARNING_RATE, "eps": ADAM_EPS, "clip_grad": CLIP_GRAD},
+                "algorithm": dict(self.terms),
             }
         )
 
@@ -76,6 +80,19 @@ class Case:
     def build_objective(self) -> Objective:
         """Return the objective."""
         return build_objective(self.objective[0], **self.objective[1])
+
+    def build_terms(self) -> Any:
+        """Return the terms."""
+        from fiberpo_megatron.trainer.terms import build_terms
+
+        return build_terms(self.config({}).algorithm)
+
+    def drift(self, name: str) -> NDArray[np.float64]:
+        """Return [N] differences from the policy's log-probs, of "reference", "teacher" or "engine"."""
+        random = np.random.default_rng([self.seed, *name.encode()])
+        rollouts = self.problem.rollouts
+        of_trajectory = np.repeat(random.normal(scale=0.1, size=len(rollouts.lengths)), rollouts.lengths)
+        return of_trajectory + random.normal(scale=0.4, size=len(rollouts.tokens))
 
 
 @dataclass
@@ -125,6 +142,7 @@ def _mini_batch(case: Case, layout: Any, budget: int) -> Any:
         problem.advantages,
         batch=BatchConfig(micro_batch_tokens=budget, oversized="own_micro_batch"),
         weighting=objective.weighting,
+        normaliser=problem.normaliser,
         domains=problem.domains,
         layout=layout,
         version=VERSION,
@@ -133,6 +151,30 @@ def _mini_batch(case: Case, layout: Any, budget: int) -> Any:
     index = concatenated_response_tokens(part.micro_batches)
     share = torch.from_numpy(problem.expert_share)[index] if objective.uses_experts else None
     return replace(part, expert_share=share)
+
+
+def _prepared(case: Case, terms: Any, part: Any, old: Tensor, layout: Any) -> Any:
+    """Return the mini-batch as the terms prepare it, beside log-probs of other models around the policy's."""
+    from fiberpo_megatron.trainer.terms import StepStart
+
+    if not terms:
+        return part
+    index = concatenated_response_tokens(part.micro_batches)
+    policy = old.double() + torch.from_numpy(case.problem.log_ratio)[index]
+    others = {
+        f"{field}_log_probs": (policy - torch.from_numpy(case.drift(name))[index]).to(old.dtype)
+        for field, name in (("reference", "reference"), ("teacher", "teacher"), ("rollout", "engine"))
+    }
+    rollouts = case.problem.rollouts
+    right = np.random.default_rng([case.seed, 3]).random(len(rollouts.lengths)) < 1 / 3
+    start = StepStart(
+        parts=[replace(part, **others)],
+        scores=[TokenScores(old, torch.zeros_like(old))],
+        rollouts=replace(rollouts, correct=right),
+        layout=layout,
+    )
+    (prepared,) = terms.prepare(start).parts
+    return prepared
 
 
 def run_reference(case: Case) -> Outcome:
@@ -157,15 +199,19 @@ def run_reference(case: Case) -> Outcome:
     drift = torch.from_numpy(case.problem.log_ratio[index])
     collected = Collected(len(index))
     old: list[Tensor] = []
+    terms = case.build_terms()
+    prepared: list[Any] = []
 
     def loss(_: int, log_probs: Tensor, entropy: Tensor) -> Tensor:
         values = log_probs.detach()
         if not old:
             old.append(values - drift)
-        gate = ObjectiveGate(case.build_objective(), part, old[0], None)
-        coefficients = gate(values, slice(0, len(values))).gradient
-        collected.add(values, coefficients)
-        return -(coefficients * log_probs).sum()
+            prepared.append(_prepared(case, terms, part, old[0], layout))
+        gate = ObjectiveGate(case.build_objective(), prepared[0], old[0], None, terms=terms)
+        found = gate(values, slice(0, len(values)))
+        collected.add(values, found.gradient)
+        loss = -(found.gradient * log_probs).sum()
+        return loss if found.entropy is None else loss - (found.entropy * entropy).sum()
 
     parameters = [parameter for parameter in models[0].parameters() if parameter.requires_grad]
     adam, settings = make_optimizer(config.optimizer), config.optimizer
@@ -212,20 +258,23 @@ def run_rank(case: Case, old_log_probs: Mapping[int, float], budgets: Sequence[i
     config = case.config(case.sizes)
     layout = start_layout(case.model, config.parallel, config.run)
     policy = build_policy(config, case.model, layout)
-    objective = case.build_objective()
-    single = not objective.spans_micro_batches and layout.context_size == 1
+    objective, terms = case.build_objective(), case.build_terms()
+    spans = objective.spans_micro_batches or terms.spans_micro_batches
+    single = not spans and layout.context_size == 1
     outcomes = []
     for budget in budgets:
         part = _mini_batch(case, layout, budget)
         index = concatenated_response_tokens(part.micro_batches)
         old = torch.tensor([old_log_probs[place] for place in index.tolist()], dtype=torch.float32)
-        gate = ObjectiveGate(objective, part, old, None if single else layout.sum_over_tokens)
+        if layout.is_last_stage:
+            part = _prepared(case, terms, part, old, layout)
+        gate = ObjectiveGate(objective, part, old, None if single else layout.sum_over_tokens, terms=terms)
         collected = Collected(len(index))
 
         def coefficients(log_probs: Tensor, where: slice, gate: Any = gate, to: Collected = collected) -> Coefficients:
             found = gate(log_probs, where)
             to.add(log_probs, found.gradient)
-            return Coefficients(found.gradient)
+            return Coefficients(found.gradient, entropy=found.entropy)
 
         policy.accumulate(part.micro_batches, coefficients, TEMPERATURE, single_pass=single)
         gradient = pieces(gradient_shards(policy.models))
@@ -317,7 +366,7 @@ def check_own_gates(case: Case, outcomes: Sequence[Outcome], part: str, what: st
         for name in ("log_probs", "old_log_probs", "coefficients")
     )
     objective = case.build_objective()
-    tokens = replace(case.problem.tokens(objective.weighting), log_ratio=now - old)
+    tokens = replace(case.problem.tokens(objective.weighting), log_ratio=now - old, old_log_probs=old)
     wanted = tokens.call(objective, metrics=False).gradient
     found = {"coefficients": difference(given, wanted)}
     at = found["coefficients"].at
