@@ -248,7 +248,7 @@ class Objective(Protocol):
 
     @property
     def weighting(self) -> str:
-        """This is the objective's own kind of token weights, "seq-mean" or "token-mean"."""
+        """This is the objective's own kind of token weights, one of `fibration.WEIGHTINGS`."""
         ...
 
     def __call__(
@@ -261,6 +261,7 @@ class Objective(Protocol):
         counts: Mapping[str, int],
         labels: Mapping[str, Tensor],
         expert_share: Tensor | None,
+        old_log_probs: Tensor,
         reduce: Callable[[Tensor], Tensor] | None,
         metrics: bool,
     ) -> Any:

@@ -33,6 +33,8 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "advantages": {
         "group-mean": "fiberpo_megatron.trainer.advantages:GroupMean",
         "leave-one-out": "fiberpo_megatron.trainer.advantages:LeaveOneOut",
+        "rloo": "fiberpo_megatron.trainer.advantages:RLOO",
+        "reinforce++": "fiberpo_megatron.trainer.advantages:BatchStandardised",
         "none": "fiberpo_megatron.trainer.advantages:NoBaseline",
     },
     "optimizers": {"adam": "fiberpo_megatron.mcore.optimizers.adam:Adam"},

@@ -49,6 +49,7 @@ def objective_gate(
             counts=counts,
             labels=labels,
             expert_share=None if share is None else here(share),
+            old_log_probs=here(old_log_probs),
             reduce=layout.sum_over_tokens,
         )
         return Coefficients(out.gradient, {} if out.metrics is None else out.metrics.as_dict())

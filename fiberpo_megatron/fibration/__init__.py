@@ -32,9 +32,10 @@ from fiberpo_megatron.fibration.registry import (
     register,
     registered_names,
 )
-from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating
-from fiberpo_megatron.fibration.sequence import APC, GSPO, APCTrajectory
-from fiberpo_megatron.fibration.token_clip import CISPO, DAPO, GRPO, PPO, Reinforce
+from fiberpo_megatron.fibration.rule import WEIGHTINGS, Chunk, GatedChunk, Gating
+from fiberpo_megatron.fibration.sequence import APC, GMPO, GSPO, APCTrajectory
+from fiberpo_megatron.fibration.token_clip import CISPO, DAPO, GRPO, PPO, RLOO, DrGRPO, Reinforce, ReinforcePlusPlus
+from fiberpo_megatron.fibration.token_gates import DPPO, SAPO
 
 OBJECTIVES = registered_names()
 """Short names of this package's own objectives; `registered_names()` adds those that others registered."""
@@ -52,12 +53,18 @@ __all__ = [
     "CISPO",
     "DAPO",
     "DEFAULT_BUDGETS",
+    "DPPO",
+    "GMPO",
     "GRPO",
     "GSPO",
     "OBJECTIVES",
     "PPO",
     "PRESET_LEVELS",
+    "RLOO",
+    "SAPO",
+    "WEIGHTINGS",
     "Chunk",
+    "DrGRPO",
     "FiberPO",
     "FiberPODomain",
     "FiberPOExpert",
@@ -70,6 +77,7 @@ __all__ = [
     "Option",
     "Reduce",
     "Reinforce",
+    "ReinforcePlusPlus",
     "TokenObjective",
     "build_objective",
     "objective_class",

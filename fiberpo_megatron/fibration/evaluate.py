@@ -162,7 +162,7 @@ class _Call:
         return gated, self._fused(gated.node_sums, gated.value, tables)
 
     def third_pass(self, gating: Gating, reduced: dict[str, Tensor], gradient: Tensor) -> None:
-        table = gating.adjoint(reduced["nodes"]) if self.nodes is not None else None
+        table = gating.adjoint(reduced["nodes"]) if "nodes" in reduced else None
         if table is not None and bool(table.any()):
             self.passes.third(gating, table, gradient)
         if self.ranges.any_beyond_clamp:

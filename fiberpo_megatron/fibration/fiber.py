@@ -18,7 +18,7 @@ from fiberpo_megatron.fibration.gates import GatedTree, adjoint, gate_tree, rece
 from fiberpo_megatron.fibration.levels import EXPERT_KEY, Branch, Choice, LevelTree, make_tree
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.objective import Objective
-from fiberpo_megatron.fibration.options import Advice, Epsilon, epsilon_pair
+from fiberpo_megatron.fibration.options import Advice, Epsilon, epsilon_advice, epsilon_pair
 from fiberpo_megatron.fibration.ratio_clip import check_dual_clip
 from fiberpo_megatron.fibration.registry import register
 from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating, equal
@@ -44,8 +44,9 @@ DEFAULT_BUDGETS: Mapping[str, Budget] = {
 class FiberPO(Objective):
     """Gates the drift at every level of a chain and clips each token's own deviation (arXiv:2604.03044, equation 2)."""
 
-    epsilon: float | Sequence[float] = 0.05
-    """Width of the token clip, in log ratio: one number, or the pair (for positive, for non-positive advantage)."""
+    epsilon: float | Sequence[float] | Mapping[str, float] = 0.05
+    """Width of the token clip, in log ratio: one number, or {high = for positive advantages, low = for all others}; a
+    pair is (high, low)."""
     budgets: Mapping[str, Sequence[float] | Mapping[Any, Any]] | None = None
     """The pair (C+, C-) of each level, in mean |log ratio|, by the level's name (its keys joined by "+"; in a tree
     BRANCH:KEYS where branches do not share it). In place of a pair, a table of pairs by the ids of one key of the level
@@ -75,6 +76,7 @@ class FiberPO(Objective):
 
     default_levels: ClassVar[tuple[tuple[str, ...], ...]] = (("trajectory",),)
     """The levels that `levels` replaces."""
+    paper = "arXiv:2603.08239"
     kernel = "fiberpo_megatron.fibration.kernels.formulas:FIBER"
     node_terms = 4
     adjoint_terms = 3
@@ -117,8 +119,9 @@ class FiberPO(Objective):
         _ = self.tree, self.bounds
 
     def advice(self, given: Mapping[str, Any]) -> list[Advice]:
-        """Return which budgets have C- >= C+, and which levels' delta is not well above the width of the token clip."""
-        found = []
+        """Return which budgets have C- >= C+, which levels' delta is not well above the width of the token clip, and
+        whether that is a bare pair."""
+        found = epsilon_advice(given, type(self).epsilon)
         own = given.get("budgets") or {}
         for level in self.tree.levels:
             for plus, minus in level.budget.all if level.name in own else ():

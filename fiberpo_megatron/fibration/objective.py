@@ -111,6 +111,7 @@ class Objective(Rule):
         reduce: Reduce | None = None,
         counts: Mapping[str, int] | None = None,
         labels: Mapping[str, Tensor] | None = None,
+        old_log_probs: Tensor | None = None,
         metrics: bool = True,
     ) -> ObjectiveOutput:
         """Return gated ratio, gradient, value and metrics of this rank's tokens.
@@ -124,11 +125,13 @@ class Objective(Rule):
             expert_share: omega [N, P], rows sum to 1; ignored unless `uses_experts`. A rank without
                 tokens passes [0, P].
             reduce: sums a flat float64 tensor over the ranks that share the mini-batch, in place or by
-                returning it. Called exactly twice (never for an objective without levels and metrics).
+                returning it. Called exactly twice; without metrics, as often as an objective has sums (never without
+                levels, once where no gradient passes through the sums).
             counts: global number of ids per key. Without it a single rank uses its largest id + 1; ranks
                 that share tables use max(1024, the next power of two), which must agree between them.
             labels: per key the number, int64 [counts[key]], by which budgets and branches name each id, the same on
                 all ranks: the place of a turn in its conversation, for example. A key that has none goes by its ids.
+            old_log_probs: log pi_old of each token, [N]; ignored unless the objective `reads_old_log_probs`.
             metrics: False skips the metrics; the same on all ranks.
 
         Raises:
@@ -145,6 +148,10 @@ class Objective(Rule):
                     f"objective {self.name!r} has an expert level: pass expert_share [N, P], the share of each "
                     "token's routed slots per expert partition"
                 )
+            if self.reads_old_log_probs and old_log_probs is None:
+                raise ValueError(
+                    f"objective {self.name!r} reads probabilities: pass old_log_probs [N], log pi_old of each token"
+                )
             batch = make_batch(
                 log_ratio,
                 advantages,
@@ -153,6 +160,7 @@ class Objective(Rule):
                 counts=counts,
                 expert_share=expert_share if self.uses_experts else None,
                 labels={key: label for key, label in (labels or {}).items() if key in self.keys},
+                old_log_probs=old_log_probs if self.reads_old_log_probs else None,
             )
             self.check_batch(batch)
             if self.lone_nodes:
@@ -167,7 +175,8 @@ class Objective(Rule):
         It serves a single pass: it is valid when one call sees every token of each of its nodes, or when `reduce`
         joins the ranks that do. `call` takes the keyword arguments of `__call__`.
         """
-        out = self(log_probs.detach() - old_log_probs.detach(), advantages, weights, **call)
+        old = old_log_probs.detach()
+        out = self(log_probs.detach() - old, advantages, weights, old_log_probs=old, **call)
         attach: Callable[..., Tensor] = _ClosedForm.apply
         return attach(log_probs, out.value, out.gradient), out
 

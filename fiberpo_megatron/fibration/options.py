@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_orig
 
 Epsilon = tuple[float, float]
 """(for positive, for non-positive advantage); for clips of a ratio this is (upper, lower)."""
+Widths = float | Sequence[float] | Mapping[str, float]
+"""What the option `epsilon` takes: one width, {"low": width, "high": width}, or a pair in the order of `Epsilon`."""
 
 NOT_OPTIONS = ("kernels", "exact_sums")
 """Fields that say how a call runs, not what it computes."""
@@ -125,12 +127,33 @@ def pair(label: str, given: Any) -> tuple[float, float]:
     return float(values[0]), float(values[1])
 
 
-def epsilon_pair(given: float | Sequence[float]) -> Epsilon:
-    """Return one number twice, or a pair as it is. Raises ValueError unless both are positive and finite."""
-    high, low = (float(given), float(given)) if isinstance(given, int | float) else pair("epsilon", given)
+def epsilon_pair(given: Widths) -> Epsilon:
+    """Return one number twice, {"low": ..., "high": ...} as (high, low), or a pair as it is.
+
+    Raises ValueError for a table with other entries, and unless both widths are positive and finite.
+    """
+    if isinstance(given, Mapping):
+        if set(given) != {"low", "high"}:
+            raise ValueError(f"epsilon is {dict(given)}; write both widths, as in {{low = 0.2, high = 0.28}}")
+        high, low = pair("epsilon", (given["high"], given["low"]))
+    elif isinstance(given, int | float):
+        high = low = float(given)
+    else:
+        high, low = pair("epsilon", given)
     if not (0.0 < high < math.inf and 0.0 < low < math.inf):
         raise ValueError(f"epsilon is {(high, low)}; both values must be positive and finite")
     return high, low
+
+
+def epsilon_advice(given: Mapping[str, Any], default: Widths) -> list[Advice]:
+    """Return the advice to name the two widths, where the options that were given hold `epsilon` as a bare pair that is
+    not the default."""
+    epsilon = given.get("epsilon")
+    if not isinstance(epsilon, list | tuple) or len(epsilon) != 2 or tuple(epsilon) == default:
+        return []
+    high, low = epsilon
+    text = f"a pair is (high, low), the width for positive advantages first; write {{low = {low}, high = {high}}}"
+    return [Advice("epsilon", None, epsilon, text)]
 
 
 def _fields(cls: type) -> list[dataclasses.Field[Any]]:

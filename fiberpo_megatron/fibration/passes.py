@@ -28,7 +28,7 @@ class GatedTokens:
     value: Totals
     """This rank's share of J."""
     node_sums: NodeSums | None
-    """What the second reduction sums, `adjoint_terms` sums over [base_nodes, P]; None without nodes."""
+    """What the second reduction sums, `adjoint_terms` sums over [base_nodes, P]; None without nodes or such sums."""
 
 
 class Passes:
@@ -44,10 +44,12 @@ class Passes:
             x = batch.log_ratio[tokens]
             if self.ranges.any_beyond_clamp:
                 x = x.clamp(-self.rule.max_log_ratio, self.rule.max_log_ratio)
-            yield Chunk(tokens, runs, x, batch.advantages[tokens], batch.weights[tokens], self.ranges.any_weightless)
+            flat = (x, batch.advantages[tokens], batch.weights[tokens])
+            old = None if batch.old_log_probs is None else batch.old_log_probs[tokens]
+            yield Chunk(tokens, runs, *flat, self.ranges.any_weightless, old)
 
     def _sums(self, ranges: Sequence[Range]) -> NodeSums | None:
-        if self.nodes is None:
+        if self.nodes is None or not ranges:
             return None
         shape, device = (self.nodes.base_nodes, self.nodes.partitions), self.batch.log_ratio.device
         return Limbs(ranges, shape, device) if self.rule.exact_sums else FloatSums(len(ranges), shape, device)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fiberpo_megatron.fibration.objective import Objective
-from fiberpo_megatron.fibration.options import Epsilon, epsilon_pair
+from fiberpo_megatron.fibration.options import Advice, Epsilon, epsilon_advice, epsilon_pair
 
 
 @dataclass(frozen=True)
 class RatioClip(Objective):
     """Adds the two bounds of a clipped ratio to an objective: 1 - lower and 1 + upper."""
 
-    epsilon: float | Sequence[float] = 0.2
-    """Width of the clip of the ratio: one number, or the pair (upper, lower). The lower one must be below 1."""
+    epsilon: float | Sequence[float] | Mapping[str, float] = 0.2
+    """Width of the clip of the ratio: one number, or {low = ..., high = ...}; a pair is (high, low). The lower one must
+    be below 1."""
     epsilon_high: float | None = None
     """Upper width alone; `epsilon`, then one number, is the lower width. Unset: `epsilon` gives both."""
 
@@ -32,12 +33,10 @@ class RatioClip(Objective):
         given, default = self.epsilon, type(self).epsilon
         if self.epsilon_high is None:
             high, low = epsilon_pair(given)
-        elif (
-            isinstance(given, int | float) or given == default
-        ):  # beside epsilon_high, a default pair gives the lower width
-            high, low = epsilon_pair((self.epsilon_high, given if isinstance(given, int | float) else given[1]))
+        elif isinstance(given, int | float) or given == default:
+            high, low = epsilon_pair((self.epsilon_high, epsilon_pair(given)[1]))  # a default gives the lower width
         else:
-            raise ValueError(f"epsilon is the pair {tuple(given)} and epsilon_high is also given; pass one of the two")
+            raise ValueError(f"epsilon is {given!r} and epsilon_high is also given; pass one of the two")
         if low > 1.0 or (low == 1.0 and not self.may_lack_lower_bound):
             raise ValueError(f"epsilon's lower bound is {low}; 1 - epsilon must stay a positive ratio")
         return high, low
@@ -45,6 +44,10 @@ class RatioClip(Objective):
     def check(self) -> None:
         """Refuse bounds that are not positive or that leave no ratio."""
         _ = self.bounds
+
+    def advice(self, given: Mapping[str, Any]) -> list[Advice]:
+        """Return the advice to name the widths of a bare pair."""
+        return epsilon_advice(given, type(self).epsilon)
 
 
 def check_dual_clip(dual_clip: float | None) -> None:

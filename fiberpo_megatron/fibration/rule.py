@@ -22,6 +22,10 @@ from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.runs import RunSlice
 from fiberpo_megatron.fibration.tokens import MAX_LOG_RATIO, TokenBatch
 
+WEIGHTINGS = ("seq-mean", "token-mean", "seq-sum", "constant")
+"""Kinds of token weights, of a mini-batch with B trajectories of T_i tokens: 1/(B T_i), 1/(sum of T), 1/B, and 1/(B L)
+with a constant L. The first two sum to 1."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -42,6 +46,8 @@ class Chunk:
     """mu; a token of weight 0 is not in the objective's sum."""
     any_weightless: bool
     """Whether any of the rank's tokens has weight 0."""
+    old_log_probs: Tensor | None = None
+    """log pi_old; None unless the objective `reads_old_log_probs`."""
 
     @cached_property
     def ratio(self) -> Tensor:
@@ -134,9 +140,20 @@ class Rule(ABC):
     key."""
     max_log_ratio: ClassVar[float] = MAX_LOG_RATIO
     """Log ratios are clamped to plus and minus this; a token beyond has the gradient zero. At most 80."""
+    reads_old_log_probs: ClassVar[bool] = False
+    """Whether a call must pass `old_log_probs`, because the gate depends on probabilities and not on ratios alone."""
+    paper: ClassVar[str | None] = None
+    """Where `weighting`, `advantage` and `normalise_std` come from; None for an objective whose paper names none. A run
+    says so once when its config overrides what a paper has."""
     weighting: ClassVar[str] = "seq-mean"
-    """The token weights mu that the objective's paper has, "seq-mean" or "token-mean"; a run takes them unless its
-    config sets `algorithm.weighting`."""
+    """The token weights mu that the objective's paper has, one of `WEIGHTINGS`; a run takes them unless its config sets
+    `algorithm.weighting`."""
+    advantage: ClassVar[str | None] = None
+    """Short name of the advantage estimator that the paper has. A run takes it, or "group-mean" for None, unless its
+    config sets `algorithm.advantage`."""
+    normalise_std: ClassVar[bool | None] = None
+    """Whether the paper divides advantages by the group's standard deviation. A run does so, for None as well, unless
+    its config sets `algorithm.normalise_std`."""
 
     @property
     def value_range(self) -> Range:

@@ -1,4 +1,4 @@
-"""Define objectives with ungated node sums: GSPO, APC-Obj, and its coupling over a trajectory."""
+"""Define objectives with ungated node sums: GSPO, GMPO, APC-Obj, and its coupling over a trajectory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from fiberpo_megatron.fibration.exact import COUNT, Range
 from fiberpo_megatron.fibration.levels import STATE_KEY, TRAJECTORY_KEY
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.objective import Objective
-from fiberpo_megatron.fibration.options import Epsilon, pair
+from fiberpo_megatron.fibration.options import Advice, Epsilon, epsilon_advice, epsilon_pair, pair
 from fiberpo_megatron.fibration.ratio_clip import RatioClip, pessimistic_clip
 from fiberpo_megatron.fibration.registry import register
 from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating, equal
@@ -26,15 +26,23 @@ from fiberpo_megatron.fibration.tokens import WIDEST_LOG_RATIO
 @register("gspo")
 @dataclass(frozen=True)
 class GSPO(RatioClip):
-    """Clips one length-normalised ratio per trajectory pessimistically (arXiv:2507.18071, equations 5 and 7)."""
+    """Clips one length-normalised ratio per trajectory pessimistically (GSPO, arXiv:2507.18071, equations 5 and 7).
 
-    epsilon: float | Sequence[float] = (4e-4, 3e-4)  # section 5.1
-    """Width of the clip of the ratio: one number, or the pair (upper, lower). The lower one must be below 1."""
+    The gradient is GSPO-token's (equations 13 and 14): the ratio s carries none itself, and c_j = mu_j A_j s unless the
+    clip holds s for the sign of A_j. Where all tokens of a trajectory have the same advantage and weight, that is the
+    derivative of GSPO's value. Where they have their own, only GSPO-token gives each token its own advantage.
+    """
 
+    epsilon: float | Sequence[float] | Mapping[str, float] = (4e-4, 3e-4)  # section 5.1
+    """Width of the clip of the ratio: one number, or {low = ..., high = ...}; a pair is (high, low). The lower one must
+    be below 1."""
+
+    paper = "arXiv:2507.18071"
+    advantage, normalise_std = "group-mean", True
+    gradient_is_derivative = False
     kernel = "fiberpo_megatron.fibration.kernels.formulas:GSPO"
     base_keys = (TRAJECTORY_KEY,)
     node_terms = 2
-    adjoint_terms = 1
     max_log_ratio = WIDEST_LOG_RATIO
 
     @property
@@ -52,25 +60,80 @@ class GSPO(RatioClip):
         return _GSPOGating(self.bounds, sums, like)
 
 
-class _GSPOGating(Gating):
+class _MeanRatio(Gating):
+    """Gives each token the exponential of its node's mean: `sums` are the number of tokens, and what is averaged."""
+
     def __init__(self, epsilon: Epsilon, sums: Tensor, like: Tensor) -> None:
         self.epsilon = epsilon
-        self.tokens = sums[0].clamp(min=1.0)
-        self.dtype = like.dtype
-        self.node_values = (sums[1] / self.tokens).exp().unsqueeze(0).to(like.dtype)
+        self.node_values = (sums[1] / sums[0].clamp(min=1.0)).exp().unsqueeze(0).to(like.dtype)
 
+
+class _GSPOGating(_MeanRatio):
     def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
         ratio = pessimistic_clip(values[0], chunk.advantages, self.epsilon)
         free = equal(ratio, values[0])
-        through = (chunk.weights * chunk.advantages).mul_(ratio).mul_(free)
-        return GatedChunk(ratio, torch.zeros_like(ratio), free, (through,))
+        return GatedChunk(ratio, (chunk.weights * chunk.advantages).mul_(ratio).mul_(free), free)
 
-    def adjoint(self, sums: Tensor) -> Tensor | None:
-        return (sums / self.tokens).to(self.dtype)
 
-    def finish(self, chunk: Chunk, values: list[Tensor]) -> Tensor:
-        """ds/dx_j = s / T: every token of a trajectory receives the same."""
-        return chunk.only_counted(values[0])
+@register("gmpo")
+@dataclass(frozen=True)
+class GMPO(Objective):
+    """Takes the geometric mean of a trajectory's ratios, each clipped pessimistically first (GMPO, arXiv:2507.20673).
+
+    G = exp(mean of x'), with x' = min(x, e_high) for A >= 0 and max(x, -e_low) for A < 0, and c_j = mu_j A_j G unless
+    the clip holds x_j. As for `gspo`, that is the derivative where all tokens of a trajectory have the same advantage
+    and weight, and gives each token its own advantage where they have not.
+    """
+
+    epsilon: float | Sequence[float] | Mapping[str, float] = 0.4
+    """Width of the clip of each token's log ratio: one number, or {low = ..., high = ...}; a pair is (high, low). The
+    paper recommends 0.4, which lets ratios move from exp(-0.4) to exp(0.4)."""
+
+    paper = "arXiv:2507.20673"
+    advantage, normalise_std = "group-mean", True
+    gradient_is_derivative = False
+    base_keys = (TRAJECTORY_KEY,)
+    node_terms = 2
+
+    @cached_property
+    def bounds(self) -> Epsilon:
+        """Return the (upper, lower) width of the clip."""
+        return epsilon_pair(self.epsilon)
+
+    def check(self) -> None:
+        """Refuse widths that are not positive."""
+        _ = self.bounds
+
+    def advice(self, given: Mapping[str, Any]) -> list[Advice]:
+        """Return the advice to name the widths of a bare pair."""
+        return epsilon_advice(given, type(self).epsilon)
+
+    @property
+    def term_ranges(self) -> tuple[Range, ...]:
+        """Return the ranges of 1 and x'."""
+        return COUNT, Range.covering(self.max_log_ratio)
+
+    def terms(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
+        """Return 1 and x', whose sums give the mean clipped log ratio."""
+        return chunk.counted, chunk.only_counted(_clipped(chunk, self.bounds))
+
+    def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> Gating:
+        """Return the gating that holds each trajectory's geometric mean."""
+        assert sums is not None
+        return _GMPOGating(self.bounds, sums, like)
+
+
+class _GMPOGating(_MeanRatio):
+    def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
+        free = equal(_clipped(chunk, self.epsilon), chunk.log_ratio)
+        return GatedChunk(values[0], (chunk.weights * chunk.advantages).mul_(values[0]).mul_(free), free)
+
+
+def _clipped(chunk: Chunk, epsilon: Epsilon) -> Tensor:
+    """The pessimistic clip of each log ratio: from above for A >= 0, from below for A < 0."""
+    gain = torch.ge(chunk.advantages, 0.0, out=torch.empty_like(chunk.advantages))
+    below = chunk.log_ratio.clamp(min=-epsilon[1]).mul_(1.0 - gain)
+    return chunk.log_ratio.clamp(max=epsilon[0]).mul_(gain).add_(below)
 
 
 @dataclass(frozen=True)
@@ -124,6 +187,7 @@ class APC(_BoundedSum):
     sampled once has the id -1, and B = delta. The paper's mu is 1/T over all T tokens.
     """
 
+    paper = "arXiv:2603.08239"
     level = STATE_KEY
     base_keys = (STATE_KEY,)
     lone_nodes = True

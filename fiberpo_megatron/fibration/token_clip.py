@@ -1,8 +1,8 @@
-"""Define objectives without node sums: PPO, GRPO, DAPO, CISPO and plain importance weighting."""
+"""Define objectives without node sums that clip a token's ratio, or take it as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fiberpo_megatron.fibration.objective import TokenObjective
@@ -39,6 +39,30 @@ class PPO(RatioClip, TokenObjective):
 class GRPO(PPO):
     """Is PPO's clip under another name (arXiv:2402.03300, equation 3): the group baseline is an advantage estimator."""
 
+    paper = "arXiv:2402.03300"
+    advantage, normalise_std = "group-mean", True
+    kernel = PPO.kernel
+
+
+@register("drgrpo")
+@dataclass(frozen=True)
+class DrGRPO(PPO):
+    """Is GRPO without its two biases (Dr.GRPO, arXiv:2503.20783, section 3.2): the sum over a response's tokens is
+    divided by a constant, not by its length, and the advantage is not divided by the group's standard deviation."""
+
+    paper = "arXiv:2503.20783"
+    weighting = "constant"
+    advantage, normalise_std = "group-mean", False
+    kernel = PPO.kernel
+
+
+@register("reinforce++")
+@dataclass(frozen=True)
+class ReinforcePlusPlus(PPO):
+    """Is PPO's clip with advantages that are standardised over the whole batch (REINFORCE++, arXiv:2501.03262)."""
+
+    paper = "arXiv:2501.03262"
+    advantage = "reinforce++"
     kernel = PPO.kernel
 
 
@@ -47,9 +71,13 @@ class GRPO(PPO):
 class DAPO(PPO):
     """Is PPO's clip with a higher upper bound (clip-higher, arXiv:2503.14476, equation 10 and section 4.1)."""
 
-    epsilon: float | Sequence[float] = (0.28, 0.2)
-    """Width of the clip of the ratio: one number, or the pair (upper, lower). The lower one must be below 1."""
+    epsilon: float | Sequence[float] | Mapping[str, float] = (0.28, 0.2)
+    """Width of the clip of the ratio: one number, or {low = ..., high = ...}; a pair is (high, low). The lower one must
+    be below 1."""
 
+    paper = "arXiv:2503.14476"
+    weighting = "token-mean"
+    advantage, normalise_std = "group-mean", True
     kernel = PPO.kernel
 
 
@@ -62,9 +90,13 @@ class CISPO(RatioClip, TokenObjective):
     because of the stop-gradient, the gradient is not the value's derivative.
     """
 
-    epsilon: float | Sequence[float] = (4.0, 1.0)  # no lower bound, as in section 3; the upper bound 5 is our choice
-    """Width of the clip of the ratio: one number, or the pair (upper, lower). A lower one of 1 sets no lower bound."""
+    epsilon: float | Sequence[float] | Mapping[str, float] = (4.0, 1.0)
+    """Width of the clip of the ratio: one number, or {low = ..., high = ...}; a pair is (high, low). A lower one of 1
+    sets no lower bound, as in section 3 of the paper; the upper bound of 5 is our choice."""
 
+    paper = "arXiv:2506.13585"
+    weighting = "token-mean"
+    advantage, normalise_std = "group-mean", True
     gradient_is_derivative = False
     may_lack_lower_bound = True
     max_log_ratio = WIDEST_LOG_RATIO
@@ -89,3 +121,15 @@ class Reinforce(TokenObjective):
         """Return the ratio, and mu A r as the gradient."""
         ratio = chunk.ratio
         return GatedChunk(ratio, (chunk.weights * chunk.advantages).mul_(ratio))
+
+
+@register("rloo")
+@dataclass(frozen=True)
+class RLOO(Reinforce):
+    """Takes each token's plain importance ratio, the other samples' mean reward as the baseline, and the sum over a
+    response's tokens (RLOO, arXiv:2402.14740, equation 4). On-policy that is the paper's estimator."""
+
+    paper = "arXiv:2402.14740"
+    weighting = "seq-sum"
+    advantage, normalise_std = "rloo", False
+    kernel = Reinforce.kernel

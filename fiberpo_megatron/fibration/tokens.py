@@ -37,6 +37,8 @@ class TokenBatch:
     """[N, P], rows sum to 1."""
     labels: Mapping[str, Tensor]
     """Per key, the number that each id has in budgets and branches, int64 [counts[key]]; without it, that is the id."""
+    old_log_probs: Tensor | None = None
+    """log pi_old; None unless the objective reads it."""
     lone_key: str | None = None
     """The key whose last id, one more than the caller's, stands for the caller's -1."""
 
@@ -68,9 +70,10 @@ def make_batch(
     counts: Mapping[str, int] | None,
     expert_share: Tensor | None,
     labels: Mapping[str, Tensor],
+    old_log_probs: Tensor | None = None,
 ) -> TokenBatch:
-    """Return a batch with checked shapes and types; `keys`, `labels` and `expert_share` hold only what the objective
-    reads."""
+    """Return a batch with checked shapes and types; `keys`, `labels`, `expert_share` and `old_log_probs` hold only what
+    the objective reads."""
     if log_ratio.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_ratio is {log_ratio.dtype}; cast it to float32 or float64")
     if log_ratio.dim() != 1:
@@ -84,6 +87,7 @@ def make_batch(
         counts=counts,
         expert_share=None if expert_share is None else _shaped_share(expert_share, log_ratio),
         labels={name: _check_labels(name, label, counts) for name, label in labels.items()},
+        old_log_probs=None if old_log_probs is None else _like("old_log_probs", old_log_probs, log_ratio),
     )
 
 
@@ -94,6 +98,8 @@ def check_values(batch: TokenBatch, limit: float) -> ValueRanges:
     """
     low, high = _finite_range("log_ratio", batch.log_ratio)
     _finite_range("advantages", batch.advantages)
+    if batch.old_log_probs is not None:
+        _finite_range("old_log_probs", batch.old_log_probs)
     smallest, _ = _finite_range("weights", batch.weights)
     if smallest < 0.0:
         at = int(batch.weights.argmin())

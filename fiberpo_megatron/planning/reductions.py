@@ -55,6 +55,7 @@ def _gate_bytes(
         counts=counts,
         labels={key: torch.zeros(counts[key], dtype=torch.int64) for key in LABELLED if key in keys},
         expert_share=torch.full((count, partitions), 1.0 / partitions) if objective.uses_experts else None,
+        old_log_probs=torch.zeros(count),
         reduce=lambda table: sent.append(table.nbytes),
     )
     return tuple(sent)

@@ -72,10 +72,53 @@ class LeaveOneOut(_Baseline):
 
 
 @dataclass(frozen=True)
+class RLOO(LeaveOneOut):
+    """Is the leave-one-out baseline as RLOO has it (arXiv:2402.14740, equation 4): without a division."""
+
+    normalise_std: bool = False
+    """Whether the advantage is divided by the group's sample standard deviation + 1e-6, which RLOO does not do."""
+
+
+@dataclass(frozen=True)
 class NoBaseline(_Baseline):
     """Takes the reward itself as the advantage."""
 
     baseline = "none"
+
+
+@dataclass(frozen=True)
+class BatchStandardised:
+    """Standardises rewards over the whole step (REINFORCE++, arXiv:2501.03262): (r - mean) / sqrt(variance + 1e-8).
+
+    Mean and sample variance are those of the step's response tokens, each of which has its trajectory's reward; that
+    lets long responses count more. Trajectories that all have the same reward get 0.
+    """
+
+    baseline: Literal["none", "group-mean"] = "none"
+    """What is subtracted before. group-mean: the mean reward of the trajectory's group, which is the paper's
+    "REINFORCE++ with baseline"; a trajectory that is alone in its group then stands at 0."""
+
+    @property
+    def least_samples(self) -> int:
+        """Fewest trajectories per prompt that leave something to compare with."""
+        return 1 if self.baseline == "none" else 2
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an unknown baseline."""
+        if self.baseline not in ("none", "group-mean"):
+            raise ValueError(f"baseline is {self.baseline!r}; choose 'none' or 'group-mean'")
+
+    def __call__(self, rollouts: RolloutBatch) -> NDArray[np.float32]:
+        """Return the advantage of each trajectory, [B]."""
+        values = rollouts.rewards.astype(np.float64)
+        if self.baseline == "group-mean":
+            values = GroupMean(normalise_std=False)(rollouts).astype(np.float64)
+        if not len(values) or values.min() == values.max():
+            return np.zeros(len(values), np.float32)
+        tokens = rollouts.response_lengths.astype(np.float64)
+        deviations = values - (tokens * values).sum() / tokens.sum()
+        variance = (tokens * deviations**2).sum() / max(tokens.sum() - 1.0, 1.0)
+        return (deviations / np.sqrt(variance + 1e-8)).astype(np.float32)
 
 
 def estimate(estimator: AdvantageEstimator, rollouts: RolloutBatch) -> NDArray[np.float32]:

@@ -1,7 +1,8 @@
 """This module cuts rollouts into the mini-batches of the optimiser: packed rows with token weights and keys."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fiberpo_megatron.data.packing import PackingEfficiency, assign_rows, pack, packing_efficiency, padded_lengths
+from fiberpo_megatron.fibration import WEIGHTINGS
 from fiberpo_megatron.fibration.levels import STATE_KEY
 from fiberpo_megatron.interfaces import Layout
 from fiberpo_megatron.telemetry.metrics import combine
@@ -30,7 +32,8 @@ class MiniBatch:
     advantages: Tensor
     """float32 [n]; those of a trajectory's tokens differ where a term rewards tokens (`trainer/terms`)."""
     weights: Tensor
-    """float64 [n] mu: positive, summing to 1 over the mini-batch, over all ranks; 0 where a term leaves tokens out."""
+    """float64 [n] mu: positive, 0 where a term leaves tokens out. With the weightings "seq-mean" and "token-mean" they
+    sum to 1 over the mini-batch and all ranks."""
     keys: dict[str, Tensor]
     """int64 [n] per key (SUPPLIED_KEYS): dense ids inside the mini-batch; "state" is -1 for a state that was sampled
     once, and there only where it was asked for."""
@@ -43,10 +46,26 @@ class MiniBatch:
     reference_log_probs: Tensor | None = None
     """float32 [n] of the tokens under the reference of `algorithm.kl`, at the run's temperature; None without one."""
     teacher_log_probs: Tensor | None = None
-    """float32 [n] of the tokens under the teacher of `algorithm.distillation`, at the run's temperature; None without
-    one."""
+    """float32 [n] of the tokens under the teacher of `algorithm.distillation`, as its servers gave them: at temperature
+    1, which is then the run's; nan where they gave none; None without a teacher."""
+    term_values: dict[str, Tensor] = field(default_factory=dict)
+    """[n] per name: what a term's `prepare` leaves for its calls in the gate."""
     expert_share: Tensor | None = None
     """float64 [n, P] omega: share of each token's routed (layer, slot) pairs in each expert partition."""
+
+
+def without_truncated(
+    rollouts: RolloutBatch, advantages: NDArray[np.float32]
+) -> tuple[RolloutBatch, NDArray[np.float32], dict[str, float]]:
+    """Return the trajectories that were not cut by the length limit, with their advantages, and metrics.
+
+    `rollouts` is equal on every rank, and so is the result. What is left out takes no part in a mini-batch: its tokens
+    are in no gate and cost no pass, and the weights are those of the trajectories that are left, which may be none.
+    """
+    kept = ~rollouts.truncated
+    share = 1.0 - float(kept.mean())
+    metrics = {"truncated/left_out_share": share, "truncated/steps_without_training": float(not kept.any())}
+    return rollouts.select(kept), advantages[kept], metrics
 
 
 def mini_batches(
@@ -55,6 +74,7 @@ def mini_batches(
     *,
     batch: BatchConfig,
     weighting: str,
+    normaliser: float | None = None,
     domains: int,
     layout: Layout,
     version: int,
@@ -63,15 +83,16 @@ def mini_batches(
     """Return the step's mini-batches: cut at group boundaries into `batch.mini_batches` parts and pack this rank's
     share of each.
 
-    Which trajectories form a part does not depend on the layout. `advantages` is [B], `domains` the number of
-    domains, `version` that of the trainer's weights; `states` asks for the key "state", which costs a search through
-    the tokens.
+    Which trajectories form a part does not depend on the layout. `advantages` is [B], `weighting` and `normaliser` say
+    what `token_weights` gives each part, `domains` is the number of domains, `version` that of the trainer's weights;
+    `states` asks for the key "state", which costs a search through the tokens.
     """
+    weigh = partial(token_weights, weighting=weighting, normaliser=normaliser)
     edges = np.searchsorted(
         rollouts.groups, np.linspace(0, rollouts.groups[-1] + 1, batch.mini_batches + 1).round().astype(int)
     )
     return [
-        _mini_batch(rollouts, advantages, int(first), int(last), batch, weighting, domains, layout, version, states)
+        _mini_batch(rollouts, advantages, int(first), int(last), batch, weigh, domains, layout, version, states)
         for first, last in zip(edges[:-1], edges[1:])
         if first < last  # a part is empty where environments dropped so many groups that fewer are left than parts
     ]
@@ -83,7 +104,7 @@ def _mini_batch(
     first: int,
     last: int,
     batch: BatchConfig,
-    weighting: str,
+    weigh: Callable[[NDArray[np.int64]], NDArray[np.float64]],
     domains: int,
     layout: Layout,
     version: int,
@@ -93,7 +114,7 @@ def _mini_batch(
     tokens = concatenated_response_tokens(micro_batches).numpy()
     trajectory = np.searchsorted(rollouts.offsets, tokens, side="right") - 1
     part = rollouts.part(first, last)
-    weights = token_weights(part.response_lengths, weighting)
+    weights = weigh(part.response_lengths)
     keys = token_keys(rollouts, first, last, domains, tokens)
     if states:
         ids, count = state_ids(part, 0, last - first)
@@ -107,7 +128,14 @@ def _mini_batch(
         counts={name: count for name, (_, count) in keys.items()},
         labels={name: torch.from_numpy(of) for name, of in token_labels(rollouts, first, last, version).items()},
         rollout_log_probs=torch.from_numpy(rollouts.rollout_log_probs[tokens]),
+        reference_log_probs=_served(rollouts.reference_log_probs, tokens),
+        teacher_log_probs=_served(rollouts.teacher_log_probs, tokens),
     )
+
+
+def _served(log_probs: NDArray[np.float32], tokens: NDArray[np.int64]) -> Tensor | None:
+    """What servers said about these tokens; None if none was asked."""
+    return torch.from_numpy(log_probs[tokens]) if len(log_probs) else None
 
 
 def token_keys(
@@ -195,8 +223,20 @@ def packing_metrics(parts: Sequence[PackingEfficiency]) -> dict[str, float]:
     )
 
 
-def token_weights(response_lengths: NDArray[np.int64], weighting: str) -> NDArray[np.float64]:
-    """Return [B], the weight mu of each token of a trajectory. seq-mean: 1/(B T); token-mean: 1/(sum of T)."""
+def token_weights(
+    response_lengths: NDArray[np.int64], weighting: str, normaliser: float | None = None
+) -> NDArray[np.float64]:
+    """Return [B], the weight mu of each token of a trajectory, as `fibration.WEIGHTINGS` describes the kinds.
+
+    seq-mean: 1/(B T); token-mean: 1/(sum of T); seq-sum: 1/B; constant: 1/(B L) with L = `normaliser`. Raises
+    ValueError for another kind, and for "constant" without a positive `normaliser`.
+    """
+    count = len(response_lengths)
     if weighting == "seq-mean":
-        return 1.0 / (len(response_lengths) * response_lengths.astype(np.float64))
-    return np.full(len(response_lengths), 1.0 / response_lengths.sum())
+        return 1.0 / (count * response_lengths.astype(np.float64))
+    if weighting == "constant" and (normaliser is None or normaliser <= 0):
+        raise ValueError(f'weighting "constant" divides by a number of tokens; normaliser is {normaliser}')
+    totals = {"token-mean": response_lengths.sum(), "seq-sum": count, "constant": count * (normaliser or 1)}
+    if weighting not in totals:
+        raise ValueError(f"weighting is {weighting!r}; choose one of {', '.join(WEIGHTINGS)}")
+    return np.full(count, 1.0 / totals[weighting])

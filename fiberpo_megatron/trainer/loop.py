@@ -21,7 +21,7 @@ from fiberpo_megatron.interfaces import (
 )
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.advantages import estimate
-from fiberpo_megatron.trainer.batch import mini_batches
+from fiberpo_megatron.trainer.batch import mini_batches, without_truncated
 from fiberpo_megatron.trainer.expectation import Expected, nothing_expected
 from fiberpo_megatron.trainer.optimise import optimise
 from fiberpo_megatron.trainer.settings import AlgorithmConfig, BatchConfig
@@ -57,6 +57,8 @@ class Training:
     """Whether this rank was asked to stop."""
     expected: Expected = nothing_expected
     """What a plan expects of a step that had these trajectories, as metrics beside the measured ones."""
+    max_response_tokens: int | None = None
+    """`rollout.max_response_tokens`: what the weighting "constant" divides by where `algorithm.normaliser` is unset."""
     dumps: StepDumps | None = None
     """Writes what the objective saw in the steps of `debug.dump_step`."""
     terms: Terms = field(default_factory=Terms)
@@ -99,14 +101,25 @@ def train(run: Training, start: int = 0) -> None:
 
 
 def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, float]:
-    """Take all optimiser steps on one batch of rollouts, from weights `version` on, and return metrics."""
+    """Take all optimiser steps on one batch of rollouts, from weights `version` on, and return metrics.
+
+    A step all of whose trajectories are left out (`algorithm.truncated`) takes no optimiser step.
+    """
+    advantages, summary = estimate(run.advantage, rollouts), rollout_summary(rollouts, run.source.domains)
+    if run.algorithm.truncated == "leave_out":
+        rollouts, advantages, left_out = without_truncated(rollouts, advantages)
+        summary |= left_out
+        if not len(rollouts.lengths):
+            return summary
     weighting = run.algorithm.weighting or run.objective.weighting
+    normaliser = run.algorithm.normaliser or run.max_response_tokens
     with run.timers("pack"):
         parts = mini_batches(
             rollouts,
-            estimate(run.advantage, rollouts),
+            advantages,
             batch=run.batch,
             weighting=weighting,
+            normaliser=normaliser,
             domains=len(run.source.domains),
             layout=run.policy.layout,
             version=version,
@@ -115,6 +128,7 @@ def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, floa
     dump = None
     if run.dumps is not None:
         facts = {"weighting": weighting, "temperature": run.temperature, "domains": list(run.source.domains)}
+        facts |= {"normaliser": normaliser} if weighting == "constant" else {}
         dump = run.dumps.begin(version, run.policy.layout, rollouts, run.objective, facts)
     with run.source.training(publishes=True):
         metrics = optimise(
@@ -129,7 +143,7 @@ def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, floa
             terms=run.terms,
         )
     run.terms.update(run.policy.layout, metrics, len(rollouts.lengths))
-    return rollout_summary(rollouts, run.source.domains) | metrics
+    return summary | metrics
 
 
 def evaluate(run: Training, step: int) -> dict[str, float]:
@@ -190,8 +204,8 @@ def _throughput(rollouts: RolloutBatch, seconds: Mapping[str, float]) -> dict[st
     return {
         **seconds,
         "tokens_per_second": len(rollouts.tokens) / total,
-        "gate/time_share": seconds["seconds/gate"] / total,
-        "gate/reduce_share": seconds["seconds/gate_reduce"] / total,
+        "gate/time_share": seconds.get("seconds/gate", 0.0) / total,  # a step may have nothing to train on
+        "gate/reduce_share": seconds.get("seconds/gate_reduce", 0.0) / total,
     }
 
 

@@ -106,8 +106,10 @@ class ObjectiveGate:
             teacher_log_probs=if_any(batch.teacher_log_probs),
             keys={key: on_device(ids) for key, ids in batch.keys.items()},
             counts=batch.counts,
+            values={name: on_device(values) for name, values in batch.term_values.items()},
             reduce=timed,
         )
+        added = self.terms.coefficients(tokens)
         tokens, shares = self.terms.masked(tokens)
         out = self.objective(
             tokens.log_probs - tokens.old_log_probs,
@@ -117,10 +119,10 @@ class ObjectiveGate:
             counts=batch.counts,
             labels=batch.labels,
             expert_share=None if share is None else on_device(share),
+            old_log_probs=tokens.old_log_probs,
             reduce=timed,
             metrics=metrics,
         )
-        added = self.terms.coefficients(tokens)
         gradient = out.gradient
         if added.gradient is not None:
             gradient = (gradient.double() + added.gradient).to(gradient.dtype)

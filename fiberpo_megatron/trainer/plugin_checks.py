@@ -39,32 +39,59 @@ def make_objective(config: Config) -> Objective:
 
 
 def advice(config: Config) -> list[str]:
-    """Return what in the objective's settings is allowed but unwise, one line each, which begins with the setting."""
-    algorithm = config.algorithm
+    """Return what in the objective's settings is allowed but unwise, or not what its paper has, one line each, which
+    begins with the setting."""
+    algorithm, objective = config.algorithm, make_objective(config)
     given = algorithm.objective_options([environment.name for environment in config.environments])
     del given["preset"]
-    lines = []
-    for it in make_objective(config).advice(given):
+    lines = _departures(config, objective)
+    for it in objective.advice(given):
         section = "algorithm.objective.options" if it.option in algorithm.objective.options else "algorithm"
         entry = "" if it.entry is None else f".{it.entry if it.entry.isidentifier() else json.dumps(it.entry)}"
         lines.append(f"{section}.{it.option}{entry} = {json.dumps(it.seen)}: {it.text}")
     return lines
 
 
-def with_recorded_preset(config: Config, resume: bool) -> Config:
-    """Return the config of a run that goes on with the preset, and its numbers, that its config.toml records.
+def _departures(config: Config, objective: Objective) -> list[str]:
+    """Name the settings that override the token weights or the advantage of the objective's paper."""
+    algorithm = config.algorithm
+    lines: list[str] = []
+    if objective.paper is None:
+        return lines
+    paper = f"the paper of {objective.name} ({objective.paper})"
+    if algorithm.weighting not in (None, objective.weighting):
+        lines.append(f'algorithm.weighting = "{algorithm.weighting}": {paper} has "{objective.weighting}"')
+    use = advantage_config(config, objective).use
+    if objective.advantage is not None and use != objective.advantage:
+        lines.append(f'algorithm.advantage = "{use}": {paper} has "{objective.advantage}"')
+    elif objective.normalise_std is not None and algorithm.normalise_std not in (None, objective.normalise_std):
+        divides = "divides" if objective.normalise_std else "does not divide"
+        std = str(algorithm.normalise_std).lower()
+        lines.append(f"algorithm.normalise_std = {std}: {paper} {divides} by the group's standard deviation")
+    return lines
 
-    A run of a version without presets goes on with the bare form. A config with `algorithm.preset_options`, or with the
-    preset "paper", stays as it is.
+
+def with_recorded_recipe(config: Config, resume: bool) -> Config:
+    """Return the config of a run that goes on with what its config.toml records: the preset with its numbers, and the
+    token weights and advantages that the objective chose.
+
+    A run of a version without presets goes on with the bare form. A preset "paper", `algorithm.preset_options`, and
+    weights and advantages that the config sets stay as they are.
     """
     algorithm = config.algorithm
-    if not resume or algorithm.preset == "paper" or algorithm.preset_options is not None:
+    if not resume:
         return config
     try:
         made = tomllib.loads((config.run.folder / "config.toml").read_text()).get("algorithm", {})
     except FileNotFoundError:
         return config
-    kept = {"preset": made.get("preset", "paper"), "preset_options": made.get("preset_options")}
+    kept = {}
+    if algorithm.preset != "paper" and algorithm.preset_options is None:
+        kept = {"preset": made.get("preset", "paper"), "preset_options": made.get("preset_options")}
+    objective = made.get("objective")
+    if (objective.get("use") if isinstance(objective, dict) else objective) == algorithm.objective.use:
+        names = ("weighting", "normaliser", *(("advantage", "normalise_std") if algorithm.advantage is None else ()))
+        kept |= {name: made[name] for name in names if name in made and getattr(algorithm, name) is None}
     return config.model_copy(update={"algorithm": AlgorithmConfig.model_validate(algorithm.model_dump() | kept)})
 
 
@@ -96,15 +123,23 @@ def _check_listed(config: Config, objective: FiberPO) -> None:
             )
 
 
-def make_advantage(config: Config) -> AdvantageEstimator:
+def advantage_config(config: Config, objective: Objective) -> PluginConfig:
+    """Return the advantage estimator that the config names, or else the one that the objective's paper has."""
+    return config.algorithm.advantage or PluginConfig(use=objective.advantage or "group-mean")
+
+
+def make_advantage(config: Config, objective: Objective) -> AdvantageEstimator:
     """Return the advantage estimator of [algorithm]. Raises ConfigError."""
-    algorithm = config.algorithm
+    chosen, std = advantage_config(config, objective), config.algorithm.normalise_std
     setting = "algorithm.advantage"
     try:
-        plugin = find("advantages", algorithm.advantage.use, setting)
-        options = dict(algorithm.advantage.options)
-        if algorithm.advantage.use in BUILT_IN["advantages"]:
-            options = {"normalise_std": algorithm.normalise_std} | options
+        plugin = find("advantages", chosen.use, setting)
+        options = dict(chosen.options)
+        if chosen.use in BUILT_IN["advantages"]:
+            if std is None and chosen.use == (objective.advantage or "group-mean"):
+                std = objective.normalise_std
+            if std is not None:
+                options = {"normalise_std": std} | options
         check_options(plugin, options, setting)
         estimator: AdvantageEstimator = plugin.target(**options)
     except (ValueError, TypeError) as error:
@@ -125,8 +160,7 @@ def check_plugins(config: Config, resume: bool, environments: bool = True) -> No
     from fiberpo_megatron.telemetry.sinks import check_sinks
     from fiberpo_megatron.weight_sync.choose import check_publisher
 
-    make_objective(config)
-    make_advantage(config)
+    make_advantage(config, make_objective(config))
     if not config.environments:
         raise ConfigError("there are no environments; add [[environments]] with `name` and `use` to the config")
     try:
@@ -149,12 +183,20 @@ def check_plugins(config: Config, resume: bool, environments: bool = True) -> No
 def recorded(config: Config, environments: Sequence[tuple[str, str | None]]) -> Config:
     """Return the config with the import path and version of every plug-in that is not this package's own.
 
-    The token weights that the objective chooses, and the options that its preset gives, are written out as well.
+    The token weights and the advantage that the objective chooses, and the options that its preset gives, are written
+    out as well.
     `environments`: (import path, version) of each environment, as its worker said them.
     """
     values = config.model_dump(mode="json", exclude_none=True)
     objective, algorithm = make_objective(config), values["algorithm"]
     algorithm.setdefault("weighting", objective.weighting)
+    if algorithm["weighting"] == "constant":
+        algorithm.setdefault("normaliser", config.rollout.max_response_tokens)
+    chosen = advantage_config(config, objective)
+    algorithm.setdefault("advantage", chosen.model_dump(mode="json", exclude_none=True))
+    std = getattr(make_advantage(config, objective), "normalise_std", None)
+    if chosen.use in BUILT_IN["advantages"] and std is not None and "normalise_std" not in chosen.options:
+        algorithm.setdefault("normalise_std", std)
     options = preset_options(type(objective), config.algorithm.objective_options([])["preset"])
     if options:
         algorithm["preset_options"] = json.loads(json.dumps(options))
@@ -180,7 +222,7 @@ def _imported(config: Config) -> Iterator[tuple[str, str, PluginConfig]]:
     objective = config.algorithm.objective
     if objective.use not in OBJECTIVES:
         yield "algorithm.objective", "objectives", objective
-    yield "algorithm.advantage", "advantages", config.algorithm.advantage
+    yield "algorithm.advantage", "advantages", config.algorithm.advantage or PluginConfig(use="group-mean")
     yield "optimizer.kind", "optimizers", config.optimizer.kind
     yield "weight_sync.method", "publishers", config.weight_sync.method
     for number, sink in enumerate(config.telemetry.sinks):

@@ -15,11 +15,12 @@ from fiberpo_megatron.sources.stored import DUMP, dump_of
 from fiberpo_megatron.trainer.batch import SUPPLIED_KEYS
 from fiberpo_megatron.trainer.fp8 import missing_for_fp8
 from fiberpo_megatron.trainer.plugin_checks import (
+    advantage_config,
     advice,
     check_plugins,
     make_advantage,
     make_objective,
-    with_recorded_preset,
+    with_recorded_recipe,
 )
 from fiberpo_megatron.user_warnings import on_console
 
@@ -27,7 +28,7 @@ from fiberpo_megatron.user_warnings import on_console
 def preflight(config: Config, command: str, resume: bool, world_size: int, here: bool = True) -> None:
     """Raises ConfigError naming the setting, the value seen and the fix. `command`: train, sft, dump or eval;
     `world_size`: training ranks that run or are about to be started; `here`: on this machine, not from a login node."""
-    config = with_recorded_preset(config, resume)
+    config = with_recorded_recipe(config, resume)
     _check_model(config, command)
     _check_layout(config, world_size)
     if here:
@@ -42,6 +43,8 @@ def preflight(config: Config, command: str, resume: bool, world_size: int, here:
     _check_colocated(config)
     if command in ("train", "dump", "eval"):
         _check_routing(config)
+    if command in ("train", "dump"):
+        _check_scoring(config)
     if command == "train":
         _check_advantages(config)
         _check_keys(config)
@@ -133,14 +136,37 @@ def _check_rollouts(config: Config, command: str, resume: bool) -> None:
         )
 
 
+def _check_scoring(config: Config) -> None:
+    """Refuse sampling under which a server's log-probs would not be those of the distribution that was sampled from."""
+    rollout = config.rollout
+    for section, _ in config.scoring_servers.values():
+        if rollout.temperature != 1.0:
+            raise ConfigError(
+                f"rollout.temperature = {rollout.temperature:g}: SGLang scores the trajectories of {section} at "
+                "temperature 1, so that their log-probs and the policy's would be of different distributions; set "
+                f"rollout.temperature = 1, or unset {section}"
+            )
+    if config.algorithm.distillation.teacher is not None and (rollout.top_p != 1.0 or rollout.top_k != -1):
+        raise ConfigError(
+            f"rollout.top_p = {rollout.top_p:g}, top_k = {rollout.top_k}: algorithm.distillation estimates a divergence "
+            "from samples of the whole next-token distribution; set top_p = 1 and top_k = -1"
+        )
+
+
 def _check_advantages(config: Config) -> None:
-    algorithm, count = config.algorithm, config.batch.samples_per_prompt
-    least = getattr(make_advantage(config), "least_samples", 1)
+    distillation = config.algorithm.distillation
+    if distillation.teacher is not None and distillation.reward_weight == 0:
+        return  # nothing is made of the comparison of rewards
+    count, objective = config.batch.samples_per_prompt, make_objective(config)
+    estimator, use = make_advantage(config, objective), advantage_config(config, objective).use
+    least = getattr(estimator, "least_samples", 1)
     if count < least:
+        std = getattr(estimator, "normalise_std", None)
+        and_std = "" if std is None else f", normalise_std = {str(std).lower()}"
         raise ConfigError(
             f"batch.samples_per_prompt = {count} leaves nothing to compare a trajectory with (algorithm.advantage = "
-            f'"{algorithm.advantage.use}", normalise_std = {str(algorithm.normalise_std).lower()}); raise it to '
-            f'{least} or more, or set algorithm.advantage = "none" and algorithm.normalise_std = false'
+            f'"{use}"{and_std}); raise it to {least} or more, or set algorithm.advantage = "none" and '
+            "algorithm.normalise_std = false"
         )
 
 

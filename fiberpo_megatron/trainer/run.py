@@ -27,7 +27,7 @@ from fiberpo_megatron.together import together
 from fiberpo_megatron.trainer.expectation import Expected, announced, nothing_expected
 from fiberpo_megatron.trainer.given import EnvironmentsGiven, with_given
 from fiberpo_megatron.trainer.loop import Training, evaluate, train
-from fiberpo_megatron.trainer.plugin_checks import make_advantage, make_objective, recorded, with_recorded_preset
+from fiberpo_megatron.trainer.plugin_checks import make_advantage, make_objective, recorded, with_recorded_recipe
 from fiberpo_megatron.trainer.preflight import check_folder, preflight
 from fiberpo_megatron.trainer.recorder import RunCheckpoints, last_report, open_recorder, restore
 from fiberpo_megatron.trainer.sft import fine_tune
@@ -86,7 +86,7 @@ class Run(Closeable):
 
         Raises ConfigError (a ValueError) for settings that cannot work, before any engine starts.
         """
-        config = with_recorded_preset(with_given(config, environments, objective, optimizer, advantage), resume)
+        config = with_recorded_recipe(with_given(config, environments, objective, optimizer, advantage), resume)
         return cls(config, command, resume, stop, registry, checked)
 
     def __init__(
@@ -100,7 +100,8 @@ class Run(Closeable):
     ) -> None:
         """Use `from_config`."""
         self.config, self._resume, self._stop = config, resume, stop
-        self.objective, self.advantage = make_objective(config), make_advantage(config)
+        self.objective = make_objective(config)
+        self.advantage = make_advantage(config, self.objective)
         self.terms = build_terms(config.algorithm)
         hf_config = read_hf_config(config.model.path, config.model.family)
         listen_towards_master()
@@ -125,7 +126,7 @@ class Run(Closeable):
                     with durable.replaced(config.run.folder / "config.toml", text=True) as file:
                         file.write(text)
             self.policy = build_policy(config, hf_config, layout, config.sft.steps if command == "sft" else None)
-            if command == "train" and self.terms.needs_reference:
+            if command == "train" and self.terms.needs_reference and config.algorithm.kl.servers is None:
                 self.policy.keep_reference(config.algorithm.kl.reference)  # before a checkpoint is loaded
             self._parts = SourceParts(
                 config=config,
@@ -204,6 +205,7 @@ class Run(Closeable):
                 batch=config.batch,
                 algorithm=config.algorithm,
                 temperature=config.rollout.temperature,
+                max_response_tokens=config.rollout.max_response_tokens,
                 steps=steps,
                 evaluate_every=config.evaluation.every_steps,
                 save_every=config.checkpoint.every_steps,

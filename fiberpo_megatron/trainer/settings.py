@@ -7,7 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fiberpo_megatron.settings import PluginConfig, Section, as_plugin
-from fiberpo_megatron.trainer.term_settings import EntropyConfig, KlConfig
+from fiberpo_megatron.trainer.term_settings import (
+    DistillationConfig,
+    EntropyConfig,
+    KlConfig,
+    OffPolicyMaskConfig,
+    SupervisedConfig,
+)
 
 Budget = tuple[float, float]
 BudgetsById = dict[str, Budget | str]
@@ -35,8 +41,9 @@ class AlgorithmConfig(Section):
     """These settings choose the objective and the advantages. Their mathematics is in docs/fibration.md."""
 
     objective: PluginConfig = PluginConfig(use="fiberpo")
-    """What is maximised: fiberpo, fiberpo-domain, fiberpo-expert, fiberpo-expert-global, ppo, grpo, dapo, gspo, cispo,
-    apc, apc-trajectory, reinforce, or the import path of an objective of yours (docs/extending.md).
+    """What is maximised: fiberpo, fiberpo-domain, fiberpo-expert, fiberpo-expert-global, ppo, grpo, drgrpo, dapo, gspo,
+    gmpo, cispo, sapo, dppo, apc, apc-trajectory, reinforce, reinforce++, rloo (docs/objectives.md compares them), or
+    the import path of an objective of yours (docs/extending.md).
     `{use = "...", options = {...}}` gives it options."""
     preset: Literal["recommended", "paper"] = "recommended"
     """Where options that the config does not set come from, for fiberpo, fiberpo-domain, fiberpo-expert and
@@ -46,11 +53,12 @@ class AlgorithmConfig(Section):
     preset_options: dict[str, PresetOption] | None = None
     """The options that "recommended" stood for when the run began. A run writes them into its config.toml, so that it
     can be repeated whatever a later version recommends; leave them unset in a config of your own."""
-    epsilon: float | tuple[float, float] | None = None
-    """Token-level clip width (log ratio for fiberpo). A pair is (positive, non-positive advantage). Unset: the
-    preset's, else the objective's default."""
+    epsilon: float | tuple[float, float] | dict[Literal["low", "high"], float] | None = None
+    """Token-level clip width: of the ratio; for fiberpo and gmpo of the log ratio; for dppo of the probability. One
+    number, or `{low = ..., high = ...}`, where `high` is the upper one, or that of positive advantages for fiberpo. A
+    pair is (high, low), and the run says so. Unset: the preset's, else the objective's default."""
     epsilon_high: float | None = None
-    """Upper clip width of ppo, grpo, dapo, gspo and cispo; `epsilon` is then the lower one."""
+    """Upper clip width of ppo, grpo, drgrpo, reinforce++, dapo, gspo and cispo; `epsilon` is then the lower one."""
     budgets: dict[str, Budget | BudgetsById] | None = None
     """(C+, C-) of each level, by the level's name (its keys joined by '+'; in a tree BRANCH:KEYS where branches do not
     share it). A table in place of a pair gives nodes budgets of their own: `{by = "domain", "*" = [C+, C-], math = [C+,
@@ -77,14 +85,22 @@ class AlgorithmConfig(Section):
     k_max: float | None = Field(None, ge=1)
     """Largest slope of a gate in rollback, whatever the number of tokens of its node. Read by the fibred objectives.
     Unset: the preset's, else no bound."""
-    weighting: Literal["seq-mean", "token-mean"] | None = None
-    """mu of a token: 1/(trajectories x its trajectory's tokens), or 1/tokens. Unset: what the objective's paper has,
-    which is token-mean for apc and seq-mean for the others."""
-    advantage: PluginConfig = PluginConfig(use="group-mean")
-    """Baseline that is subtracted from a reward: group-mean (the group's mean), leave-one-out (the mean of the others),
-    none, or the import path of an estimator of yours."""
-    normalise_std: bool = True
-    """Divide by the group's reward standard deviation (+1e-6). Read by the three built-in baselines."""
+    weighting: Literal["seq-mean", "token-mean", "seq-sum", "constant"] | None = None
+    """mu of a token. seq-mean: 1/(trajectories x its trajectory's tokens); token-mean: 1/tokens; seq-sum:
+    1/trajectories; constant: 1/(trajectories x `normaliser`). Unset: what the objective's paper has, which is
+    token-mean for dapo, cispo and apc, constant for drgrpo and dppo, seq-sum for rloo, and seq-mean for the others. A
+    run says so when the config overrides it."""
+    normaliser: float | None = Field(None, gt=0)
+    """Tokens by which the weighting "constant" divides the sum over a response, whatever its length. Unset:
+    rollout.max_response_tokens."""
+    advantage: PluginConfig | None = None
+    """What a trajectory's reward is compared with. group-mean: the group's mean; leave-one-out and rloo: the mean of
+    the others; none: nothing; reinforce++: the mean over the step's response tokens, divided by their standard
+    deviation; or the import path of an estimator of yours. Unset: what the objective's paper has, which is
+    rloo and reinforce++ for the objectives of these names, and group-mean for the others."""
+    normalise_std: bool | None = None
+    """Divide by the group's reward standard deviation (+1e-6). Read by the built-in baselines group-mean, leave-one-out
+    and none. Unset: false for drgrpo, dppo and rloo, whose papers do not divide, and true for the others."""
     expert_routing: Literal["old", "rollout"] = "old"
     """Whose routing says which expert partitions a token belongs to: the old policy's, recorded in the
     old-log-prob pass, or the engine's."""
@@ -98,12 +114,19 @@ class AlgorithmConfig(Section):
     on the torch path, which is faster on a CPU (docs/fibration.md)."""
     kl: KlConfig = KlConfig()
     entropy: EntropyConfig = EntropyConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    off_policy_mask: OffPolicyMaskConfig = OffPolicyMaskConfig()
+    supervised: SupervisedConfig = SupervisedConfig()
+    truncated: Literal["train", "leave_out"] = "train"
+    """What happens to trajectories whose response was cut by the length limit. leave_out: once advantages have been
+    compared with their rewards, a step trains as if it had not sampled them, and the weights of the others are those of
+    a smaller batch (overlong filtering, arXiv:2503.14476, section 3.4)."""
 
     @field_validator("objective", "advantage", mode="before")
     @classmethod
     def as_plugins(cls, value: object) -> object:
         """Take a string for a table with that `use`."""
-        return as_plugin(value)
+        return None if value is None else as_plugin(value)
 
     def objective_options(self, domains: Sequence[str]) -> dict[str, Any]:
         """Return the objective's options that are set: the flat ones of [algorithm], those of its table, and `preset`,

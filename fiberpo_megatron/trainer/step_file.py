@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fiberpo_megatron import durable
-from fiberpo_megatron.fibration import Objective, ObjectiveOutput
+from fiberpo_megatron.fibration import WEIGHTINGS, Objective, ObjectiveOutput
 from fiberpo_megatron.fibration.levels import STATE_KEY, TRAJECTORY_KEY
 from fiberpo_megatron.fibration.tokens import LONE
 from fiberpo_megatron.trainer.batch import token_weights
@@ -52,6 +52,8 @@ class Tokens:
     """int64 [counts[key]] of some keys."""
     expert_share: Tensor | None = None
     """[T, P]"""
+    old_log_probs: Tensor | None = None
+    """[T] log pi_old; None where nothing says it."""
 
     def __len__(self) -> int:
         return len(self.log_ratio)
@@ -65,6 +67,7 @@ class Tokens:
             weights=self.weights[index],
             keys={key: ids[index] for key, ids in self.keys.items()},
             expert_share=None if self.expert_share is None else self.expert_share[index],
+            old_log_probs=None if self.old_log_probs is None else self.old_log_probs[index],
         )
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
@@ -77,6 +80,7 @@ class Tokens:
             keys={key: ids.to(device) for key, ids in self.keys.items()},
             labels={key: label.to(device) for key, label in self.labels.items()},
             expert_share=None if self.expert_share is None else self.expert_share.to(device),
+            old_log_probs=None if self.old_log_probs is None else self.old_log_probs.to(device),
         )
 
     def call(
@@ -94,6 +98,7 @@ class Tokens:
             counts=self.counts,
             labels=self.labels,
             expert_share=self.expert_share if objective.uses_experts else None,
+            old_log_probs=self.old_log_probs,
             reduce=reduce,
             metrics=metrics,
         )
@@ -246,7 +251,7 @@ class _Reader:
             raise self._error("coefficients", f"the metadata counts {sum(map(sum, calls))} tokens in `calls`")
         return DumpedStep(
             index=self.number,
-            tokens=Tokens(log_ratio, advantages, weights, keys, counts, labels, share),
+            tokens=Tokens(log_ratio, advantages, weights, keys, counts, labels, share, self._old_log_probs()),
             coefficients=coefficients,
             gated_ratio=self._floats("gated_ratio", "") if self._has("gated_ratio") else None,
             token_ids=self._integers("token_ids") if self._has("token_ids") else None,
@@ -310,6 +315,15 @@ class _Reader:
         )
         return now - old.to(now.dtype) if now.dtype == torch.float32 else now - old.double()
 
+    def _old_log_probs(self) -> Tensor | None:
+        if self._has("old_log_probs"):
+            return self._floats("old_log_probs", "")
+        if self.objective.reads_old_log_probs:
+            raise self._error(
+                "old_log_probs", f"is missing, and objective {self.objective.name!r} reads it; add it, float32 [T]"
+            )
+        return None
+
     def _ids(self) -> tuple[dict[str, Tensor], dict[str, int], dict[str, Tensor]]:
         start = f"{self.prefix}keys/"
         names = [name.removeprefix(self.prefix) for name in self.file.shapes if name.startswith(start)]
@@ -370,9 +384,14 @@ class _Reader:
             )
         _, own, lengths = torch.unique(keys[TRAJECTORY_KEY], return_inverse=True, return_counts=True)
         kind = self.about.get("weighting") or self.file.about.get("weighting") or self.objective.weighting
-        if kind not in ("seq-mean", "token-mean"):
-            raise StepFileError(f"{self.file.path}: \"weighting\" is {kind!r}; write 'seq-mean' or 'token-mean'")
-        return torch.from_numpy(token_weights(lengths.numpy(), kind))[own]
+        if kind not in WEIGHTINGS:
+            choices = " or ".join(map(repr, WEIGHTINGS))
+            raise StepFileError(f'{self.file.path}: "weighting" is {kind!r}; write {choices}')
+        normaliser = self.about.get("normaliser") or self.file.about.get("normaliser")
+        try:
+            return torch.from_numpy(token_weights(lengths.numpy(), kind, normaliser))[own]
+        except ValueError as error:
+            raise StepFileError(f'{self.file.path}: {error}; add "normaliser" to the metadata, or weights') from None
 
 
 def write_joined(

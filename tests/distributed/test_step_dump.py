@@ -22,7 +22,7 @@ LAYOUTS = {
     "CP2": ("fiberpo-domain", ["--context=2"], [[0, 0], [0, 1]]),
     "TP2 PP2": ("fiberpo", ["--tensor=2", "--pipeline=2"], [[0, 0]]),
     "DP4 EP2": ("fiberpo-expert", ["--data=4", "--expert=2"], [[0, 0], [1, 0], [2, 0], [3, 0]]),
-    "DP2": ("tests.fibration.sapo:SAPO", ["--data=2"], [[0, 0], [1, 0]]),
+    "DP2": ("tests.fibration.topr:TOPR", ["--data=2"], [[0, 0], [1, 0]]),
 }
 
 

@@ -97,7 +97,9 @@ FURTHER: list[tuple[str, int, torch.dtype, dict[str, Any]]] = [
 def test_kernels_compile(name: str, capability: int, dtype: torch.dtype, options: dict, monkeypatch) -> None:
     done = compiled(name, capability, dtype, monkeypatch, **options)
     expected = RUNS | TOKENS
-    if name not in ("dapo", "tests.fibration.topr_kernel:FusedTOPR"):
+    if name == "gspo":
+        expected |= {"sum_runs"}
+    elif name not in ("dapo", "tests.fibration.topr_kernel:FusedTOPR"):
         expected |= ADJOINTS
     if name.startswith("fiberpo"):
         expected |= NODES | {"find_largest"}

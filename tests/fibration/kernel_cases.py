@@ -20,8 +20,8 @@ from fiberpo_megatron.fibration.kernels import fused, run_plan, token_kernels
 from tests.fibration import oracle
 from tests.fibration.oracle import Case
 from tests.fibration.ranks import joined
-from tests.fibration.sapo import SAPO
-from tests.fibration.sapo_kernel import FusedSAPO
+from tests.fibration.topr import TOPR
+from tests.fibration.topr_kernel import FusedTOPR
 from tests.variations import varied
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
@@ -314,22 +314,22 @@ def test_no_kernels_with_an_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_objective_brings_its_own_kernel() -> None:
-    assert_same(FusedSAPO(tau_positive=2.0), hard_case())
+    assert_same(FusedTOPR(bound_positive=1.1), hard_case())
 
 
 def test_an_objective_without_a_kernel_runs_in_torch_on_every_device() -> None:
     """On a GPU this is the path that an unset `kernels` takes; here it shows that nothing asks for formulas."""
     case = hard_case()
-    unset, torch_path = case.call(SAPO()), case.call(SAPO(kernels=False))
+    unset, torch_path = case.call(TOPR()), case.call(TOPR(kernels=False))
     assert torch.equal(unset.gradient, torch_path.gradient)
 
 
 def test_a_kernel_that_is_no_formulas_is_named() -> None:
-    class Odd(SAPO):
-        kernel = "tests.fibration.sapo_kernel:tl"
+    class Odd(TOPR):
+        kernel = "tests.fibration.topr_kernel:tl"
 
     with pytest.raises(
-        ValueError, match="kernel of objective 'Odd' is 'tests.fibration.sapo_kernel:tl', which is module"
+        ValueError, match="kernel of objective 'Odd' is 'tests.fibration.topr_kernel:tl', which is module"
     ):
         random_case(0).call(Odd(kernels=True))
 

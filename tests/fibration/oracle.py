@@ -6,6 +6,7 @@ level (no tower property), gates are `if`s.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,8 @@ class Case:
     share: Tensor | None = None
     labels: dict[str, Tensor] = field(default_factory=dict)
     """Per key the number of each id in tables of budgets and chains; ids of other keys are their own."""
+    old: Tensor | None = None
+    """Old log-probs, for objectives that read them."""
 
     def number(self, key: str, i: int) -> int:
         at = int(self.ids[key][i])
@@ -38,6 +41,7 @@ class Case:
             keys={key: take(ids) for key, ids in self.ids.items()},
             expert_share=share,
             labels=self.labels,
+            old_log_probs=None if self.old is None else take(self.old),
             **options,
         )
 
@@ -215,14 +219,55 @@ def _token(case, spec, i, x, pairs, sums, log_weight) -> Tensor:
     return best
 
 
-def slow_gspo(case: Case, epsilon: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+def slow_gspo(case: Case, epsilon: tuple[float, float], token: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """GSPO-token (arXiv:2507.18071, equations 13 and 14): sg[s_i] r_t / sg[r_t]. Without `token` GSPO itself."""
     x = case.x.clone().requires_grad_(True)
     ratio = []
     for i in range(x.shape[0]):
         same = [j for j in range(x.shape[0]) if case.ids["trajectory"][j] == case.ids["trajectory"][i]]
         s = torch.exp(sum(x[j] for j in same) / len(same))
+        if token:
+            s = s.detach() * torch.exp(x[i] - x[i].detach())
         bounds = (0.0, 1 + epsilon[0]) if float(case.advantages[i]) >= 0 else (1 - epsilon[1], float("inf"))
         ratio.append(slow_clip(s, *bounds))
+    return _finish(case, x, torch.stack(ratio))
+
+
+def slow_gmpo(case: Case, epsilon: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+    """GMPO (arXiv:2507.20673, equation 4), written with products and powers of ratios; tokens of one trajectory have
+    one advantage."""
+    x = case.x.clone().requires_grad_(True)
+    ratio = []
+    for i in range(x.shape[0]):
+        same = [j for j in range(x.shape[0]) if case.ids["trajectory"][j] == case.ids["trajectory"][i]]
+        sign = 1.0 if float(case.advantages[i]) >= 0 else -1.0
+        product = torch.ones((), dtype=torch.float64)
+        for j in same:
+            r = torch.exp(x[j])
+            clipped = slow_clip(r, math.exp(-epsilon[1]), math.exp(epsilon[0]))
+            product = product * (r**sign if float(r) ** sign <= float(clipped) ** sign else clipped**sign)
+        ratio.append(product ** (sign / len(same)))
+    return _finish(case, x, torch.stack(ratio))
+
+
+def slow_sapo(case: Case, tau_positive: float, tau_negative: float) -> tuple[Tensor, Tensor, Tensor]:
+    """SAPO (arXiv:2511.20347) with the constant that makes its gate 1 on-policy."""
+    x = case.x.clone().requires_grad_(True)
+    ratio = []
+    for i in range(x.shape[0]):
+        tau = tau_positive if float(case.advantages[i]) > 0 else tau_negative
+        ratio.append(torch.sigmoid(tau * (torch.exp(x[i]) - 1)) * 4 / tau - 2 / tau + 1)
+    return _finish(case, x, torch.stack(ratio))
+
+
+def slow_dppo(case: Case, epsilon: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+    """DPPO with the binary total variation (arXiv:2602.04879)."""
+    x = case.x.clone().requires_grad_(True)
+    ratio = []
+    for i in range(x.shape[0]):
+        before, now = math.exp(float(case.old[i])), math.exp(float(case.old[i]) + float(case.x[i]))
+        out = now - before > epsilon[0] if float(case.advantages[i]) > 0 else now - before < -epsilon[1]
+        ratio.append(torch.exp(x[i]) * (0.0 if out else 1.0))
     return _finish(case, x, torch.stack(ratio))
 
 
@@ -292,4 +337,5 @@ def random_case(seed: int, *, trajectories: int = 6, longest: int = 6, partition
     advantages = torch.randn(n, generator=draw, dtype=torch.float64)
     states = torch.Generator().manual_seed(1000 + seed)  # -1 is a state that was sampled once
     ids["state"] = torch.randint(-1, 4, (n,), generator=states)
-    return Case(x, advantages, weights / weights.sum(), ids, share / share.sum(1, keepdim=True))
+    old = -x.clamp(min=0) - 0.05 - 4 * torch.rand(n, generator=states, dtype=torch.float64)
+    return Case(x, advantages, weights / weights.sum(), ids, share / share.sum(1, keepdim=True), old=old)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fiberpo_megatron.fibration import GSPO, Objective, build_objective, register, registered_names
-from tests.fibration.sapo import SAPO
+from tests.fibration.topr import TOPR
 
-__all__ = ["NAMES", "SAPO", "TurnGSPO", "tight"]
+__all__ = ["NAMES", "TOPR", "TurnGSPO", "tight"]
 
 
 @register("gspo-turn")
@@ -36,4 +36,6 @@ def tight(name: str, *, soft: bool = True) -> Objective:
         )
     if name in ("apc", "apc-trajectory"):
         return build_objective(name, budgets={"state" if name == "apc" else "trajectory": (0.1, 0.1)})
+    if name == "dppo":
+        return build_objective(name, epsilon=0.03)
     return build_objective(name)

@@ -348,7 +348,7 @@ def test_surrogate_has_the_closed_form_gradient(name: str) -> None:
     objective = build_objective(name)
     old = -torch.rand(case.x.shape, dtype=torch.float64)
     new = (old + case.x).requires_grad_(True)
-    case.x = new.detach() - old
+    case.x, case.old = new.detach() - old, old
     out = case.call(objective)
     value, again = objective.surrogate(new, old, case.advantages, case.weights, keys=case.ids, expert_share=case.share)
     (-2.0 * value).backward()

@@ -28,9 +28,9 @@ from fiberpo_megatron.fibration import (
     objective_options,
     register,
 )
-from tests.fibration import sapo
+from tests.fibration import topr
 from tests.fibration.oracle import random_case
-from tests.fibration.registered import NAMES, SAPO, TurnGSPO
+from tests.fibration.registered import NAMES, TOPR, TurnGSPO
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPLIED = ("trajectory", "prompt_group", "domain")
@@ -52,35 +52,35 @@ class Weighted(TokenObjective):
 
 def test_the_page_shows_the_example_as_it_is_tested() -> None:
     page = (ROOT / "docs" / "fibration.md").read_text()
-    assert Path(sapo.__file__).read_text() in page
+    assert Path(topr.__file__).read_text() in page
 
 
 def test_short_name_import_path_class_and_instance_are_the_same() -> None:
     case = random_case(0)
-    expected = case.call(SAPO(tau_positive=2.0)).gradient
-    assert not torch.equal(case.call(SAPO()).gradient, expected)
-    for objective in ("sapo", "tests.fibration.sapo:SAPO", SAPO):
-        built = build_objective(objective, tau_positive=2.0)
-        assert built == SAPO(tau_positive=2.0) and built.name == "sapo"
+    expected = case.call(TOPR(bound_positive=2.0)).gradient
+    assert not torch.equal(case.call(TOPR()).gradient, expected)
+    for objective in ("topr", "tests.fibration.topr:TOPR", TOPR):
+        built = build_objective(objective, bound_positive=2.0)
+        assert built == TOPR(bound_positive=2.0) and built.name == "topr"
         assert torch.equal(case.call(built).gradient, expected)
-    built = SAPO(tau_positive=2.0)
+    built = TOPR(bound_positive=2.0)
     assert build_objective(built) is built
     assert build_objective(built, kernels=False) == replace(built, kernels=False)
     assert build_objective("tests.fibration.test_registry:Weighted", scale=2.0).name == "Weighted"
 
 
 def test_what_is_registered_by_others_is_no_built_in() -> None:
-    assert "sapo" in NAMES and "gspo-turn" in NAMES and not {"sapo", "gspo-turn"} & set(OBJECTIVES)
+    assert "topr" in NAMES and "gspo-turn" in NAMES and not {"topr", "gspo-turn"} & set(OBJECTIVES)
 
 
 def test_a_module_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Path(sapo.__file__).read_text().replace('@register("sapo")', '@register("mine")')
+    source = Path(topr.__file__).read_text().replace('@register("topr")', '@register("mine")')
     (tmp_path / "objective_of_mine.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     case = random_case(0)
-    found = case.call(build_objective("objective_of_mine:SAPO"))
-    assert torch.equal(found.gradient, case.call(SAPO()).gradient)
+    found = case.call(build_objective("objective_of_mine:TOPR"))
+    assert torch.equal(found.gradient, case.call(TOPR()).gradient)
 
 
 class Nothing(TokenObjective):
@@ -97,19 +97,19 @@ class Forgotten(TokenObjective):
 @pytest.mark.parametrize(
     ("objective", "options", "words"),
     [
-        ("tests.fibration.sapo:SAP", {}, "tests.fibration.sapo has no SAP; it defines SAPO"),
-        ("tests.fibration.sapos:SAPO", {}, "there is no module 'tests.fibration.sapos'"),
+        ("tests.fibration.topr:TOP", {}, "tests.fibration.topr has no TOP; it defines TOPR"),
+        ("tests.fibration.toprs:TOPR", {}, "there is no module 'tests.fibration.toprs'"),
         ("tests.fibration.oracle:Case", {}, "is no subclass of fiberpo_megatron.fibration.Objective"),
         (Path, {}, "is no subclass of fiberpo_megatron.fibration.Objective"),
         (Nothing, {}, r"test_registry:Nothing lacks the method gate\(\)"),
         (TokenObjective, {}, r"lacks the method gate\(\)"),
         (Forgotten, {}, r"declares the option 'temperature' but is not a dataclass; write @dataclass\(frozen=True\)"),
         (Weighted, {}, "objective 'Weighted' needs the option 'scale'"),
-        (SAPO, {"tau": 1.0}, "'sapo' does not read 'tau'; remove it .sapo reads tau_negative, tau_positive"),
-        (SAPO, {"tau_positive": "hot"}, "option 'tau_positive' is 'hot'; its type is float"),
-        (SAPO, {"tau_positive": True}, "option 'tau_positive' is True; its type is float"),
-        (SAPO, {"tau_positive": -1.0}, "SAPO's temperatures are -1.0 and 1.05; make both positive"),
-        (SAPO(), {"tau_positive": 1.0}, "'sapo' is already built and takes no options; give tau_positive to its"),
+        (TOPR, {"tau": 1.0}, "'topr' does not read 'tau'; remove it .topr reads bound_negative, bound_positive"),
+        (TOPR, {"bound_positive": "hot"}, "option 'bound_positive' is 'hot'; its type is float"),
+        (TOPR, {"bound_positive": True}, "option 'bound_positive' is True; its type is float"),
+        (TOPR, {"bound_positive": -1.0}, "TOPR's bounds are -1.0 and 1.0; make both at least 1"),
+        (TOPR(), {"bound_positive": 1.0}, "'topr' is already built and takes no options; give bound_positive to its"),
         ("fiberpo", {"unclip_positive": 1}, "option 'unclip_positive' is 1; its type is bool"),
         ("fiberpo", {"epsilon": "0.1"}, "option 'epsilon' is '0.1'; its type is"),
         ("fiberpo", {"budgets": 0.1}, "option 'budgets' is 0.1; its type is"),
@@ -122,12 +122,12 @@ def test_refused(objective: object, options: dict, words: str) -> None:
 
 
 def test_a_name_belongs_to_one_class() -> None:
-    register("sapo")(SAPO)  # a module that is imported twice registers twice
-    with pytest.raises(ValueError, match="the objective name 'sapo' belongs to tests.fibration.sapo:SAPO"):
-        register("sapo")(Weighted)
+    register("topr")(TOPR)  # a module that is imported twice registers twice
+    with pytest.raises(ValueError, match="the objective name 'topr' belongs to tests.fibration.topr:TOPR"):
+        register("topr")(Weighted)
     with pytest.raises(ValueError, match="leave out the colon"):
         register("a:b")(Weighted)
-    assert objective_class("sapo") is SAPO and Weighted.name == "Weighted"
+    assert objective_class("topr") is TOPR and Weighted.name == "Weighted"
 
 
 # ---- options ----
@@ -143,11 +143,14 @@ def test_every_option_has_a_type_a_default_and_a_sentence(name: str) -> None:
 def test_options_are_listed_as_they_are_declared() -> None:
     by_name = {option.name: option for option in objective_options("dapo")}
     assert list(by_name) == ["epsilon", "epsilon_high", "dual_clip"]
-    assert by_name["epsilon"].default == (0.28, 0.2) and by_name["epsilon"].type == "float | Sequence[float]"
+    assert (
+        by_name["epsilon"].default == (0.28, 0.2)
+        and by_name["epsilon"].type == "float | Sequence[float] | Mapping[str, float]"
+    )
     assert by_name["epsilon"].doc.startswith("Width of the clip of the ratio")
     (scale,) = objective_options(Weighted)
     assert scale == ("scale", "float", MISSING, "Factor of every ratio.")
-    assert objective_options("tests.fibration.sapo:SAPO") == objective_options("sapo")
+    assert objective_options("tests.fibration.topr:TOPR") == objective_options("topr")
 
 
 NOT_FINITE = (math.nan, math.inf, -math.inf)
@@ -237,8 +240,8 @@ def test_keys_that_a_run_does_not_supply_are_named() -> None:
         experts.check_keys(SUPPLIED)
     with pytest.raises(ValueError, match="objective 'gspo-turn' needs the key 'turn'.*supplied are none"):
         TurnGSPO().check_keys(())
-    assert SAPO().keys == ()
-    SAPO().check_keys(())
+    assert TOPR().keys == ()
+    TOPR().check_keys(())
 
 
 def test_an_objective_with_node_sums_declares_its_keys() -> None:
@@ -271,7 +274,7 @@ def test_a_subclass_inherits_no_kernel() -> None:
 
 def test_without_a_kernel_a_call_on_a_gpu_runs_in_torch() -> None:
     on_gpu = SimpleNamespace(log_ratio=SimpleNamespace(is_cuda=True, device="cuda"))
-    assert evaluate._use_kernels(SAPO(), on_gpu, None) is False
+    assert evaluate._use_kernels(TOPR(), on_gpu, None) is False
     assert evaluate._use_kernels(PPO(), on_gpu, False) is False
 
 
@@ -279,11 +282,11 @@ def test_without_a_kernel_a_call_on_a_gpu_runs_in_torch() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_an_objective_without_a_kernel_on_a_gpu() -> None:
     case = random_case(0)
-    expected = case.call(SAPO()).gradient
+    expected = case.call(TOPR()).gradient
     for name in ("x", "advantages", "weights", "share"):
         setattr(case, name, getattr(case, name).cuda())
     case.ids = {key: ids.cuda() for key, ids in case.ids.items()}
-    torch.testing.assert_close(case.call(SAPO()).gradient.cpu(), expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(case.call(TOPR()).gradient.cpu(), expected, rtol=1e-12, atol=1e-15)
 
 
 def test_the_base_classes_show_a_complete_objective() -> None:

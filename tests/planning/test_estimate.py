@@ -78,7 +78,7 @@ def test_gates_carry_what_the_objective_reduces():
 
 @pytest.mark.parametrize(
     ("name", "spans"),
-    [("tests.fibration.sapo:SAPO", False), ("tests.fibration.registered:TurnGSPO", False), ("fiberpo-domain", True)],
+    [("tests.fibration.topr:TOPR", False), ("tests.fibration.registered:TurnGSPO", False), ("fiberpo-domain", True)],
 )
 def test_custom_objectives_are_planned(name: str, spans: bool):
     run = config().model_copy(update={"algorithm": AlgorithmConfig.model_validate({"objective": name})})

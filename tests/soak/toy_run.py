@@ -172,7 +172,7 @@ def run_toy(
             policy=policy,
             source=source,
             objective=build_objective("fiberpo"),
-            advantage=make_advantage(config),
+            advantage=make_advantage(config, build_objective("fiberpo")),
             recorder=wrap(recorder),
             checkpoints=checkpoints,
             timers=timers,

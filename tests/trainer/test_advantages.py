@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 
 from fiberpo_megatron.plugins import BUILT_IN, find
-from fiberpo_megatron.trainer.advantages import GroupMean, LeaveOneOut, NoBaseline, estimate, group_advantages
+from fiberpo_megatron.trainer.advantages import (
+    RLOO,
+    BatchStandardised,
+    GroupMean,
+    LeaveOneOut,
+    NoBaseline,
+    estimate,
+    group_advantages,
+)
 from fiberpo_megatron.types import RolloutBatch
 
 REWARDS = np.array([1, 0, 0, 0, 1, 1], np.float32)
@@ -46,13 +54,40 @@ def rollouts(rewards=REWARDS, groups=GROUPS, lengths=None) -> RolloutBatch:
 
 
 @pytest.mark.parametrize("normalise_std", [True, False])
-@pytest.mark.parametrize("name", list(BUILT_IN["advantages"]))
+@pytest.mark.parametrize("name", ["group-mean", "leave-one-out", "none"])
 def test_the_built_in_estimators_are_the_function(name, normalise_std):
     estimator = find("advantages", name, "algorithm.advantage").target(normalise_std=normalise_std)
     rewards = np.random.default_rng(0).normal(size=40).astype(np.float32)
     groups = np.repeat(np.arange(10), 4)
     expected = group_advantages(rewards, groups, name, normalise_std)
     np.testing.assert_array_equal(estimate(estimator, rollouts(rewards, groups)), expected)
+
+
+def test_rloo_is_leave_one_out_without_a_division():
+    rewards = np.random.default_rng(0).normal(size=40).astype(np.float32)
+    batch = rollouts(rewards, np.repeat(np.arange(10), 4))
+    np.testing.assert_array_equal(RLOO()(batch), LeaveOneOut(normalise_std=False)(batch))
+    assert set(BUILT_IN["advantages"]) == {"group-mean", "leave-one-out", "none", "rloo", "reinforce++"}
+
+
+def test_reinforce_plus_plus_standardises_over_the_tokens_of_the_step():
+    lengths = np.array([1, 3, 2, 5, 1, 4])
+    found = BatchStandardised()(rollouts(REWARDS, GROUPS, lengths))
+    tokens = np.repeat(REWARDS.astype(np.float64), lengths)
+    np.testing.assert_allclose(found, (REWARDS - tokens.mean()) / tokens.std(ddof=1), rtol=1e-6)
+    spread = np.repeat(found, lengths)
+    np.testing.assert_allclose([spread.mean(), spread.std(ddof=1)], [0, 1], atol=1e-6)
+    above = BatchStandardised(baseline="group-mean")(rollouts(REWARDS, GROUPS, lengths))
+    tokens = np.repeat(REWARDS - np.array([0.25] * 4 + [1.0] * 2), lengths)
+    np.testing.assert_allclose(np.repeat(above, lengths), (tokens - tokens.mean()) / tokens.std(ddof=1), rtol=1e-6)
+
+
+def test_reinforce_plus_plus_of_equal_rewards_is_zero():
+    equal = rollouts(np.full(6, 0.1, np.float32), GROUPS, [1, 3, 2, 5, 1, 4])
+    assert not BatchStandardised()(equal).any() and not BatchStandardised(baseline="group-mean")(equal).any()
+    assert [BatchStandardised().least_samples, BatchStandardised(baseline="group-mean").least_samples] == [1, 2]
+    with pytest.raises(ValueError, match="baseline is 'mean'; choose"):
+        BatchStandardised(baseline="mean")
 
 
 @pytest.mark.parametrize("estimator", [GroupMean(), GroupMean(False), LeaveOneOut(False), NoBaseline(True)], ids=str)
@@ -72,7 +107,7 @@ def test_how_many_samples_an_estimator_compares():
     np.testing.assert_array_equal(NoBaseline(False)(rollouts(np.ones(1, np.float32), np.array([0]))), [1.0])
 
 
-@pytest.mark.parametrize("estimator", [GroupMean(), LeaveOneOut(), NoBaseline()], ids=str)
+@pytest.mark.parametrize("estimator", [GroupMean(), LeaveOneOut(), NoBaseline(), BatchStandardised()], ids=str)
 def test_no_trajectories(estimator):
     empty = rollouts(np.zeros(0, np.float32), np.zeros(0, np.int64))
     assert estimate(estimator, empty).shape == (0,)

@@ -81,7 +81,7 @@ def training(
 ) -> tuple[Training, Memory]:
     config = toy_config(**sections)
     memory, engine, policy = Memory(), engine or FakeEngine(seed=0), TablePolicy(30.0)
-    timers = PhaseTimers()
+    timers, built = PhaseTimers(), build_objective(objective, kernels=config.algorithm.kernels)
     source = EngineSource(
         policy=policy,
         prompts=CountingPrompts(),
@@ -102,8 +102,8 @@ def training(
     run = Training(
         policy,
         source,
-        build_objective(objective, kernels=config.algorithm.kernels),
-        make_advantage(config),
+        built,
+        make_advantage(config, built),
         memory,
         memory,
         timers,

@@ -9,8 +9,16 @@ import pytest
 from fiberpo_megatron import plugins
 from fiberpo_megatron.config import Config, ConfigError, dump_config
 from fiberpo_megatron.fibration import FiberPO
+from fiberpo_megatron.trainer.advantages import RLOO, BatchStandardised, GroupMean, LeaveOneOut
 from fiberpo_megatron.trainer.given import with_given
-from fiberpo_megatron.trainer.plugin_checks import check_plugins, make_objective, recorded
+from fiberpo_megatron.trainer.plugin_checks import (
+    advice,
+    check_plugins,
+    make_advantage,
+    make_objective,
+    recorded,
+    with_recorded_recipe,
+)
 from fiberpo_megatron.trainer.preflight import _check_keys, _check_routing
 
 DENSE = {
@@ -145,6 +153,89 @@ def test_only_plug_ins_from_outside_are_recorded_by_their_path(tmp_path: Path):
 )
 def test_the_token_weights_that_the_objective_chose_are_recorded(tmp_path: Path, algorithm, weighting: str):
     assert recorded(config(tmp_path, algorithm=algorithm), []).algorithm.weighting == weighting
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "estimator"),
+    [
+        ({"objective": "fiberpo"}, GroupMean()),
+        ({"objective": "dapo"}, GroupMean()),
+        ({"objective": "drgrpo"}, GroupMean(normalise_std=False)),
+        ({"objective": "drgrpo", "advantage": "group-mean"}, GroupMean(normalise_std=False)),
+        ({"objective": "drgrpo", "normalise_std": True}, GroupMean()),
+        ({"objective": "rloo"}, RLOO()),
+        ({"objective": "grpo", "advantage": "rloo"}, RLOO()),
+        ({"objective": "grpo", "advantage": "leave-one-out"}, LeaveOneOut()),
+        ({"objective": "reinforce++"}, BatchStandardised()),
+        (
+            {
+                "objective": "reinforce++",
+                "advantage": {"use": "reinforce++", "options": {"baseline": "group-mean"}},
+            },
+            BatchStandardised(baseline="group-mean"),
+        ),
+    ],
+    ids=str,
+)
+def test_the_advantage_is_the_papers_unless_the_config_says_otherwise(tmp_path: Path, algorithm, estimator):
+    """The recorded config, which names it, makes the same one and overrides nothing that the first did not."""
+    given = config(tmp_path, algorithm=algorithm)
+    assert make_advantage(given, make_objective(given)) == estimator
+    again = recorded(given, [])
+    assert again.algorithm.advantage is not None
+    assert make_advantage(again, make_objective(again)) == estimator
+    assert advice(again) == advice(given)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "words"),
+    [
+        ({"objective": "dapo"}, None),
+        ({"objective": "dapo", "weighting": "token-mean", "advantage": "group-mean", "normalise_std": True}, None),
+        (
+            {"objective": "dapo", "weighting": "seq-mean"},
+            'algorithm.weighting = "seq-mean": the paper of dapo (arXiv:2503.14476) has "token-mean"',
+        ),
+        (
+            {"objective": "rloo", "advantage": "group-mean"},
+            'algorithm.advantage = "group-mean": the paper of rloo (arXiv:2402.14740) has "rloo"',
+        ),
+        (
+            {"objective": "drgrpo", "normalise_std": True},
+            "algorithm.normalise_std = true: the paper of drgrpo (arXiv:2503.20783) does not divide by the group's "
+            "standard deviation",
+        ),
+        ({"objective": "reinforce", "weighting": "token-mean", "advantage": "none"}, None),
+        (
+            {"objective": "dapo", "epsilon": [0.3, 0.1]},
+            "algorithm.epsilon = [0.3, 0.1]: a pair is (high, low), the width for positive advantages first; write "
+            "{low = 0.1, high = 0.3}",
+        ),
+        ({"objective": "dapo", "epsilon": {"low": 0.1, "high": 0.3}}, None),
+    ],
+)
+def test_a_run_says_once_what_overrides_the_paper(tmp_path: Path, algorithm, words: str | None):
+    assert advice(config(tmp_path, algorithm=algorithm)) == ([] if words is None else [words])
+
+
+def test_the_constant_of_token_weights_is_recorded_and_a_resumed_run_keeps_it(tmp_path: Path):
+    run = {"folder": tmp_path}
+    given = config(tmp_path, run=run, algorithm={"objective": "drgrpo"}, rollout={"max_response_tokens": 300})
+    kept = recorded(given, [])
+    assert (kept.algorithm.weighting, kept.algorithm.normaliser) == ("constant", 300)
+    (tmp_path / "config.toml").write_text(dump_config(kept))
+    longer = config(tmp_path, run=run, algorithm={"objective": "drgrpo"}, rollout={"max_response_tokens": 400})
+    resumed = with_recorded_recipe(longer, resume=True).algorithm
+    assert (resumed.normaliser, resumed.normalise_std) == (300, False)
+    assert with_recorded_recipe(longer, resume=False) == longer
+    other = config(tmp_path, run=run, algorithm={"objective": "grpo"})
+    assert with_recorded_recipe(other, resume=True).algorithm.weighting is None
+
+
+def test_normalise_std_is_refused_where_the_advantage_does_not_read_it(tmp_path: Path):
+    given = config(tmp_path, algorithm={"objective": "reinforce++", "normalise_std": True})
+    with pytest.raises(ConfigError, match="normalise_std"):
+        make_advantage(given, make_objective(given))
 
 
 def test_a_run_resumes_with_the_versions_that_it_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,7 +11,7 @@ from fiberpo_megatron.cli.main import main
 from fiberpo_megatron.config import Config, ConfigError, dump_config, load_config
 from fiberpo_megatron.fibration import FiberPO, build_objective, presets
 from fiberpo_megatron.trainer.given import with_given
-from fiberpo_megatron.trainer.plugin_checks import advice, make_objective, recorded, with_recorded_preset
+from fiberpo_megatron.trainer.plugin_checks import advice, make_objective, recorded, with_recorded_recipe
 
 FIBRED = ("fiberpo", "fiberpo-domain", "fiberpo-expert", "fiberpo-expert-global")
 THEN = {"pessimistic": True, "epsilon": 0.3, "budgets": {"trajectory": (0.9, 0.8), "domain": (0.7, 0.6)}}
@@ -77,28 +77,28 @@ def test_a_resumed_run_keeps_its_preset_and_numbers(tmp_path: Path, monkeypatch:
     begin(given)
     before = make_objective(given)
     recommend(monkeypatch, LATER)
-    resumed = with_recorded_preset(given, resume=True)
+    resumed = with_recorded_recipe(given, resume=True)
     assert make_objective(resumed) == before
-    assert make_objective(with_recorded_preset(given, resume=False)) != before
+    assert make_objective(with_recorded_recipe(given, resume=False)) != before
     begin(resumed)  # as every start writes it
-    assert make_objective(with_recorded_preset(given, resume=True)) == before
-    changed = make_objective(with_recorded_preset(config(tmp_path, "fiberpo-domain", dual_clip=3.0), resume=True))
+    assert make_objective(with_recorded_recipe(given, resume=True)) == before
+    changed = make_objective(with_recorded_recipe(config(tmp_path, "fiberpo-domain", dual_clip=3.0), resume=True))
     assert (changed.dual_clip, changed.epsilon, changed.k_max) == (3.0, 0.3, None)
     bare = config(tmp_path, "fiberpo-domain", preset="paper")
-    assert make_objective(with_recorded_preset(bare, resume=True)).pessimistic is False
+    assert make_objective(with_recorded_recipe(bare, resume=True)).pessimistic is False
 
 
 def test_a_resumed_run_of_a_version_without_presets_keeps_the_bare_form(tmp_path: Path):
     given = config(tmp_path)
     text = begin(config(tmp_path, preset="paper")).read_text()
     (tmp_path / "config.toml").write_text(text.replace('preset = "paper"\n', ""))
-    assert make_objective(with_recorded_preset(given, resume=True)) == FiberPO()
-    begin(with_recorded_preset(given, resume=True))
-    assert make_objective(with_recorded_preset(given, resume=True)) == FiberPO()
+    assert make_objective(with_recorded_recipe(given, resume=True)) == FiberPO()
+    begin(with_recorded_recipe(given, resume=True))
+    assert make_objective(with_recorded_recipe(given, resume=True)) == FiberPO()
 
 
 def test_a_resume_before_anything_was_written_takes_todays(tmp_path: Path):
-    assert with_recorded_preset(config(tmp_path), resume=True) == config(tmp_path)
+    assert with_recorded_recipe(config(tmp_path), resume=True) == config(tmp_path)
 
 
 def test_an_object_is_complete_and_a_class_takes_the_preset(tmp_path: Path):

@@ -70,7 +70,7 @@ def test_the_first_optimiser_step_is_on_policy_and_the_others_are_single_passes(
 
 
 @pytest.mark.parametrize(
-    "objective", ["fiberpo", "fiberpo-domain", "fiberpo-expert", "apc", "tests.fibration.sapo:SAPO"]
+    "objective", ["fiberpo", "fiberpo-domain", "fiberpo-expert", "apc", "tests.fibration.topr:TOPR"]
 )
 def test_a_replay_has_equal_bits(tmp_path: Path, objective: str):
     result = replay(dumped(tmp_path, objective))

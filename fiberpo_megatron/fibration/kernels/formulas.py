@@ -147,12 +147,15 @@ def _gspo_gate(x, a, mu, values, OPTIONS: tl.constexpr):
     raw = tl.exp(total / tl.maximum(tokens, 1.0)).to(x.dtype)
     ratio = _pessimistic_clip(raw, a, OPTIONS)
     free = ratio == raw
-    return ratio, tl.zeros_like(x), free, (tl.where(free, mu * a * ratio, 0.0),)
+    return ratio, tl.where(free, mu * a * ratio, 0.0), free, ()
 
 
 @triton.jit
-def _gspo_finish(x, a, mu, values, more, OPTIONS: tl.constexpr):
-    return tl.where(mu > 0, (values[0] / tl.maximum(more[0], 1.0)).to(x.dtype), 0.0)
+def _sapo_gate(x, a, mu, values, OPTIONS: tl.constexpr):
+    ratio = tl.exp(x)
+    tau = tl.where(a > 0, tl.full((), OPTIONS[0], x.dtype), tl.full((), OPTIONS[1], x.dtype))
+    passed = 1 / (1 + tl.exp(-tau * (ratio - 1)))
+    return 1 + 4 / tau * (passed - 0.5), mu * a * (4 * passed * (1 - passed)) * ratio, x == x, ()
 
 
 @triton.jit
@@ -226,4 +229,5 @@ PPO = Formulas(no_terms, _ppo_gate, no_finish, lambda it: (*it.bounds, it.dual_c
 CISPO = Formulas(no_terms, _cispo_gate, no_finish, lambda it: it.bounds)
 REINFORCE = Formulas(no_terms, _reinforce_gate, no_finish, lambda it: ())
 APC = Formulas(_apc_terms, _apc_gate, _apc_finish, lambda it: (it.delta, it.lone_nodes))
-GSPO = Formulas(_gspo_terms, _gspo_gate, _gspo_finish, lambda it: (*it.bounds, None))
+GSPO = Formulas(_gspo_terms, _gspo_gate, no_finish, lambda it: (*it.bounds, None))
+SAPO = Formulas(no_terms, _sapo_gate, no_finish, lambda it: (it.tau_positive, it.tau_negative))
