@@ -165,7 +165,8 @@ def _routing_shape(hf_config: Mapping[str, Any]) -> RoutingShape:
 
 @contextmanager
 def scoring_servers(parts: SourceParts) -> Iterator[dict[str, ServedScores]]:
-    """Yield on leaders what scores trajectories on given servers, by the fact of a trajectory that it gives.
+    """Yield the scorers of a run's trajectories by the fact of a trajectory that they give; none on ranks that do not
+    lead a replica.
 
     Every rank calls it. Rank 0 compares the servers' vocabularies with the run's first: nothing was sampled by then.
     """

@@ -1,4 +1,4 @@
-"""Mask trajectories that have left the policy: off-policy sequence masking of DeepSeek-V3.2.
+"""Leave out trajectories that have left the policy: off-policy sequence masking of DeepSeek-V3.2.
 
 arXiv:2512.02556, section 3.1, equations 8 and 9: a token's policy loss (not its KL penalty) is multiplied by
 

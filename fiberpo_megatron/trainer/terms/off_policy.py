@@ -22,7 +22,7 @@ class OffPolicyMask(Term):
         trajectory = tokens.keys["trajectory"]
         sums = drift_sums(tokens.rollout_log_probs, tokens.log_probs, trajectory, tokens.counts["trajectory"])
         if tokens.reduce is not None:
-            sums = tokens.reduce(sums)
+            sums = tokens.reduce(sums.flatten()).view_as(sums)
         factor = off_policy_factor(sums, trajectory, tokens.advantages, self._delta)
         drift = tokens.rollout_log_probs.double() - tokens.log_probs.double()
         shares = {
