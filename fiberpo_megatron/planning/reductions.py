@@ -21,7 +21,8 @@ def gate_bytes(config: Config) -> tuple[int, ...]:
     mini-batch, with a reduction that counts. Its tables have a row per node, so their size does not depend on the
     number of tokens. Where levels name turns, the plan counts one turn per trajectory; where they name weight versions
     or engines, it counts one of them. For `apc` it counts one state that was sampled repeatedly, because how many there
-    are depends on the responses; a run reports the bytes in `gate/reduce_bytes`.
+    are depends on the responses; a run reports the bytes in `gate/reduce_bytes`. The off-policy mask's table of two
+    numbers per trajectory goes before the objective's; a few numbers of the terms' metrics are not counted.
     """
     return _gate_bytes(
         config.algorithm.model_dump_json(),
@@ -36,7 +37,8 @@ def gate_bytes(config: Config) -> tuple[int, ...]:
 def _gate_bytes(
     algorithm: str, domains: tuple[str, ...], prompts: int, samples: int, partitions: int
 ) -> tuple[int, ...]:
-    objective = _objective(AlgorithmConfig.model_validate_json(algorithm), domains)
+    settings = AlgorithmConfig.model_validate_json(algorithm)
+    objective = _objective(settings, domains)
     if isinstance(objective, FiberPO):  # a run refuses a layout with fewer expert partitions than the budgets list
         partitions = max((partitions, *(number + 1 for number in objective.tree.listed().get("expert", ()))))
     count = prompts * samples
@@ -46,7 +48,8 @@ def _gate_bytes(
     keys |= {"trajectory": trajectory, "turn": trajectory, "prompt_group": trajectory // samples}
     counts = dict.fromkeys(keys, 1) | {"domain": max(1, len(domains))}
     counts |= {"trajectory": count, "turn": count, "prompt_group": prompts}
-    sent: list[int] = []
+    masks = settings.off_policy_mask.delta is not None
+    sent: list[int] = [2 * count * torch.float64.itemsize] if masks else []
     objective(
         torch.zeros(count),
         torch.zeros(count),

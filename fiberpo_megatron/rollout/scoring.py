@@ -6,7 +6,8 @@ scores prompts at no other temperature, so a run that samples at another one is 
 """
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,6 +48,13 @@ class ServedScores:
         self._retries = settings.retries
         self._slots = asyncio.Semaphore(settings.max_concurrent_requests)
         self._in_flight = [0] * len(pool.clients)
+        self._counts = {"trajectories": 0.0, "retries": 0.0, "seconds": 0.0}
+
+    def take_counts(self) -> Mapping[str, float]:
+        """Return, since the last call, how many trajectories were scored, how often a request was sent again, and the
+        seconds in which a request was out, summed over trajectories."""
+        counts, self._counts = self._counts, dict.fromkeys(self._counts, 0.0)
+        return counts
 
     async def log_probs(self, prompt: Sequence[int], response: Sequence[int]) -> NDArray[np.float32]:
         """Return [T], the log-prob of each token of `response` after `prompt` under the served model.
@@ -57,11 +65,16 @@ class ServedScores:
         tokens = [*prompt, *response]
         async with self._slots:  # bounded by the deadlines of the requests that hold the slots
             failed: EngineError | None = None
+            began = time.monotonic()
             for attempt in range(self._retries + 1):
                 if attempt:
+                    self._counts["retries"] += 1
                     await asyncio.sleep(min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S))
                 try:
-                    return await self._score(tokens, len(prompt), attempt)
+                    found = await self._score(tokens, len(prompt), attempt)
+                    self._counts["trajectories"] += 1
+                    self._counts["seconds"] += time.monotonic() - began
+                    return found
                 except LOST as error:
                     failed = error
                 except EngineError as error:

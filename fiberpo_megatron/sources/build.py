@@ -112,7 +112,7 @@ def rollout_source(
             held_out_samples=config.evaluation.samples_per_prompt,
             stop=parts.stop,
             devices=shared or SeparateDevices(),
-            counts=dict if environments is None else environments.take_metrics,
+            counts=partial(_counts, environments, scorers),
         )
 
 
@@ -161,6 +161,15 @@ def _routing_shape(hf_config: Mapping[str, Any]) -> RoutingShape:
     architecture = read_architecture(hf_config)
     assert architecture.experts is not None
     return RoutingShape(architecture.layers, architecture.experts.per_token, architecture.experts.count)
+
+
+def _counts(environments: Environments | None, scorers: Mapping[str, ServedScores]) -> dict[str, float]:
+    """The counts of this rank's environments and scorers since the last call, by metric."""
+    found = {} if environments is None else dict(environments.take_metrics())
+    for fact, scores in scorers.items():
+        name = fact.removesuffix("_log_probs")
+        found |= {f"scoring/{name}/{count}": value for count, value in scores.take_counts().items()}
+    return found
 
 
 @contextmanager

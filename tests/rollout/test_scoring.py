@@ -79,7 +79,13 @@ class Down(FakeServers):
 
 def test_a_lost_request_is_sent_to_the_next_server() -> None:
     servers = Down(failures=1)
-    assert ask(servers, lambda s: s.log_probs([7], [3])).tolist() == [-3.0]
+
+    async def work(scores: ServedScores) -> Any:
+        return await scores.log_probs([7], [3]), scores.take_counts(), scores.take_counts()
+
+    found, counts, afterwards = ask(servers, work)
+    assert found.tolist() == [-3.0] and set(afterwards.values()) == {0.0}
+    assert (counts["trajectories"], counts["retries"]) == (1, 1) and counts["seconds"] > 0
     assert [host for host, _, _ in servers.calls] == ["10.0.0.1", "10.0.0.2:1"]
 
 

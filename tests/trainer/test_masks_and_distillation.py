@@ -16,6 +16,7 @@ from torch import Tensor
 from fiberpo_megatron.certify.batch import draw_problem
 from fiberpo_megatron.config import ConfigError
 from fiberpo_megatron.fibration import build_objective
+from fiberpo_megatron.planning.reductions import gate_bytes
 from fiberpo_megatron.rollout.dump import DumpError
 from fiberpo_megatron.trainer.batch import MiniBatch, mini_batches, without_truncated
 from fiberpo_megatron.trainer.loop import Training, train
@@ -230,6 +231,22 @@ def test_a_single_pass_gives_the_same(name: str):
     single = gate.metrics(layout.sum_over_tokens)
     for key in (key for key in single if key.startswith(("off_policy", "supervised"))):
         assert single[key] == pytest.approx(metrics[key], rel=1e-12)
+
+
+def test_the_planner_counts_the_masks_reduction():
+    step, sent = Step(), []
+    part = step.part(SingleLayout())
+
+    def reduce(x: Tensor) -> Tensor:
+        sent.append(x.nbytes)
+        return x
+
+    gate = step.gate(terms_of("off_policy_mask"), part, SingleLayout(), "fiberpo", reduce)
+    gate(torch.from_numpy(step.now)[concatenated_response_tokens(part.micro_batches)], slice(0, len(part.weights)))
+    batch = {"prompts": 3, "samples_per_prompt": 4}
+    planned = gate_bytes(toy_config(batch=batch, algorithm={**SETTINGS["off_policy_mask"], "preset": "paper"}))
+    assert tuple(sent[: len(planned)]) == planned and planned[0] == 16 * 12
+    assert sent[len(planned) :] == [2 * 8], "the two metrics of the mask"
 
 
 def test_metrics_say_what_the_terms_did():
