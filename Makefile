@@ -26,14 +26,20 @@ $(TRITON): | env
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --only-binary :all: \
 		--target $@ -r tools/requirements-triton.lock
 
+# The losses of verl and TRL are compared with ours: two wheels of 3 MB, without what their trainers need.
+PEERS := .venv/peers-verl-0.9.1-trl-1.16.0
+$(PEERS): | env
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile --require-hashes \
+		--only-binary :all: --target $@ -r tools/requirements-peers.lock
+
 # Most tests wait for other processes more than they compute. Every worker keeps an SGLang server of its own (600 MB).
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
-test: env $(TRITON)
+test: env $(TRITON) $(PEERS)
 	$(PYTEST) -m "not exhaustive" $(TEST_ARGS)
 
 # Everything, the cases included that only vary what others cover (marked `exhaustive`).
-test-all: env $(TRITON)
+test-all: env $(TRITON) $(PEERS)
 	$(PYTEST) $(TEST_ARGS)
 
 format: env

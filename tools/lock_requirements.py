@@ -56,6 +56,7 @@ LOCKS = (
         note=TORCH,
     ),
     Lock(TOOLS / "requirements-triton.lock", (), "3.11", alone=(TOOLS / "requirements-triton.txt",)),
+    Lock(TOOLS / "requirements-peers.lock", (), "3.11", alone=(TOOLS / "requirements-peers.txt",)),
     Lock(TOOLS / "image/sglang.lock", (TOOLS / "image/sglang.txt",), "3.12", note=UNTRIED),
 )
 

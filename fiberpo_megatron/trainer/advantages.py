@@ -88,7 +88,8 @@ class NoBaseline(_Baseline):
 
 @dataclass(frozen=True)
 class BatchStandardised:
-    """Standardises rewards over the whole step (REINFORCE++, arXiv:2501.03262): (r - mean) / sqrt(variance + 1e-8).
+    """Subtracts the whole step's mean reward and divides by its standard deviation (REINFORCE++, arXiv:2501.03262):
+    (r - mean) / sqrt(variance + 1e-8).
 
     Mean and sample variance are those of the step's response tokens, each of which has its trajectory's reward; that
     lets long responses count more. Trajectories that all have the same reward get 0.
@@ -100,7 +101,7 @@ class BatchStandardised:
 
     @property
     def least_samples(self) -> int:
-        """Fewest trajectories per prompt that leave something to compare with."""
+        """Return the fewest trajectories per prompt that leave something to compare with."""
         return 1 if self.baseline == "none" else 2
 
     def __post_init__(self) -> None:

@@ -53,7 +53,7 @@ class Tokens:
     expert_share: Tensor | None = None
     """[T, P]"""
     old_log_probs: Tensor | None = None
-    """[T] log pi_old; None where nothing says it."""
+    """[T] log pi_old; None if it is not known."""
 
     def __len__(self) -> int:
         return len(self.log_ratio)

