@@ -173,19 +173,21 @@ def head_bytes(architecture: Architecture, model: ModelConfig, parallel: Paralle
     return _norm(sequence, architecture.hidden_size) + row.responses * (architecture.hidden_size * width + 8 + 8 + 4)
 
 
-def log_prob_bytes(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, row: Row) -> int:
+def log_prob_bytes(
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, row: Row, entropy: bool = False
+) -> int:
     """Return the bytes of the short-lived buffers of `mcore/log_probs.py`, in the larger of its two passes.
 
     The forward pass holds a chunk's logits in the model's type and in float32, their exponentials and one product. The
     backward pass holds the logits in both types, and the output layer's gradient in float32 with one chunk's share of
-    it.
+    it. With the gradient of the entropy it holds two float32 tensors of a chunk's logits.
     """
     width, hidden = DTYPE_BYTES[model.dtype], architecture.hidden_size
     rows = vocabulary_rows(architecture, parallel)
     chunk = min(model.log_prob_chunk_tokens, row.responses)
     cast = width if width != 4 else 0
     forward = chunk * rows * (3 * 4 + cast)
-    backward = chunk * rows * (4 + cast) + rows * hidden * (4 + width)
+    backward = chunk * rows * (4 + 4 * entropy + cast) + rows * hidden * (4 + width)
     return max(forward, backward)
 
 

@@ -57,6 +57,13 @@ class StagePlan:
 
     offloaded: bool
     """Optimizer state is in host memory except during the optimizer's own step (`optimizer.cpu_offload`)."""
+    reference: int = 0
+    """Bytes in host memory that hold the reference of [algorithm.kl], or the policy while the reference computes."""
+
+    @property
+    def host(self) -> int:
+        """Return the bytes that a rank keeps in host memory: an offloaded optimizer's state, and the reference."""
+        return self.reference + (self.states.optimizer if self.offloaded else 0)
 
     @property
     def total(self) -> int:
@@ -231,6 +238,8 @@ def make_scenario(
         engine_width=engine_dtype_bytes(config),
         gate_passes=(steps - 1) / batch.mini_batches if spans else 0.0,
         gate_bytes=gates,
+        reference=reference_in_memory(config),
+        reference_copies=4,
         cpu_offload=config.optimizer.cpu_offload,
         running_limit=max(1, min(engine.max_running_requests, in_flight)),
         graph_limit=graph_limit,
@@ -240,6 +249,12 @@ def make_scenario(
         checkpoint_asynchronous=config.checkpoint.asynchronous,
         checked=config.weight_sync.verify_every == 1,
     )
+
+
+def reference_in_memory(config: Config) -> bool:
+    """Return whether ranks keep reference weights in host memory, and compute with them in every step."""
+    kl = config.algorithm.kl
+    return kl.coefficient > 0 and kl.servers is None
 
 
 def _number(arguments: list[str], name: str) -> int | None:
@@ -260,13 +275,15 @@ def plan_stage(
     """Plan the rank of the first optimizer shard, which holds the most, because padding lies at the end of a buffer."""
     optimizer = _optimizer(config.optimizer.model_dump_json(), type(config.optimizer))
     activations, log_probs = passing_bytes(config, architecture, stage, work, assumptions, implementation)
+    states = state_bytes(architecture, config.model, config.parallel, world_size, Position(stage), optimizer)
     return StagePlan(
         stage=stage,
-        states=state_bytes(architecture, config.model, config.parallel, world_size, Position(stage), optimizer),
+        states=states,
         activations=activations,
         log_probs=log_probs,
         reserved=int(assumptions.reserved_gb * GIGA),
         offloaded=config.optimizer.cpu_offload,
+        reference=states.parameters if reference_in_memory(config) else 0,
     )
 
 
@@ -297,4 +314,6 @@ def passing_bytes(
         micro_batches=work.micro_batches,
         implementation=implementation,
     )
-    return activations, log_prob_bytes(architecture, model, parallel, row) if stage == parallel.pipeline - 1 else 0
+    entropy = config.algorithm.entropy.coefficient > 0 or config.algorithm.entropy.target is not None
+    on_last = stage == parallel.pipeline - 1
+    return activations, log_prob_bytes(architecture, model, parallel, row, entropy) if on_last else 0

@@ -49,6 +49,9 @@ class Scenario:
     """Whether the trainer computes the old log-probs in a pass of its own."""
     reference: bool = False
     """Whether a frozen reference model computes log-probs too."""
+    reference_copies: int = 2
+    """Copies of a rank's parameters between device and host that a reference pass takes: 2 where those of the policy
+    are in host memory as well, and 4 where the two are exchanged, as `mcore/reference.py` does."""
     teacher: ModelShape | None = None
     """A teacher that scores every trajectory on the trainer's GPUs."""
     gate_passes: float = 0.0

@@ -81,6 +81,7 @@ def plan_text(plan: Plan) -> str:
             "",
             f"engine, per GPU: {gigabytes(plan.engine.weights)} GB of weights, {gigabytes(plan.engine.cache)} GB of KV "
             f"cache = {plan.engine.cache_tokens:,} tokens (longest trajectory: {plan.engine.longest:,})",
+            *_host_line(plan),
             f"publication: {gigabytes(plan.publish)} GB to every engine; gates: "
             f"{' + '.join(f'{size:,}' for size in plan.gates)} bytes all-reduced in an optimiser step",
             "",
@@ -92,6 +93,16 @@ def plan_text(plan: Plan) -> str:
             verdict,
         ]
     )
+
+
+def _host_line(plan: Plan) -> list[str]:
+    """Return a line about the host memory that ranks take, where they keep anything there."""
+    largest = max(stage.host for stage in plan.stages)
+    if not largest:
+        return []
+    reference = max(stage.reference for stage in plan.stages)
+    beside = f" ({gigabytes(reference)} GB of it for the reference of [algorithm.kl])" if reference else ""
+    return [f"host memory: {gigabytes(largest)} GB for each training GPU of the fullest stage{beside}"]
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -118,7 +129,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "training_gpus": plan.training_gpus,
         "engine_gpus": plan.engine_gpus,
         "colocated": plan.config.rollout.engine.colocated,
-        "stages": [asdict(stage) | {"total": stage.total} for stage in plan.stages],
+        "stages": [asdict(stage) | {"total": stage.total, "host": stage.host} for stage in plan.stages],
         "engine": asdict(plan.engine) | {"cache_tokens": plan.engine.cache_tokens},
         "publish_bytes": plan.publish,
         "gate_bytes": list(plan.gates),

@@ -72,7 +72,7 @@ def step_time(scenario: Scenario, assumptions: Assumptions, fast: bool = False) 
     own = passes(scenario, scenario.shape, assumptions)
     host = host_bandwidth(scenario, assumptions)
     # the reference model's weights come from host memory, and afterwards the trainer's come back
-    swapped = 2 * sum(scenario.rank_parameters) * scenario.width / host
+    swapped = scenario.reference_copies * sum(scenario.rank_parameters) * scenario.width / host
     reduced = assumptions.network_efficiency * scenario.gpu.network_gb_per_s * GIGA
     gates = scenario.optimiser_steps * 2 * scenario.gate_bytes / reduced
     train = own.train * scenario.epochs + own.forward * scenario.gate_passes + gates

@@ -22,6 +22,7 @@ from fiberpo_megatron.trainer.plugin_checks import (
     make_objective,
     with_recorded_recipe,
 )
+from fiberpo_megatron.trainer.term_checks import check_reference, term_advice
 from fiberpo_megatron.user_warnings import on_console
 
 
@@ -48,8 +49,9 @@ def preflight(config: Config, command: str, resume: bool, world_size: int, here:
     if command == "train":
         _check_advantages(config)
         _check_keys(config)
+        check_reference(config)
     check_plugins(config, resume, environments=here)
-    for line in advice(config) if command == "train" else ():
+    for line in (*advice(config), *term_advice(config)) if command == "train" else ():
         on_console(line)
 
 
