@@ -27,6 +27,8 @@ OF_METHOD = {
     ),
 }
 """Endpoints that `engines/client.py` calls; a test compares them with its source."""
+SCORING = ("/generate", "/server_info", "/v1/detokenize")
+"""Endpoints of servers that score trajectories."""
 
 
 def ports(config: Config) -> list[Finding]:
@@ -48,12 +50,17 @@ def ports(config: Config) -> list[Finding]:
 
 
 def servers(config: Config) -> list[Finding]:
-    """Check that every engine of `rollout.engine.urls` answers, has the supported version and offers the needed
-    endpoints."""
+    """Check that every engine of `rollout.engine.urls`, and every server that scores trajectories, answers, has the
+    supported version and offers the needed endpoints."""
     engine = config.rollout.engine
     key = read_key(engine.api_key_file) if engine.api_key_file and engine.urls else None
     needed = (*COMMON, *OF_METHOD.get(config.weight_sync.method.use, ()))
-    return [_server(EngineAddress(url.rstrip("/"), api_key=key), needed) for url in engine.urls]
+    found = [_server(EngineAddress(url.rstrip("/"), api_key=key), needed) for url in engine.urls]
+    for section, scoring in config.scoring_servers.values():
+        key = read_key(scoring.api_key_file) if scoring.api_key_file else None
+        addresses = [EngineAddress(url.rstrip("/"), api_key=key, section=section) for url in scoring.urls]
+        found += [_server(address, SCORING) for address in addresses]
+    return found
 
 
 def _server(address: EngineAddress, needed: tuple[str, ...]) -> Finding:
@@ -68,7 +75,7 @@ def _server(address: EngineAddress, needed: tuple[str, ...]) -> Finding:
             offered = (_answer(http, "/openapi.json") or {})["paths"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
         seen = f"no SGLang server answers ({type(error).__name__}: {error})"
-        return Finding(name, "fail", seen, "Start it, or correct rollout.engine.urls or api_key_file")
+        return Finding(name, "fail", seen, f"Start it, or correct {address.section}.urls or api_key_file")
     missing = [path for path in needed if path not in offered]
     if missing:
         fix = f"Start it with the supported {ENGINE} version"

@@ -57,6 +57,8 @@ class SourceParts:
     """Where the job's engines register; None when the run starts them or has their addresses."""
     say: Callable[[str], None]
     """Writes one line for the person at the terminal."""
+    scores: bool = True
+    """Whether training trajectories are sampled, which the servers of a teacher or a reference score."""
 
 
 @contextmanager
@@ -181,7 +183,7 @@ def scoring_servers(parts: SourceParts) -> Iterator[dict[str, ServedScores]]:
     """
     with ExitStack() as stack:
         found: dict[str, ServedScores] = {}
-        for fact, (section, servers) in parts.config.scoring_servers.items():
+        for fact, (section, servers) in parts.config.scoring_servers.items() if parts.scores else ():
             key: str | None = None
             with together(parts.layout, f"checking the servers of {section}"):
                 if parts.layout.rank == 0 and servers.api_key_file is not None:

@@ -139,6 +139,7 @@ class Run(Closeable):
                 stop=stop,
                 registry=registry,
                 say=self.say,
+                scores=command != "eval",
             )
             self._stack = stack.pop_all()
 

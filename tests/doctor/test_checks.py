@@ -190,7 +190,9 @@ def test_ports():
 
 def test_endpoints_are_those_that_the_client_calls():
     source = Path(client.__file__).read_text()
-    assert all(f'"{path}"' in source for path in (*engines.COMMON, *sum(engines.OF_METHOD.values(), ())))
+    assert all(
+        f'"{path}"' in source for path in (*engines.COMMON, *engines.SCORING, *sum(engines.OF_METHOD.values(), ()))
+    )
 
 
 @pytest.mark.sglang
