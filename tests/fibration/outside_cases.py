@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.fibration import build_objective, objective_class
+from fiberpo_megatron.terms.off_policy import drift_sums, off_policy_factor
 from fiberpo_megatron.trainer.advantages import RLOO, BatchStandardised, GroupMean
 from fiberpo_megatron.trainer.batch import token_weights
 from fiberpo_megatron.types import RolloutBatch
@@ -184,6 +185,20 @@ def test_objectives_of_trl(name: str, options: dict, settings: dict, seed: int) 
         "num_items_in_batch": problem.mask.sum(),
     }
     problem.compare(GRPOTrainer._compute_loss(trainer, None, inputs), problem.ours(name, **options))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_off_policy_mask_of_trl(seed: int) -> None:
+    """The sequence mask of DeepSeek-V3.2, from the engine's log-probs."""
+    problem, delta = Problem(seed), 0.05
+    held = problem.mask.bool()
+    row = torch.arange(len(LENGTHS)).unsqueeze(1).expand_as(problem.mask)[held]
+    now, rollout = problem.now.detach(), problem.old
+    sums = drift_sums(rollout[held], now[held], row, len(LENGTHS))
+    factor = off_policy_factor(sums, row, problem.advantages[held], delta)
+    theirs = GRPOTrainer.get_off_policy_mask(problem.advantages[:, :1], now, rollout, problem.mask, delta)
+    assert torch.equal(factor, theirs.expand_as(problem.mask)[held])
+    assert 0 < factor.sum() < len(factor)
 
 
 GROUPS = np.array([0, 0, 0, 0, 1, 1, 1, 2])

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fiberpo_megatron.environments import Outcome, Task, Turn
-from fiberpo_megatron.trainer.batch import mini_batches
+from fiberpo_megatron.fibration import WEIGHTINGS
+from fiberpo_megatron.trainer.batch import mini_batches, token_weights
 from fiberpo_megatron.trainer.loop import train
 from fiberpo_megatron.trainer.settings import BatchConfig
 from fiberpo_megatron.types import RolloutBatch
@@ -53,3 +54,14 @@ def test_training_goes_on_with_the_groups_that_are_left():
     assert memory.samples == [(0, 12), (1, 12), (2, 12)]
     assert all(np.isfinite(value) for value in memory.values("train", "gradient_norm"))
     assert max(memory.values("train", "gradient_norm")) > 0
+
+
+def test_token_weights_of_every_kind():
+    lengths = np.array([2, 5, 1])
+    each = [token_weights(lengths, kind, 10.0).tolist() for kind in WEIGHTINGS]
+    assert each[0] == pytest.approx([1 / 6, 1 / 15, 1 / 3]) and each[1] == pytest.approx([1 / 8] * 3)
+    assert each[2] == pytest.approx([1 / 3] * 3) and each[3] == pytest.approx([1 / 30] * 3)
+    with pytest.raises(ValueError, match="normaliser is None"):
+        token_weights(lengths, "constant")
+    with pytest.raises(ValueError, match="weighting is 'mean'; choose one of seq-mean"):
+        token_weights(lengths, "mean")
