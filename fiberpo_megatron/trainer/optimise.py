@@ -18,6 +18,7 @@ from fiberpo_megatron.fibration import Amplification
 from fiberpo_megatron.interfaces import Layout, Objective, Passes
 from fiberpo_megatron.telemetry.metrics import combine
 from fiberpo_megatron.telemetry.timers import PhaseTimers
+from fiberpo_megatron.together import together
 from fiberpo_megatron.trainer.batch import MiniBatch, packing_metrics
 from fiberpo_megatron.trainer.step_dump import GateCall, StepDump
 from fiberpo_megatron.trainer.step_routing import StepRouting
@@ -174,9 +175,12 @@ def optimise(
     if terms.needs_reference and any(part.reference_log_probs is None for part in parts):
         with timers("reference"):
             parts, passes = _with_reference(policy, parts, temperature), len(parts)
-    if terms and layout.is_last_stage:
-        prepared = terms.prepare(StepStart(parts, [s for s in scores if s is not None], routing.rollouts, layout))
-        parts, metrics = prepared.parts, {**metrics, **prepared.metrics}
+    if terms:
+        with together(layout, "preparing the terms"):
+            if layout.is_last_stage:
+                known = [found for found in scores if found is not None]
+                prepared = terms.prepare(StepStart(parts, known, routing.rollouts, layout))
+                parts, metrics = prepared.parts, {**metrics, **prepared.metrics}
     steps: list[tuple[OptimizerStep, ObjectiveGate, Mapping[str, float]]] = []
     with timers("train"), _finished(dump):
         for epoch in range(epochs):

@@ -150,8 +150,8 @@ def _check_scoring(config: Config) -> None:
             )
     if config.algorithm.distillation.teacher is not None and (rollout.top_p != 1.0 or rollout.top_k != -1):
         raise ConfigError(
-            f"rollout.top_p = {rollout.top_p:g}, top_k = {rollout.top_k}: algorithm.distillation estimates a divergence "
-            "from samples of the whole next-token distribution; set top_p = 1 and top_k = -1"
+            f"rollout.top_p = {rollout.top_p:g}, top_k = {rollout.top_k}: algorithm.distillation estimates a "
+            "divergence from samples of the whole next-token distribution; set top_p = 1 and top_k = -1"
         )
 
 
