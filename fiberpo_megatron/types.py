@@ -402,7 +402,7 @@ class Coefficients:
     """[n] c_j = dJ / d log pi(a_j); J is maximised."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     entropy: Tensor | None = None
-    """[n] e_j = dJ / dH_j, H_j the entropy of the distribution that token j was drawn from; None where J has no entropy
+    """[n] e_j = dJ / dH_j, H_j the entropy of the distribution that token j was drawn from; None if J has no entropy
     in it, which costs nothing. A policy minimises -sum_j c_j log pi(a_j) - sum_j e_j H_j."""
 
 

@@ -44,7 +44,7 @@ class GateCall:
     """[n]"""
     output: ObjectiveOutput
     weights: Tensor | None = None
-    """[n] the weights that the masks of terms left; None where they are the mini-batch's."""
+    """[n] the weights that the masks of terms left; None if they are the mini-batch's."""
 
 
 @dataclass(frozen=True)

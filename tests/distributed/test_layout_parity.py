@@ -29,20 +29,22 @@ LAYOUTS = {
 }
 
 
-def case(objective: str, budget: int, **sizes: int) -> Case:
+def case(objective: str, budget: int, terms: str = "", **sizes: int) -> Case:
     words = [f"--{name}={size}" for name, size in sizes.items()]
-    return layout_parity.case_of([f"--objective={objective}", f"--micro-batch-tokens={budget}", "--seed=1", *words])
+    return layout_parity.case_of(
+        [f"--objective={objective}", f"--micro-batch-tokens={budget}", "--seed=1", f"--terms={terms}", *words]
+    )
 
 
 @cache
-def reference(objective: str) -> Outcome:
-    (outcome,) = run_ranks(1, run_reference, case(objective, 1))
+def reference(objective: str, terms: str = "") -> Outcome:
+    (outcome,) = run_ranks(1, run_reference, case(objective, 1, terms))
     return outcome
 
 
-def assert_parity(objective: str, budget: int, **sizes: int) -> None:
-    tried = case(objective, budget, **sizes)
-    wanted = reference(objective)
+def assert_parity(objective: str, budget: int, terms: str = "", **sizes: int) -> None:
+    tried = case(objective, budget, terms, **sizes)
+    wanted = reference(objective, terms)
     old = dict(zip(wanted.index.tolist(), wanted.old_log_probs.tolist()))
     outcomes = [outcome for (outcome,) in run_ranks(tried.ranks, run_rank, tried, old, (budget,))]
     found, worst = compare(wanted, outcomes)
@@ -74,6 +76,25 @@ def test_every_micro_batch_size(name: str, budget: int):
 )
 def test_other_objectives(objective: str):
     assert_parity(objective, 96, **LAYOUTS["PP2 EP2"])
+
+
+ALL_TERMS = "kl,entropy,distillation,off_policy_mask,supervised"
+WITH_TERMS = {
+    "TP2": ("fiberpo-expert", ALL_TERMS),
+    "PP2": ("dapo", "kl=k1,kl.where=reward,entropy"),
+    "EP2": ("grpo", "off_policy_mask,supervised,distillation"),
+    "CP2": ("gspo", ALL_TERMS),
+    "DP2": ("fiberpo", "kl,entropy"),
+    "TP2 PP2": ("grpo", "kl=k2,entropy"),
+    "PP2 EP2": ("fiberpo-domain", ALL_TERMS),
+    "DP2 EP2": ("cispo", "kl=k3,entropy,supervised"),
+}
+
+
+@pytest.mark.parametrize("name", varied(WITH_TERMS, ["TP2"]))
+def test_every_layout_with_terms(name: str):
+    objective, terms = WITH_TERMS[name]
+    assert_parity(objective, 96, terms, **LAYOUTS[name])
 
 
 def test_as_a_command():

@@ -17,9 +17,9 @@ class Added:
     """Holds what all terms add in one call of the gate."""
 
     gradient: Tensor | None
-    """float64 [n], or None where no term adds any."""
+    """float64 [n]; None if no term adds any."""
     entropy: Tensor | None
-    """float64 [n], or None where no term adds any."""
+    """float64 [n]; None if no term adds any."""
     sums: dict[str, Tensor]
     """This rank's shares of the metrics."""
 

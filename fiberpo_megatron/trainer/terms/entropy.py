@@ -33,7 +33,7 @@ class EntropyTerm(Term):
         return Contribution(entropy=self.coefficient * tokens.weights)
 
     def update(self, metrics: Mapping[str, float], trajectories: int) -> None:
-        """Steer the coefficient to the target, one step up or down."""
+        """Move the coefficient towards the target, one step up or down."""
         settings = self._settings
         if settings.target is not None:
             up = metrics["entropy_bonus/mean"] < settings.target

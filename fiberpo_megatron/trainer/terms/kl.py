@@ -58,7 +58,7 @@ class KlTerm(Term):
         return Contribution(-self.coefficient * tokens.weights * slope, None, sums)
 
     def update(self, metrics: Mapping[str, float], trajectories: int) -> None:
-        """Steer the coefficient to the target."""
+        """Move the coefficient so that the divergence comes to the target."""
         if self._settings.target is not None:
             share = trajectories / self._settings.horizon
             self.coefficient = adapted(self.coefficient, metrics["kl/mean"], self._settings.target, share)
