@@ -89,10 +89,9 @@ class Student(TablePolicy):
         self.adam = torch.optim.Adam(model.parameters(), self.learning_rate)
 
     def _scores(self, micro_batch: MicroBatch, temperature: float) -> Tensor:
-        """[n, vocabulary] log-probs at the response positions, one sequence of the row after the other."""
-        ends = micro_batch.cu_seqlens.tolist()
-        rows = [self.model(micro_batch.tokens[None, a:b]).logits[0] for a, b in zip(ends[:-1], ends[1:])]
-        return (torch.cat(rows)[micro_batch.response_positions] / temperature).log_softmax(-1)
+        """[n, vocabulary] log-probs at the response positions; all sequences have the same length."""
+        rows = self.model(micro_batch.tokens.view(-1, micro_batch.max_seqlen)).logits.flatten(0, 1)
+        return (rows[micro_batch.response_positions] / temperature).log_softmax(-1)
 
     def step(
         self,
@@ -177,7 +176,7 @@ def test_pure_distillation_moves_a_policy_towards_the_teacher(engine, checkpoint
 
 @pytest.mark.exhaustive
 def test_distillation_reaches_the_teacher(engine, checkpoint):
-    (before, after), memory = distilled(engine, checkpoint, steps=60, samples=16)
+    (before, after), memory = distilled(engine, checkpoint, steps=40, samples=8)
     measured = memory.values("train", "distillation/reverse_kl")
     print(before, after, measured[:3], measured[-3:])
     assert after < 0.25 * before and max(measured[-5:]) < 0.5 * min(measured[:3])
