@@ -14,6 +14,7 @@ ROUNDING = 1e-4
 
 @pytest.mark.sglang
 @pytest.mark.exhaustive
+@pytest.mark.timeout(900)
 def test_a_policy_that_is_its_own_teacher_has_no_divergence(model: Path, engine: Any, tmp_path: Path):
     """Two ranks; the engine has the policy's weights when it scores. The replay of the dump asks nobody."""
     urls = f'["{engine.url}"]'
@@ -37,7 +38,3 @@ def test_a_policy_that_is_its_own_teacher_has_no_divergence(model: Path, engine:
     done = run(model, tmp_path / "b", *nobody, "--storage.replay", str(tmp_path / "a"))
     assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "a", tmp_path / "b")
-
-    untrusted = [word if word != "true" else "false" for word in options]
-    done = run(model, tmp_path / "c", *untrusted, "--rollout.engine.urls", urls)
-    assert done.returncode != 0 and "did not say what its tokens mean" in done.stderr
