@@ -32,7 +32,8 @@ from fiberpo_megatron.types import Completion
 CONTROL_TIMEOUT_S = 60.0
 KEY_FIX = "Name the file with the servers' key in {section}.api_key_file"
 KEEP_ALIVE_S = 3.0
-"""Idle connections are dropped sooner than the server drops them (5 s): none is used while it closes."""
+"""Idle connections are dropped sooner than a server drops them (5 s, or `command.SERVER_KEEP_ALIVE_S`): none is used
+while it closes."""
 
 
 @dataclass(frozen=True)

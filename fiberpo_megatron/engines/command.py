@@ -17,6 +17,8 @@ PLUGIN = Path(__file__).parent / "sglang_plugin" / "path"
 CPU_STAND_INS = Path(__file__).parent / "sglang_cpu" / "path"
 CPU_KV_TOKENS = 16384
 ASK_TIMEOUT_S = 60.0
+SERVER_KEEP_ALIVE_S = 60
+"""Seconds for which our servers keep idle connections open; clients drop theirs much sooner (`client.KEEP_ALIVE_S`)."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def server_environment(
     environment["PYTHONUNBUFFERED"] = "1"
     environment["PYTHONSAFEPATH"] = "1"  # the working directory must not shadow a module
     environment["HF_HUB_OFFLINE"] = "1"  # a wrong folder is an error, not the name of a model on the hub
+    # SGLang drops idle connections after 5 s. A busy trainer reads answers late, and so may use one that just closes.
+    environment.setdefault("SGLANG_TIMEOUT_KEEP_ALIVE", str(SERVER_KEEP_ALIVE_S))
     folders = [PLUGIN] if server.gpu else [PLUGIN, CPU_STAND_INS]
     environment["PYTHONPATH"] = os.pathsep.join([*map(str, folders), *filter(None, [parent.get("PYTHONPATH")])])
     interface = interface_of(server.host)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fiberpo_megatron.engines.client import KEEP_ALIVE_S
 from fiberpo_megatron.engines.command import CPU_STAND_INS, PLUGIN, Server, server_command, server_environment
 from fiberpo_megatron.engines.settings import EngineConfig
 
@@ -65,6 +66,7 @@ def test_the_launchers_variables_do_not_reach_the_server():
     assert gpu["FIBERPO_API_KEY_FD"] == "7" and gpu["GLOO_SOCKET_IFNAME"] == "lo"
     cpu = server_environment(parent, EngineConfig(threads=2), replace(where, gpu=False), key=None)
     assert "FIBERPO_API_KEY_FD" not in cpu
+    assert int(gpu["SGLANG_TIMEOUT_KEEP_ALIVE"]) > 10 * KEEP_ALIVE_S  # a reused connection must not just be closing
     assert cpu["PYTHONPATH"] == f"{PLUGIN}:{CPU_STAND_INS}:/p" and cpu["OMP_NUM_THREADS"] == "2"
     assert (CPU_STAND_INS / "triton" / "__init__.py").is_file()
 
