@@ -32,7 +32,6 @@ from fiberpo_megatron.certify.models import MODELS
 from fiberpo_megatron.certify.processes import RanksFailed, run_ranks
 from fiberpo_megatron.certify.training_step import SIZES, Case, compare, run_rank, run_reference
 
-
 TERMS: dict[str, dict[str, str | float]] = {
     "kl": {"estimator": "unbiased", "coefficient": 0.3},
     "entropy": {"coefficient": 0.2},

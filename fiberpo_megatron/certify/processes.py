@@ -108,9 +108,7 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Outcome]:
             try:
                 outcomes[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                outcomes[rank] = Outcome(
-                    rank, error="the process died without a word (killed, or crashed in native code)"
-                )
+                outcomes[rank] = Outcome(rank, error="the process died silently (killed, or crashed in native code)")
             if outcomes[rank].error is not None:
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
     late = f"still running when its time was over ({timeout_s:.0f} s, less once another rank has failed)"

@@ -45,7 +45,7 @@ def test_an_exception_names_its_rank(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_vanished_rank_is_told():
     (outcome,) = collect_ranks(1, vanish)
-    assert outcome.error is not None and "died without a word" in outcome.error
+    assert outcome.error is not None and "died silently" in outcome.error
 
 
 def test_the_deadline_holds():
