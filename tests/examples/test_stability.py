@@ -265,6 +265,15 @@ def test_a_run_that_lost_its_engine_is_no_result(tmp_path: Path):
     assert read_outcome(run.folder) is None
 
 
+def test_a_run_that_lost_one_connection_is_no_result(tmp_path: Path, engine: EngineAddress):
+    lost = "fiberpo: rank 0: EngineUnreachable: engine http://e: the connection was lost during POST /generate"
+    failing = f"print({lost!r}, file=sys.stderr); sys.exit(1)"
+    run = planned(tmp_path)[0]
+    with pytest.raises(RuntimeError, match="connection was lost.*the same command goes on with this run"):
+        execute(run, engine, lambda _: None, program(tmp_path, failing))
+    assert read_outcome(run.folder) is None
+
+
 def test_stop_reason():
     assert stop_reason("step 1\nfiberpo: rank 1: bad value \n  | trace\nfiberpo: log of that rank: x\n") == "bad value"
     assert stop_reason("") == "no message"

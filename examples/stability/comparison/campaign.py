@@ -105,6 +105,10 @@ def _settings(config: Config) -> dict[str, object]:
     return flat
 
 
+ENGINE_LOST = re.compile(r"Engine(Unreachable|Timeout|Aborted)\b")
+"""How the message of a run begins that lost a connection, although the engine may answer again by now."""
+
+
 def unfinished(runs: Sequence[PlannedRun], retry_stopped: bool) -> list[PlannedRun]:
     """Return the runs still to do. With `retry_stopped`, those that stopped are removed and run again."""
     left = []
@@ -144,6 +148,8 @@ def execute(run: PlannedRun, engine: EngineAddress, tell: Callable[[int], None],
         if code != STOP_CODE:
             raise RuntimeError(f"{run.name}: fiberpo train ended with exit code {code}: {reason} (log: {console})")
         check_reachable(engine)  # a dead engine stops a run as well, but says nothing about its objective
+        if ENGINE_LOST.match(reason):
+            raise RuntimeError(f"{run.name}: {reason}; the same command goes on with this run (log: {console})")
         text = f"stopped: {reason}"
     outcome = Outcome(text, _seconds(run, time.monotonic() - began))
     outcome.write(run.folder)
