@@ -113,6 +113,7 @@ def training(
         config.trainer.steps,
         config.evaluation.every_steps,
         config.checkpoint.every_steps,
+        max_response_tokens=3,  # what the fake engine samples
     )
     return run, memory
 
