@@ -112,8 +112,6 @@ class Term:
     """Name in the config (`algorithm.NAME`) and in checkpoints."""
     needs_reference: ClassVar[bool] = False
     """Whether it reads `reference_log_probs`; where the rollouts do not bring them, another forward pass does."""
-    needs_teacher: ClassVar[bool] = False
-    """Whether it reads `teacher_log_probs`, which the rollouts bring."""
     spans_micro_batches: bool = False
     """Whether a token's mask or coefficient depends on tokens of other trajectories, so that a single pass is wrong. A
     trajectory itself is never cut in a single pass."""

@@ -39,11 +39,6 @@ class Terms:
         return any(term.needs_reference for term in self.all)
 
     @property
-    def needs_teacher(self) -> bool:
-        """Return whether any term reads the teacher's log-probs."""
-        return any(term.needs_teacher for term in self.all)
-
-    @property
     def spans_micro_batches(self) -> bool:
         """Return whether any term makes a single pass wrong."""
         return any(term.spans_micro_batches for term in self.all)

@@ -14,7 +14,6 @@ class DistillationTerm(Term):
     (`terms.distillation`)."""
 
     name = "distillation"
-    needs_teacher = True
 
     def __init__(self, settings: DistillationConfig) -> None:
         self._settings = settings
