@@ -127,7 +127,7 @@ def test_a_whole_run(tmp_path):
 
 def test_the_panels_are_those_of_the_metrics(tmp_path):
     sections = build_sections(load_run(write_run(tmp_path, 5)), [])
-    found = {section.title: [(p.title, p.unit) for p in section.panels] for section in sections}
+    found = {section.title: [(d.panel.title, d.panel.unit) for d in section.drawings] for section in sections}
     assert found["Learning"][:2] == [("Accuracy", "%"), ("Reward", "")]
     assert ("Rollout against trainer", "nats") in found["Policy movement"]
     assert [title for title, _ in found["Gate of level: trajectory"]] == [
@@ -221,7 +221,7 @@ def test_what_environments_say_is_shown(tmp_path):
     record = {"prompt": "p", "rewards": {"digits": 0.25}, "metadata": {"source": "a<b"}, "failure": "deadline: 60 s"}
     (tmp_path / "rollouts" / "step_000000.jsonl").write_text(json.dumps(record) + "\n")
     (section,) = [s for s in build_sections(load_run(tmp_path), []) if s.title == "Environments"]
-    assert [panel.title for panel in section.panels] == [
+    assert [drawing.panel.title for drawing in section.drawings] == [
         "Components of the reward", "Numbers of the environments", "Events of the environments", "Failed trajectories"
     ]  # fmt: skip
     page = write_report(tmp_path).read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 from fiberpo_megatron import durable
 from fiberpo_megatron.printable import printable
 from fiberpo_megatron.telemetry.metrics import describe, format_value, steps_done
-from fiberpo_megatron.telemetry.report.panels import Panel, Section, attempt, build_sections
+from fiberpo_megatron.telemetry.report.panels import Drawing, Section, attempt, build_sections
 from fiberpo_megatron.telemetry.report.plan import Phase, compare
 from fiberpo_megatron.telemetry.report.run_data import RunData, Series, load_run, number, table, value_at
 
@@ -214,16 +214,17 @@ def _duration(seconds: float) -> str:
 
 
 def _section(section: Section) -> str:
-    charts = "\n".join(_figure(panel) for panel in section.panels)
+    charts = "\n".join(_figure(drawing) for drawing in section.drawings)
     return (
         f'<section>\n<h2>{shown(section.title, LONGEST_TITLE)}</h2>\n<div class="charts">\n{charts}\n</div>\n</section>'
     )
 
 
-def _figure(panel: Panel) -> str:
+def _figure(drawing: Drawing) -> str:
+    panel = drawing.panel
     unit = f" <span>({shown(panel.unit)})</span>" if panel.unit else ""
     note = f"<p>{shown(panel.note)}</p>" if panel.note else ""
-    return f"<figure><figcaption>{shown(panel.title, LONGEST_TITLE)}{unit}</figcaption>{panel.svg}{note}</figure>"
+    return f"<figure><figcaption>{shown(panel.title, LONGEST_TITLE)}{unit}</figcaption>{drawing.svg}{note}</figure>"
 
 
 def _rollouts(data: RunData) -> str:
