@@ -42,7 +42,7 @@ def attempt(what: str, make: Callable[[], Any], problems: list[str]) -> Any:
 def build_sections(data: RunData, problems: list[str]) -> list[Section]:
     """Return all sections that have at least one drawing. What cannot be drawn is appended to `problems`."""
     sections = []
-    for section in panel_sections({kind: data.names(kind) for kind in data.records}):
+    for section in panel_sections(data.names_by_kind()):
         drawings = []
         for panel in section.panels:
             svg = attempt(f"the chart {panel.title!r}", lambda: draw(panel, data), problems)  # noqa: B023

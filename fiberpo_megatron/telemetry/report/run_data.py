@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fiberpo_megatron.telemetry.metrics import steps_done
+from fiberpo_megatron.telemetry.metrics import Kind, steps_done
 from fiberpo_megatron.telemetry.rollout_log import stored_rollouts
 from fiberpo_megatron.telemetry.sinks import METRICS_FILE, read_records
 
@@ -62,6 +62,11 @@ class RunData:
                 if name != "step" and isinstance(value, (int, float)):
                     found[name] = None
         return list(found)
+
+    def names_by_kind(self) -> dict[Kind, list[str]]:
+        """Return the numeric metrics of every kind of record that this version knows."""
+        kinds: tuple[Kind, ...] = get_args(Kind)
+        return {kind: self.names(kind) for kind in kinds if kind in self.records}
 
     def series(self, kind: str, name: str) -> Series | None:
         """Return a metric over the run, or None if no record of the kind has a number for it."""
