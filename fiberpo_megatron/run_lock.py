@@ -95,6 +95,21 @@ class Holder:
 
 
 @dataclass(frozen=True)
+class Look:
+    """Says what a bystander sees of a run folder's lock, who takes nothing."""
+
+    holder: Holder | None
+    """None for a lock that is damaged."""
+    released: bool
+    runs: bool | None
+    """Whether the holder's process runs; None if this process cannot see it."""
+    content: bytes
+    """It changes with every beat of a holder."""
+    modified: float
+    """Seconds since 1970 of the last beat, by the file server's clock."""
+
+
+@dataclass(frozen=True)
 class _Lock:
     """Is what a lock file says."""
 
@@ -238,6 +253,15 @@ def refuse(folder: Path) -> None:
         return  # `take` says what is wrong
     if lock is not None and _runs(lock, folder):
         raise _locked(folder, lock)
+
+
+def look(folder: Path) -> Look | None:
+    """Return what the lock of a folder says, or None if it has none. Raises OSError when it cannot be read."""
+    path = folder / "lock" / _name(_newest(folder / "lock"))
+    lock = _read(path)
+    if lock is None:
+        return None
+    return Look(lock.holder, lock.released, _runs(lock, folder), lock.content, path.stat().st_mtime)
 
 
 def _wait_until_free(path: Path, folder: Path, say: Say, poll_s: float, watch_s: float) -> None:

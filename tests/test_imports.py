@@ -79,6 +79,7 @@ PARTS = {
         "rollout",
         "launch",
     },
+    "watch": {"run_lock", "telemetry"},
     "cli": {
         "calibration",
         "config",
@@ -93,6 +94,7 @@ PARTS = {
         "doctor",
         "certify",
         "run_lock",
+        "watch",
     },
 }
 TOP = {

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fiberpo_megatron
-from fiberpo_megatron.cli import calibrate, certify, doctor, plan, replay_step, slurm
+from fiberpo_megatron.cli import calibrate, certify, doctor, plan, replay_step, slurm, watch
 from fiberpo_megatron.config import Config, ConfigError, load_config
 from fiberpo_megatron.printable import printable
 from fiberpo_megatron.run_lock import refuse
-from fiberpo_megatron.trainer.preflight import preflight
 from fiberpo_megatron.user_warnings import on_console, warnings_to
 
 _OVERRIDES = "further --section.key value pairs override the config, e.g. --parallel.tensor 2"
@@ -27,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if overrides:
                 parser.error(f"unexpected arguments: {' '.join(overrides)}")
             return _report(options.folder)
+        if options.command == "watch":
+            if overrides:
+                parser.error(f"unexpected arguments: {' '.join(overrides)}")
+            return watch.run(options)
         if options.command == "replay-step":
             if overrides:
                 parser.error(f"unexpected arguments: {' '.join(overrides)}")
@@ -81,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     certify.add_parser(commands, _OVERRIDES)
     replay_step.add_parser(commands)
     slurm.add_parsers(commands, _OVERRIDES)
+    watch.add_parser(commands)
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     return parser
@@ -108,6 +112,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
         from fiberpo_megatron.cli.rank import main as run_rank
 
         return run_rank(words)
+    from fiberpo_megatron.trainer.preflight import preflight  # it needs torch, without which `watch` starts at once
+
     world_size = local_world_size(config)
     preflight(config, options.command, resume, world_size)
     refuse(config.run.folder)  # rank 0 takes the lock; what can be seen at once should not cost a start

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from fiberpo_megatron.config import load_config
-from fiberpo_megatron.trainer.preflight import preflight
 
 
 def add_parsers(commands: "argparse._SubParsersAction[Any]", about_overrides: str) -> None:
@@ -35,6 +34,8 @@ def run_job(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.dry_run:
         print(render(config, config.run.folder / "slurm" / "config.toml", Path.cwd()), end="")
         return 0
+    from fiberpo_megatron.trainer.preflight import preflight
+
     preflight(config, "train", options.resume, shape_of(config).ranks, here=False)
     script = write_job(config, options.resume)
     if not options.submit:

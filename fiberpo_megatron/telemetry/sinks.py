@@ -44,6 +44,7 @@ from fiberpo_megatron import durable, plugins
 from fiberpo_megatron.plugins import Plugin, PluginError
 from fiberpo_megatron.printable import json_line, printable
 from fiberpo_megatron.settings import PluginConfig
+from fiberpo_megatron.telemetry.alarms.record import Alarm
 from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.metrics import Kind, steps_done
 from fiberpo_megatron.telemetry.settings import TelemetryConfig
@@ -70,6 +71,8 @@ class Sink(Protocol):
     def close(self) -> None:
         """Write out what is left. Called once, at the end of the run, also after an error."""
         ...
+
+    # A sink that shows alarms has one more method: alarm(self, alarm: Alarm) -> None
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def read_records(path: Path, odd: list[int] | None = None) -> list[dict[str, Any
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        record = _record(line)
+        record = parse_record(line)
         if record is not None:
             records.append(record)
         elif number == len(lines):  # complete lines end with a newline, so the split's last item is an incomplete one
@@ -144,7 +147,8 @@ def read_records(path: Path, odd: list[int] | None = None) -> list[dict[str, Any
     return records
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """Return the record of one line of a metrics file, or None if the line is no record."""
     try:
         record = json.loads(line.decode(errors="replace"))
     except (ValueError, RecursionError):
@@ -195,6 +199,11 @@ class TensorBoardSink:
                 self._writer.add_scalar(printable(f"{kind}/{name}"), value, steps_done(kind, step))
         self._writer.flush()
 
+    def alarm(self, alarm: Alarm) -> None:
+        """Write an alarm as text under `alarms/<rule>`."""
+        self._writer.add_text(f"alarms/{alarm.rule}", alarm.text().replace("\n", "\n\n"), alarm.done)
+        self._writer.flush()
+
     def close(self) -> None:
         """Close the event file."""
         self._writer.close()
@@ -233,6 +242,13 @@ class WandbSink:
         named = {printable(f"{kind}/{name}"): value for name, value in metrics.items()}
         self._run.log({f"{kind}/step": done, **named})
 
+    def alarm(self, alarm: Alarm) -> None:
+        """Raise an alert of W&B, which it can pass on by mail or to Slack. An alarm that clears is for its log alone."""
+        level = {"notice": "INFO", "warning": "WARN", "stop": "ERROR"}[alarm.severity]
+        if alarm.state == "raised":
+            self._run.alert(title=f"{alarm.rule} at step {alarm.done}", text=alarm.text(), level=level)
+        self._run.log({"alarm/step": alarm.done, f"alarm/{alarm.rule}": float(alarm.state == "raised")})
+
     def close(self) -> None:
         """Finish the W&B run."""
         self._run.finish()
@@ -257,6 +273,15 @@ class OptionalSink:
                     f"did not take the record {kind} {step} ({_cause(error)}). Training goes on, and {METRICS_FILE} "
                     "has all records. Further errors are counted and reported at the end"
                 )
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Pass an alarm to a sink that takes alarms, or report why not."""
+        take = getattr(self._sink, "alarm", None)
+        if take is not None:
+            try:
+                take(alarm)
+            except Exception as error:
+                self._report(f"did not take the alarm {alarm.rule} ({_cause(error)})")
 
     def close(self) -> None:
         """Close the sink, and report how many records it did not take."""
@@ -285,6 +310,13 @@ class Sinks:
         """Write one record to every sink."""
         for sink in self._sinks:
             sink.write(step, kind, metrics)
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Pass an alarm to every sink that takes alarms."""
+        for sink in self._sinks:
+            take = getattr(sink, "alarm", None)
+            if take is not None:
+                take(alarm)
 
     def close(self) -> None:
         """Close every sink, also when one fails; the first error is raised afterwards."""

@@ -73,7 +73,7 @@ def test_a_start_that_fails_gives_the_folder_back(config: Config, monkeypatch: p
 def test_the_command_line_refuses_before_it_starts_ranks(
     config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("fiberpo_megatron.cli.main.preflight", lambda *_: None)
+    monkeypatch.setattr("fiberpo_megatron.trainer.preflight.preflight", lambda *_: None)
     monkeypatch.setattr("fiberpo_megatron.cli.doctor.warn", lambda *_: None)
     monkeypatch.setattr("fiberpo_megatron.launch.local.launch_ranks", lambda *_: 77)
     words = ["train", str(DEMO), "--run.folder", str(config.run.folder)]
