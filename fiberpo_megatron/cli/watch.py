@@ -1,4 +1,4 @@
-"""`fiberpo watch` shows runs on a local web page, from their folders alone."""
+"""Show runs on a local web page, from their folders alone: `fiberpo watch`."""
 
 import argparse
 from pathlib import Path

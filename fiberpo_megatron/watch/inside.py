@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 class Outside(ValueError):
-    """The path leads out of the run folder, by its words or through a symbolic link."""
+    """This error says that a path leads out of the run folder, by its words or through a symbolic link."""
 
 
 def inside(folder: Path, *parts: str) -> Path:
