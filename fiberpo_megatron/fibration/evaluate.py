@@ -16,6 +16,7 @@ from torch import Tensor
 from fiberpo_megatron.fibration.amplification import Amplification, origin
 from fiberpo_megatron.fibration.collective import Reduce, fused_sum
 from fiberpo_megatron.fibration.exact import NodeSums, Totals
+from fiberpo_megatron.fibration.explain import CallTrace
 from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
 from fiberpo_megatron.fibration.membership import NodeMap, checked_size, id_range, make_node_map, parent_ids
 from fiberpo_megatron.fibration.objective_metrics import ObjectiveMetrics
@@ -42,6 +43,8 @@ class ObjectiveOutput:
     amplification: Amplification | None = None
     """The largest |c| / (mu |A|) on this rank, and where it comes from: the largest over ranks is the caller's to find
     (`trainer/optimise.py`). None without metrics, for an objective without gated levels, and where every c is 0."""
+    trace: CallTrace | None = None
+    """What explains single tokens of this call (`explain`); None without metrics."""
 
 
 def evaluate(
@@ -61,8 +64,12 @@ def evaluate(
     if with_metrics:
         metrics = summarise(rule, first, second, gating.gated_tree, call.nodes if rule.uses_experts else None)
     value = torch.tensor(gated.value.values(0), dtype=torch.float64, device=batch.log_ratio.device)
-    amplification = call.amplification(gating, first.get("parents"), gated.gradient) if with_metrics else None
-    return ObjectiveOutput(gated.ratio, gated.gradient, value, metrics, amplification)
+    if not with_metrics:
+        return ObjectiveOutput(gated.ratio, gated.gradient, value, None)
+    amplification = call.amplification(gating, first.get("parents"), gated.gradient)
+    sizes = {} if call.nodes is None else call.nodes.sizes
+    trace = CallTrace(rule, batch, sizes, lambda: gating, batch.log_ratio.device)
+    return ObjectiveOutput(gated.ratio, gated.gradient, value, metrics, amplification, trace)
 
 
 def beyond_range(rule: Rule) -> str:

@@ -21,7 +21,7 @@ from fiberpo_megatron.fibration.objective import Objective
 from fiberpo_megatron.fibration.options import Advice, Epsilon, epsilon_advice, epsilon_pair
 from fiberpo_megatron.fibration.ratio_clip import check_dual_clip
 from fiberpo_megatron.fibration.registry import register
-from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating, equal
+from fiberpo_megatron.fibration.rule import Chunk, Clip, GatedChunk, Gating, equal
 from fiberpo_megatron.fibration.tokens import TokenBatch
 from fiberpo_megatron.fibration.tree import NODE_RANGES, build_tree
 
@@ -261,7 +261,7 @@ class FiberGating(Gating):
         s_plus, s_minus, log_weight = values
         p, q = chunk.positive, chunk.negative
         # l S_same and -l S_opp without branches: one of the two products is exactly zero.
-        own = chunk.log_ratio - (p * s_plus).sub_(q * s_minus)
+        own = self._residual(chunk, s_plus, s_minus)
         other = (q * s_plus).sub_(p * s_minus)
         own_clipped, other_clipped = self._clip(own, chunk), self._clip(other, chunk)
         own_free, other_free = equal(own_clipped, own), equal(other_clipped, other)
@@ -286,6 +286,37 @@ class FiberGating(Gating):
         stopped_plus = weight - (p * own_free).addcmul_(q, other_free).mul_(weight)
         stopped_minus = weight - (p * other_free).addcmul_(q, own_free).mul_(weight)
         return GatedChunk(ratio, gradient, free, (weight, stopped_plus, stopped_minus))
+
+    def clip(self, chunk: Chunk, values: list[Tensor]) -> Clip:
+        """Return the bounds of the residual x - l S_same, or of the ratio for tokens that use it as it is."""
+        s_plus, s_minus, log_weight = values
+        own, (gain, loss), dual = self._residual(chunk, s_plus, s_minus), self.rule.bounds, self.rule.dual_clip
+        good, bad = chunk.advantages > 0, chunk.advantages < 0
+        bound = torch.full_like(own, loss).masked_fill(good, gain)
+        upper = bound.masked_fill(bad, math.inf) if dual is not None and not self.rule.pessimistic else bound
+        value = chunk.ratio
+        if self.rule.pessimistic:
+            other = (chunk.negative * s_plus).sub_(chunk.positive * s_minus)
+            log_ratio = self._clip(own, chunk).sub_(self._clip(other, chunk)).add_(log_weight)
+            on_raw, bounded = self._pessimistic(chunk, log_ratio)
+            on_raw, value = on_raw | (bounded & bad), torch.where(bad, torch.maximum(log_ratio.exp(), value), value)
+        else:
+            on_raw = torch.zeros_like(good)
+            if dual is not None:
+                on_raw |= bad & (chunk.log_ratio > 0)
+            if self.rule.unclip_positive:
+                on_raw |= good & (chunk.log_ratio < 0)
+        most = torch.full_like(own, math.inf).masked_fill(bad, math.inf if dual is None else dual)
+        return Clip(
+            ("residual", "ratio"),
+            on_raw.long(),
+            torch.where(on_raw, value, own),
+            (-bound).masked_fill(on_raw, -math.inf),
+            torch.where(on_raw, most, upper),
+        )
+
+    def _residual(self, chunk: Chunk, s_plus: Tensor, s_minus: Tensor) -> Tensor:
+        return chunk.log_ratio - (chunk.positive * s_plus).sub_(chunk.negative * s_minus)
 
     def _clip(self, value: Tensor, chunk: Chunk) -> Tensor:
         gain, loss = self.rule.bounds

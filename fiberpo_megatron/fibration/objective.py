@@ -19,7 +19,7 @@ from fiberpo_megatron.fibration.evaluate import ObjectiveOutput, evaluate
 from fiberpo_megatron.fibration.levels import EXPERT_KEY, TRAJECTORY_KEY, inside_trajectory
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.options import Advice, changed_options, check_values
-from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating, Rule
+from fiberpo_megatron.fibration.rule import Chunk, Clip, GatedChunk, Gating, Rule
 from fiberpo_megatron.fibration.tokens import make_batch, require_keys, with_lone_node
 from fiberpo_megatron.user_warnings import warn_user
 
@@ -203,6 +203,10 @@ class TokenObjective(Objective):
     def gate(self, chunk: Chunk) -> GatedChunk:
         """Return the gated ratio G [n] and the gradient mu A dG/dx [n] of a chunk's tokens."""
 
+    def clip(self, chunk: Chunk) -> Clip | None:
+        """Return the bounds of each token's clip, for records of single tokens; None for an objective without one."""
+        return None
+
     def prepare(self, nodes: NodeMap | None, sums: Tensor | None, parents: Tensor | None, like: Tensor) -> Gating:
         """Return a gating that calls `gate`."""
         return _TokenGating(self)
@@ -214,6 +218,9 @@ class _TokenGating(Gating):
 
     def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
         return self.objective.gate(chunk)
+
+    def clip(self, chunk: Chunk, values: list[Tensor]) -> Clip | None:
+        return self.objective.clip(chunk)
 
 
 class _ClosedForm(torch.autograd.Function):

@@ -38,7 +38,8 @@ class Passes:
     def __init__(self, rule: Rule, batch: TokenBatch, ranges: ValueRanges, runs: Runs, nodes: NodeMap | None) -> None:
         self.rule, self.batch, self.ranges, self.runs, self.nodes = rule, batch, ranges, runs, nodes
 
-    def _chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the tokens in chunks that stay in cache."""
         batch = self.batch
         for tokens, runs in iterate(self.runs):
             x = batch.log_ratio[tokens]
@@ -54,14 +55,15 @@ class Passes:
         shape, device = (self.nodes.base_nodes, self.nodes.partitions), self.batch.log_ratio.device
         return Limbs(ranges, shape, device) if self.rule.exact_sums else FloatSums(len(ranges), shape, device)
 
-    def _gather(self, table: Tensor | None, chunk: Chunk) -> list[Tensor]:
+    def gather(self, table: Tensor | None, chunk: Chunk) -> list[Tensor]:
+        """Return the node values [C, base_nodes, P] of a table at each token of the chunk, C tensors [n]."""
         assert self.nodes is not None and table is not None
         return self.nodes.gather(table, chunk.tokens, chunk.runs)
 
     def first(self, statistics: TokenStatistics | None) -> NodeSums | None:
         """Return `node_terms` sums over [base_nodes, P]; None without nodes."""
         sums = self._sums(self.rule.term_ranges)
-        for chunk in self._chunks():
+        for chunk in self.chunks():
             if self.nodes is not None and sums is not None:
                 self.nodes.sum_into(sums, self.rule.terms(chunk), chunk.tokens, chunk.runs)
             if statistics is not None:
@@ -73,8 +75,8 @@ class Passes:
         ratio, gradient = torch.empty_like(self.batch.log_ratio), torch.empty_like(self.batch.log_ratio)
         value = Totals((self.rule.value_range,), ratio.device)
         sums = self._sums(self.rule.adjoint_ranges)
-        for chunk in self._chunks():
-            values = [] if self.nodes is None else self._gather(gating.node_values, chunk)
+        for chunk in self.chunks():
+            values = [] if self.nodes is None else self.gather(gating.node_values, chunk)
             gated = gating.gate(chunk, values)
             ratio[chunk.tokens] = gated.ratio
             # The third pass adds zero to most tokens, but is skipped where nothing is active: -0.0 must not tell.
@@ -89,13 +91,13 @@ class Passes:
 
     def third(self, gating: Gating, table: Tensor, gradient: Tensor) -> None:
         """Add to `gradient` what reaches tokens through aggregates; `table` is `gating.adjoint`'s."""
-        for chunk in self._chunks():
-            gradient[chunk.tokens] += gating.finish(chunk, self._gather(table, chunk))
+        for chunk in self.chunks():
+            gradient[chunk.tokens] += gating.finish(chunk, self.gather(table, chunk))
 
     def largest(self, gradient: Tensor) -> Largest:
         """Return where this rank's largest |c| / (mu |A|) is, from the whole `gradient`."""
         found = Largest()
-        for chunk in self._chunks():
+        for chunk in self.chunks():
             assert self.nodes is not None
             found.add(chunk, gradient[chunk.tokens], self.nodes.base_of_run[chunk.runs.rows])
         return found

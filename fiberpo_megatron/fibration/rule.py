@@ -89,6 +89,28 @@ class GatedChunk:
     """Values to sum per finest node in the second reduction, `adjoint_terms` of them."""
 
 
+@dataclass(frozen=True)
+class Clip:
+    """Holds the bounds of the clip of n tokens, for people who ask why a token did not learn; every tensor is [n]."""
+
+    figures: tuple[str, ...]
+    """Names of what a clip may bound, such as "ratio"."""
+    figure: Tensor
+    """int64: which of the names it is for each token."""
+    value: Tensor
+    """The figure of each token before the clip."""
+    low: Tensor
+    """The smallest value that the clip lets through; -inf where there is no such bound."""
+    high: Tensor
+    """The largest one; inf where there is no such bound."""
+
+    @classmethod
+    def of(cls, name: str, value: Tensor, low: Tensor | float, high: Tensor | float) -> Clip:
+        """Return the clip of one figure; a bound may be one number for all tokens."""
+        ends = (torch.as_tensor(end, dtype=value.dtype, device=value.device).expand_as(value) for end in (low, high))
+        return cls((name,), torch.zeros_like(value, dtype=torch.int64), value, *ends)
+
+
 class Gating(ABC):
     """Gates the tokens of one call, once the first reduction has summed the nodes over all ranks."""
 
@@ -102,6 +124,13 @@ class Gating(ABC):
     @abstractmethod
     def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
         """Return the gated ratio and the direct gradient of a chunk; `values` are C tensors [n], from `node_values`."""
+
+    def clip(self, chunk: Chunk, values: list[Tensor]) -> Clip | None:
+        """Return the bounds of each token's own clip, for records of single tokens (`explain`); `values` as in `gate`.
+
+        None says that the objective clips no token, or names no bounds.
+        """
+        return None
 
     def adjoint(self, sums: Tensor) -> Tensor | None:
         """Return node values [C, base_nodes, P] for `finish`, from the second reduction's sums of the same shape.

@@ -19,7 +19,7 @@ from fiberpo_megatron.fibration.objective import Objective
 from fiberpo_megatron.fibration.options import Advice, Epsilon, epsilon_advice, epsilon_pair, pair
 from fiberpo_megatron.fibration.ratio_clip import RatioClip, pessimistic_clip
 from fiberpo_megatron.fibration.registry import register
-from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating, equal
+from fiberpo_megatron.fibration.rule import Chunk, Clip, GatedChunk, Gating, equal
 from fiberpo_megatron.fibration.tokens import WIDEST_LOG_RATIO
 
 
@@ -74,6 +74,10 @@ class _GSPOGating(_MeanRatio):
         free = equal(ratio, values[0])
         return GatedChunk(ratio, (chunk.weights * chunk.advantages).mul_(ratio).mul_(free), free)
 
+    def clip(self, chunk: Chunk, values: list[Tensor]) -> Clip:
+        high, low = self.epsilon
+        return _one_sided("ratio of the trajectory", values[0], chunk, 1.0 - low, 1.0 + high)
+
 
 @register("gmpo")
 @dataclass(frozen=True)
@@ -127,6 +131,17 @@ class _GMPOGating(_MeanRatio):
     def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
         free = equal(_clipped(chunk, self.epsilon), chunk.log_ratio)
         return GatedChunk(values[0], (chunk.weights * chunk.advantages).mul_(values[0]).mul_(free), free)
+
+    def clip(self, chunk: Chunk, values: list[Tensor]) -> Clip:
+        high, low = self.epsilon
+        return _one_sided("log ratio", chunk.log_ratio, chunk, -low, high)
+
+
+def _one_sided(name: str, value: Tensor, chunk: Chunk, low: float, high: float) -> Clip:
+    """The bounds of a pessimistic clip: from above for A >= 0, from below for A < 0."""
+    gain = chunk.advantages >= 0
+    ends = torch.full_like(value, -math.inf), torch.full_like(value, math.inf)
+    return Clip.of(name, value, ends[0].masked_fill(~gain, low), ends[1].masked_fill(gain, high))
 
 
 def _clipped(chunk: Chunk, epsilon: Epsilon) -> Tensor:
@@ -229,6 +244,14 @@ class _APCGating(Gating):
         ratio = (1.0 - free).mul_(reach.mul_(change.sign()).add_(1.0)).add_(free_ratio)
         gradient = free_ratio.mul_(chunk.weights).mul_(chunk.advantages)
         return GatedChunk(ratio, gradient, free, (self._pushed(chunk, change, slack),))
+
+    def clip(self, chunk: Chunk, values: list[Tensor]) -> Clip:
+        """Return what |r - 1| may be for each token: the slack of its node and its own part of what used it up."""
+        size, (slack,) = torch.expm1(chunk.log_ratio).abs(), values
+        reach = (size + slack).clamp(min=0.0)
+        if self.lone_bound is not None:
+            reach = reach.masked_fill(slack.isnan(), self.lone_bound)
+        return Clip.of("change |ratio - 1|", size, -math.inf, reach)
 
     def _pushed(self, chunk: Chunk, change: Tensor, slack: Tensor) -> Tensor:
         """q_i = mu A sign(r_i - 1) where the bound B_i > 0 is what G_i follows.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from fiberpo_megatron.fibration.objective import TokenObjective
 from fiberpo_megatron.fibration.ratio_clip import RatioClip, check_dual_clip, pessimistic_clip
 from fiberpo_megatron.fibration.registry import register
-from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, equal
+from fiberpo_megatron.fibration.rule import Chunk, Clip, GatedChunk, equal
 from fiberpo_megatron.fibration.tokens import WIDEST_LOG_RATIO
 
 
@@ -32,6 +35,16 @@ class PPO(RatioClip, TokenObjective):
         ratio = pessimistic_clip(chunk.ratio, chunk.advantages, self.bounds, self.dual_clip)
         free = equal(ratio, chunk.ratio)
         return GatedChunk(ratio, (chunk.weights * chunk.advantages).mul_(ratio).mul_(free), free)
+
+    def clip(self, chunk: Chunk) -> Clip:
+        """Return the bound of the ratio that can bind for the sign of the advantage."""
+        high, low = self.bounds
+        gain = chunk.advantages >= 0
+        upper = math.inf if self.dual_clip is None else self.dual_clip
+        ends = torch.full_like(chunk.ratio, -math.inf), torch.full_like(chunk.ratio, upper)
+        return Clip.of(
+            "ratio", chunk.ratio, ends[0].masked_fill(~gain, 1.0 - low), ends[1].masked_fill(gain, 1.0 + high)
+        )
 
 
 @register("grpo")
@@ -108,6 +121,11 @@ class CISPO(RatioClip, TokenObjective):
         ratio = chunk.ratio.clamp(1.0 - low, 1.0 + high)
         free = equal(ratio, chunk.ratio)
         return GatedChunk(ratio, (chunk.weights * chunk.advantages).mul_(ratio), free)
+
+    def clip(self, chunk: Chunk) -> Clip:
+        """Return both bounds of the ratio."""
+        high, low = self.bounds
+        return Clip.of("ratio", chunk.ratio, 1.0 - low, 1.0 + high)
 
 
 @register("reinforce")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ import torch
 from fiberpo_megatron.fibration.objective import TokenObjective
 from fiberpo_megatron.fibration.options import Advice, Epsilon, epsilon_advice, epsilon_pair
 from fiberpo_megatron.fibration.registry import register
-from fiberpo_megatron.fibration.rule import Chunk, GatedChunk
+from fiberpo_megatron.fibration.rule import Chunk, Clip, GatedChunk
 
 
 @register("sapo")
@@ -99,3 +100,12 @@ class DPPO(TokenObjective):
         ratio = chunk.ratio.clamp(max=self.truncation) if self.truncation is not None else chunk.ratio
         gated = ratio * free
         return GatedChunk(gated, chunk.weights * chunk.advantages * gated, free)
+
+    def clip(self, chunk: Chunk) -> Clip:
+        """Return the bound of pi - pi_old on the side of the advantage."""
+        assert chunk.old_log_probs is not None
+        high, low = self.bounds
+        moved = chunk.old_log_probs.exp().mul_(torch.expm1(chunk.log_ratio))
+        gain = chunk.advantages > 0
+        ends = torch.full_like(moved, -math.inf), torch.full_like(moved, math.inf)
+        return Clip.of("probability change", moved, ends[0].masked_fill(~gain, -low), ends[1].masked_fill(gain, high))

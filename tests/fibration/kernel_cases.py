@@ -16,6 +16,7 @@ import torch
 import triton
 
 from fiberpo_megatron.fibration import OBJECTIVES, PRESET_LEVELS, build_objective, objective_class
+from fiberpo_megatron.fibration.explain import Explanation
 from fiberpo_megatron.fibration.kernels import fused, run_plan, token_kernels
 from tests.fibration import oracle
 from tests.fibration.oracle import Case
@@ -105,6 +106,23 @@ def assert_same(objective, case: Case, part: torch.Tensor | None = None, **optio
     if found.metrics is not None:
         wide = dict.fromkeys(expected.metrics.as_dict(), None) | found.metrics.as_dict()
         assert wide == pytest.approx(expected.metrics.as_dict(), rel=10 * tolerance, abs=tolerance, nan_ok=True)
+        assert found.trace is not None and expected.trace is not None
+        index = torch.arange(0, found.gradient.shape[0], 97, device=DEVICE)
+        same_explanation(found.trace.explain(index), expected.trace.explain(index), 10 * tolerance)
+
+
+def same_explanation(found: Explanation, expected: Explanation, tolerance: float) -> None:
+    for own, other in zip(found.levels, expected.levels, strict=True):
+        for name in ("ids", "state", "token", "node", "budget"):
+            assert torch.equal(getattr(own, name), getattr(other, name)), name
+        for name in ("aggregate", "residual", "tokens", "share"):
+            left, right = getattr(own, name), getattr(other, name)
+            torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
+    for left, right in ((found.free, expected.free), (found.clip is None, expected.clip is None)):
+        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left is right
+    if found.clip is not None and expected.clip is not None:
+        assert found.clip.figures == expected.clip.figures and torch.equal(found.clip.figure, expected.clip.figure)
+        torch.testing.assert_close(found.clip.value, expected.clip.value, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("of", varied(PRESETS, [("fiberpo", True), ("fiberpo-expert", True)]), ids=str)

@@ -20,6 +20,7 @@ from fiberpo_megatron.fibration.amplification import Amplification, origin
 from fiberpo_megatron.fibration.collective import Reduce, fused_sum
 from fiberpo_megatron.fibration.evaluate import beyond_range
 from fiberpo_megatron.fibration.exact import Range
+from fiberpo_megatron.fibration.explain import CallTrace
 from fiberpo_megatron.fibration.fiber import FiberPO
 from fiberpo_megatron.fibration.gates import GatedTree, gate_tree, received_by_level
 from fiberpo_megatron.fibration.kernels import exact_sums, token_kernels
@@ -29,7 +30,7 @@ from fiberpo_megatron.fibration.kernels.launch import launch
 from fiberpo_megatron.fibration.kernels.run_plan import Plan, make_plan
 from fiberpo_megatron.fibration.levels import TRAJECTORY_KEY
 from fiberpo_megatron.fibration.objective_metrics import ObjectiveMetrics
-from fiberpo_megatron.fibration.rule import Rule
+from fiberpo_megatron.fibration.rule import Gating, Rule
 from fiberpo_megatron.fibration.statistics import statistic_ranges, summarise
 from fiberpo_megatron.fibration.tokens import TokenBatch, check_values
 from fiberpo_megatron.fibration.tree import build_tree
@@ -78,9 +79,9 @@ def formulas_of(rule: Rule) -> Formulas:
 
 def evaluate_fused(
     rule: Rule, batch: TokenBatch, keys: tuple[str, ...], reduce: Reduce | None, *, with_metrics: bool
-) -> tuple[Tensor, Tensor, Tensor, ObjectiveMetrics | None, Amplification | None]:
-    """Return gated ratio [N], gradient [N], this rank's value, the metrics, and this rank's largest amplification;
-    `keys` are those whose ids matter."""
+) -> tuple[Tensor, Tensor, Tensor, ObjectiveMetrics | None, Amplification | None, CallTrace | None]:
+    """Return gated ratio [N], gradient [N], this rank's value, the metrics, this rank's largest amplification, and what
+    explains single tokens; `keys` are those whose ids matter."""
     x = batch.log_ratio
     with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
         call = _FusedCall(rule, batch, keys, reduce, with_metrics=with_metrics)
@@ -271,9 +272,9 @@ class _FusedCall:
 
     def finish(
         self, first: dict[str, Tensor], second: dict[str, Tensor]
-    ) -> tuple[ObjectiveMetrics | None, Amplification | None]:
-        """Return the metrics and this rank's amplification, read together with the flags. Raises ValueError when a flag
-        is set."""
+    ) -> tuple[ObjectiveMetrics | None, Amplification | None, CallTrace | None]:
+        """Return the metrics, this rank's amplification and the trace, read together with the flags. Raises ValueError
+        when a flag is set."""
         wanted = {"totals": second["totals"], "overflow": second["overflow"], "beyond": self.beyond}
         if self.tree is not None and self.tree.flag.numel():
             wanted["flag"] = self.tree.flag
@@ -291,11 +292,22 @@ class _FusedCall:
         if "flag" in read and read["flag"].any() and not self.with_metrics:
             self._gated_tree(_to_host(first))
         if not self.with_metrics:
-            return None, None
+            return None, None, None
         read |= {"value": read["totals"][2:], "clipped": read["totals"][0]}
         tree = self._gated_tree(read)
         experts = self.plan.nodes if self.plan is not None and self.rule.uses_experts else None
-        return summarise(self.rule, read, read, tree, experts), self._amplification(read, tree)
+        metrics = summarise(self.rule, read, read, tree, experts)
+        return metrics, self._amplification(read, tree), self._trace(read)
+
+    def _trace(self, read: dict[str, Tensor]) -> CallTrace:
+        """Return what explains single tokens on the host, from the sums that were read for the metrics."""
+        nodes = None if self.plan is None or not self.rule.node_terms else self.plan.nodes
+        like = torch.zeros(0, dtype=self.x.dtype)
+
+        def prepare() -> Gating:
+            return self.rule.prepare(nodes, read.get("nodes"), read.get("parents"), like)
+
+        return CallTrace(self.rule, self.batch, {} if nodes is None else nodes.sizes, prepare, torch.device("cpu"))
 
     def _amplification(self, read: dict[str, Tensor], gated: GatedTree | None) -> Amplification | None:
         if gated is None or self.plan is None or float(read["largest"][0]) == 0.0:
