@@ -395,6 +395,10 @@ class Recorder(Protocol):
         """Write a few trajectories of a step for people to read."""
         ...
 
+    def stopping(self) -> str | None:
+        """Return the words of the alarm that stops the run; None without one, and on ranks that do not log."""
+        ...
+
 
 class Checkpoints(Protocol):
     """It keeps the run's checkpoints."""

@@ -42,6 +42,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "disk": "fiberpo_megatron.weight_sync.disk:DiskPublisher",
         "distributed": "fiberpo_megatron.weight_sync.distributed:DistributedPublisher",
     },
+    "alarms": {},
     "sinks": {
         "tensorboard": "fiberpo_megatron.telemetry.sinks:TensorBoardSink",
         "wandb": "fiberpo_megatron.telemetry.sinks:WandbSink",

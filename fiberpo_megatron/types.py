@@ -18,6 +18,9 @@ from fiberpo_megatron.environments import Split, Task
 EXIT_STOPPED = 85
 """Exit code of a run that was asked to stop, saved a checkpoint and goes on with --resume."""
 
+EXIT_ALARM = 86
+"""Exit code of a run that an alarm has stopped (`action = "stop"`), after saving: somebody should look at it first."""
+
 LONGEST_NUMBER = 4000
 """Digits of a task's id that is a number; Python reads no more than 4300."""
 

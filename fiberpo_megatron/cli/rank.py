@@ -16,9 +16,10 @@ from fiberpo_megatron.config import Config, load_config
 from fiberpo_megatron.engines.addresses import listen_towards_master
 from fiberpo_megatron.engines.registry import Registry
 from fiberpo_megatron.launch.local import LAUNCHER
+from fiberpo_megatron.printable import printable
 from fiberpo_megatron.rendezvous import first_ranks_text, ranks_store
-from fiberpo_megatron.trainer.stop import Stopped, StopRequest, leave
-from fiberpo_megatron.types import EXIT_STOPPED
+from fiberpo_megatron.trainer.stop import Stopped, StoppedByAlarm, StopRequest, leave
+from fiberpo_megatron.types import EXIT_ALARM, EXIT_STOPPED
 from fiberpo_megatron.user_warnings import nowhere, on_console, warnings_to
 
 CONFIG_TIMEOUT = timedelta(minutes=10)
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
 
     An error is written where the launcher reads it, with its traceback on stderr; under torchrun or srun its message
     is also the last line on stderr. SIGUSR1, and SIGTERM from anybody but the local launcher, ask the run to save and
-    stop (exit code EXIT_STOPPED).
+    stop (exit code EXIT_STOPPED); an alarm with `action = "stop"` does the same with the exit code EXIT_ALARM.
     """
     die_with_launcher()
     stop = StopRequest()
@@ -43,9 +44,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _run(list(arguments), stop)
     except Stopped as stopped:
+        by_alarm = isinstance(stopped, StoppedByAlarm)
         if os.environ.get("RANK", "0") == "0":
-            print(f"fiberpo: {stopped}", file=sys.stderr, flush=True)
-        return EXIT_STOPPED
+            print(printable(f"fiberpo: {stopped}", keep="\n"), file=sys.stderr, flush=True)
+            if by_alarm:
+                get_error_handler().record_exception(stopped)  # the launcher reads it
+        return EXIT_ALARM if by_alarm else EXIT_STOPPED
     except Exception as error:
         leave(error)
     return 0

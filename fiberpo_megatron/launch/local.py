@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from fiberpo_megatron.launch.failures import lost_a_peer, quoted, shown
 from fiberpo_megatron.rendezvous import store_on
-from fiberpo_megatron.types import EXIT_STOPPED
+from fiberpo_megatron.types import EXIT_ALARM, EXIT_STOPPED
 
 LAUNCHER = "FIBERPO_LAUNCHER_PID"
 """Environment variable by which a rank recognises this launcher; its value is the launcher's process id."""
@@ -67,6 +67,10 @@ def launch_ranks(arguments: Sequence[str], world_size: int, log_folder: Path, en
         context.close()
     if result is None or not result.is_failed():
         return 0
+    codes = {failure.exitcode for failure in result.failures.values()} - {-signal.SIGTERM}
+    if codes == {EXIT_ALARM}:
+        print(f"fiberpo: {shown(_alarm(result.failures))}", file=sys.stderr)
+        return EXIT_ALARM
     if asked:
         codes = {failure.exitcode for failure in result.failures.values()}
         stopped = codes - {-signal.SIGTERM, -signal.SIGUSR1}  # the other ranks were stopped because one failed
@@ -109,6 +113,12 @@ def _explain(failures: Mapping[int, ProcessFailure], logs: Mapping[int, str]) ->
     if not _wrote_error(first) and log:
         lines += quoted(Path(log))
     return "\n".join([*lines, f"fiberpo: log of that rank: {log}"])
+
+
+def _alarm(failures: Mapping[int, ProcessFailure]) -> str:
+    """Return the words of the alarm that stopped the run, which rank 0 has written."""
+    written = [failure for failure in failures.values() if _wrote_error(failure)]
+    return _message(written[0]) if written else "stopped by an alarm, after saving: see the console and alarms.jsonl"
 
 
 def _wrote_error(failure: ProcessFailure) -> bool:

@@ -12,7 +12,7 @@ import jinja2
 
 from fiberpo_megatron.config import Config, ConfigError, dump_config
 from fiberpo_megatron.durable import replaced
-from fiberpo_megatron.types import EXIT_STOPPED
+from fiberpo_megatron.types import EXIT_ALARM, EXIT_STOPPED
 
 SUBMIT_TIMEOUT_S = 60.0
 
@@ -113,6 +113,7 @@ def render(config: Config, config_file: Path, working_folder: Path) -> str:
         working_folder=here,
         mounts=[f"{here}:{here}", *slurm.mounts],
         exit_stopped=EXIT_STOPPED,
+        exit_alarm=EXIT_ALARM,
     )
 
 

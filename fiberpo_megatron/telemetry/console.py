@@ -16,6 +16,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from fiberpo_megatron.telemetry.alarms.record import Alarm
 from fiberpo_megatron.telemetry.metrics import Kind, format_value, steps_done
 
 COLUMNS: dict[Kind, tuple[tuple[str, str], ...]] = {
@@ -98,6 +99,11 @@ class Console:
         if self._progress is None and kind != "eval":
             line += f"  left {self._time_left(done)}"
         self._console.print(Text(line, style="bold" if kind == "eval" else ""))
+        self._console.file.flush()
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Print an alarm with its causes and its advice."""
+        self._console.print(Text(alarm.text(), style="yellow" if alarm.state == "raised" else ""))
         self._console.file.flush()
 
     def close(self) -> None:

@@ -5,9 +5,11 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from fiberpo_megatron.settings import PluginConfig, Section, as_plugin
+from fiberpo_megatron.telemetry.alarms.settings import AlarmsConfig
 
 
 class TelemetryConfig(Section):
+    alarms: AlarmsConfig = AlarmsConfig()
     sinks: list[PluginConfig] = []
     """Further places that metrics go to, besides metrics.jsonl and the console: short names (tensorboard, wandb), or
     import paths of classes of your own (docs/extending.md), with their options:

@@ -243,7 +243,7 @@ class WandbSink:
         self._run.log({f"{kind}/step": done, **named})
 
     def alarm(self, alarm: Alarm) -> None:
-        """Raise an alert of W&B, which it can pass on by mail or to Slack. An alarm that clears is for its log alone."""
+        """Raise an alert of W&B, which it can pass on by mail or to Slack; what clears is a number in the log alone."""
         level = {"notice": "INFO", "warning": "WARN", "stop": "ERROR"}[alarm.severity]
         if alarm.state == "raised":
             self._run.alert(title=f"{alarm.rule} at step {alarm.done}", text=alarm.text(), level=level)

@@ -24,10 +24,11 @@ from fiberpo_megatron.trainer.advantages import estimate
 from fiberpo_megatron.trainer.batch import mini_batches, without_truncated
 from fiberpo_megatron.trainer.expectation import Expected, nothing_expected
 from fiberpo_megatron.trainer.optimise import optimise
+from fiberpo_megatron.trainer.profiling import NoProfiles, Profiles
 from fiberpo_megatron.trainer.settings import AlgorithmConfig, BatchConfig
 from fiberpo_megatron.trainer.step_dump import StepDumps
 from fiberpo_megatron.trainer.step_routing import StepRouting
-from fiberpo_megatron.trainer.stop import Stopped, never
+from fiberpo_megatron.trainer.stop import Stopped, StoppedByAlarm, never
 from fiberpo_megatron.trainer.terms import Terms
 from fiberpo_megatron.types import RolloutBatch
 
@@ -63,13 +64,16 @@ class Training:
     """Writes what the objective saw in the steps of `debug.dump_step`."""
     terms: Terms = field(default_factory=Terms)
     """What is added to the objective."""
+    profiles: Profiles | NoProfiles = field(default_factory=NoProfiles)
+    """Answers requests of `fiberpo profile`."""
 
 
 def train(run: Training, start: int = 0) -> None:
     """Train from step `start` (0, or the step of the checkpoint that was loaded) to `run.steps`.
 
     Raises Stopped, on all ranks at the same step and after saving, when any rank was asked to stop: after a step, or
-    before its first optimiser step, in the middle of its generation too.
+    before its first optimiser step, in the middle of its generation too. Raises StoppedByAlarm in the same way when an
+    alarm stops the run.
     """
     source, saved = run.source, start
     source.publish(start)
@@ -77,12 +81,13 @@ def train(run: Training, start: int = 0) -> None:
         evaluate(run, 0)
     for step in range(start, run.steps):
         done = step + 1
+        run.profiles.boundary(step)
         rollouts = source.take(step)
         if rollouts is None or _asked_to_stop(run):
             if step > saved:
                 _save(run, step, {})
             _complete_save(run, wait=True)
-            raise Stopped(step)
+            raise _stopped(run, step)
         metrics = learn(run, rollouts, step)
         source.publish(done)
         metrics |= source.observe(rollouts)
@@ -97,7 +102,8 @@ def train(run: Training, start: int = 0) -> None:
             saved = done
         _complete_save(run, wait=stopping or done == run.steps)
         if stopping and done < run.steps:
-            raise Stopped(done)
+            raise _stopped(run, done)
+    run.profiles.end()
 
 
 def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, float]:
@@ -157,7 +163,14 @@ def evaluate(run: Training, step: int) -> dict[str, float]:
 
 
 def _asked_to_stop(run: Training) -> bool:
-    return run.policy.layout.any_rank(run.stop())
+    return run.policy.layout.any_rank(run.stop() or run.recorder.stopping() is not None)
+
+
+def _stopped(run: Training, done: int) -> Stopped:
+    """Return what every rank raises: the alarm is known to the rank that logs alone."""
+    run.profiles.end()
+    alarms = [alarm for alarm in run.policy.layout.gather_json(run.recorder.stopping()) if alarm is not None]
+    return StoppedByAlarm(done, alarms[0]) if alarms else Stopped(done)
 
 
 def _save(run: Training, done: int, measured: Mapping[str, float]) -> None:

@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.environments.host import describe
@@ -157,6 +158,7 @@ def check_plugins(config: Config, resume: bool, environments: bool = True) -> No
     Without `environments` (on a login node) their workers are left out.
     """
     from fiberpo_megatron.mcore.optimizers.choose import check_optimizer
+    from fiberpo_megatron.telemetry.alarms.announce import check_alarms
     from fiberpo_megatron.telemetry.sinks import check_sinks
     from fiberpo_megatron.weight_sync.choose import check_publisher
 
@@ -167,6 +169,7 @@ def check_plugins(config: Config, resume: bool, environments: bool = True) -> No
         check_optimizer(config)
         check_publisher(config)
         check_sinks(config)
+        check_alarms(config)
         found = {setting: find(kind, plugin.use, setting) for setting, kind, plugin in _imported(config)}
         recorded = _recorded_versions(config.run.folder) if resume else {}
         for setting, _, plugin in _imported(config):
@@ -208,12 +211,11 @@ def recorded(config: Config, environments: Sequence[tuple[str, str | None]]) -> 
         if found.path.startswith("fiberpo_megatron."):
             continue
         table = {"use": found.path, "options": plugin.options} | ({"version": found.version} if found.version else {})
-        section, _, key = setting.partition(".")
-        name, _, place = key.partition(".")
-        if place:
-            values[section][name][int(place)] = table
-        else:
-            values[section][name] = table
+        *sections, key = setting.split(".")
+        target: Any = values  # sections and lists in one another
+        for section in sections:
+            target = target[section]
+        target[int(key) if key.isdigit() else key] = table
     return Config.model_validate(values)
 
 
@@ -227,6 +229,8 @@ def _imported(config: Config) -> Iterator[tuple[str, str, PluginConfig]]:
     yield "weight_sync.method", "publishers", config.weight_sync.method
     for number, sink in enumerate(config.telemetry.sinks):
         yield f"telemetry.sinks.{number}", "sinks", sink
+    for number, rule in enumerate(config.telemetry.alarms.own):
+        yield f"telemetry.alarms.own.{number}", "alarms", rule
 
 
 def _recorded_versions(folder: Path) -> dict[str, str]:
@@ -246,7 +250,9 @@ def _recorded_versions(folder: Path) -> dict[str, str]:
                 value = values.get(section, {}).get(key)
                 if isinstance(value, dict) and "version" in value:
                     found[f"{section}.{key}"] = value["version"]
-        for number, sink in enumerate(values.get("telemetry", {}).get("sinks", [])):
-            if isinstance(sink, dict) and "version" in sink:
-                found[f"telemetry.sinks.{number}"] = sink["version"]
+        telemetry = values.get("telemetry", {})
+        for name, listed in (("sinks", telemetry.get("sinks")), ("alarms.own", telemetry.get("alarms", {}).get("own"))):
+            for number, plugin in enumerate(listed or []):
+                if isinstance(plugin, dict) and "version" in plugin:
+                    found[f"telemetry.{name}.{number}"] = plugin["version"]
     return found

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from fiberpo_megatron.config import Config
 from fiberpo_megatron.interfaces import Layout, PendingSave, Policy
 from fiberpo_megatron.mcore import checkpoint
 from fiberpo_megatron.run_lock import RunLock
+from fiberpo_megatron.telemetry.alarms.announce import Alarms
 from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.gpu import GpuMonitor, gpu_metrics
 from fiberpo_megatron.telemetry.metrics import Kind
 from fiberpo_megatron.telemetry.rollout_log import write_rollouts
-from fiberpo_megatron.telemetry.sinks import Sinks, open_sinks
+from fiberpo_megatron.telemetry.sinks import METRICS_FILE, Sinks, open_sinks, read_records
 from fiberpo_megatron.together import together
 from fiberpo_megatron.trainer.settings import CheckpointConfig
 from fiberpo_megatron.types import RolloutGroup
@@ -38,10 +40,18 @@ class RunRecorder:
     """Trajectories written per step."""
     kept: int
     """`telemetry.rollout_steps_kept`."""
+    alarms: Alarms | None = None
+    """None on ranks that do not log, and where nothing is written."""
 
     def record(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
         if self.sinks is not None:
-            self.sinks.write(step, kind, {**metrics, **gpu_metrics(self.gpu.read())})
+            everything = {**metrics, **gpu_metrics(self.gpu.read())}
+            self.sinks.write(step, kind, everything)
+            if self.alarms is not None:
+                self.alarms.see(kind, step, everything)
+
+    def stopping(self) -> str | None:
+        return None if self.alarms is None else self.alarms.stopping
 
     def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         if self.layout.is_leader and self.layout.data_rank == 0:
@@ -133,7 +143,8 @@ def open_recorder(
 ) -> Iterator[RunRecorder]:
     """Yield a recorder that writes records of `kinds` to the run folder; with none of them, only to the console."""
     with ExitStack() as stack:
-        sinks = None
+        sinks, alarms = None, None
+        hosts = layout.gather_json(socket.gethostname()) if kinds else []
         if layout.is_logger and kinds:
             sinks = open_sinks(
                 config.run.folder,
@@ -142,15 +153,32 @@ def open_recorder(
                 first_step=start,
                 total_steps=steps,
                 kinds=kinds,
-                config=config.model_dump(mode="json"),
+                config=shown_config(config),
             )
+            alarms = Alarms(
+                config.run.folder,
+                config.telemetry.alarms,
+                sinks.alarm,
+                past=read_records(config.run.folder / METRICS_FILE),
+                first_step=start,
+                hosts=hosts,
+            )
+            stack.callback(alarms.close)
         elif layout.is_logger:
             sinks = Sinks([Console(title, total_steps=steps)])
         if sinks is not None:
             stack.enter_context(closing(sinks))
         telemetry = config.telemetry
         samples, kept = telemetry.rollouts_per_step, telemetry.rollout_steps_kept
-        yield RunRecorder(config.run.folder, layout, sinks, GpuMonitor(), domains, samples, kept)
+        yield RunRecorder(config.run.folder, layout, sinks, GpuMonitor(), domains, samples, kept, alarms)
+
+
+def shown_config(config: Config) -> dict[str, Any]:
+    """Return the config as JSON values for services that store it, without the secret address of a webhook."""
+    values = config.model_dump(mode="json")
+    if values["telemetry"]["alarms"]["webhook"] is not None:
+        values["telemetry"]["alarms"]["webhook"] = "(an address)"
+    return values
 
 
 def restore(policy: Policy, root: Path, say: Callable[[str], None]) -> dict[str, Any]:

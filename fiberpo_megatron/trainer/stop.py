@@ -48,6 +48,17 @@ class StopRequest:
         self._asked.append(number)
 
 
+class StoppedByAlarm(Stopped):
+    """An alarm with `action = "stop"` has stopped the run: the first `done` steps are in a checkpoint."""
+
+    def __init__(self, done: int, alarm: str) -> None:
+        super().__init__(done)
+        self.args = (
+            f"stopped by an alarm, after {done} steps, which are saved. {alarm}\nLook at it first; --resume continues "
+            "from here, and does not stop again before this alarm has cleared",
+        )
+
+
 def never() -> bool:
     """Return False: the run is never asked to stop."""
     return False

@@ -34,6 +34,9 @@ class Deleting:
     def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         self.recorder.rollouts(step, groups)
 
+    def stopping(self) -> str | None:
+        return self.recorder.stopping()
+
 
 @pytest.mark.parametrize(
     "name",

@@ -86,6 +86,9 @@ class Watch:
     def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         self.recorder.rollouts(step, groups)
 
+    def stopping(self) -> str | None:
+        return self.recorder.stopping()
+
 
 def measure(folder: Path, engine: int) -> dict[str, float]:
     """Return what this process, its workers and a run folder take now, by the name of the quantity."""

@@ -35,12 +35,18 @@ class Memory:
     samples: list[tuple[int, int]] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
     terms: list[dict[str, object]] = field(default_factory=list)
+    alarm: str | None = None
+    alarm_after: int = 0
+    """Records after which the alarm stops the run."""
 
     def record(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         self.records.append((kind, step, dict(metrics)))
 
     def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         self.samples.append((step, len(groups)))
+
+    def stopping(self) -> str | None:
+        return self.alarm if len(self.records) >= self.alarm_after else None
 
     def save(
         self,

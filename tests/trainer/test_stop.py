@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from fiberpo_megatron.trainer.loop import train
-from fiberpo_megatron.trainer.stop import Stopped, StopRequest
+from fiberpo_megatron.trainer.stop import Stopped, StoppedByAlarm, StopRequest
 from tests.trainer.test_loop import training
 
 
@@ -84,3 +84,14 @@ def test_an_error_that_ends_a_rank_does_not_steer_a_terminal():
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 1 and ended.stderr.splitlines()[-2:] == [r"fiberpo: rank ?: half \ud83d\x1b[2J", "line"]
     assert "\x1b" not in ended.stderr
+
+
+def test_an_alarm_stops_the_run_after_saving_and_every_rank_names_it():
+    run, memory = training(trainer={"steps": 5}, checkpoint={"every_steps": 0})
+    memory.alarm, memory.alarm_after = (
+        "ALARM entropy_collapse (stop), since step 1: words",
+        4,
+    )  # eval 0, steps 0 and 1, eval 2
+    with pytest.raises(StoppedByAlarm, match=r"ALARM entropy_collapse (.|\n)*--resume continues") as stopped:
+        train(run)
+    assert stopped.value.done == 2 and memory.saved == [2]
