@@ -21,7 +21,9 @@ from fiberpo_megatron.telemetry.panels import panel_sections
 from fiberpo_megatron.watch.curves import Window, curve
 from fiberpo_megatron.watch.following import FollowedRun
 from fiberpo_megatron.watch.inside import Outside, inside
+from fiberpo_megatron.watch.phases import phases
 from fiberpo_megatron.watch.state import StateWatcher, planned_steps
+from fiberpo_megatron.watch.summary import figures
 
 MOST_CURVES = 400
 """Curves that one request may ask for."""
@@ -43,6 +45,8 @@ def routes(runs: Mapping[str, FollowedRun]) -> list[Route]:
         Route("/api/panels", _answer(views.panels)),
         Route("/api/curves", _answer(views.curves)),
         Route("/api/step", _answer(views.step)),
+        Route("/api/phases", _answer(views.phases)),
+        Route("/api/summary", _answer(views.summary)),
         Route("/api/config", _answer(views.config)),
         Route("/api/alarms", _answer(views.alarms)),
         Route("/api/engines", _answer(views.engines)),
@@ -164,6 +168,22 @@ class Views:
             "titles": {name: describe(name).title for name in values},
             "units": {name: describe(name).unit for name in values},
         }
+
+    def phases(self, request: Request) -> Any:
+        """Return the seconds of the phases of one step, or their mean over the steps before it (over=N)."""
+        run, query = self._chosen(request)[0], request.query_params
+        found = phases(run, _config(run)[0], _whole(query.get("step"), None), _whole(query.get("over"), None) or 1)
+        if found is None:
+            raise Refused("the run has no records of training steps yet")
+        return found
+
+    def summary(self, request: Request) -> Any:
+        """Return the headline figures of a run."""
+        key = request.query_params.get("run", "")
+        run = self._chosen(request)[0]
+        about = self._about(key, run)
+        running = about["state"]["name"] in ("running", "quiet")
+        return [asdict(figure) for figure in figures(run, about["planned_steps"], running)]
 
     def config(self, request: Request) -> Any:
         """Return the resolved config of a run."""

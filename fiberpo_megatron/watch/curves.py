@@ -55,23 +55,28 @@ def curve(run: FollowedRun, wanted: Mapping[str, Any], window: Window) -> dict[s
         band = _other(table, wanted, "band")
     if other is not None:
         values = values - other
+    if window.stack:
+        values = np.nan_to_num(values)  # a phase that a step did not have took no time
     known = ~np.isnan(values)
     if known.mean() < MOSTLY:
         steps, values, band = steps[known], values[known], None if band is None else band[known]
-    begin, end, smooth, stack = window.begin, window.end, window.smooth, window.stack
-    first = 0 if begin is None else max(0, int(np.searchsorted(steps, begin)) - 1)
-    last = len(steps) if end is None else min(len(steps), int(np.searchsorted(steps, end, "right")) + 1)
+    first = 0 if window.begin is None else max(0, int(np.searchsorted(steps, window.begin)) - 1)
+    last = len(steps) if window.end is None else min(len(steps), int(np.searchsorted(steps, window.end, "right")) + 1)
     if first >= last:
         return {"x": [], "y": [], "rows": 0}
     buckets = max(1, window.points // 2)
-    thin = means if stack else extremes
-    found = thin(steps, values, first, last, buckets)
+    mean = smoothed(steps, values, first, last, buckets, window.smooth) if window.smooth > 1 else None
+    if window.stack:
+        found = mean if mean is not None else means(steps, values, first, last, buckets)
+    else:
+        found = extremes(steps, values, first, last, buckets)
     answer: dict[str, Any] = {"x": found.steps.tolist(), "y": _json(found.values), "rows": last - first}
-    if smooth > 1 and not stack:
-        mean = smoothed(steps, values, first, last, buckets, smooth)
+    if window.stack:
+        return answer
+    if mean is not None:
         answer |= {"smooth_x": mean.steps.tolist(), "smooth_y": _json(mean.values)}
-    if band is not None and not stack:
-        answer |= _band(steps, values, band, first, last, buckets, smooth)
+    if band is not None:
+        answer |= _band(steps, values, band, first, last, buckets, window.smooth)
     return answer
 
 

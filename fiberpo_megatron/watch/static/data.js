@@ -1,7 +1,9 @@
 // Requests to the server. All addresses are relative, because the page's own address may begin with a token.
 
 /** This error is an answer of the server that says why something is not there. */
-export class NotThere extends Error {}
+export class NotThere extends Error {
+  name = "NotThere";
+}
 
 /** Return the JSON at `path`. `parameters` is an object; a list becomes one parameter for each entry, null none.
  * Throws NotThere with the server's message, and Error when the server cannot be reached. */

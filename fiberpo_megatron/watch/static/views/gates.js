@@ -1,0 +1,25 @@
+// What the gates of each level do: regimes, channels, and the drift that they look at.
+
+import { h } from "../dom.js";
+import { panelPage } from "../panel_page.js";
+
+export const key = "gates";
+export const title = "Gates";
+
+export async function render(container, context) {
+  const intro = h(
+    "p",
+    { class: "note intro" },
+    "A gate looks at the drift of a node (a trajectory, a prompt group, a domain ...): S⁺ is the drift of what the policy has made more probable, S⁻ that of what it has made less probable. Inside its budget a channel passes; beyond it the gate turns the gradient back (rollback) or removes it (zeroed).",
+  );
+  await panelPage(
+    container,
+    context,
+    (sections) => {
+      const levels = sections.filter((section) => section.key.startsWith("gate-of-level"));
+      const clips = sections.flatMap((section) => section.panels).filter((panel) => panel.curves.some((curve) => /^token\/(clip|traj)/.test(curve.metric)));
+      return clips.length ? [...levels, { key: "tokens", title: "Clips of tokens", panels: clips }] : levels;
+    },
+    { intro, empty: "This run's objective has no gates above the tokens, or no step has ended yet." },
+  );
+}
