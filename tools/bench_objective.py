@@ -36,6 +36,8 @@ from fiberpo_megatron.fibration import PRESET_LEVELS, build_objective
 MEAN_LENGTH = 1024
 LOG_SIGMA = 0.8
 PARTITIONS = 8
+EXPERTS, SLOTS = 128, 8
+"""Experts of a layer, and those that a token is routed to, as in Qwen3-30B-A3B."""
 GROUP = 16
 DOMAINS = 6
 WITH_BASELINE = (*PRESET_LEVELS, "ppo", "grpo", "dapo", "gspo", "cispo", "apc", "apc-trajectory", "reinforce")
@@ -80,7 +82,24 @@ SHARED_PREFIX = 8
 """Tokens that all samples of a group begin with: the states that `apc` couples."""
 
 
-def make_packed(tokens: int, *, experts: bool, scale: float, device: str, seed: int = 0) -> Packed:
+def slot_shares(size: int, draw: torch.Generator) -> Tensor:
+    """Draw the shares [size, PARTITIONS] of tokens that are routed to SLOTS of EXPERTS experts."""
+    share = torch.zeros(size, PARTITIONS)
+    for part in share.split(1 << 16):
+        chosen = torch.rand(len(part), EXPERTS, generator=draw).topk(SLOTS, 1).indices
+        part.scatter_add_(1, chosen // (EXPERTS // PARTITIONS), torch.full(chosen.shape, 1.0 / SLOTS))
+    return share
+
+
+def random_shares(size: int, draw: torch.Generator) -> Tensor:
+    """Draw shares [size, PARTITIONS] that are any numbers, as those of weights by routing probability would be."""
+    share = torch.rand(size, PARTITIONS, generator=draw)
+    return share / share.sum(1, keepdim=True)
+
+
+def make_packed(
+    tokens: int, *, experts: bool, scale: float, device: str, seed: int = 0, shares: str = "slots"
+) -> Packed:
     """Draw log-normal lengths of mean MEAN_LENGTH, capped at 4 x that, and log ratios of deviation `scale`."""
     draw = torch.Generator().manual_seed(seed)
     count = max(1, tokens // MEAN_LENGTH)
@@ -94,8 +113,7 @@ def make_packed(tokens: int, *, experts: bool, scale: float, device: str, seed: 
     domain = group % DOMAINS
     share = None
     if experts:
-        share = torch.rand(size, PARTITIONS, generator=draw)
-        share = (share / share.sum(1, keepdim=True)).to(device)
+        share = (slot_shares if shares == "slots" else random_shares)(size, draw).to(device)
     return Packed(
         (torch.randn(size, generator=draw) * scale).to(device),
         torch.randn(count, generator=draw)[trajectory].to(device),
@@ -351,11 +369,17 @@ def bytes_in_out(name: str, batch: Packed) -> int:
     return size * (3 * 4 + 8 * len(keys) + 2 * 4) + share
 
 
+def drawn(name: str, tokens: int, options: argparse.Namespace, device: str) -> Packed:
+    """Return the batch of one objective."""
+    experts = "expert" in name
+    return make_packed(tokens, experts=experts, scale=options.scale, device=device, shares=options.shares)
+
+
 def measure_one(name: str, tokens: int, kind: str, options: argparse.Namespace) -> tuple[float, float]:
     """Return (ms, peak MB) of one implementation."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
-    batch = make_packed(tokens, experts="expert" in name, scale=options.scale, device=options.device)
+    batch = drawn(name, tokens, options, options.device)
     call = padded(name, batch) if kind == "padded" else ours(name, batch, metrics=kind == "ours")
     call()
     peak = peak_mb(call, options.device)
@@ -371,7 +395,7 @@ def isolated(name: str, tokens: int, kind: str, options: argparse.Namespace) -> 
 
 
 def bench(name: str, tokens: int, bandwidth: float, options: argparse.Namespace) -> Result:
-    batch = make_packed(tokens, experts="expert" in name, scale=options.scale, device="cpu")
+    batch = drawn(name, tokens, options, "cpu")
     floor = 1e3 * bytes_in_out(name, batch) / bandwidth
     padding = batch.lengths.numel() * int(batch.lengths.max()) / batch.log_ratio.numel()
     full, peak = isolated(name, tokens, "ours", options)
@@ -420,7 +444,7 @@ def print_operations(options: argparse.Namespace) -> None:
 
     print(f"{'objective':<22}{'operations':>12}{'waits':>8}{'no metrics':>14}{'waits':>8}")
     for name in options.objectives:
-        batch = make_packed(4096, experts="expert" in name, scale=options.scale, device=options.device)
+        batch = drawn(name, 4096, options, options.device)
         full, bare = (count(ours(name, batch, metrics=metrics, kernels=True)) for metrics in (True, False))
         print(f"{name:<22}{full.operations:>12}{full.waits:>8}{bare.operations:>14}{bare.waits:>8}", flush=True)
 
@@ -431,7 +455,7 @@ def print_exact_sums(options: argparse.Namespace) -> None:
     print(f"{'objective':<22}{'tokens':>10}" + "".join(f"{head:>12}" for head in heads))
     for tokens in options.sizes:
         for name in options.objectives:
-            batch = make_packed(tokens, experts="expert" in name, scale=options.scale, device=options.device)
+            batch = drawn(name, tokens, options, options.device)
             cells = []
             for metrics in (True, False):
                 calls = [ours(name, batch, metrics=metrics, kernels=False, exact_sums=exact) for exact in (True, False)]
@@ -449,6 +473,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; the fastest counts")
     parser.add_argument("--scale", type=float, default=0.05, help="standard deviation of the log ratio")
+    parser.add_argument(
+        "--shares", choices=("slots", "random"), default="slots", help="tokens' shares in expert partitions"
+    )
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--operations", action="store_true", help="count operations and waits instead of timing")
     parser.add_argument("--exact-sums", action="store_true", help="time exact sums beside sums in float64 instead")
@@ -476,6 +503,7 @@ def main() -> None:
             "torch": torch.__version__,
             "copy_bandwidth": bandwidth,
             "scale": options.scale,
+            "shares": options.shares,
             "results": [asdict(result) for result in results],
         }
         options.json.write_text(json.dumps(report, indent=1) + "\n")

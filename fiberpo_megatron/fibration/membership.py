@@ -20,7 +20,7 @@ from torch import Tensor
 from fiberpo_megatron.fibration.budgets import OTHERS
 from fiberpo_megatron.fibration.exact import SHARE_UNIT, FloatSums, Limbs, NodeSums, Range, rounded, slice_bits, slices
 from fiberpo_megatron.fibration.levels import Choice, level_name
-from fiberpo_megatron.fibration.runs import RunSlice
+from fiberpo_megatron.fibration.runs import CPU_CHUNK, GPU_CHUNK, RunSlice
 from fiberpo_megatron.fibration.tokens import LONE, TokenBatch, table_size
 
 if TYPE_CHECKING:
@@ -32,10 +32,15 @@ COARSE_SHARE_UNIT = -23
 """Exponent of the unit of a share's larger part; the smaller part, at most half a unit, has that of `SHARE_UNIT`."""
 SHARE_BITS = 25
 """Bits of either part, with its sign."""
-PIECE = 1 << 12
-"""Tokens that one matrix product adds up at most, so that it is exact."""
-PIECE_BITS = 16
-"""Bits of the terms in it: 25 + 16 + 12 are 53."""
+SLOT_UNIT = -8
+"""Exponent of the unit of shares that need no second part: those of 2, 4, 8, ... routed slots a token."""
+SLOT_BITS = 9
+"""Bits of such a share."""
+PIECE_BITS = 12
+"""Logarithm of the tokens that one matrix product adds up at most, so that it is exact in 53 bits."""
+NATIVE_PRODUCT = 400
+"""Products of matrices with fewer multiplications than this are computed by torch itself, one after the other, so that
+the bits of one do not depend on how many there are; larger ones go to a library."""
 
 
 @dataclass(frozen=True)
@@ -109,28 +114,44 @@ class NodeMap:
                 for part in cut(row, value, slice_bits(value)):
                     sums.add(row, base, runs.sums(part).unsqueeze(1))
             return
-        ones = torch.ones_like(kernel[:, 0])
-        shares = self._share_parts(kernel)
+        ones = torch.ones_like(kernel[:, 0], dtype=torch.float64)
+        shares, share_bits = self._share_parts(kernel)
         if runs.long_on_cpu:
-            bits = PIECE_BITS if self.soft else slice_bits(ones)
-            found = [cut(row, ones if value is None else value, bits) for row, value in enumerate(values)]
+            bits = 53 - PIECE_BITS - share_bits if share_bits else slice_bits(ones)
+            found = [[ones] if value is None else cut(row, value, bits) for row, value in enumerate(values)]
             _add_products(sums, base, found, shares, runs)
             return
-        bits = slice_bits(ones) - SHARE_BITS * self.soft
+        bits = slice_bits(ones) - share_bits
         for row, value in enumerate(values):
-            for part in cut(row, ones if value is None else value, bits):
+            for part in [ones] if value is None else cut(row, value, bits):
                 for share in shares:
                     sums.add(row, base, runs.sums(share * part.unsqueeze(1)))
 
-    def _share_parts(self, kernel: Tensor) -> list[Tensor]:
-        """K as parts [n, P] that add up to it, to a unit of 2^`SHARE_UNIT`."""
+    @cached_property
+    def _by_slots(self) -> bool:
+        """Whether all shares are multiples of 2^`SLOT_UNIT`: those of slots whose number is a power of two."""
+        return self._multiples_of(SLOT_UNIT)
+
+    @cached_property
+    def _needs_rounding(self) -> bool:
+        """Whether a share is no multiple of 2^`SHARE_UNIT`. The shares of counts in float32 all are."""
+        return not self._multiples_of(SHARE_UNIT)
+
+    def _multiples_of(self, unit: int) -> bool:
+        assert self.share is not None
+        units = (part * 2.0**-unit for part in self.share.split(GPU_CHUNK if self.share.is_cuda else CPU_CHUNK // 4))
+        return all(torch.equal(part, part.round()) for part in units)
+
+    def _share_parts(self, kernel: Tensor) -> tuple[list[Tensor], int]:
+        """K as parts [n, P] that add up to it, to a unit of 2^`SHARE_UNIT`, and the bits of a part."""
         if not self.soft:
-            return [kernel]
-        fine = kernel.dtype != torch.float32 or bool(((kernel > 0) & (kernel < 2.0 ** (SHARE_UNIT + 23))).any())
-        if fine:  # not every share is a multiple of the unit, as the shares of counts in float32 are
+            return [kernel], 0
+        if self._by_slots:
+            return [kernel], SLOT_BITS
+        if self._needs_rounding:
             kernel = rounded(kernel.double(), SHARE_UNIT)
         coarse = (kernel + 1.0).sub_(1.0) if kernel.dtype == torch.float32 else rounded(kernel, COARSE_SHARE_UNIT)
-        return [coarse, kernel - coarse]
+        return [coarse, kernel - coarse], SHARE_BITS
 
     def gather(self, table: Tensor, tokens: slice, runs: RunSlice) -> list[Tensor]:
         """Return sum_n K(i, n) table[c, n] for each token of the chunk and each c of [C, base_nodes, P]."""
@@ -138,7 +159,10 @@ class NodeMap:
         kernel = self.kernel(tokens)
         if kernel is None:
             return [runs.spread(row.view(-1).index_select(0, base)) for row in table]
-        # No matrix product: in one, a token's bits could depend on how many tokens there are.
+        if table.shape[0] * table.shape[2] < NATIVE_PRODUCT and not kernel.is_cuda:
+            rows = runs.spread(table.transpose(0, 1).index_select(0, base))
+            return list(torch.bmm(rows, kernel.to(rows.dtype).unsqueeze(2)).squeeze(2).t().contiguous())
+        # No large matrix product: in one, a token's bits could depend on how many tokens there are.
         return [runs.spread(row.index_select(0, base)).mul_(kernel).sum(1) for row in table]
 
 
@@ -187,10 +211,11 @@ def _add_products(
     stacked = torch.empty(len(rows), tokens + 8, dtype=torch.float64)[:, :tokens]
     for place, part in zip(stacked, (part for parts in found for part in parts), strict=True):
         place.copy_(part)
+    piece = 1 << PIECE_BITS
     pieces = [
-        (run, at, min(at + PIECE, end))
+        (run, at, min(at + piece, end))
         for run, (start, end) in enumerate(runs.bounds)
-        for at in range(start, end, PIECE)
+        for at in range(start, end, piece)
     ]
     nodes = base if len(pieces) == base.shape[0] else base[[run for run, _, _ in pieces]]
     for share in shares:

@@ -57,6 +57,9 @@ def find_runs(batch: TokenBatch, keys: tuple[str, ...]) -> Runs:
     if size == 0:
         none = torch.zeros(0, dtype=torch.int64, device=device)
         return Runs(size, chunk, none, none, dict.fromkeys(keys, none))
+    if not keys:
+        starts = torch.arange(0, size, chunk, device=device)
+        return Runs(size, chunk, starts, torch.diff(starts, append=starts.new_tensor([size])), {})
     cut = torch.zeros(size, dtype=torch.bool, device=device)
     cut[::chunk] = True
     for key in keys:

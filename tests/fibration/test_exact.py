@@ -37,7 +37,7 @@ def node_sums(values: list[Tensor | None], ids: Tensor, share: Tensor | None, *,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("length", [3, 100])
-@pytest.mark.parametrize("membership", ["none", "soft", "hard"])
+@pytest.mark.parametrize("membership", ["none", "soft", "slots", "hard"])
 def test_the_error_is_below_1e_11_of_the_absolute_terms(dtype: torch.dtype, length: int, membership: str) -> None:
     """Weights from 1e-9 to 1, log ratios up to 80 and adjoint terms up to 1e3 e^20 beside tiny ones."""
     draw = torch.Generator().manual_seed(length)
@@ -52,6 +52,8 @@ def test_the_error_is_below_1e_11_of_the_absolute_terms(dtype: torch.dtype, leng
     if membership != "none":
         share = torch.randint(0, 9, (size, 3), generator=draw).double() + torch.tensor([1.0, 0.0, 0.0])
         share = (share / share.sum(1, keepdim=True)).to(dtype)
+    if membership == "slots":  # 8 slots a token: shares that need no second part
+        share = torch.nn.functional.one_hot(torch.randint(0, 3, (size, 8), generator=draw), 3).sum(1).to(dtype) / 8
     values: list[Tensor | None] = [mu, None, mu * x, terms]
     found = node_sums(values, ids, share, soft=membership != "hard")
     kernel = torch.ones(size, 1) if share is None else share

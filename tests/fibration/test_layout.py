@@ -72,6 +72,11 @@ def test_random_cuts(seed: int, ranks: int, name: str, soft: bool, whole: bool, 
     draw = torch.Generator().manual_seed(seed)
     spread = 10.0 ** (-9.0 * torch.rand(case.x.shape, generator=draw, dtype=torch.float64))
     case.weights = case.weights * spread
+    if seed % 4:  # routed slots, of all tokens or of half of them, so that ranks may cut shares differently
+        slots = torch.randint(0, case.share.shape[1], (case.x.shape[0], 4), generator=draw)
+        by_slots = torch.nn.functional.one_hot(slots, case.share.shape[1]).sum(1).double() / 4
+        half = (torch.arange(case.x.shape[0]) < case.x.shape[0] // 2).unsqueeze(1)
+        case.share = by_slots if seed % 4 == 1 else torch.where(half, by_slots, case.share)
     for field in ("x", "advantages", "weights", "share", "old"):
         setattr(case, field, getattr(case, field).to(dtype))
     objective = tight(name, soft=soft)
