@@ -165,6 +165,7 @@ class Chart {
     } catch (error) {
       if (error.name !== "AbortError") {
         this.dirty = true;
+        this.values = null;
         replace(this.legend, h("li", { class: "muted" }, `not loaded: ${error.message}`));
       }
     } finally {
@@ -223,7 +224,7 @@ class Chart {
   /** Write label and value of every curve: at step `x`, or the last ones. */
   writeLegend(x) {
     if (!this.drawn) return;
-    if (this.legend.children.length !== this.drawn.length + 1) this.makeLegend();
+    if (this.values?.length !== this.drawn.length) this.makeLegend();
     this.stepItem.textContent = x === null ? "last" : `step ${number(Math.round(x), 9)}`;
     this.drawn.forEach((style, place) => {
       const points = this.found[style.run]?.[style.place];
@@ -231,26 +232,35 @@ class Chart {
     });
   }
 
+  /** Make an entry for each curve: its dash, its name, and a value for each run. */
   makeLegend() {
     this.values = this.drawn.map(() => h("b", {}));
     this.stepItem = h("li", { class: "at" });
-    replace(
-      this.legend,
-      this.stepItem,
-      this.drawn.map((style, place) => {
-        const toggle = (event) => {
-          if (this.off.has(place)) this.off.delete(place);
-          else this.off.add(place);
-          event.currentTarget.setAttribute("aria-pressed", String(!this.off.has(place)));
-          this.render();
-        };
-        const mark = h("span", { class: `swatch${style.dash ? " dashed" : ""}`, style: style.dash ? { borderColor: style.colour } : { background: style.colour } });
-        return h(
-          "li",
-          {},
-          h("button", { type: "button", "aria-pressed": "true", onclick: toggle }, mark, style.label, style.runName && h("i", {}, style.runName), this.values[place]),
-        );
-      }),
+    const several = this.runs.length > 1;
+    const alone = several && this.panel.curves.length === 1;
+    const items = this.panel.curves.map((curve, at) => {
+      const own = this.drawn.map((style, place) => [style, place]).filter(([style]) => style.place === at);
+      const buttons = own.map(([style, place]) => this.legendButton(style, place, several ? style.runName : curve.label, alone));
+      const dash = several && !alone && h("span", { class: `dash dash-${at % 4}` });
+      return h("li", {}, several && !alone && h("span", { class: "curve" }, dash, curve.label), buttons);
+    });
+    replace(this.legend, this.stepItem, items);
+  }
+
+  legendButton(style, place, name, written) {
+    const toggle = (event) => {
+      if (this.off.has(place)) this.off.delete(place);
+      else this.off.add(place);
+      event.currentTarget.setAttribute("aria-pressed", String(!this.off.has(place)));
+      this.render();
+    };
+    const text = this.runs.length === 1 || written ? name : h("span", { class: "hidden" }, `${style.curve.label} of ${name}`);
+    return h(
+      "button",
+      { type: "button", "aria-pressed": "true", title: name, onclick: toggle },
+      h("span", { class: "swatch", style: { background: style.colour } }),
+      text,
+      this.values[place],
     );
   }
 

@@ -1,6 +1,7 @@
 // The head of the page: the runs with their states, and the switch of the theme.
 
 import { h, replace } from "./dom.js";
+import { readable } from "./plot.js";
 import { storedTheme, nextTheme, setTheme } from "./theme.js";
 
 /** Draw the head. `actions` has choose(keys) for the runs to show, and rerender() for what depends on the theme. */
@@ -24,7 +25,7 @@ function runItem(run, shown, page, actions) {
     if (keys.length) actions.choose(keys);
   };
   const state = h("span", { class: `state ${run.state.name}`, title: run.state.detail }, run.state.name);
-  const swatch = h("span", { class: "swatch", style: { background: run.colour } });
+  const swatch = h("span", { class: "swatch", style: { background: readable(run.colour) } });
   const name = h("span", { class: "name" }, run.name);
   const reading = run.read < 1 && h("span", { class: "reading" }, `reading, ${Math.round(100 * run.read)} %`);
   if (page.runs.length === 1) return h("li", {}, name, state, reading);

@@ -27,8 +27,8 @@ export function styles(panel, runs) {
       curve,
       colour: readable(runs.length > 1 ? run.colour : (curve.colour ?? PALETTE[place % PALETTE.length])),
       dash: runs.length > 1 ? DASHES[place % DASHES.length] : null,
-      label: runs.length > 1 && panel.curves.length === 1 ? run.name : curve.label,
-      runName: runs.length > 1 && panel.curves.length > 1 ? run.name : "",
+      label: runs.length > 1 ? `${curve.label} of ${run.name}` : curve.label,
+      runName: run.name,
     })),
   );
 }
@@ -121,6 +121,7 @@ export function draw(element, made, { width, height, log, stack, percent, range,
       { ...axis, size: 24, gap: 4, values: (_, values) => values.map((value) => (Number.isInteger(value) ? value.toLocaleString("en-US") : "")) },
       {
         ...axis,
+        grid: { ...axis.grid, filter: (_, splits) => (log ? splits.map((value) => (isDecade(value) ? value : null)) : splits) },
         size: (_, values) => 14 + 6.4 * Math.max(3, ...(values ?? []).map((value) => (value ?? "").length)),
         gap: 4,
         values: (_, values) => values.map((value) => (value === null ? "" : number(value))),
@@ -159,6 +160,11 @@ function nearest(values, place) {
     if (values[place + away] !== null && values[place + away] !== undefined) return place + away;
   }
   return place;
+}
+
+function isDecade(value) {
+  const power = Math.log10(value);
+  return Math.abs(power - Math.round(power)) < 1e-9;
 }
 
 function limits(low, high, stack, percent) {

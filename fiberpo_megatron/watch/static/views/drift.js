@@ -1,8 +1,9 @@
 // Why the policy that is trained differs from the one that sampled: by cause.
 
 import { h, replace } from "../dom.js";
-import { number } from "../format.js";
+import { count, number } from "../format.js";
 import { panelPage } from "../panel_page.js";
+import { readable } from "../plot.js";
 
 export const key = "drift";
 export const title = "Drift";
@@ -16,65 +17,63 @@ const METRICS = /^(drift\/|rollout_diff|ratio\/|effective_sample_size|token\/cli
 
 export async function render(container, context) {
   const intro = h("div", {});
-  const show = async () => replace(intro, await Promise.all(context.runs.map((run) => causes(context, run))));
+  const show = async () => {
+    const records = await Promise.all(context.runs.map((run) => lastStep(context, run)));
+    replace(intro, causes(context.runs, records));
+  };
   context.onUpdate(show);
-  await Promise.all([
-    show(),
-    panelPage(
-      container,
-      context,
-      (sections) => {
-        const panels = sections.flatMap((section) => section.panels).filter((panel) => panel.curves.some((curve) => METRICS.test(curve.metric)));
-        const order = (panel) => (panel.curves[0].metric.startsWith("drift/") ? 0 : 1);
-        panels.sort((a, b) => order(a) - order(b));
-        return panels.length ? [{ key: "drift", title: "Drift", panels }] : [];
-      },
-      { intro },
-    ),
-  ]);
+  await Promise.all([show(), panelPage(container, context, pick, { intro })]);
 }
 
-/** Return the last step's drift by cause, in nats a token, as bars of one scale. */
-async function causes(context, run) {
-  let record;
+function pick(sections) {
+  const panels = sections.flatMap((section) => section.panels).filter((panel) => panel.curves.some((curve) => METRICS.test(curve.metric)));
+  const order = (panel) => (panel.curves[0].metric.startsWith("drift/") ? 0 : 1);
+  panels.sort((a, b) => order(a) - order(b));
+  return panels.length ? [{ key: "drift", title: "Drift", panels }] : [];
+}
+
+async function lastStep(context, run) {
   try {
-    record = await context.fetchJson("api/step", { run: run.key });
+    return await context.fetchJson("api/step", { run: run.key });
   } catch (error) {
     if (error.name === "NotThere") return null;
     throw error;
   }
+}
+
+/** Return a run's drift by the cause `name`: {value, note}. */
+function drift(name, meaning, record) {
   const { values } = record;
-  const mismatch = values["drift/mismatch"] ?? values["rollout_diff/mean"];
-  const rows = CAUSES.map(([name, label, meaning]) => {
-    let value = values[name];
-    let note = meaning;
-    if (name === "drift/mismatch") value = mismatch;
-    if (name === "drift/staleness" && value === undefined) {
-      value = 0;
-      note = "none: this run generates with the newest weights, in step with its training";
-    }
-    return { label, value, note };
-  });
-  const largest = Math.max(...rows.map((row) => row.value ?? 0), 1e-12);
+  if (name === "drift/mismatch") return { value: values[name] ?? values["rollout_diff/mean"], note: meaning };
+  if (name === "drift/staleness" && values[name] === undefined) {
+    return { value: 0, note: "none: each step's trajectories are sampled with the weights that it trains" };
+  }
+  return { value: values[name], note: meaning };
+}
+
+/** Return the last step's drift by cause, in nats a token, as bars of one scale. */
+function causes(runs, records) {
+  const known = runs.map((run, place) => [run, records[place]]).filter(([, record]) => record !== null);
+  if (!known.length) return null;
+  const rows = CAUSES.map(([name, label, meaning]) => ({ label, drifts: known.map(([, record]) => drift(name, meaning, record)) }));
+  const largest = Math.max(1e-12, ...rows.flatMap((row) => row.drifts.map(({ value }) => value ?? 0)));
+  const cells = ({ value }, run) => [
+    h("td", { class: "number" }, value === undefined ? "not logged" : number(value)),
+    h("td", { class: "length" }, h("span", { class: "bar", style: { width: `${(100 * (value ?? 0)) / largest}%`, background: runs.length > 1 ? readable(run.colour) : null } })),
+  ];
   return h(
-    "section",
-    {},
-    h("h2", {}, context.runs.length > 1 ? `Step ${record.step} · ${run.name}` : `Step ${record.step}`),
+    "div",
+    { class: "scroll" },
     h(
       "table",
       { class: "bars" },
-      h("thead", {}, h("tr", {}, h("th", {}, "cause"), h("th", { class: "number" }, "nats a token"), h("th", {}, "mean |difference of log-probs|"))),
+      h("caption", { class: "note" }, "Mean |difference of log-probs| of a token between the policy that is trained and the one that sampled, by cause, in nats"),
+      h("thead", {}, h("tr", {}, h("th", {}, "cause"), known.map(([run, record]) => h("th", { colspan: 2 }, runs.length > 1 && `${run.name}, `, `step ${count(record.step)}`)))),
       h(
         "tbody",
         {},
         rows.map((row) =>
-          h(
-            "tr",
-            {},
-            h("th", { scope: "row" }, row.label, h("small", {}, row.note)),
-            h("td", { class: "number" }, row.value === undefined ? "not logged" : number(row.value)),
-            h("td", {}, h("span", { class: "bar", style: { width: `${(100 * (row.value ?? 0)) / largest}%` } })),
-          ),
+          h("tr", {}, h("th", { scope: "row" }, row.label, h("small", {}, row.drifts[0].note)), row.drifts.map((one, place) => cells(one, known[place][0]))),
         ),
       ),
     ),

@@ -10,7 +10,7 @@ export async function render(container, context) {
   const intro = h(
     "p",
     { class: "note intro" },
-    "A gate looks at the drift of a node (a trajectory, a prompt group, a domain ...): S⁺ is the drift of what the policy has made more probable, S⁻ that of what it has made less probable. Inside its budget a channel passes; beyond it the gate turns the gradient back (rollback) or removes it (zeroed).",
+    "A gate bounds how far a node (a trajectory, a prompt group, a domain) has drifted from the policy that sampled it. S⁺ is the mean drift of its tokens that became more probable, S⁻ of those that became less probable. Within the budget a channel passes; a little beyond it the drift is turned back (rollback), further beyond it is zeroed.",
   );
   await panelPage(
     container,

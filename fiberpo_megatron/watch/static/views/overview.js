@@ -3,6 +3,7 @@
 import { Charts } from "../charts.js";
 import { h, replace } from "../dom.js";
 import { count, number } from "../format.js";
+import { readable } from "../plot.js";
 import { rangeControl } from "../panel_page.js";
 
 export const key = "overview";
@@ -70,7 +71,7 @@ function table(runs, summaries) {
     h(
       "table",
       { class: "compare" },
-      h("thead", {}, h("tr", {}, h("th", {}, ""), runs.map((run) => h("th", { class: "number" }, h("span", { class: "swatch", style: { background: run.colour } }), run.name)))),
+      h("thead", {}, h("tr", {}, h("th", {}, ""), runs.map((run) => h("th", { class: "number" }, h("span", { class: "swatch", style: { background: readable(run.colour) } }), run.name)))),
       h(
         "tbody",
         {},
