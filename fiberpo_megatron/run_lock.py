@@ -264,6 +264,16 @@ def look(folder: Path) -> Look | None:
     return Look(lock.holder, lock.released, _runs(lock, folder), lock.content, path.stat().st_mtime)
 
 
+def holder_of(folder: Path) -> Holder | None:
+    """Return who holds a run folder; None when it is free, or when the holder is seen to have ended.
+
+    On another machine a holder that died without releasing the folder cannot be seen to have ended. Raises OSError.
+    """
+    locks = folder / "lock"
+    lock = _read(locks / _name(_newest(locks)))
+    return None if lock is None or _runs(lock, folder) is False else lock.holder
+
+
 def _wait_until_free(path: Path, folder: Path, say: Say, poll_s: float, watch_s: float) -> None:
     """Return when the lock is released or its holder is dead. Raises RunLocked when the holder lives."""
     lock = _read(path)

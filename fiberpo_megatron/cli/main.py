@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fiberpo_megatron
-from fiberpo_megatron.cli import calibrate, certify, doctor, plan, replay_step, slurm, watch
+from fiberpo_megatron.cli import calibrate, certify, doctor, plan, profile, replay_step, slurm, watch
 from fiberpo_megatron.config import Config, ConfigError, load_config
 from fiberpo_megatron.printable import printable
 from fiberpo_megatron.run_lock import refuse
@@ -26,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if overrides:
                 parser.error(f"unexpected arguments: {' '.join(overrides)}")
             return _report(options.folder)
+        if options.command == "profile":
+            if overrides:
+                parser.error(f"unexpected arguments: {' '.join(overrides)}")
+            return profile.run(options)
         if options.command == "watch":
             if overrides:
                 parser.error(f"unexpected arguments: {' '.join(overrides)}")
@@ -84,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     certify.add_parser(commands, _OVERRIDES)
     replay_step.add_parser(commands)
     slurm.add_parsers(commands, _OVERRIDES)
+    profile.add_parser(commands)
     watch.add_parser(commands)
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("folder", type=Path, metavar="RUN_FOLDER")

@@ -30,6 +30,10 @@ from fiberpo_megatron.environments import ToolCall
 from fiberpo_megatron.types import Completion
 
 CONTROL_TIMEOUT_S = 60.0
+TRACE_TIMEOUT_S = 300.0
+"""A server writes a trace of some hundred megabytes while it does nothing else."""
+_CLOSE = {"Connection": "close"}
+"""For calls that a server may fail: it then drops the connection without having announced it."""
 KEY_FIX = "Name the file with the servers' key in {section}.api_key_file"
 KEEP_ALIVE_S = 3.0
 """Idle connections are dropped sooner than a server drops them (5 s, or `command.SERVER_KEEP_ALIVE_S`): none is used
@@ -370,6 +374,26 @@ class EngineClient:
         answer = await self._command("/weights_checker", {"action": "checksum"}, CONTROL_TIMEOUT_S)
         with self._answer_errors("/weights_checker"):
             return answers.checksum(answer)
+
+    async def start_profile(self, folder: Path, name: str, passes: int) -> None:
+        """Have the server record its next `passes` forward passes with torch's profiler.
+
+        It then writes <folder>/<name>-TP-0.trace.json.gz, and one more file for each of its further ranks, by itself or
+        when `stop_profile` comes first. `folder` is a path on the server's machine.
+        """
+        request: dict[str, object] = {
+            "output_dir": str(folder),
+            "profile_id": name,
+            "num_steps": passes,
+            "activities": ["CPU", "GPU"],
+            "with_stack": False,  # with stacks a second of decoding is hundreds of megabytes
+            "record_shapes": False,
+        }
+        await self._call("POST", "/start_profile", request, TRACE_TIMEOUT_S, json=False, headers=_CLOSE)
+
+    async def stop_profile(self) -> None:
+        """End the recording; the trace is written when this returns. Raises EngineRefused when none runs any more."""
+        await self._call("POST", "/stop_profile", None, TRACE_TIMEOUT_S, json=False, headers=_CLOSE)
 
     # Weights
 

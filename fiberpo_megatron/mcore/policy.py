@@ -22,6 +22,7 @@ from fiberpo_megatron.mcore.reference import ReferenceWeights
 from fiberpo_megatron.mcore.router import correction_biases, kept_on_error
 from fiberpo_megatron.mcore.routing import Routing
 from fiberpo_megatron.mcore.schedule import Schedule
+from fiberpo_megatron.spans import span
 from fiberpo_megatron.types import (
     Coefficients,
     Gate,
@@ -142,7 +143,7 @@ class MegatronPolicy:
             gradient = self.accumulate(micro_batches, gate, temperature, log_probs=log_probs, single_pass=single_pass)
             self._require_finite(gradient.error)
         self.scheduler.step(1)
-        with self.memory.state("an optimiser step"):
+        with self.memory.state("an optimiser step"), span("optimizer"):
             _, norm, _ = self.optimizer.step()
         return OptimizerStep(
             gradient_norm=float(norm),

@@ -13,6 +13,7 @@ from fiberpo_megatron.mcore.model import PolicyModel
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 from fiberpo_megatron.mcore.platform import activate
 from fiberpo_megatron.mcore.routing import Routing
+from fiberpo_megatron.mcore.schedule_spans import named_passes
 from fiberpo_megatron.types import MicroBatch, TokenScores
 
 TokenLoss = Callable[[int, Tensor, Tensor], Tensor]
@@ -58,16 +59,17 @@ class Schedule:
         # Packing makes the number a multiple; a single row (a probe) does not.
         prepared += [filling] * (-len(prepared) % self.layout.micro_batch_multiple)
         run = get_forward_backward_func()
-        return run(
-            forward_step_func=partial(self._forward_step, head),
-            data_iterator=[iter(prepared) for _ in self.chunks],
-            model=self.chunks,
-            num_microbatches=len(prepared),
-            seq_length=1,  # unused: rows differ in length, which stages exchange (variable_seq_lengths)
-            micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
+        with named_passes(self.chunks, len(prepared)):
+            return run(
+                forward_step_func=partial(self._forward_step, head),
+                data_iterator=[iter(prepared) for _ in self.chunks],
+                model=self.chunks,
+                num_microbatches=len(prepared),
+                seq_length=1,  # unused: rows differ in length, which stages exchange (variable_seq_lengths)
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
 
     def _empty(self) -> MicroBatch:
         size = self.layout.sequence_multiple

@@ -114,6 +114,7 @@ def rollout_source(
             held_out_samples=config.evaluation.samples_per_prompt,
             stop=parts.stop,
             devices=shared or SeparateDevices(),
+            pool=pool,
             counts=partial(_counts, environments, scorers),
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fiberpo_megatron.data.prompts import Place, PromptSets
+from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.interfaces import Policy, Publisher, Recorder, Sampler
 from fiberpo_megatron.rollout.generator import Generator, share
 from fiberpo_megatron.sources.device_sharing import DeviceSharing, SeparateDevices
@@ -67,6 +68,8 @@ class EngineSource:
     stop: Callable[[], bool] = lambda: False
     """Whether this rank was asked to stop."""
     devices: DeviceSharing = SeparateDevices()
+    pool: EnginePool | None = None
+    """The engines; None where they are no SGLang servers."""
     counts: Callable[[], Mapping[str, float]] = dict
     """Counts of this rank's environments since the last call, by metric."""
     _probe: RolloutBatch | None = field(default=None, init=False)

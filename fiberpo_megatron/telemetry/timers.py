@@ -4,12 +4,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from fiberpo_megatron.spans import span
+
 
 class PhaseTimers:
     """Adds up wall time per phase on this rank: `with timers("generate"): ...` times a block, `timers.read()` ends the
     step.
 
-    Phases may be nested or repeated; each is summed separately.
+    Phases may be nested or repeated; each is summed separately. A profile that runs shows them by their names.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -24,7 +26,8 @@ class PhaseTimers:
         began, outer = self._clock(), self._running
         self._running = (*outer, (phase, began))
         try:
-            yield
+            with span(phase):
+                yield
         finally:
             ended = self._clock()
             self._running, self._idle = outer, (f"after {phase}", ended)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fiberpo_megatron.fibration import Amplification
 from fiberpo_megatron.interfaces import Layout, Objective, Passes
+from fiberpo_megatron.spans import span
 from fiberpo_megatron.telemetry.metrics import combine
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.together import together
@@ -72,7 +73,8 @@ class ObjectiveGate:
 
     def __call__(self, log_probs: Tensor, part: slice) -> Coefficients:
         self.seen.append(log_probs.detach())
-        answer = self._evaluate(log_probs, part, self.reduce, metrics=self.reduce is not None)
+        with span("gate"):
+            answer = self._evaluate(log_probs, part, self.reduce, metrics=self.reduce is not None)
         if self.kept is not None:
             self.kept.append(GateCall(part, log_probs.detach(), answer.output, answer.weights))
         return Coefficients(answer.gradient, answer.metrics, answer.entropy)

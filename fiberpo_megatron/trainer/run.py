@@ -10,6 +10,7 @@ from fiberpo_megatron.config import Config, dump_config
 from fiberpo_megatron.engines.addresses import listen_towards_master
 from fiberpo_megatron.engines.registry import Registry
 from fiberpo_megatron.fibration import Objective
+from fiberpo_megatron.engines.traces import PooledTraces
 from fiberpo_megatron.interfaces import AdvantageEstimator, RolloutSource
 from fiberpo_megatron.mcore.families import read_hf_config
 from fiberpo_megatron.mcore.optimizers import Optimizer
@@ -21,6 +22,7 @@ from fiberpo_megatron.printable import printable
 from fiberpo_megatron.run_lock import take
 from fiberpo_megatron.sources.build import SourceParts, rollout_source
 from fiberpo_megatron.sources.stored import DUMP
+from fiberpo_megatron.sources.engine import EngineSource
 from fiberpo_megatron.telemetry.metrics import Kind
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.together import together
@@ -33,6 +35,7 @@ from fiberpo_megatron.trainer.recorder import RunCheckpoints, last_report, open_
 from fiberpo_megatron.trainer.sft import fine_tune
 from fiberpo_megatron.trainer.step_dump import StepDumps
 from fiberpo_megatron.trainer.stop import Stopped, leave, never
+from fiberpo_megatron.trainer.profiling import NoProfiles, Profiles
 from fiberpo_megatron.trainer.tasks import start_tasks
 from fiberpo_megatron.trainer.terms import build_terms
 
@@ -200,6 +203,7 @@ class Run(Closeable):
                 source=source,
                 objective=self.objective,
                 advantage=self.advantage,
+            profiles = stack.enter_context(self._profiles(source)) if "train" in kinds else NoProfiles()
                 recorder=recorder,
                 checkpoints=self.checkpoints,
                 timers=self.timers,
@@ -220,6 +224,8 @@ class Run(Closeable):
     def say(self, text: str) -> None:
         """Print one line for the person at the terminal."""
         if self.layout.is_logger:
+                records=self._token_records() if "train" in kinds else None,
+                profiles=profiles,
             print(printable(text, keep="\n\t"), flush=True)
 
     def close(self) -> None:
@@ -250,3 +256,20 @@ class Run(Closeable):
         if self.layout.is_logger:
             self.say(last_report(folder))
         self.layout.barrier()
+    def _profiles(self, source: RolloutSource) -> Profiles:
+        """Return what answers requests of `fiberpo profile`, also for the run's engines."""
+        pool = source.pool if isinstance(source, EngineSource) else None
+        engines = PooledTraces(pool) if pool is not None else None
+        return Profiles(self.config.run.folder, self.layout, self.layout.device.type, self.say, engines)
+
+    def _token_records(self) -> TokenRecords:
+        telemetry = self.config.telemetry
+        return TokenRecords(
+            self.config.run.folder,
+            telemetry.tokens_per_step,
+            telemetry.rollouts_per_step,
+            telemetry.rollout_steps_kept,
+            self.tasks.encoder.pieces,
+            self.tasks.names,
+        )
+

@@ -49,11 +49,42 @@ def kill_when_saved(words: list[str], folder: Path, step: int) -> None:
 
 @pytest.mark.sglang
 def test_six_steps_straight_and_three_kill_three_are_bitwise_the_same(model: Path, engine: Any, tmp_path: Path):
-    """Two ranks, expert parallelism 2: a run with an engine, and its replay that is killed after three steps."""
+    """Two ranks, expert parallelism 2: a run with an engine that is profiled meanwhile, and its replay, which is killed
+    after three steps and has no profile."""
+def profile(folder: Path, run: "subprocess.Popen[str]") -> None:
+    """Ask the run for traces of both ranks and of the engine, as soon as it takes requests, and wait for them."""
+    deadline = time.monotonic() + 120
+    while not (folder / "profiles/status.json").exists():
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    assert fiberpo(["profile", str(folder), "--ranks", "all", "--engines", "--engine-passes", "3"]) == 0
+
+
+def assert_traces(folder: Path) -> None:
+    """Check that both ranks' traces name the phases and micro-batches, and that the engine's is a trace as well."""
+    paths = sorted(folder.glob("*.json.gz"))
+    kinds = [re.sub(r"step-\d{6}-", "", path.name) for path in paths]
+    assert kinds == ["engine-000-TP-0.trace.json.gz", "rank-00000.json.gz", "rank-00001.json.gz"]
+    assert len({path.name[:11] for path in paths}) == 1, "all begin with the same step"
+    for path in paths[1:]:
+        events = read_trace(path)
+        names = set(named(events))
+        assert {"generate", "old_log_probs", "train", "gate", "optimizer", "publish"} <= names
+        assert {"forward micro-batch 0", "backward micro-batch 0"} <= names
+        backward = [event for event in events if event["name"] == "backward micro-batch 0" and event["ph"] == "X"]
+        inside = [e for e in events if e.get("cat") == "cpu_op" and e["name"].startswith("autograd::engine")]
+        assert any(b["ts"] <= e["ts"] <= b["ts"] + b["dur"] for b in backward for e in inside)
+    assert any("aten::" in event["name"] for event in read_trace(paths[0]))
+
+
     straight, replayed = tmp_path / "straight", tmp_path / "replayed"
     engines = ["--rollout.engine.urls", f'["{engine.url}"]']
-    done = run(model, straight, *SIX_STEPS, *engines, "--storage.dump", "true")
-    assert done.returncode == 0, done.stderr
+    words = command(model, straight, *SIX_STEPS, *engines, "--storage.dump", "true")
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        profile(straight, process)
+        _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert_traces(straight / "profiles")
     assert len(list((straight / "dump").glob("step_*.npz"))) == 6
 
     replay = [*SIX_STEPS, "--storage.replay", str(straight), "--rollout.engine.urls", '["http://127.0.0.1:9"]']
