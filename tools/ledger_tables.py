@@ -1,4 +1,6 @@
-"""This tool writes the tables of published runs in docs/planning.md; with `--check` it says whether they are current.
+"""This tool writes the tables of published runs, GPUs and constants in docs/planning.md.
+
+With `--check` it says whether they are current.
 
 `--refit` also writes the table of sources left out, which takes some minutes: for each source, the constants of FITTED
 are fitted to the points of the others and the left-out points are predicted with them.
@@ -7,12 +9,15 @@ are fitted to the points of the others and the left-out points are predicted wit
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from importlib import import_module
 from math import log
 from pathlib import Path
 
+from fiberpo_megatron.planning import sources
 from fiberpo_megatron.planning.hardware import GPUS, Assumptions
 from fiberpo_megatron.planning.ledger import compare, compare_parts, published_table, published_text, summary
+from fiberpo_megatron.planning.overheads import Overheads
 from fiberpo_megatron.planning.published import Published, built_in
 from fiberpo_megatron.planning.show import table
 
@@ -21,6 +26,7 @@ PAGE = ROOT / "docs/planning.md"
 PUBLISHED = ("<!-- published: tools/ledger_tables.py -->", "<!-- end of published -->")
 LEFT_OUT = ("<!-- left out: tools/ledger_tables.py --refit -->", "<!-- end of left out -->")
 HARDWARE = ("<!-- gpus: tools/ledger_tables.py -->", "<!-- end of gpus -->")
+CONSTANTS = ("<!-- constants: tools/ledger_tables.py -->", "<!-- end of constants -->")
 SOURCES = {"NeMo-RL": "np-", "verl, fully asynchronous": "vf-", "verl, V1 trainer": "va-"}
 FITTED = {
     "decode_kernel_us": 4.0,
@@ -57,6 +63,24 @@ def gpu_table() -> str:
         for gpu in GPUS.values()
     ]
     return table(headings, rows)
+
+
+def constants_table() -> str:
+    """Return a row for every constant of the model of time: its value, and where it comes from."""
+    rows = []
+    for field in fields(Assumptions):
+        if field.name not in Overheads.__dataclass_fields__:
+            rows.append(_constant_row(field.name, getattr(Assumptions(), field.name), sources.SOURCES[field.name]))
+    for name, source in sources.COUNTS.items():
+        module, attribute = name.split(".")
+        value = getattr(import_module(f"fiberpo_megatron.planning.{module}"), attribute)
+        rows.append(_constant_row(name, value, source))
+    return table(("constant", "value", "kind", "source", "what it says, and how the value follows"), rows)
+
+
+def _constant_row(name: str, value: float | tuple[float, ...], source: sources.Source) -> list[str]:
+    text = " to ".join(f"{each:g}" for each in (value if isinstance(value, tuple) else (value,)))
+    return [f"`{name}`", text, source.kind, source.where, source.figure]
 
 
 def refit(points: Sequence[Published]) -> Assumptions:
@@ -111,6 +135,7 @@ def main() -> int:
     options = parser.parse_args()
     text = PAGE.read_text()
     wanted = _replaced(_replaced(text, PUBLISHED, published_tables()), HARDWARE, gpu_table())
+    wanted = _replaced(wanted, CONSTANTS, constants_table())
     if options.refit:
         wanted = _replaced(wanted, LEFT_OUT, left_out_table())
     if options.check:

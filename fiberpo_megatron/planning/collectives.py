@@ -25,13 +25,14 @@ def all_reduce_seconds(ranks: int, size: float, gpu: Gpu, assumptions: Assumptio
 
     Inside a domain every rank sends and receives its share twice. Over domains each rank's adapter carries one share of
     the domain's sum, twice, in a tree of log2(domains) hops up and down. `small` messages, as in decoding, reach a
-    lower share of the links than large ones.
+    lower share of the links than large ones: engines have a kernel of their own inside a domain, and NCCL's low-latency
+    protocol between domains.
     """
     if ranks == 1:
         return 0.0
     nvlink, network = assumptions.nvlink_efficiency, assumptions.network_efficiency
     if small:
-        nvlink = network = assumptions.small_message_efficiency
+        nvlink, network = assumptions.small_message_efficiency, assumptions.small_network_efficiency
     inside = min(ranks, gpu.nvlink_domain)
     seconds = assumptions.nvlink_latency_us * MICRO
     seconds += 2 * size * (inside - 1) / inside / (nvlink * gpu.nvlink_gb_per_s * GIGA)

@@ -91,8 +91,10 @@ class Assumptions(Overheads):
     """Share of NVLink's bandwidth in large collectives."""
     network_efficiency: float = 0.80
     """Share of the network's bandwidth in large collectives."""
-    small_message_efficiency: float = 0.25
-    """Share of NVLink's and the network's bandwidth in the all-reduces of decoding (some 100 KB)."""
+    small_message_efficiency: float = 0.12
+    """Share of NVLink's bandwidth in the all-reduces of decoding (some 100 KB)."""
+    small_network_efficiency: float = 0.25
+    """Share of the network's bandwidth in the all-reduces of decoding."""
     nvlink_latency_us: float = 10.0
     """Microseconds of a small all-reduce inside an NVLink domain."""
     network_latency_us: float = 16.0

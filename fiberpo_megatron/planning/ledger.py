@@ -7,6 +7,7 @@ from typing import Any
 
 from fiberpo_megatron.json_files import read_object
 from fiberpo_megatron.mcore.settings import ParallelConfig
+from fiberpo_megatron.planning.flops import TRAINING, forward_operations
 from fiberpo_megatron.planning.hardware import GPUS, Assumptions
 from fiberpo_megatron.planning.lengths import Lengths
 from fiberpo_megatron.planning.publication import publish_seconds
@@ -121,8 +122,7 @@ def _training_rate(scenario: Scenario, row: Mapping[str, Any], assumptions: Assu
     used = replace(assumptions, expert_imbalance=1.0) if row["balanced"] else assumptions
     tokens, shape = float(row["row_tokens"]), scenario.shape
     time = row_time(scenario, shape, tokens, used)
-    pairs = shape.attention_layers * shape.heads * (shape.query_size + shape.value_size) * tokens / 2
-    operations = 3 * tokens * (2 * shape.active + 2 * pairs) / scenario.parallel.model_ranks
+    operations = TRAINING * forward_operations(shape, [tokens]) / scenario.parallel.model_ranks
     return operations / (time.forward + time.backward) / 1e12
 
 

@@ -1,16 +1,32 @@
 """The ledger of published runs: the bound of its errors, the format for points of a user's own, and its refusals."""
 
+import dataclasses
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from fiberpo_megatron.cli.main import main
+from fiberpo_megatron.planning import (
+    collectives,
+    decoding,
+    lengths,
+    publication,
+    published,
+    rollouts,
+    sources,
+    timing,
+    training,
+)
 from fiberpo_megatron.planning.hardware import Assumptions
 from fiberpo_megatron.planning.ledger import Prediction, compare, compare_parts, summary
+from fiberpo_megatron.planning.overheads import Overheads
 from fiberpo_megatron.planning.published import DATA, built_in, read_points, scenarios
 
 ROOT = Path(__file__).parents[2]
@@ -183,3 +199,49 @@ def test_errors_of_ranges():
     assert narrow.error(120.0) == pytest.approx(110 / 120 - 1) and narrow.error(80.0) == pytest.approx(90 / 80 - 1)
     assert wide.error(125.0) == pytest.approx(100 / 125 - 1)
     assert Prediction(90.0, 90.0).error(100.0) == pytest.approx(-0.1)
+
+
+def ledger_tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ledger_tables", ROOT / "tools/ledger_tables.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def numbers(module: ModuleType) -> set[str]:
+    """Return the names of a module's own constants that are numbers or tuples of numbers."""
+    found = set()
+    for name in vars(module):
+        value = getattr(module, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if re.fullmatch(r"_?[A-Z][A-Z0-9_]*", name) and all(type(each) in (int, float) for each in values):
+            found.add(name)
+    return found
+
+
+def test_every_constant_has_a_source():
+    fields = {field.name for field in dataclasses.fields(Assumptions)} - set(Overheads.__dataclass_fields__)
+    assert sources.SOURCES.keys() == fields
+    # units, seeds and the sizes of samples and grids say nothing about a machine or a model
+    technical = {"GIGA", "MICRO", "TERA", "_SEED", "_SAMPLED_RANKS", "_SAMPLED_TRAJECTORIES", "_POPULARITIES"}
+    modules = (collectives, decoding, lengths, publication, published, rollouts, timing, training)
+    constants = {f"{module.__name__.rpartition('.')[2]}.{name}" for module in modules for name in numbers(module)}
+    assert {name for name in constants if name.partition(".")[2] not in technical} == sources.COUNTS.keys()
+    for name, source in {**sources.SOURCES, **sources.COUNTS}.items():
+        assert len(source.figure) > 20, name
+        named = {
+            "document": r"github\.com/|arXiv \d{4}\.\d{5}|\w+/[\w.-]+#\d+|\.(com|org|xyz|ai)/|vLLM, vllm/|\.json",
+            "measurement": r"\d{4}-\d{2}-\d{2}",
+            "fit": r"--refit",
+            "derived": r"\w+",
+        }[source.kind]
+        assert re.search(named, source.where), f"{name}: {source.where!r} names no {source.kind}"
+        if source.kind == "document":
+            assert re.search(r"\d", source.figure), f"{name}: what does the document say?"
+    fitted = {name for name, source in sources.SOURCES.items() if source.kind == "fit"}
+    assert fitted == set(ledger_tables().FITTED), "the constants that the ledger's tool fits"
+    ids = {each.point.id for each in built_in()}
+    for name in fitted - {"pageable_copy_efficiency"}:
+        text = sources.SOURCES[name].figure
+        assert any(identifier in text for identifier in ids) or "30B points" in text, name
