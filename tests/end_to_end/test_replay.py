@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -12,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fiberpo_megatron.cli.main import main as fiberpo
 from tests.end_to_end.test_training import ROOT, command, processes_of, records, run
+from tests.traces import named, read_trace
 
 SIX_STEPS = ["--trainer.steps", "6", "--evaluation.prompts", "0", "--weight_sync.method", "disk"]
 TIMES = ("seconds/", "tokens_per_second", "gate/time_share", "gate/reduce_share", "gpu/")
@@ -47,10 +50,6 @@ def kill_when_saved(words: list[str], folder: Path, step: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.sglang
-def test_six_steps_straight_and_three_kill_three_are_bitwise_the_same(model: Path, engine: Any, tmp_path: Path):
-    """Two ranks, expert parallelism 2: a run with an engine that is profiled meanwhile, and its replay, which is killed
-    after three steps and has no profile."""
 def profile(folder: Path, run: "subprocess.Popen[str]") -> None:
     """Ask the run for traces of both ranks and of the engine, as soon as it takes requests, and wait for them."""
     deadline = time.monotonic() + 120
@@ -77,6 +76,10 @@ def assert_traces(folder: Path) -> None:
     assert any("aten::" in event["name"] for event in read_trace(paths[0]))
 
 
+@pytest.mark.sglang
+def test_six_steps_straight_and_three_kill_three_are_bitwise_the_same(model: Path, engine: Any, tmp_path: Path):
+    """Two ranks, expert parallelism 2: a run with an engine that is profiled meanwhile, and its replay, which is killed
+    after three steps and has no profile."""
     straight, replayed = tmp_path / "straight", tmp_path / "replayed"
     engines = ["--rollout.engine.urls", f'["{engine.url}"]']
     words = command(model, straight, *SIX_STEPS, *engines, "--storage.dump", "true")
