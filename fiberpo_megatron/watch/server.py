@@ -46,7 +46,7 @@ def serve(folders: Sequence[Path], host: str, port: int | None, *, ask_token: bo
     runs = keys_of(folders)
     token = secrets.token_urlsafe(24) if ask_token or host not in LOOPBACK else ""
     app = application(runs, hosts=names_of(host), token=token)
-    opened = _open(host, port)
+    opened = open_port(host, port)
     number = opened.getsockname()[1]
     shown = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
     shown = f"[{shown}]" if ":" in shown else shown
@@ -68,7 +68,8 @@ def names_of(host: str) -> frozenset[str]:
     return LOOPBACK | {name.lower() for name in (host, socket.gethostname(), socket.getfqdn())}
 
 
-def _open(host: str, port: int | None) -> socket.socket:
+def open_port(host: str, port: int | None) -> socket.socket:
+    """Return a socket that listens. Raises PortTaken, a ValueError, which names host and port."""
     ports = [FIRST_PORT, 0] if port is None else [port]
     errors = []
     for number in ports:
