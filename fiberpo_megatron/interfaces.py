@@ -7,7 +7,7 @@ B trajectories, N tokens of all trajectories, n local response tokens, as in `ty
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -99,6 +99,11 @@ class Routing(Protocol):
 
     def expert_counts(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Return float32 [n, experts]: the routed (layer, slot) pairs of the position that predicts each token."""
+        ...
+
+    def chosen(self, tokens: Tensor) -> Mapping[int, Tensor]:
+        """Return, per MoE layer of which this rank has a record, int64 [m, top_k] on the host: the experts of the flat
+        tokens [m], -1 for those that this rank has not seen. It calls no other rank."""
         ...
 
     def agreement(self, micro_batches: Sequence[MicroBatch], experts: Tensor) -> Tensor:
@@ -226,6 +231,8 @@ class Policy(Passes, WeightExport, Checkpointing, Protocol):
 class Objective(Protocol):
     """This part computes coefficients from log ratios; `fibration.Objective` is the real one."""
 
+    name: ClassVar[str]
+
     @property
     def uses_experts(self) -> bool:
         """This says whether it needs the tokens' expert shares."""
@@ -265,8 +272,8 @@ class Objective(Protocol):
         reduce: Callable[[Tensor], Tensor] | None,
         metrics: bool,
     ) -> Any:
-        """Return an output with `gradient` [n] and, when asked, `metrics` and this rank's `amplification` (see
-        `fibration.Objective`)."""
+        """Return an output with `gradient` [n] and, when asked for metrics, `metrics`, this rank's `amplification` and a
+        `trace` that explains single tokens (see `fibration.Objective`)."""
         ...
 
 
@@ -391,8 +398,9 @@ class Recorder(Protocol):
         number of steps done."""
         ...
 
-    def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
-        """Write a few trajectories of a step for people to read."""
+    def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: Any = "train") -> None:
+        """Write a few trajectories for people to read: of training step `step`, or ("eval") of the evaluation after
+        `step` steps. Every rank calls it, with the groups that it has generated."""
         ...
 
     def stopping(self) -> str | None:

@@ -30,6 +30,10 @@ class Example:
 
 _SOME_TOOLS: Tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
 """Tools with which the chat template is checked before a run."""
+LONGEST_CHARACTER = 4
+"""Tokens in which one character may be cut: a byte each."""
+MOST_PIECES = 1 << 17
+"""Texts of tokens that are remembered: more than any vocabulary has in use."""
 
 
 class Encoder:
@@ -59,6 +63,7 @@ class Encoder:
             ChatTemplate(tokenizer, options) if tokenizer.chat_template else None for options in chat_options
         ]
         self._tokens_with: dict[str, tuple[int, ...]] = {}
+        self._pieces: dict[tuple[int, ...], str] = {}
         self.uses_chat = [False] * len(self.names)
         """By environment: whether a chat template wrote one of its prompts so far."""
 
@@ -155,6 +160,31 @@ class Encoder:
         """Return a response's text for the environment, without the token or character that ended it."""
         ends = (*self._ends_of_text, *self.ends_of_turn)
         return response_text(self.tokenizer, token_ids, stop_ids=ends, stop=(*self._stop, *stop))
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Return the text of each token, for people.
+
+        Tokens that hold parts of one character are decoded together, and the first of them has its text.
+        """
+        found: list[str] = []
+        at = 0
+        while at < len(token_ids):
+            for count in range(1, LONGEST_CHARACTER + 1):
+                text = self._piece(tuple(token_ids[at : at + count]))
+                if not text.endswith("\ufffd") or at + count >= len(token_ids):
+                    break
+            else:  # no character at all
+                count, text = 1, self._piece((token_ids[at],))
+            found += [text, *[""] * (count - 1)]
+            at += count
+        return found
+
+    def _piece(self, token_ids: tuple[int, ...]) -> str:
+        if token_ids not in self._pieces:
+            if len(self._pieces) > MOST_PIECES:
+                self._pieces.clear()
+            self._pieces[token_ids] = self.tokenizer.decode(token_ids)
+        return self._pieces[token_ids]
 
     def _chat(self, domain: int, source: str) -> ChatTemplate:
         chat = self._chats[domain]

@@ -57,7 +57,7 @@ class LevelGates:
     node: Tensor
     """int64 [q]: ... to which of the nodes, ..."""
     share: Tensor
-    """float64 [q]: ... and by how much: 1 but for expert partitions."""
+    """float64 [q]: ... and by how much: 1, except for expert partitions."""
 
 
 @dataclass(frozen=True)

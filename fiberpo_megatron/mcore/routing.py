@@ -148,6 +148,18 @@ class Routing:
             return str(error)
         return None
 
+    def chosen(self, tokens: Tensor) -> dict[int, Tensor]:
+        """Return, per layer of this stage that has a record, int64 [m, top_k] on the host: the experts of the flat
+        tokens [m], -1 for those that this rank has not routed."""
+        found = {}
+        for layer, table in self._experts.items():
+            inside = tokens.to(table.device)
+            inside = inside[inside < len(table)]
+            experts = torch.full((len(tokens), table.size(1)), -1)
+            experts[tokens < len(table)] = table[inside].cpu()
+            found[layer] = experts
+        return found
+
     def expert_counts(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Return float32 [n, experts]: the (layer, slot) pairs of the position that predicts each local response token.
 

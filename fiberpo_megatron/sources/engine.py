@@ -152,7 +152,9 @@ class EngineSource:
         complete = [group for group in groups if group is not None]
         if layout.any_rank(len(complete) < len(groups)):
             return None
-        if log_step is not None:
+        if log_step is None:
+            self.recorder.rollouts(version, complete, "eval")
+        else:
             self.recorder.rollouts(log_step, complete)
         with self.timers("exchange"):
             rollouts = layout.gather_rollouts(flatten(complete) if layout.is_leader else None)

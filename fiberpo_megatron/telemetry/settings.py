@@ -20,10 +20,15 @@ class TelemetryConfig(Section):
     """Weights & Biases project; needs the wandb package and WANDB_API_KEY. The same as the sink "wandb" with the option
     `project`."""
     rollouts_per_step: int = Field(4, ge=0)
-    """Trajectories written as text to <run folder>/rollouts each step."""
+    """Trajectories written as text to <run folder>/rollouts each step, and held-out ones of each evaluation."""
+    tokens_per_step: int = Field(4096, ge=0)
+    """Bound on the tokens of which <run folder>/tokens gets everything that the step did to them: log ratio,
+    coefficient, gates of every level, experts (docs/watch.md). They are those of the trajectories that
+    `rollouts_per_step` writes, as far as whole ones fit; longer ones need a larger bound. 0: none."""
     rollout_steps_kept: int = Field(500, ge=2)
-    """Steps whose files stay in <run folder>/rollouts: the newest half of this number, and of the older steps a
-    selection spread over the whole run. Only the report needs these files; `storage.dump` keeps every trajectory."""
+    """Steps whose files stay in <run folder>/rollouts and <run folder>/tokens: the newest half of this number, and of
+    the older steps a selection spread over the whole run. Only people, the report and the live page need these files;
+    `storage.dump` keeps every trajectory."""
 
     @field_validator("sinks", mode="before")
     @classmethod

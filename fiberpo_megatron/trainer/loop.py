@@ -30,6 +30,7 @@ from fiberpo_megatron.trainer.step_dump import StepDumps
 from fiberpo_megatron.trainer.step_routing import StepRouting
 from fiberpo_megatron.trainer.stop import Stopped, StoppedByAlarm, never
 from fiberpo_megatron.trainer.terms import Terms
+from fiberpo_megatron.trainer.token_records import TokenRecords
 from fiberpo_megatron.types import RolloutBatch
 
 
@@ -64,6 +65,8 @@ class Training:
     """Writes what the objective saw in the steps of `debug.dump_step`."""
     terms: Terms = field(default_factory=Terms)
     """What is added to the objective."""
+    records: TokenRecords | None = None
+    """Writes what happened to single tokens of each step."""
     profiles: Profiles | NoProfiles = field(default_factory=NoProfiles)
     """Answers requests of `fiberpo profile`."""
 
@@ -112,6 +115,10 @@ def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, floa
     A step all of whose trajectories are left out (`algorithm.truncated`) takes no optimiser step.
     """
     advantages, summary = estimate(run.advantage, rollouts), rollout_summary(rollouts, run.source.domains)
+    records = None
+    if run.records is not None:
+        kept = ~rollouts.truncated if run.algorithm.truncated == "leave_out" else None
+        records = run.records.begin(version, run.policy.layout, rollouts, kept, run.objective.name)
     if run.algorithm.truncated == "leave_out":
         rollouts, advantages, left_out = without_truncated(rollouts, advantages)
         summary |= left_out
@@ -147,6 +154,7 @@ def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, floa
             timers=run.timers,
             dump=dump,
             terms=run.terms,
+            records=records,
         )
     run.terms.update(run.policy.layout, metrics, len(rollouts.lengths))
     return summary | metrics

@@ -25,6 +25,7 @@ from fiberpo_megatron.trainer.step_dump import GateCall, StepDump
 from fiberpo_megatron.trainer.step_routing import StepRouting
 from fiberpo_megatron.trainer.terms.base import GateTokens, StepStart
 from fiberpo_megatron.trainer.terms.collection import Terms, summed
+from fiberpo_megatron.trainer.token_records import StepTokens
 from fiberpo_megatron.types import Coefficients, OptimizerStep, TokenScores
 
 
@@ -42,6 +43,17 @@ class GateAnswer:
     """float64 [n] what the masks left of the tokens' weights; None without terms."""
     metrics: Mapping[str, float]
     """Metrics of objective and terms; empty when none were asked for."""
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Says what an optimiser step notes of recorded tokens."""
+
+    records: StepTokens
+    index: int
+    """Which of the mini-batches the step is about."""
+    last: bool
+    """Whether it is the last step on them."""
 
 
 @dataclass
@@ -70,6 +82,10 @@ class ObjectiveGate:
     terms: Terms = field(default_factory=Terms)
     """What is added to the objective. With metrics, those of all terms travel in one further reduction, after the
     objective's two."""
+    keeps_whole: bool = False
+    """Whether `whole` is kept."""
+    whole: GateAnswer | None = None
+    """The answer about all of the rank's tokens, with metrics."""
 
     def __call__(self, log_probs: Tensor, part: slice) -> Coefficients:
         self.seen.append(log_probs.detach())
@@ -77,13 +93,18 @@ class ObjectiveGate:
             answer = self._evaluate(log_probs, part, self.reduce, metrics=self.reduce is not None)
         if self.kept is not None:
             self.kept.append(GateCall(part, log_probs.detach(), answer.output, answer.weights))
+        if self.keeps_whole and self.reduce is not None:
+            self.whole = answer
         return Coefficients(answer.gradient, answer.metrics, answer.entropy)
 
     def metrics(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return the metrics of objective and terms over everything seen, when the calls were made one micro-batch at a
         time."""
         log_probs = torch.cat(self.seen)
-        return dict(self._evaluate(log_probs, slice(0, len(log_probs)), reduce, metrics=True).metrics)
+        answer = self._evaluate(log_probs, slice(0, len(log_probs)), reduce, metrics=True)
+        if self.keeps_whole:
+            self.whole = answer
+        return dict(answer.metrics)
 
     def _evaluate(
         self, log_probs: Tensor, part: slice, reduce: Callable[[Tensor], Tensor] | None, metrics: bool
@@ -159,13 +180,14 @@ def optimise(
     timers: PhaseTimers,
     dump: StepDump | None = None,
     terms: Terms | None = None,
+    records: StepTokens | None = None,
 ) -> dict[str, float]:
     """Take len(parts) x epochs optimiser steps; metrics are complete on last-stage ranks.
 
     `terms` are what is added to the objective; nothing by default.
 
     `dump` gets what the objective saw and gave in each of them, also where a step fails because something is not
-    finite.
+    finite. `records` notes the same of a few tokens, and is written.
     """
     layout = policy.layout
     with timers("old_log_probs"):
@@ -184,11 +206,17 @@ def optimise(
                 prepared = terms.prepare(StepStart(parts, known, routing.rollouts, layout))
                 parts, metrics = prepared.parts, {**metrics, **prepared.metrics}
     steps: list[tuple[OptimizerStep, ObjectiveGate, Mapping[str, float]]] = []
+    if records is not None:
+        records.start(parts, scores)
     with timers("train"), _finished(dump):
         for epoch in range(epochs):
             for index, (part, old) in enumerate(zip(parts, scores)):
                 fresh = epoch == 0 and index == 0
-                steps.append(_step(policy, objective, part, old, temperature, fresh, dump, terms))
+                noted = None if records is None else Noted(records, index, epoch == epochs - 1)
+                steps.append(_step(policy, objective, part, old, temperature, fresh, dump, terms, noted))
+    if records is not None:
+        records.finish(policy.routing if routing.mode != "off" else None)
+        timers.add("token_records", records.seconds)
     timers.add("gate", sum(gate.seconds for _, gate, _ in steps))
     timers.add("gate_reduce", sum(gate.reduce_seconds for _, gate, _ in steps))
     metrics["gate/reduce_bytes"] = sum(gate.reduce_bytes for _, gate, _ in steps) / max(1, len(steps))
@@ -214,6 +242,7 @@ def _step(
     fresh: bool,
     dump: StepDump | None,
     terms: Terms,
+    noted: Noted | None,
 ) -> tuple[OptimizerStep, ObjectiveGate, Mapping[str, float]]:
     """One optimiser step. `fresh`: the weights have not moved since the old log-probs, so x = 0 by definition and
     no extra forward is needed; nor is it where every level lies inside one micro-batch."""
@@ -222,6 +251,7 @@ def _step(
     spans = objective.spans_micro_batches or terms.spans_micro_batches
     single_pass = not fresh and not spans and layout.context_size == 1
     gate = ObjectiveGate(objective, part, old_log_probs, None if single_pass else layout.sum_over_tokens, terms=terms)
+    gate.keeps_whole = noted is not None and noted.last
     if dump is not None:
         gate.kept = []
     metrics: Mapping[str, float] = {}
@@ -238,6 +268,10 @@ def _step(
     finally:
         if dump is not None and gate.kept is not None:
             dump.add(part, old_log_probs, gate.kept, single_pass, metrics)
+    if noted is not None and layout.is_last_stage:
+        whole, gate.whole = gate.whole, None  # it holds tensors of all tokens
+        weights, trace = (None, None) if whole is None else (whole.weights, whole.output.trace)
+        noted.records.add(noted.index, part, old_log_probs, gate.seen, outcome.coefficients, weights, trace)
     return outcome, gate, metrics
 
 

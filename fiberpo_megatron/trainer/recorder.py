@@ -17,8 +17,9 @@ from fiberpo_megatron.telemetry.alarms.announce import Alarms
 from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.gpu import GpuMonitor, gpu_metrics
 from fiberpo_megatron.telemetry.metrics import Kind
-from fiberpo_megatron.telemetry.rollout_log import write_rollouts
+from fiberpo_megatron.telemetry.rollout_log import EVALUATIONS, ROLLOUTS, trajectory_record, write_records
 from fiberpo_megatron.telemetry.sinks import METRICS_FILE, Sinks, open_sinks, read_records
+from fiberpo_megatron.telemetry.step_files import spread
 from fiberpo_megatron.together import together
 from fiberpo_megatron.trainer.settings import CheckpointConfig
 from fiberpo_megatron.types import RolloutGroup
@@ -42,6 +43,8 @@ class RunRecorder:
     """`telemetry.rollout_steps_kept`."""
     alarms: Alarms | None = None
     """None on ranks that do not log, and where nothing is written."""
+    evaluations: bool = True
+    """Whether samples of evaluations are written."""
 
     def record(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
         if self.sinks is not None:
@@ -53,15 +56,40 @@ class RunRecorder:
     def stopping(self) -> str | None:
         return None if self.alarms is None else self.alarms.stopping
 
-    def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
-        if self.layout.is_leader and self.layout.data_rank == 0:
-            trajectories = [t for group in groups for t in group.trajectories]
+    def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: Kind = "train") -> None:
+        if not self.samples or (kind == "eval" and not self.evaluations):
+            return
+        trajectories = [t for group in groups for t in group.trajectories]
+        everywhere = self.layout.gather_json([self.layout.data_rank, [len(group.trajectories) for group in groups]])
+        counts = [sizes for _, sizes in sorted(everywhere, key=lambda row: int(row[0]))]  # only leaders have any
+        chosen = sampled(counts, self.samples, kind)
+        first = sum(sum(sizes) for rank, sizes in everywhere if rank < self.layout.data_rank)
+        mine = [
+            trajectory_record(step, place, trajectories[place - first], self.domains)
+            for place in chosen
+            if 0 <= place - first < len(trajectories)
+        ]
+        records = [record for share in self.layout.gather_json(mine) for record in share]
+        if self.layout.rank == 0:
             try:
-                write_rollouts(
-                    self.folder, step, trajectories, count=self.samples, domains=self.domains, keep=self.kept
-                )
+                records.sort(key=lambda record: int(record["trajectory"]))
+                files = EVALUATIONS if kind == "eval" else ROLLOUTS
+                write_records(self.folder, step, records, keep=self.kept, files=files)
             except OSError as error:  # they are for people: the other ranks need not stop because of them
                 _log.warning("the sample rollouts of step %d are not written: %s", step, error)
+
+
+def sampled(counts: Sequence[Sequence[int]], samples: int, kind: Kind) -> list[int]:
+    """Return which trajectories are written, ascending, from how many each group of each data-parallel rank has.
+
+    Those of a step are spread over all trajectories. Of an evaluation, the first one of some prompts is written, the
+    same prompts every time.
+    """
+    sizes = [size for share in counts for size in share]
+    if kind != "eval":
+        return spread(samples, sum(sizes))
+    firsts = [sum(sizes[:at]) for at in range(len(sizes))]
+    return [firsts[at] for at in spread(samples, len(sizes)) if sizes[at]]
 
 
 class RunCheckpoints:
@@ -170,7 +198,8 @@ def open_recorder(
             stack.enter_context(closing(sinks))
         telemetry = config.telemetry
         samples, kept = telemetry.rollouts_per_step, telemetry.rollout_steps_kept
-        yield RunRecorder(config.run.folder, layout, sinks, GpuMonitor(), domains, samples, kept, alarms)
+        evaluations = "eval" in kinds
+        yield RunRecorder(config.run.folder, layout, sinks, GpuMonitor(), domains, samples, kept, alarms, evaluations)
 
 
 def shown_config(config: Config) -> dict[str, Any]:

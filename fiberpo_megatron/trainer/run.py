@@ -38,6 +38,7 @@ from fiberpo_megatron.trainer.stop import Stopped, leave, never
 from fiberpo_megatron.trainer.profiling import NoProfiles, Profiles
 from fiberpo_megatron.trainer.tasks import start_tasks
 from fiberpo_megatron.trainer.terms import build_terms
+from fiberpo_megatron.trainer.token_records import TokenRecords
 
 Command = Literal["train", "sft", "dump", "eval"]
 PLANNED_PROMPTS = 32
@@ -218,6 +219,7 @@ class Run(Closeable):
                 expected=expected,
                 dumps=StepDumps(config.run.folder, config.debug.steps, config.algorithm.objective.use),
                 terms=self.terms,
+                records=self._token_records() if "train" in kinds else None,
             )
             yield source, training
 
@@ -243,6 +245,17 @@ class Run(Closeable):
             return sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
 
         return announced(config, self._parts.hf_config, self.layout, mean_prompt, self.say)
+
+    def _token_records(self) -> TokenRecords:
+        telemetry = self.config.telemetry
+        return TokenRecords(
+            self.config.run.folder,
+            telemetry.tokens_per_step,
+            telemetry.rollouts_per_step,
+            telemetry.rollout_steps_kept,
+            self.tasks.encoder.pieces,
+            self.tasks.names,
+        )
 
     def _restore(self) -> dict[str, Any]:
         return restore(self.policy, self.checkpoints.folder, self.say) if self._resume else {}

@@ -1,7 +1,11 @@
-"""One file from all ranks of a real layout, which a replay in one process gives again to the bit."""
+"""One file from all ranks of a real layout, which a replay in one process gives again to the bit; and the records of
+single tokens, which are the same in every layout."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,12 +13,14 @@ from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.certify.replay import replay, table
 from fiberpo_megatron.fibration import build_objective
 from fiberpo_megatron.telemetry.timers import PhaseTimers
+from fiberpo_megatron.telemetry.token_log import TOKENS, read_tokens
 from fiberpo_megatron.trainer.batch import mini_batches
 from fiberpo_megatron.trainer.optimise import optimise
 from fiberpo_megatron.trainer.settings import BatchConfig
 from fiberpo_megatron.trainer.step_dump import FOLDER, StepDumps
 from fiberpo_megatron.trainer.step_file import StepFile
 from fiberpo_megatron.trainer.step_routing import StepRouting
+from fiberpo_megatron.trainer.token_records import TokenRecords
 from tests.variations import varied
 from tools import layout_parity
 
@@ -47,8 +53,54 @@ def train_one_step(words: list[str], folder: Path, name: str) -> None:
         version=6,
     )
     dump = StepDumps(folder, [5], name).begin(5, layout, problem.rollouts, objective, {})
-    routing = StepRouting(policy, config.algorithm, objective.uses_experts, problem.rollouts)
-    optimise(policy, objective, parts, routing, epochs=2, temperature=0.8, timers=PhaseTimers(), dump=dump)
+    algorithm = config.algorithm.model_copy(update={"routing_replay": "old"})  # so that the experts are recorded
+    routing = StepRouting(policy, algorithm, objective.uses_experts, problem.rollouts)
+    records = TokenRecords(folder, 150, 6, 9, pieces, ["a", "b", "c"])
+    tokens = records.begin(5, layout, problem.rollouts, None, objective.name)
+    options = {"epochs": 2, "temperature": 0.8, "timers": PhaseTimers(), "dump": dump, "records": tokens}
+    optimise(policy, objective, parts, routing, **options)
+
+
+def pieces(ids: Sequence[int]) -> list[str]:
+    return [str(token) for token in ids]
+
+
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    records, problems = read_tokens(TOKENS.path(folder, 5))
+    assert not problems
+    return records
+
+
+def assert_close(found: Any, expected: Any, where: str = "") -> None:
+    """Compare JSON values: numbers to 1e-5, everything else exactly."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_close(found[key], value, f"{where}/{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for at, value in enumerate(expected):
+            assert_close(found[at], value, f"{where}/{at}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, abs=1e-5), where
+    else:
+        assert found == expected, where
+
+
+def assert_as_dumped(records: list[dict[str, Any]], file: StepFile) -> None:
+    """Compare with what the objective saw and gave, to the last bit."""
+    offsets = np.concatenate([[0], np.cumsum(file.tensor("rollouts/lengths").numpy())])
+    for record in records:
+        sampled = np.flatnonzero(record["tokens"]["sampled"]).tolist()
+        first = int(offsets[record["trajectory"]]) + record["prompt_tokens"]
+        for epoch in (0, 1):
+            step = f"{2 * epoch + record['mini_batch']}"
+            index = file.tensor(f"{step}/token_index")
+            at = torch.tensor([int((index == first + place).nonzero()) for place in sampled])
+            ratio = file.tensor(f"{step}/log_probs") - file.tensor(f"{step}/old_log_probs")
+            for name, tensor in (("log_ratio", ratio), ("coefficient", file.tensor(f"{step}/coefficients"))):
+                noted = [record["tokens"][name][epoch][place] for place in sampled]
+                assert torch.equal(torch.tensor(noted), tensor[at]), name
 
 
 @pytest.mark.parametrize("name", varied(LAYOUTS, ["CP2"]))
@@ -67,3 +119,9 @@ def test_all_ranks_write_one_file(name: str, tmp_path: Path):
     assert sorted(index.tolist()) == case.problem.rollouts.response_mask.nonzero()[0].tolist()
     assert file.step(3, result.objective).tokens.log_ratio.abs().max() > 1e-3
     assert not (tmp_path / FOLDER / ".step-00000005.safetensors.parts").exists()
+    records = records_of(tmp_path)
+    assert_as_dumped(records, file)
+    assert len(records) > 2 and all("chosen" in record["experts"] for record in records)
+    sizes = [word for word in words if word.startswith("--expert")]
+    run_ranks(1, train_one_step, ["--expert=1"] if sizes else [], tmp_path / "alone", objective)
+    assert_close(records, records_of(tmp_path / "alone"))

@@ -31,8 +31,8 @@ class Deleting:
             assert any(self.folder.iterdir()), "there is something to delete"
             shutil.rmtree(self.folder)
 
-    def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
-        self.recorder.rollouts(step, groups)
+    def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: Any = "train") -> None:
+        self.recorder.rollouts(step, groups, kind)
 
     def stopping(self) -> str | None:
         return self.recorder.stopping()

@@ -83,8 +83,8 @@ class Watch:
             self.steps.append(step + 1)
             self.samples.append(measure(self.folder, self.engine))
 
-    def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
-        self.recorder.rollouts(step, groups)
+    def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: Any = "train") -> None:
+        self.recorder.rollouts(step, groups, kind)
 
     def stopping(self) -> str | None:
         return self.recorder.stopping()

@@ -29,11 +29,11 @@ from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.report import write_report
 from fiberpo_megatron.telemetry.report.page import LONGEST_TEXT, render
 from fiberpo_megatron.telemetry.report.run_data import load_run
-from fiberpo_megatron.telemetry.rollout_log import write_rollouts
 from fiberpo_megatron.telemetry.settings import TelemetryConfig
 from fiberpo_megatron.telemetry.sinks import METRICS_FILE, open_sinks, read_records
 from fiberpo_megatron.trainer.loop import rollout_summary
 from fiberpo_megatron.types import Completion, RolloutGroup, WeightSpan, flatten
+from tests.telemetry.test_rollout_log import write_rollouts
 from tests.trainer.toy import LOOP, running
 
 SPECIAL = [

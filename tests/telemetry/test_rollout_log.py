@@ -1,5 +1,6 @@
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,24 @@ import pytest
 
 from fiberpo_megatron import durable
 from fiberpo_megatron.environments import Task
-from fiberpo_megatron.telemetry.rollout_log import prune_rollouts, rollout_path, stored_rollouts, write_rollouts
+from fiberpo_megatron.telemetry.rollout_log import (
+    EVALUATIONS,
+    ROLLOUTS,
+    stored_rollouts,
+    trajectory_record,
+    write_records,
+)
+from fiberpo_megatron.telemetry.step_files import spread
 from fiberpo_megatron.types import Completion, Prompt, Trajectory, WeightSpan
+
+
+def write_rollouts(
+    folder: Path, step: int, trajectories: Sequence[Trajectory], *, count: int, domains: Sequence[str], keep: int
+) -> Path | None:
+    """Write `count` of the trajectories, spread evenly, as a run does."""
+    chosen = spread(count, len(trajectories))
+    records = [trajectory_record(step, at, trajectories[at], domains) for at in chosen]
+    return write_records(folder, step, records, keep=keep)
 
 
 def trajectories(index: int, count: int = 4) -> list[Trajectory]:
@@ -25,11 +42,13 @@ def test_a_few_trajectories_are_spread_over_the_step(tmp_path):
     path = write_rollouts(
         tmp_path, 12, [t for i in range(8) for t in trajectories(i)], count=4, domains=["addition"], keep=9
     )
-    assert path == rollout_path(tmp_path, 12) == tmp_path / "rollouts" / "step_000012.jsonl"
+    assert path == ROLLOUTS.path(tmp_path, 12) == tmp_path / "rollouts" / "step_000012.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["index"] for r in records] == [0, 2, 4, 6]
+    assert [r["trajectory"] for r in records] == [0, 8, 16, 24]
     assert records[0] == {
         "step": 12,
+        "trajectory": 0,
         "domain": "addition",
         "index": 0,
         "id": "addition/0",
@@ -48,7 +67,7 @@ def test_a_few_trajectories_are_spread_over_the_step(tmp_path):
 def test_a_repeated_step_replaces_its_file_and_nothing_writes_nothing(tmp_path):
     write_rollouts(tmp_path, 1, trajectories(0), count=4, domains=["addition"], keep=9)
     write_rollouts(tmp_path, 1, trajectories(1), count=1, domains=["addition"], keep=9)
-    lines = rollout_path(tmp_path, 1).read_text().splitlines()
+    lines = ROLLOUTS.path(tmp_path, 1).read_text().splitlines()
     assert len(lines) == 1 and json.loads(lines[0])["index"] == 1
     assert write_rollouts(tmp_path, 2, trajectories(0), count=0, domains=["addition"], keep=9) is None
     assert write_rollouts(tmp_path, 2, [], count=4, domains=["addition"], keep=9) is None
@@ -82,8 +101,8 @@ def test_a_run_keeps_so_many_steps(tmp_path):
     """The newest half stays whole; the older steps are spread over the run, its first step among them."""
     (tmp_path / "rollouts").mkdir()
     for step in range(1000):
-        rollout_path(tmp_path, step).touch()
-        prune_rollouts(tmp_path, 20)
+        ROLLOUTS.path(tmp_path, step).touch()
+        ROLLOUTS.prune(tmp_path, 20)
         kept = [step for step, _ in stored_rollouts(tmp_path)[0]]
         assert len(kept) == min(step + 1, 20) or 12 <= len(kept) <= 20
         assert kept[0] == 0 and kept[-10:] == list(range(max(0, step - 9), step + 1))[-len(kept) :]
@@ -96,9 +115,21 @@ def test_files_of_an_earlier_version_are_thinned_out_at_once_and_others_are_left
         write_rollouts(tmp_path, step, trajectories(0), count=1, domains=["addition"], keep=100)
     (tmp_path / "rollouts" / "notes.txt").touch()
     (tmp_path / "rollouts" / "step_000003").mkdir()
+    EVALUATIONS.path(tmp_path, 20).touch()
     write_rollouts(tmp_path, 50, trajectories(0), count=1, domains=["addition"], keep=4)
     files, odd = stored_rollouts(tmp_path)
     assert [step for step, _ in files] == [0, 32, 49, 50] and odd == ["notes.txt", "step_000003"]
+    assert [step for step, _ in EVALUATIONS.stored(tmp_path)[0]] == [20]
+
+
+def test_evaluations_have_files_of_their_own(tmp_path):
+    for step in range(0, 60, 10):
+        records = [trajectory_record(step, 3, trajectories(3)[0], ["addition"])]
+        write_records(tmp_path, step, records, keep=4, files=EVALUATIONS)
+    assert [step for step, _ in EVALUATIONS.stored(tmp_path)[0]] == [0, 40, 50]
+    record = json.loads((tmp_path / "rollouts" / "eval_000050.jsonl").read_text())
+    assert record["step"] == 50 and record["trajectory"] == 3 and record["response"] == "r0"
+    assert stored_rollouts(tmp_path) == ([], [])
 
 
 def test_a_file_is_whole_and_its_name_lasts(tmp_path, monkeypatch):
@@ -123,5 +154,5 @@ def test_files_that_vanish_meanwhile_are_no_error(tmp_path, monkeypatch):
         write_rollouts(tmp_path, step, trajectories(0), count=1, domains=["addition"], keep=100)
     unlink = Path.unlink
     monkeypatch.setattr(Path, "unlink", lambda path, **options: (unlink(path), unlink(path, **options))[1])
-    prune_rollouts(tmp_path, 4)
+    ROLLOUTS.prune(tmp_path, 4)
     assert [step for step, _ in stored_rollouts(tmp_path)[0]] == [0, 4, 6, 7]

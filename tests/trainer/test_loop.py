@@ -42,8 +42,9 @@ class Memory:
     def record(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         self.records.append((kind, step, dict(metrics)))
 
-    def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
-        self.samples.append((step, len(groups)))
+    def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: str = "train") -> None:
+        if kind == "train":
+            self.samples.append((step, len(groups)))
 
     def stopping(self) -> str | None:
         return self.alarm if len(self.records) >= self.alarm_after else None

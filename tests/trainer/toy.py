@@ -224,6 +224,9 @@ class TokenRouting:
     def fill(self, experts: Tensor) -> None:
         self.recorded = experts
 
+    def chosen(self, tokens: Tensor) -> dict[int, Tensor]:
+        return {} if self.recorded is None else {0: self.recorded[tokens, 0]}
+
     def expert_counts(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         chosen = self._chosen(micro_batches).flatten(1)
         counts = torch.zeros(len(chosen), self.num_experts)
