@@ -41,19 +41,19 @@ def routes(runs: Mapping[str, FollowedRun]) -> list[Route]:
     """Return the addresses below api/ for the followed run of each key."""
     views = Views(runs)
     return [
-        Route("/api/runs", _answer(views.runs)),
-        Route("/api/panels", _answer(views.panels)),
-        Route("/api/curves", _answer(views.curves)),
-        Route("/api/step", _answer(views.step)),
-        Route("/api/phases", _answer(views.phases)),
-        Route("/api/summary", _answer(views.summary)),
-        Route("/api/config", _answer(views.config)),
-        Route("/api/alarms", _answer(views.alarms)),
-        Route("/api/engines", _answer(views.engines)),
+        Route("/api/runs", answer(views.runs)),
+        Route("/api/panels", answer(views.panels)),
+        Route("/api/curves", answer(views.curves)),
+        Route("/api/step", answer(views.step)),
+        Route("/api/phases", answer(views.phases)),
+        Route("/api/summary", answer(views.summary)),
+        Route("/api/config", answer(views.config)),
+        Route("/api/alarms", answer(views.alarms)),
+        Route("/api/engines", answer(views.engines)),
     ]
 
 
-def _answer(view: Callable[[Request], Any]) -> Callable[[Request], Response]:
+def answer(view: Callable[[Request], Any]) -> Callable[[Request], Response]:
     """Return an endpoint that sends what `view` returns as JSON; Starlette runs it in a thread of its own.
 
     The answer has a fingerprint (ETag): a browser that asks again for the same content gets 304 and no body.
@@ -80,6 +80,7 @@ class Views:
     def __init__(self, runs: Mapping[str, FollowedRun]) -> None:
         self._runs = runs
         self._watchers = {key: StateWatcher(run) for key, run in runs.items()}
+        self._config, self._open_alarms = _Cached(_config, "config.toml"), _Cached(_open_alarms, ALARMS_FILE)
 
     def runs(self, _: Request) -> Any:
         """Return what is known of each run, for the head of the page."""
@@ -96,9 +97,9 @@ class Views:
                 for kind, table in run.tables.items()
                 if len(table)
             }
-        config, _problem = _config(run)
+        config, _ = self._config.of(run)
         planned = planned_steps(config, "train" if "train" in kinds or "sft" not in kinds else "sft")
-        alarms = _open_alarms(run)
+        alarms = self._open_alarms.of(run)
         return {
             "key": key,
             "name": run.folder.resolve().name,
@@ -172,7 +173,9 @@ class Views:
     def phases(self, request: Request) -> Any:
         """Return the seconds of the phases of one step, or their mean over the steps before it (over=N)."""
         run, query = self._chosen(request)[0], request.query_params
-        found = phases(run, _config(run)[0], _whole(query.get("step"), None), _whole(query.get("over"), None) or 1)
+        found = phases(
+            run, self._config.of(run)[0], _whole(query.get("step"), None), _whole(query.get("over"), None) or 1
+        )
         if found is None:
             raise Refused("the run has no records of training steps yet")
         return found
@@ -187,7 +190,7 @@ class Views:
 
     def config(self, request: Request) -> Any:
         """Return the resolved config of a run."""
-        config, problem = _config(self._chosen(request)[0])
+        config, problem = self._config.of(self._chosen(request)[0])
         return {"config": json.loads(json.dumps(config, default=str)), "problem": problem}
 
     def alarms(self, request: Request) -> Any:
@@ -209,6 +212,26 @@ class Views:
             if key not in self._runs:
                 raise Refused(f"there is no run {key!r}; the runs are {', '.join(self._runs)}")
         return [self._runs[key] for key in keys]
+
+
+class _Cached:
+    """Keeps what was found in a file of a run folder until the file changes: the page asks every two seconds."""
+
+    def __init__(self, find: Callable[[FollowedRun], Any], name: str) -> None:
+        self._find, self._name = find, name
+        self._found: dict[Path, tuple[tuple[int, ...], Any]] = {}
+
+    def of(self, run: FollowedRun) -> Any:
+        """Return what `find` returns for a run."""
+        try:
+            state = inside(run.folder, self._name).stat()
+            signature: tuple[int, ...] = (state.st_ino, state.st_size, state.st_mtime_ns)
+        except (OSError, Outside):
+            signature = ()
+        kept = self._found.get(run.folder)
+        if kept is None or kept[0] != signature:
+            kept = self._found[run.folder] = (signature, self._find(run))
+        return kept[1]
 
 
 def _curve(text: str) -> Mapping[str, Any]:
