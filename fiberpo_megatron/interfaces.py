@@ -65,6 +65,11 @@ class Layout(Protocol):
         """Return every rank's JSON value, in rank order. Every rank calls it."""
         ...
 
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Return every rank's float32 numbers, in rank order, on the rank that logs; an empty list on the others. Every
+        rank calls it with equally many."""
+        ...
+
     def share_text(self, text: str | None) -> str:
         """Return rank 0's text on every rank; the others pass None."""
         ...
@@ -272,8 +277,8 @@ class Objective(Protocol):
         reduce: Callable[[Tensor], Tensor] | None,
         metrics: bool,
     ) -> Any:
-        """Return an output with `gradient` [n] and, when asked for metrics, `metrics`, this rank's `amplification` and a
-        `trace` that explains single tokens (see `fibration.Objective`)."""
+        """Return an output with `gradient` [n] and, when asked for metrics, `metrics`, this rank's `amplification` and
+        a `trace` that explains single tokens (see `fibration.Objective`)."""
         ...
 
 

@@ -179,6 +179,41 @@ def checksum(answer: object) -> str:
     return "-".join(field(rank, "per_gpu_checksum", str) for rank in ranks)
 
 
+@dataclass(frozen=True)
+class EngineLoad:
+    """Holds what a server says about its work right now."""
+
+    running: int
+    """Requests that it decodes."""
+    queued: int
+    """Requests that wait in its queue."""
+    token_usage: float
+    """Share of the KV cache that is in use."""
+    cache_hit_rate: float
+    """Share of the prompt tokens that the prefix cache had, over the server's last interval of statistics."""
+    generation_tokens_per_second: float
+    """Rate of its last decoding batches."""
+
+
+def load(answer: object) -> EngineLoad:
+    """Return the load of a server, from /v1/loads. Several data-parallel replicas are added up."""
+    rows = field(answer, "loads", list)
+    if not rows:
+        raise ValueError("it names no replica")
+    number = (int, float)
+
+    def values(name: str, kind: type | tuple[type, ...]) -> list[Any]:
+        return [field(row, name, kind) for row in rows]
+
+    return EngineLoad(
+        running=sum(values("num_running_reqs", int)),
+        queued=sum(values("num_waiting_reqs", int)),
+        token_usage=float(max(values("token_usage", number))),
+        cache_hit_rate=float(sum(values("cache_hit_rate", number)) / len(rows)),
+        generation_tokens_per_second=float(sum(values("gen_throughput", number))),
+    )
+
+
 def preferences(answer: object) -> list[str]:
     """Return, from /server_info, the arguments by which a server departs from what requests ask for, in words."""
     if not isinstance(answer, Mapping):

@@ -314,6 +314,12 @@ class EngineClient:
         with self._answer_errors("/model_info"):
             return ModelInfo(answers.field(answer, "model_path", str), answers.field(answer, "weight_version", str))
 
+    async def load(self, timeout_s: float) -> answers.EngineLoad:
+        """Return how many requests the server has, and how full its KV cache is."""
+        answer = await self._call("GET", "/v1/loads?include=core", None, timeout_s)
+        with self._answer_errors("/v1/loads"):
+            return answers.load(answer)
+
     async def tensor_parallel_size(self, timeout_s: float = CONTROL_TIMEOUT_S) -> int:
         """Return the number of ranks among which the server splits its weights.
 

@@ -1,21 +1,34 @@
 """This module holds all engines of a run as one object: addresses, clients, the network thread, and memory."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
 
 from fiberpo_megatron.closeable import Closeable
+from fiberpo_megatron.engines.answers import EngineLoad
 from fiberpo_megatron.engines.background import BackgroundLoop
-from fiberpo_megatron.engines.client import EngineAddress, EngineClient
-from fiberpo_megatron.engines.errors import EngineRefused
+from fiberpo_megatron.engines.client import EngineAddress, EngineClient, ModelInfo
+from fiberpo_megatron.engines.errors import EngineError, EngineRefused
 
 CONTROL_CONNECTIONS = 16
 """Connections to each engine beside those of generation: a control call never waits for a running request."""
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Holds how an engine is."""
+
+    load: EngineLoad
+    info: ModelInfo
+    seconds: float
+    """Time until it had answered."""
 
 
 class EnginePool(Closeable):
@@ -69,6 +82,22 @@ class EnginePool(Closeable):
             return [_raised(item) for item in found]
 
         return self.run(all_engines())
+
+    def loads(self, deadline_s: float) -> list[Report | str]:
+        """Ask every engine for its load and its weights, all at once, and wait `deadline_s` at most.
+
+        Returns one entry for each engine, in order: what it said, or in words why it did not answer.
+        """
+
+        async def ask(client: EngineClient) -> Report | str:
+            began = time.perf_counter()
+            try:
+                load, info = await asyncio.gather(client.load(deadline_s), client.model_info(deadline_s))
+            except EngineError as error:
+                return error.what
+            return Report(load, info, time.perf_counter() - began)
+
+        return self.on_all(ask)
 
     def check_preferences(self) -> None:
         """Raise EngineRefused when an engine was started with arguments that change what requests ask for."""

@@ -32,7 +32,8 @@ from fiberpo_megatron.rollout.generator import Generator
 from fiberpo_megatron.rollout.sampler import EngineSampler
 from fiberpo_megatron.rollout.scoring import ScoringFailed, ServedScores, check_vocabulary, probed_tokens
 from fiberpo_megatron.sources.device_sharing import SeparateDevices, SharedDevices
-from fiberpo_megatron.sources.engine import EngineSource
+from fiberpo_megatron.sources.engine import EngineSource, unwatched
+from fiberpo_megatron.sources.engine_watch import EngineWatch
 from fiberpo_megatron.sources.replay import ReplaySource
 from fiberpo_megatron.sources.stored import StoredRollouts
 from fiberpo_megatron.telemetry.timers import PhaseTimers
@@ -116,6 +117,7 @@ def rollout_source(
             devices=shared or SeparateDevices(),
             pool=pool,
             counts=partial(_counts, environments, scorers),
+            watch=EngineWatch(pool, config.run.folder) if parts.layout.is_logger else unwatched,
         )
 
 

@@ -45,6 +45,11 @@ class Store(Protocol):
         ...
 
 
+def unwatched(step: int) -> Mapping[str, float]:
+    """Return no metrics: another rank asks the engines how they are."""
+    return {}
+
+
 @dataclass
 class EngineSource:
     """It implements `interfaces.RolloutSource` with engines that serve the policy's latest weights."""
@@ -72,6 +77,9 @@ class EngineSource:
     """The engines; None where they are no SGLang servers."""
     counts: Callable[[], Mapping[str, float]] = dict
     """Counts of this rank's environments since the last call, by metric."""
+    watch: Callable[[int], Mapping[str, float]] = unwatched
+    """Asks the engines how they are after a step, on the rank that logs; returns metrics."""
+    _published: int = field(default=0, init=False)
     _probe: RolloutBatch | None = field(default=None, init=False)
 
     @property
@@ -104,6 +112,7 @@ class EngineSource:
         layout, every = self.policy.layout, self.weight_sync.verify_every
         with self.timers("publish"), together(layout, f"publishing weights {version}"):
             self.publisher.publish(self.policy.weights, str(version))
+        self._published = version
         if self._probe is not None and every and version % every == 0:
             with self.timers("verify"):
                 verify_publication(self.policy, self.sampler, self._probe, self.weight_sync, version)
@@ -119,12 +128,12 @@ class EngineSource:
         return rollouts
 
     def observe(self, rollouts: RolloutBatch) -> Mapping[str, float]:
-        """Move the curriculum; return its metrics and the counts of all ranks' environments."""
+        """Move the curriculum; return its metrics, the counts of all ranks' environments, and how the engines are."""
         totals: dict[str, float] = {}
         for counts in self.policy.layout.gather_json(dict(self.counts())):
             for name, count in counts.items():
                 totals[name] = totals.get(name, 0.0) + count
-        return {**self.prompts.observe(rollouts), **totals}
+        return {**self.prompts.observe(rollouts), **totals, **self.watch(self._published - 1)}
 
     def saved(self, done: int) -> None:
         self.store.saved(done)

@@ -1,6 +1,7 @@
 """This module reads what NVIDIA's management library says about this machine's GPUs; without a GPU it reads nothing."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +43,11 @@ class GpuReading:
 class GpuMonitor:
     """Reads all GPUs of the machine; without nvidia-ml-py, a driver or a GPU it returns no readings."""
 
-    def __init__(self, nvml: Any | None = None) -> None:
+    def __init__(self, nvml: Any | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         """Load NVML, or take `nvml` in place of the pynvml module (for tests)."""
+        self._clock = clock
+        self._energy: dict[int, tuple[float, int | None, int | None]] = {}
+        """By GPU: time, energy counter (mJ) and power (mW) at the last call of `energy`."""
         self._nvml = nvml if nvml is not None else _import_nvml()
         self._handles: list[Any] = []
         if self._nvml is None:
@@ -58,6 +62,31 @@ class GpuMonitor:
     def read(self) -> list[GpuReading]:
         """Return one reading per GPU."""
         return [self._reading(index, handle) for index, handle in enumerate(self._handles)]
+
+    def energy(self) -> float | None:
+        """Return the joules that all GPUs of the machine took since the last call; None without a GPU that says.
+
+        A GPU's own counter says it exactly. Without one (before Volta, or a part of a GPU) it is the mean of the power
+        at both calls, times the time between them. The first call returns 0.
+        """
+        found = [self._joules(index, handle) for index, handle in enumerate(self._handles)]
+        known = [joules for joules in found if joules is not None]
+        return sum(known) if known else None
+
+    def _joules(self, index: int, handle: Any) -> float | None:
+        counter = self._ask("nvmlDeviceGetTotalEnergyConsumption", handle)
+        milliwatts = None if counter is not None else self._ask("nvmlDeviceGetPowerUsage", handle)
+        if counter is None and milliwatts is None:
+            return None
+        now, before = (self._clock(), counter, milliwatts), self._energy.get(index)
+        self._energy[index] = now
+        if before is None:
+            return 0.0
+        if counter is not None and before[1] is not None:
+            return max(0.0, (counter - before[1]) / 1000)  # the counter begins at 0 when the driver is loaded again
+        if milliwatts is not None and before[2] is not None:
+            return float((milliwatts + before[2]) / 2000 * (now[0] - before[0]))
+        return 0.0
 
     def driver(self) -> str:
         """Return the version of the driver, or "unknown" without one."""

@@ -122,8 +122,16 @@ METRICS: tuple[Metric, ...] = (
         "memory/reserved_peak_gib", "peak of GPU memory with the allocator's cache, of the fullest rank", "GiB", "max"
     ),
     Metric("memory/host_peak_gib", "peak of host memory of a training process, of the fullest rank", "GiB", "max"),
-    Metric("slowest/*/rank", "slowest rank of a phase", "", "last"),
-    Metric("slowest/*/excess_seconds", "time by which a phase's slowest rank is above the median", "s", "max"),
+    Metric("slowest/*/rank", "rank that is furthest above the median of its peers in a phase", "", "last"),
+    Metric(
+        "slowest/*/excess_seconds", "time by which a phase's slowest rank is above the median of its peers", "s", "max"
+    ),
+    Metric(
+        "slowest/*/excess_share",
+        "time by which a phase's slowest rank is above the median of its peers",
+        "share",
+        "max",
+    ),
     Metric("goodput", "time in steps that count, of the time since the run first began", "share", "last"),
     Metric("restart/count", "restarts of the run so far", "", "last"),
     Metric("restart/lost_seconds", "time lost to restarts so far", "s", "last"),

@@ -14,8 +14,14 @@ class PhaseTimers:
     Phases may be nested or repeated; each is summed separately. A profile that runs shows them by their names.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, waited: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        """`waited` returns the seconds for which this rank has waited for other ranks so far."""
+        self._clock, self._waited = clock, waited
+        self._own: dict[str, float] = {}
+        self.own: dict[str, float] = {}
+        """Seconds by phase of the step that `read` has ended, without what this rank waited for others in them."""
         self._seconds: dict[str, float] = {}
         self._began = clock()
         self._running: tuple[tuple[str, float], ...] = ()
@@ -23,7 +29,7 @@ class PhaseTimers:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        began, outer = self._clock(), self._running
+        began, outer, waited = self._clock(), self._running, self._waited()
         self._running = (*outer, (phase, began))
         try:
             with span(phase):
@@ -32,12 +38,18 @@ class PhaseTimers:
             ended = self._clock()
             self._running, self._idle = outer, (f"after {phase}", ended)
             self.add(phase, ended - began)
+            own = ended - began - (self._waited() - waited)
+            self._own[phase] = self._own.get(phase, 0.0) + max(0.0, own)
 
     def phase(self) -> tuple[str, float]:
         """Return the innermost running phase, or "after" the last one, and its seconds so far. Any thread may ask."""
         running = self._running
         name, began = running[-1] if running else self._idle
         return name, self._clock() - began
+
+    def elapsed(self) -> float:
+        """Return the seconds since the last `read`, or since the start."""
+        return self._clock() - self._began
 
     def add(self, phase: str, seconds: float) -> None:
         """Add time that was measured elsewhere."""
@@ -50,4 +62,5 @@ class PhaseTimers:
         metrics = {f"seconds/{phase}": seconds for phase, seconds in self._seconds.items()}
         metrics["seconds/total"] = now - self._began
         self._seconds, self._began = {}, now
+        self.own, self._own = self._own, {}
         return metrics

@@ -192,7 +192,7 @@ def _calibration(config: Config) -> Calibration | None:
 
 def _device(config: Config, calibration: Calibration | None) -> tuple[Gpu, str]:
     """Return the row of hardware of this machine's device, and where its figures come from."""
-    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    here = device_name()
     if calibration is not None:
         measured = str(calibration.machine["device"])
         if measured != here:
@@ -205,6 +205,24 @@ def _device(config: Config, calibration: Calibration | None) -> tuple[Gpu, str]:
             f"{config.run.folder.parent / FILE}` measures it for the next run"
         )
     return row, f"{row.name}, vendor's figures"
+
+
+def device_name() -> str:
+    """Return the name of this machine's training device: the GPU's own, or "cpu"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def peak_tflops(config: Config) -> float | None:
+    """Return the peak of one training device, against which MFU is measured; None if it is not known.
+
+    For a GPU that is its vendor's figure for dense bfloat16 products, in float32 as well. A CPU has a peak only where a
+    calibration has measured its products. Raises ValueError or OSError for a calibration that cannot be used.
+    """
+    row = vendor_row(device_name())
+    if row is not None:
+        return row.tflops
+    calibration = _calibration(config)
+    return None if calibration is None else _device(config, calibration)[0].tflops
 
 
 def _short(seconds: float) -> str:

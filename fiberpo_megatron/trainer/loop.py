@@ -23,6 +23,7 @@ from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.trainer.advantages import estimate
 from fiberpo_megatron.trainer.batch import mini_batches, without_truncated
 from fiberpo_megatron.trainer.expectation import Expected, nothing_expected
+from fiberpo_megatron.trainer.figures import MakeFigures, no_figures
 from fiberpo_megatron.trainer.optimise import optimise
 from fiberpo_megatron.trainer.profiling import NoProfiles, Profiles
 from fiberpo_megatron.trainer.settings import AlgorithmConfig, BatchConfig
@@ -59,6 +60,8 @@ class Training:
     """Whether this rank was asked to stop."""
     expected: Expected = nothing_expected
     """What a plan expects of a step that had these trajectories, as metrics beside the measured ones."""
+    figures: MakeFigures = no_figures
+    """Gives the figures of pretraining of a step: operations per second, memory, energy, goodput, slow ranks."""
     max_response_tokens: int | None = None
     """`rollout.max_response_tokens`: what the weighting "constant" divides by where `algorithm.normaliser` is unset."""
     dumps: StepDumps | None = None
@@ -94,8 +97,9 @@ def train(run: Training, start: int = 0) -> None:
         metrics = learn(run, rollouts, step)
         source.publish(done)
         metrics |= source.observe(rollouts)
-        expected = run.expected(rollouts)
-        run.recorder.record("train", step, {**metrics, **_throughput(rollouts, run.timers.read()), **expected})
+        expected, seconds = run.expected(rollouts), run.timers.read()
+        figures = {**_throughput(rollouts, seconds), **run.figures(step, rollouts, seconds)}
+        run.recorder.record("train", step, {**metrics, **figures, **expected})
         measured = {f"train/{name}": value for name, value in metrics.items()}
         if _due(done, run.evaluate_every, run.steps):
             measured |= {f"eval/{name}": value for name, value in evaluate(run, done).items()}
@@ -206,12 +210,21 @@ def rollout_summary(rollouts: RolloutBatch, names: Sequence[str]) -> dict[str, f
     }
     for domain in np.unique(rollouts.domains).tolist():
         summary[f"accuracy/{names[domain]}"] = float(rollouts.correct[rollouts.domains == domain].mean())
+    if len(np.unique(rollouts.groups)) < len(rollouts.groups):  # alone in its group, a trajectory equals itself
+        summary["groups/zero_variance_share"] = _equal_share(rollouts)
     if rollouts.failed.any():
         summary["failed_share"] = float(rollouts.failed.mean())
     summary |= {f"reward/{name}/mean": _mean(values) for name, values in rollouts.reward_parts.items()}
     return summary | {
         f"environment/{name}/mean": _mean(values) for name, values in rollouts.environment_metrics.items()
     }
+
+
+def _equal_share(rollouts: RolloutBatch) -> float:
+    """Return the share of groups all of whose trajectories have the same reward: they teach nothing."""
+    begins = np.flatnonzero(np.diff(rollouts.groups, prepend=-1))
+    least, most = (ufunc.reduceat(rollouts.rewards, begins) for ufunc in (np.minimum, np.maximum))
+    return float((least == most).mean())
 
 
 def _mean(values: NDArray[np.float32]) -> float:

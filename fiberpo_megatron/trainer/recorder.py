@@ -98,6 +98,8 @@ class RunCheckpoints:
     def __init__(self, folder: Path, settings: CheckpointConfig, lock: RunLock | None = None) -> None:
         """`lock` is that of the run folder, on rank 0: nothing is written or deleted after another run took over."""
         self.folder, self._settings, self._lock = folder, settings, lock
+        self.newest_bytes = 0
+        """Size of the newest checkpoint that this process has completed, on rank 0."""
         self._pending: tuple[Policy, int, PendingSave] | None = None
         self._complete = 0
 
@@ -157,6 +159,8 @@ class RunCheckpoints:
             name, mode = self._settings.keep_best_metric, self._settings.keep_best_mode
             best = checkpoint.best(self.folder, name, mode) if name else None
             checkpoint.prune(self.folder, self._settings.keep, spare=[best] if best else [])
+            files = checkpoint.step_folder(self.folder, step).rglob("*")
+            self.newest_bytes = sum(file.stat().st_size for file in files if file.is_file())
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """This module makes a run an object: `Run.from_config(config).train()`. The command line makes the same object."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Self
@@ -9,8 +10,8 @@ from fiberpo_megatron.closeable import Closeable
 from fiberpo_megatron.config import Config, dump_config
 from fiberpo_megatron.engines.addresses import listen_towards_master
 from fiberpo_megatron.engines.registry import Registry
-from fiberpo_megatron.fibration import Objective
 from fiberpo_megatron.engines.traces import PooledTraces
+from fiberpo_megatron.fibration import Objective
 from fiberpo_megatron.interfaces import AdvantageEstimator, RolloutSource
 from fiberpo_megatron.mcore.families import read_hf_config
 from fiberpo_megatron.mcore.optimizers import Optimizer
@@ -21,21 +22,24 @@ from fiberpo_megatron.mcore.weights import save_hf
 from fiberpo_megatron.printable import printable
 from fiberpo_megatron.run_lock import take
 from fiberpo_megatron.sources.build import SourceParts, rollout_source
-from fiberpo_megatron.sources.stored import DUMP
 from fiberpo_megatron.sources.engine import EngineSource
+from fiberpo_megatron.sources.stored import DUMP
+from fiberpo_megatron.telemetry.goodput import Goodput, Session, begin_session
 from fiberpo_megatron.telemetry.metrics import Kind
+from fiberpo_megatron.telemetry.sinks import METRICS_FILE, read_records
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.together import together
 from fiberpo_megatron.trainer.expectation import Expected, announced, nothing_expected
+from fiberpo_megatron.trainer.figures import MakeFigures, make_figures, no_figures
 from fiberpo_megatron.trainer.given import EnvironmentsGiven, with_given
 from fiberpo_megatron.trainer.loop import Training, evaluate, train
 from fiberpo_megatron.trainer.plugin_checks import make_advantage, make_objective, recorded, with_recorded_recipe
 from fiberpo_megatron.trainer.preflight import check_folder, preflight
+from fiberpo_megatron.trainer.profiling import NoProfiles, Profiles
 from fiberpo_megatron.trainer.recorder import RunCheckpoints, last_report, open_recorder, restore
 from fiberpo_megatron.trainer.sft import fine_tune
 from fiberpo_megatron.trainer.step_dump import StepDumps
 from fiberpo_megatron.trainer.stop import Stopped, leave, never
-from fiberpo_megatron.trainer.profiling import NoProfiles, Profiles
 from fiberpo_megatron.trainer.tasks import start_tasks
 from fiberpo_megatron.trainer.terms import build_terms
 from fiberpo_megatron.trainer.token_records import TokenRecords
@@ -110,8 +114,8 @@ class Run(Closeable):
         hf_config = read_hf_config(config.model.path, config.model.family)
         listen_towards_master()
         with ExitStack() as stack:
-            self.layout, self.timers = start_layout(hf_config, config.parallel, config.run), PhaseTimers()
-            layout = self.layout
+            layout = self.layout = start_layout(hf_config, config.parallel, config.run)
+            self.timers = PhaseTimers(waited=lambda: layout.waited_s)
             stack.callback(stop_layout)
             patience, lock = config.run.heartbeat_timeout_s, None
             stack.enter_context(heartbeat(layout.rank, layout.world_size, patience, self.timers.phase, leave))
@@ -199,12 +203,12 @@ class Run(Closeable):
             recorder = stack.enter_context(open_recorder(config, self.layout, names, start, steps, kinds, "training"))
             expected = self._expected(start) if "train" in kinds else nothing_expected
             source = stack.enter_context(rollout_source(self._parts, self.policy, recorder, start, resume))
+            profiles = stack.enter_context(self._profiles(source)) if "train" in kinds else NoProfiles()
             training = Training(
                 policy=self.policy,
                 source=source,
                 objective=self.objective,
                 advantage=self.advantage,
-            profiles = stack.enter_context(self._profiles(source)) if "train" in kinds else NoProfiles()
                 recorder=recorder,
                 checkpoints=self.checkpoints,
                 timers=self.timers,
@@ -217,22 +221,39 @@ class Run(Closeable):
                 save_every=config.checkpoint.every_steps,
                 stop=self._stop,
                 expected=expected,
+                figures=self._figures(start, resume) if "train" in kinds else no_figures,
                 dumps=StepDumps(config.run.folder, config.debug.steps, config.algorithm.objective.use),
                 terms=self.terms,
                 records=self._token_records() if "train" in kinds else None,
+                profiles=profiles,
             )
             yield source, training
 
     def say(self, text: str) -> None:
         """Print one line for the person at the terminal."""
         if self.layout.is_logger:
-                records=self._token_records() if "train" in kinds else None,
-                profiles=profiles,
             print(printable(text, keep="\n\t"), flush=True)
 
     def close(self) -> None:
         """End environments and process groups; idempotent."""
         self._stack.close()
+
+    def _figures(self, start: int, resume: bool) -> MakeFigures:
+        """Return what measures the figures of each step; the run's first step begins next."""
+        goodput, folder = None, self.config.run.folder
+        if self.layout.is_logger:
+            now = time.time()
+            session = Session(start, now - self.timers.elapsed(), now)
+            sessions = begin_session(folder, session, fresh=not resume)
+            goodput = Goodput(sessions, read_records(folder / METRICS_FILE))
+        return make_figures(
+            self.config,
+            self._parts.hf_config,
+            self.layout,
+            lambda: self.timers.own,
+            lambda: self.checkpoints.newest_bytes,
+            goodput,
+        )
 
     def _expected(self, start: int) -> Expected:
         """Print what a plan expects of the run, and return what gives the metrics of each step beside it."""
@@ -245,6 +266,12 @@ class Run(Closeable):
             return sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
 
         return announced(config, self._parts.hf_config, self.layout, mean_prompt, self.say)
+
+    def _profiles(self, source: RolloutSource) -> Profiles:
+        """Return what answers requests of `fiberpo profile`, also for the run's engines."""
+        pool = source.pool if isinstance(source, EngineSource) else None
+        engines = PooledTraces(pool) if pool is not None else None
+        return Profiles(self.config.run.folder, self.layout, self.layout.device.type, self.say, engines)
 
     def _token_records(self) -> TokenRecords:
         telemetry = self.config.telemetry
@@ -269,20 +296,3 @@ class Run(Closeable):
         if self.layout.is_logger:
             self.say(last_report(folder))
         self.layout.barrier()
-    def _profiles(self, source: RolloutSource) -> Profiles:
-        """Return what answers requests of `fiberpo profile`, also for the run's engines."""
-        pool = source.pool if isinstance(source, EngineSource) else None
-        engines = PooledTraces(pool) if pool is not None else None
-        return Profiles(self.config.run.folder, self.layout, self.layout.device.type, self.say, engines)
-
-    def _token_records(self) -> TokenRecords:
-        telemetry = self.config.telemetry
-        return TokenRecords(
-            self.config.run.folder,
-            telemetry.tokens_per_step,
-            telemetry.rollouts_per_step,
-            telemetry.rollout_steps_kept,
-            self.tasks.encoder.pieces,
-            self.tasks.names,
-        )
-

@@ -80,6 +80,9 @@ class SingleLayout:
     def gather_json(self, value: Any) -> list[Any]:
         return [json.loads(json.dumps(value))]
 
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        return [list(numbers)]
+
     def share_text(self, text: str | None) -> str:
         assert text is not None
         return text

@@ -62,29 +62,31 @@ def all_gather_bytes(message: Tensor, group: Any) -> list[Tensor]:
     return [part[: int(s.item())] for part, s in zip(received, sizes)]
 
 
-def gather_bytes(message: Tensor, group: Any) -> list[Tensor]:
-    """Return every rank's message on the first rank of a Gloo group, in rank order, and an empty list on the others.
+def gather_bytes(message: Tensor, group: Any, root: int = 0) -> list[Tensor]:
+    """Return every rank's message on rank `root` of a Gloo group, in rank order, and an empty list on the others.
 
     Every rank calls it. The messages go up a tree: ceil(log2(ranks)) of them after one another bring everything.
     """
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    size, at = dist.get_world_size(group), dist.get_rank(group)
+    rank = (at - root) % size  # the tree's own numbers begin at the root
     lengths, data = torch.tensor([len(message)]), message.contiguous()
     reach = 1
     while reach < size and not rank & reach:
         if rank + reach < size:  # that rank has its own message and those of the ranks behind it
             theirs = torch.empty(min(reach, size - rank - reach), dtype=torch.int64)
-            dist.recv(theirs, group=group, group_src=rank + reach, tag=_TREE_TAG)
+            dist.recv(theirs, group=group, group_src=(at + reach) % size, tag=_TREE_TAG)
             received = torch.empty(int(theirs.sum()), dtype=torch.uint8)
             if len(received):
-                dist.recv(received, group=group, group_src=rank + reach, tag=_TREE_TAG)
+                dist.recv(received, group=group, group_src=(at + reach) % size, tag=_TREE_TAG)
             lengths, data = torch.cat([lengths, theirs]), torch.cat([data, received])
         reach *= 2
     if rank:
-        dist.send(lengths, group=group, group_dst=rank - reach, tag=_TREE_TAG)
+        dist.send(lengths, group=group, group_dst=(at - reach) % size, tag=_TREE_TAG)
         if len(data):
-            dist.send(data, group=group, group_dst=rank - reach, tag=_TREE_TAG)
+            dist.send(data, group=group, group_dst=(at - reach) % size, tag=_TREE_TAG)
         return []
-    return list(data.split(lengths.tolist()))
+    parts = list(data.split(lengths.tolist()))
+    return [parts[(rank - root) % size] for rank in range(size)]
 
 
 def any_true(flag: bool, group: Any) -> bool:

@@ -2,11 +2,13 @@
 
 import datetime
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import count
 from math import lcm
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +30,8 @@ FP8_ROW_MULTIPLE = 32
 LAZY_FROM_RANKS = 128
 """With so many ranks, Gloo connects two of them when they first speak to each other. Before, it connects all pairs of a
 group at once, and every rank reads an entry of 154 + 8 x ranks bytes of every other from the rendezvous store."""
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 _starts = count()
 """Number of layouts in this process so far; the same on every rank."""
 
@@ -35,6 +39,24 @@ _starts = count()
 def launched_world_size() -> int:
     """Return the number of processes that the launcher (torchrun, srun) started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _waiting(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Add the time of a method to the layout's `waited_s`; one that another one calls is counted once."""
+
+    @wraps(method)
+    def timed(*arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
+        layout: Any = arguments[0]
+        began = time.perf_counter()
+        layout._waits += 1
+        try:
+            return method(*arguments, **named)
+        finally:
+            layout._waits -= 1
+            if not layout._waits:
+                layout.waited_s += time.perf_counter() - began
+
+    return timed
 
 
 @dataclass(frozen=True)
@@ -72,6 +94,10 @@ class ParallelLayout:
         self.is_logger = self.is_last_stage and self.tensor_rank == self.context_rank == self.data_rank == 0
         self.sequence_multiple = _sequence_multiple(self.tensor_size, self.context_size)
         self.micro_batch_multiple = self.pipeline_size if parallel.virtual_pipeline > 1 else 1
+        self.waited_s = 0.0
+        """Seconds for which this rank has waited for others in the methods of this object. Waiting inside a pass of the
+        model is not in it: Megatron's own collectives, and those on a GPU, which the host does not wait for."""
+        self._waits = 0
         self._writers: dict[tuple[tuple[int, ...], bool], Any] = {}
         self._make_groups(platform.backend)
 
@@ -85,6 +111,10 @@ class ParallelLayout:
             self.host_group = dist.new_group(backend="gloo", timeout=self._timeout)
             self._host_token_group = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
         axes = [Axes(*row) for row in self._everyones_axes()]
+        last = self.pipeline_size - 1
+        self._logger = next(
+            r for r, at in enumerate(axes) if at.pipeline == last and at.tensor == at.context == at.data == 0
+        )
         leaders = [r for r, at in enumerate(axes) if at.tensor == at.context == at.pipeline == 0]
         self._leaders = sorted(leaders, key=lambda rank: axes[rank].data)
         self._leader_group = dist.new_group(self._leaders, backend="gloo", timeout=self._timeout)
@@ -133,12 +163,14 @@ class ParallelLayout:
         """Return the maximum over the data x context parallel ranks; the argument is left as it is."""
         return self._reduce_over_tokens(x, dist.ReduceOp.MAX)
 
+    @_waiting
     def _reduce_over_tokens(self, x: Tensor, op: Any) -> Tensor:
         out = x.detach().clone()
         if self.data_size * self.context_size > 1:
             dist.all_reduce(out, op=op, group=self.token_group if x.is_cuda else self._host_token_group)
         return out
 
+    @_waiting
     def gather_rollouts(self, share: RolloutBatch | None) -> RolloutBatch:
         """Join the leaders' shares in data-parallel order, groups renumbered; every rank calls it.
 
@@ -152,15 +184,28 @@ class ParallelLayout:
         leader = self._leaders[self.data_rank]
         return exchange.decode(exchange.broadcast_bytes(joined, leader, self._replica_group))
 
+    @_waiting
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Return every rank's float32 numbers, in rank order, on the rank that logs, and an empty list on the others.
+
+        Every rank calls it with equally many: four bytes each, in one message of every rank.
+        """
+        row = torch.tensor(list(numbers), dtype=torch.float32).view(torch.uint8)
+        rows = exchange.gather_bytes(row, self.host_group, root=self._logger)
+        return [part.contiguous().view(torch.float32).tolist() for part in rows]
+
+    @_waiting
     def gather_json(self, value: Any) -> list[Any]:
         """Return every rank's JSON value, in rank order. Every rank calls it."""
         return exchange.all_gather_json(value, self.host_group)
 
+    @_waiting
     def share_text(self, text: str | None) -> str:
         """Return rank 0's text on every rank; the others pass None."""
         message = exchange.text_to_bytes(text or "") if self.rank == 0 else None
         return exchange.bytes_to_text(exchange.broadcast_bytes(message, 0, self.host_group))
 
+    @_waiting
     def agree(
         self, error: str | None, where: str, reraise: bool = True, raises: type[Exception] = RuntimeError
     ) -> None:
@@ -178,10 +223,12 @@ class ParallelLayout:
         if reraise:
             raise raises(f"{where} failed on {failures[0] if failures else 'an unnamed rank'}{more}")
 
+    @_waiting
     def any_rank(self, flag: bool) -> bool:
         """Return whether any rank passed True; every rank calls this and gets the same answer."""
         return exchange.any_true(flag, self.host_group)
 
+    @_waiting
     def barrier(self) -> None:
         """Wait for every rank."""
         dist.barrier(group=self.host_group)

@@ -8,6 +8,8 @@ from fiberpo_megatron.telemetry.alarms.rule import Rule, Seen, level
 
 LEAST_EXCESS = 0.01
 """Share of a step's time below which a slow rank costs nothing; it does not count for `probe`, which is a sample."""
+EQUAL = ("generate", "old_log_probs", "reference", "train", "probe")
+"""Phases in which peers have equal work; in the others rank 0 has more to do."""
 HORIZON = 20
 """Steps for which a disk must have room."""
 LEAST_GIB = 0.5
@@ -19,9 +21,8 @@ def _straggler(history: History) -> Seen | None:
     total = history.now("seconds/total")
     found: list[Seen] = []
     looked = False
-    for name in history.names("slowest/", "/rank"):
-        phase = name.split("/")[1]
-        ranks = history.recent(name, SMOOTH)
+    for phase in EQUAL:
+        ranks = history.recent(f"slowest/{phase}/rank", SMOOTH)
         shares = history.recent(f"slowest/{phase}/excess_share", SMOOTH)
         excess = history.recent(f"slowest/{phase}/excess_seconds", SMOOTH)
         if min(len(ranks), len(shares), len(excess)) < SMOOTH or not total:
@@ -33,7 +34,7 @@ def _straggler(history: History) -> Seen | None:
             what = "a small product of the same size" if phase == "probe" else f"the phase {phase}"
             words = (
                 f"rank {rank:.0f} was the slowest in {often} of {SMOOTH} steps: {what} takes {seconds:.3g} s "
-                f"({100 * share:.0f} %) longer than on the median rank"
+                f"({100 * share:.0f} %) longer than on the median of its peers"
             )
             found.append(Seen(f"slowest/{phase}/excess_seconds", share, words, int(rank)))
     if not looked:
@@ -93,7 +94,7 @@ MACHINE_RULES: tuple[Rule, ...] = (
         "straggler",
         "One rank is the slowest in step after step, so that all others wait for it.",
         limit=0.2,
-        of="time of the slowest rank above the median rank's, as a share of the median",
+        of="time of the slowest rank above the median of its peers, as a share of the median",
         read=_straggler,
         causes=(
             "a GPU or CPU of its machine is throttled or broken",
