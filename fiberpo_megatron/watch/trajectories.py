@@ -184,7 +184,7 @@ def _row(one: Stored) -> dict[str, Any]:
 
 
 def _stopped_share(known: Mapping[str, Any]) -> float | None:
-    """The share of the sampled tokens whose last coefficient is zero; None where none is known."""
+    """The share of the sampled tokens whose last coefficient is zero; None when none is known."""
     epochs = known.get("coefficient") or []
     values = [value for value in (epochs[-1] if epochs else []) if isinstance(value, int | float)]
     return round(sum(value == 0 for value in values) / len(values), 4) if values else None

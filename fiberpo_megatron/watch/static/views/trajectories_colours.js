@@ -22,7 +22,7 @@ export function quantities(record) {
     { key: "routing", title: "routing unlike the engine", form: "scale", value: (i) => record.otherExperts?.(i) ?? null, has: record.experts?.engine_same },
     { key: "version", title: "weight version", form: "named", value: (i) => (tokens.weight_version[i] >= 0 ? `version ${tokens.weight_version[i]}` : "none") },
   ];
-  return all.filter((one) => one.has === undefined || one.has);
+  return all.filter((one) => !("has" in one) || one.has);
 }
 
 function exp(value) {

@@ -28,13 +28,13 @@ export function reasons(record, i) {
   const found = [];
   if (tokens.weight?.[i] === 0) found.push({ kind: "masked", text: "A mask has set the token's weight to 0." });
   if (tokens.advantage?.[i] === 0) found.push({ kind: "advantage", text: "The advantage is 0, so that the reward teaches nothing here." });
+  if (tokens.free && tokens.free[i] === 0) found.push({ kind: "clipped", text: clipText(record, i) });
   const own = channel(record, i);
   for (const level of record.levels) {
     for (const [node, share] of nodesOf(level, i)) {
       if (node.state[own] !== "pass") found.push({ kind: node.state[own], level: level.name, text: gateText(level, node, own, share) });
     }
   }
-  if (tokens.free && tokens.free[i] === 0) found.push({ kind: "clipped", text: clipText(record, i) });
   return found;
 }
 
