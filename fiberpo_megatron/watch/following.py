@@ -122,14 +122,15 @@ class FollowedRun:
             if record is None:
                 self.odd_lines += 1
                 continue
+            kind, step = record.pop("kind"), record.pop("step")
             values = numeric(record)
-            kind, names = record["kind"], tuple(values)
+            names = tuple(values)
             block = open_blocks.get(kind)
             if block is None or block[1] != names:
                 if block is not None:
                     yield block
                 block = open_blocks[kind] = (kind, names, [], [])
-            block[2].append(record["step"])
+            block[2].append(step)
             block[3].append(list(values.values()))
         yield from open_blocks.values()
 

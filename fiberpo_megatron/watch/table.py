@@ -1,6 +1,6 @@
 """This module keeps the records of one kind as columns of numbers, which grow by blocks of rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -102,13 +102,14 @@ class Table:
             self._columns[name] = np.concatenate([column, np.full(grown - capacity, np.nan, np.float32)])
 
 
-def numeric(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics of a record that are numbers, or null where a number was not finite."""
-    return {
-        name: value
-        for name, value in record.items()
-        if (value is None or isinstance(value, (int, float))) and name not in ("step", "kind")
-    }
+NUMERIC = {float, int, bool, type(None)}
+
+
+def numeric(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that are numbers, or null where a number was not finite: often all of them, as they are."""
+    if NUMERIC.issuperset(map(type, values.values())):
+        return values
+    return {name: value for name, value in values.items() if type(value) in NUMERIC}
 
 
 def _numbers(rows: Sequence[Sequence[Any]]) -> NDArray[np.float32]:

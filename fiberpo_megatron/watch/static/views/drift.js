@@ -41,21 +41,24 @@ async function lastStep(context, run) {
   }
 }
 
-/** Return a run's drift by the cause `name`: {value, note}. */
-function drift(name, meaning, record) {
-  const { values } = record;
-  if (name === "drift/mismatch") return { value: values[name] ?? values["rollout_diff/mean"], note: meaning };
-  if (name === "drift/staleness" && values[name] === undefined) {
-    return { value: 0, note: "none: each step's trajectories are sampled with the weights that it trains" };
-  }
-  return { value: values[name], note: meaning };
+/** Return a run's drift by the cause `name`: {value, note}. Where means by cause are not logged it is that of the token
+ * with the largest one, which `rollout_diff/max` and `ratio/max` have. */
+function drift(name, meaning, { values }, mean) {
+  const found = {
+    "drift/staleness": values[name] ?? 0,
+    "drift/mismatch": mean ? values[name] : values["rollout_diff/max"],
+    "drift/optimiser_steps": mean ? values[name] : values["ratio/max"] > 0 ? Math.max(0, Math.log(values["ratio/max"])) : undefined,
+  }[name];
+  const none = name === "drift/staleness" && !(name in values);
+  return { value: found, note: none ? "none: each step's trajectories are sampled with the weights that it trains" : meaning };
 }
 
 /** Return the last step's drift by cause, in nats a token, as bars of one scale. */
 function causes(runs, records) {
   const known = runs.map((run, place) => [run, records[place]]).filter(([, record]) => record !== null);
   if (!known.length) return null;
-  const rows = CAUSES.map(([name, label, meaning]) => ({ label, drifts: known.map(([, record]) => drift(name, meaning, record)) }));
+  const mean = known.every(([, record]) => "drift/optimiser_steps" in record.values);
+  const rows = CAUSES.map(([name, label, meaning]) => ({ label, drifts: known.map(([, record]) => drift(name, meaning, record, mean)) }));
   const largest = Math.max(1e-12, ...rows.flatMap((row) => row.drifts.map(({ value }) => value ?? 0)));
   const cells = ({ value }, run) => [
     h("td", { class: "number" }, value === undefined ? "not logged" : number(value)),
@@ -67,7 +70,7 @@ function causes(runs, records) {
     h(
       "table",
       { class: "bars" },
-      h("caption", { class: "note" }, "Mean |difference of log-probs| of a token between the policy that is trained and the one that sampled, by cause, in nats"),
+      h("caption", { class: "note" }, `Difference of a token's log-probs between the policy that is trained and the one that sampled, by cause, in nats: ${mean ? "mean over the tokens" : "of the token with the largest one"}`),
       h("thead", {}, h("tr", {}, h("th", {}, "cause"), known.map(([run, record]) => h("th", { colspan: 2 }, runs.length > 1 && `${run.name}, `, `step ${count(record.step)}`)))),
       h(
         "tbody",
