@@ -21,6 +21,7 @@ from fiberpo_megatron.telemetry.metrics import combine
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.together import together
 from fiberpo_megatron.trainer.batch import MiniBatch, packing_metrics
+from fiberpo_megatron.trainer.drift import drift_metrics
 from fiberpo_megatron.trainer.step_dump import GateCall, StepDump
 from fiberpo_megatron.trainer.step_routing import StepRouting
 from fiberpo_megatron.trainer.terms.base import GateTokens, StepStart
@@ -220,6 +221,7 @@ def optimise(
     timers.add("gate", sum(gate.seconds for _, gate, _ in steps))
     timers.add("gate_reduce", sum(gate.reduce_seconds for _, gate, _ in steps))
     metrics["gate/reduce_bytes"] = sum(gate.reduce_bytes for _, gate, _ in steps) / max(1, len(steps))
+    metrics |= drift_metrics(layout, parts, scores, [(gate.seen, gate.old_log_probs) for _, gate, _ in steps])
     metrics |= _summary([(outcome, recorded) for outcome, _, recorded in steps], parts)
     metrics["extra_forwards"] += passes
     return metrics | _amplification(layout, objective, [gate.amplification for _, gate, _ in steps])
