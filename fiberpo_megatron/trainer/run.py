@@ -42,7 +42,7 @@ from fiberpo_megatron.trainer.step_dump import StepDumps
 from fiberpo_megatron.trainer.stop import Stopped, leave, never
 from fiberpo_megatron.trainer.tasks import start_tasks
 from fiberpo_megatron.trainer.terms import build_terms
-from fiberpo_megatron.trainer.token_records import TokenRecords
+from fiberpo_megatron.trainer.token_records import token_records
 
 Command = Literal["train", "sft", "dump", "eval"]
 PLANNED_PROMPTS = 32
@@ -224,7 +224,7 @@ class Run(Closeable):
                 figures=self._figures(start, resume) if "train" in kinds else no_figures,
                 dumps=StepDumps(config.run.folder, config.debug.steps, config.algorithm.objective.use),
                 terms=self.terms,
-                records=self._token_records() if "train" in kinds else None,
+                records=token_records(config, self.tasks.encoder.pieces, names) if "train" in kinds else None,
                 profiles=profiles,
             )
             yield source, training
@@ -272,17 +272,6 @@ class Run(Closeable):
         pool = source.pool if isinstance(source, EngineSource) else None
         engines = PooledTraces(pool) if pool is not None else None
         return Profiles(self.config.run.folder, self.layout, self.layout.device.type, self.say, engines)
-
-    def _token_records(self) -> TokenRecords:
-        telemetry = self.config.telemetry
-        return TokenRecords(
-            self.config.run.folder,
-            telemetry.tokens_per_step,
-            telemetry.rollouts_per_step,
-            telemetry.rollout_steps_kept,
-            self.tasks.encoder.pieces,
-            self.tasks.names,
-        )
 
     def _restore(self) -> dict[str, Any]:
         return restore(self.policy, self.checkpoints.folder, self.say) if self._resume else {}

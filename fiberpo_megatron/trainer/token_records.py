@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fiberpo_megatron.config import Config
 from fiberpo_megatron.fibration.explain import STATES, CallTrace, Explanation
 from fiberpo_megatron.interfaces import Layout, Routing
 from fiberpo_megatron.telemetry.step_files import spread
@@ -86,6 +87,13 @@ class TokenRecords:
         trained = rollouts if kept is None else rollouts.select(kept)
         facts = StepFacts(step, objective, tuple(self.domains), trained, self.pieces)
         return StepTokens(self, layout, facts, found, self._notes)
+
+
+def token_records(config: Config, pieces: Callable[[Sequence[int]], list[str]], domains: Sequence[str]) -> TokenRecords:
+    """Return the records of a run; `pieces` gives the text of each token, `domains` are the environments' names."""
+    telemetry = config.telemetry
+    bound, samples, keep = telemetry.tokens_per_step, telemetry.rollouts_per_step, telemetry.rollout_steps_kept
+    return TokenRecords(config.run.folder, bound, samples, keep, pieces, domains)
 
 
 class StepTokens:

@@ -30,6 +30,7 @@ STEPS = 2
 IMPORTANT = [
     Site("write", "metrics.jsonl"),
     Site("write", "rollouts/.step_N.jsonl.partial"),
+    Site("write", "tokens/.step_N.jsonl.gz.partial"),
     Site("write", "dump/step_N.unfinished/rank_N.N"),
     Site("write", "checkpoints/.step-N.partial/table.pt"),
     Site("rename", "checkpoints/step-N"),
@@ -52,7 +53,7 @@ ERRORS = {
 EITHER = re.compile(r"\w.* (lock/|tensorboard)")
 """The first write decides here: it stops a run, later ones do not."""
 GOES_ON = re.compile(
-    r"\w.* rollouts(/|$)|remove (checkpoints|dump/step_N\.unfinished)|read checkpoints/step-N/checkpoint\.json"
+    r"\w.* (rollouts|tokens)(/|$)|remove (checkpoints|dump/step_N\.unfinished)|read checkpoints/step-N/checkpoint\.json"
 )
 """What a run goes on without, with a warning: samples for people, room on the disk, an older checkpoint."""
 FIX = re.compile(r"Make room|make room|make it writable|bring it back|look at the file system")
@@ -133,7 +134,9 @@ def problem(
     elif GOES_ON.match(" ".join(site)):
         if said is not None:
             return f"the run stopped: {said!r}"
-        if not re.search("tensorboard|could not be deleted|sample rollouts .* are not written|skipped: ", warned):
+        if not re.search(
+            "tensorboard|could not be deleted|(sample rollouts|token records) .* are not written|skipped: ", warned
+        ):
             return "the run went on without a word"
     elif said is None:
         return "the run went on"

@@ -37,6 +37,7 @@ from fiberpo_megatron.trainer.plugin_checks import make_advantage
 from fiberpo_megatron.trainer.recorder import RunCheckpoints, open_recorder, restore
 from fiberpo_megatron.trainer.stop import never
 from fiberpo_megatron.trainer.tasks import Tasks, start_tasks
+from fiberpo_megatron.trainer.token_records import token_records
 from tests.trainer.toy import SingleLayout, TablePolicy, Written
 
 HERE = Path(__file__).parent
@@ -183,6 +184,7 @@ def run_toy(
             evaluate_every=config.evaluation.every_steps,
             save_every=config.checkpoint.every_steps,
             stop=stop,
+            records=token_records(config, tasks.encoder.pieces, tasks.names),
         )
         train(training, start)
     return policy
