@@ -2,12 +2,15 @@
 
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.end_to_end.test_training import processes_of, run
+from fiberpo_megatron.cli.main import main
+from fiberpo_megatron.launch import local
+from tests.end_to_end.test_training import ROOT, command, processes_of, run
 
 ONE_RANK = ("--parallel.expert", "1", "--trainer.steps", "1")
 
@@ -22,18 +25,44 @@ def failure(model: Path, folder: Path, *words: str, verb: str = "train") -> str:
     return done.stderr
 
 
-def test_before_any_process_starts(model: Path, tmp_path: Path):
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """stderr of a command line that has to be refused before a rank starts, in this process, which has imported
+    everything."""
+
+    def started(*_: object) -> int:
+        raise AssertionError("ranks were started")
+
+    def refused(model: Path, folder: Path, *words: str) -> str:
+        with monkeypatch.context() as place:
+            place.chdir(ROOT)
+            place.setattr(local, "launch_ranks", started)
+            capsys.readouterr()
+            assert main(command(model, folder, *words)[3:]) == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        assert len([line for line in error.splitlines() if "fiberpo:" in line]) <= 2, error
+        assert not (folder / "logs").exists() and not processes_of(folder)
+        return error
+
+    return refused
+
+
+def test_before_any_process_starts(model: Path, tmp_path: Path, refusal: Refusal):
     folder = tmp_path / "run"
     assert "parallel.tensr: unknown key; did you mean 'tensor'" in failure(model, folder, "--parallel.tensr", "2")
-    assert "there is no /nowhere/config.json" in failure(Path("/nowhere"), folder)
-    assert "choose one of fiberpo" in failure(model, folder, "--algorithm.objective", "fibrepo")
-    assert "samples_per_prompt = 1" in failure(model, folder, "--batch.samples_per_prompt", "1")
-    assert "C_minus of level 'trajectory' is -0.1" in failure(
+    assert "there is no /nowhere/config.json" in refusal(Path("/nowhere"), folder)
+    assert "choose one of fiberpo" in refusal(model, folder, "--algorithm.objective", "fibrepo")
+    assert "samples_per_prompt = 1" in refusal(model, folder, "--batch.samples_per_prompt", "1")
+    assert "C_minus of level 'trajectory' is -0.1" in refusal(
         model, folder, "--algorithm.budgets", "{trajectory = [0.1, -0.1]}"
     )
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("")
-    assert "already holds a run" in failure(model, folder)
+    assert "already holds a run" in refusal(model, folder)
 
 
 @pytest.mark.parametrize(
@@ -45,8 +74,10 @@ def test_before_any_process_starts(model: Path, tmp_path: Path):
     ],
     ids=["experts", "heads", "layers"],
 )
-def test_layouts_that_do_not_divide(model: Path, tmp_path: Path, words: tuple[str, ...], message: str, fix: str):
-    error = failure(model, tmp_path / "run", *words)
+def test_layouts_that_do_not_divide(
+    model: Path, tmp_path: Path, refusal: Refusal, words: tuple[str, ...], message: str, fix: str
+):
+    error = refusal(model, tmp_path / "run", *words)
     assert message in error and fix in error
 
 
@@ -63,20 +94,18 @@ def jsonl(train: Path) -> tuple[str, str]:
     ],
     ids=["missing", "empty", "bad line"],
 )
-def test_prompt_files(model: Path, tmp_path: Path, content: str | None, message: str):
+def test_prompt_files(model: Path, tmp_path: Path, refusal: Refusal, content: str | None, message: str):
     path = tmp_path / "mine.jsonl"
     if content is not None:
         path.write_text(content)
-    error = failure(model, tmp_path / "run", *ONE_RANK, *jsonl(path))
+    error = refusal(model, tmp_path / "run", *ONE_RANK, *jsonl(path))
     assert message in error and "mine.jsonl" in error and "environment 'mine'" in error
-    assert not (tmp_path / "run/logs").exists()  # no rank was started
 
 
-def test_a_package_that_is_not_installed(model: Path, tmp_path: Path):
+def test_a_package_that_is_not_installed(model: Path, tmp_path: Path, refusal: Refusal):
     words = ("--environments", '[{name = "mine", use = "no_such_package.sums:Sums"}]')
-    error = failure(model, tmp_path / "run", *ONE_RANK, *words)
+    error = refusal(model, tmp_path / "run", *ONE_RANK, *words)
     assert "there is no module 'no_such_package'" in error
-    assert not (tmp_path / "run/logs").exists()
 
 
 def test_a_prompt_that_is_too_long(model: Path, tmp_path: Path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def write_files(folder: Path) -> list[str]:
 
 
 def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    command = [*FIBERPO, "train", "extensions.toml", "--run.folder", "run", *arguments]
+    command = [*FIBERPO, "train", "extensions.toml", "--run.folder", str(folder / "run"), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
@@ -44,20 +45,22 @@ def records(folder: Path) -> list[dict]:
 @pytest.mark.sglang
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_everything_of_ones_own_trains_dies_and_resumes(tmp_path: Path, model: Path) -> None:
+def test_everything_of_ones_own_trains_dies_and_resumes(tmp_path: Path, model: Path, engine: Any) -> None:
+    """The engine is the session's: test_training.py has a run that starts one of its own."""
     names = write_files(tmp_path)
+    urls = ["--rollout.engine.urls", f'["{engine.url}"]']
     assert {"sums.py", "tries.py", "table.py", "soft_clip.py", "momentum.py", "one_file.py", "csv_sink.py"} <= set(
         names
     )
     shutil.copytree(model, tmp_path / "model")
-    first = start(tmp_path)
+    first = start(tmp_path, *urls)
     deadline = time.monotonic() + 240
     while not (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir():
         assert first.poll() is None and time.monotonic() < deadline, first.communicate(timeout=10)[0]
         time.sleep(0.1)
     first.send_signal(signal.SIGKILL)
     first.communicate(timeout=60)
-    done = start(tmp_path, "--resume")
+    done = start(tmp_path, "--resume", *urls)
     said, _ = done.communicate(timeout=240)
     assert done.returncode == 0 and "Resumed from" in said, said
 
