@@ -15,14 +15,24 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
 from fiberpo_megatron.config import load_config
-from fiberpo_megatron.mcore.checkpoint.folders import complete_steps, damaged_files, describe, latest
+from fiberpo_megatron.interfaces import Policy
+from fiberpo_megatron.mcore.checkpoint.folders import (
+    CheckpointError,
+    DamagedCheckpoint,
+    complete_steps,
+    damaged_files,
+    describe,
+    latest,
+)
 from fiberpo_megatron.rollout.dump import Origin, RolloutDump, prompts_digest
 from fiberpo_megatron.sources.stored import shared_settings
+from fiberpo_megatron.trainer.recorder import restore
 from fiberpo_megatron.trainer.tasks import start_tasks
 from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory, flatten
 from tests.end_to_end.test_training import CONFIG, ROOT, SMALL, command, processes_of, records, run
@@ -107,7 +117,7 @@ def tensors(folder: Path, step: int) -> Path:
 
 def test_a_gradient_that_is_not_finite_and_damaged_checkpoints(model: Path, rollouts: RolloutDump, tmp_path: Path):
     """One trajectory's reward of step 2 is NaN, hence the advantages of its group. Then the newest
-    checkpoint is damaged: the run resumes from the one before. Then all are: the run says so."""
+    checkpoint is damaged: the run resumes from the one before."""
     folder, broken = tmp_path / "run", RolloutDump(tmp_path / "broken")
     shutil.copytree(rollouts.folder, broken.folder)
     batch = rollouts.read(2)
@@ -132,9 +142,21 @@ def test_a_gradient_that_is_not_finite_and_damaged_checkpoints(model: Path, roll
 
     for step in (3, 4):
         flip(tensors(folder, step))
-    done = run(model, folder, *options(rollouts, 5), "--resume")
-    assert done.returncode == 1 and not processes_of(folder)
-    assert "none of the 2 checkpoints in" in done.stderr
+    checkpoints, said = folder / "checkpoints", list[str]()
+    with pytest.raises(CheckpointError, match=rf"none of the 2 checkpoints in {re.escape(str(checkpoints))} is whole"):
+        restore(cast(Policy, Loading()), checkpoints, said.append)
+    assert len(said) == 2 and all("has another checksum" in line for line in said)
+
+
+class Loading:
+    """One rank that looks at a checkpoint as a policy does before it loads it."""
+
+    layout = SingleLayout()
+
+    def load(self, path: str) -> None:
+        damage = damaged_files(Path(path), describe(Path(path)))
+        if damage is not None:
+            raise DamagedCheckpoint(damage)
 
 
 @pytest.fixture
