@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "report":
             if overrides:
                 parser.error(f"unexpected arguments: {' '.join(overrides)}")
-            return _report(options.folder)
+            return _report(options.folder, options.figures)
         if options.command == "profile":
             if overrides:
                 parser.error(f"unexpected arguments: {' '.join(overrides)}")
@@ -92,16 +92,23 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_parser(commands)
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("folder", type=Path, metavar="RUN_FOLDER")
+    report.add_argument(
+        "--figures", type=Path, metavar="FOLDER", help="write every chart as SVG and CSV into FOLDER instead"
+    )
     return parser
 
 
-def _report(folder: Path) -> int:
+def _report(folder: Path, figures: Path | None) -> int:
     from fiberpo_megatron.telemetry.report import write_report
+    from fiberpo_megatron.telemetry.report.export import write_figures
 
     if not folder.is_dir():
         raise FileNotFoundError(f"run folder {folder} does not exist")
     try:
-        print(write_report(folder))
+        if figures is not None:
+            print(f"{figures}: {len(write_figures(folder, figures))} files")
+        else:
+            print(write_report(folder))
     except OSError as error:
         raise ValueError(f"the report of {folder} cannot be written: {error}") from error
     return 0

@@ -27,9 +27,7 @@ ENGINE_PASSES = 50
 def add_parser(commands: Any) -> None:
     """Add the command and its options."""
     about = "ask a running job for torch profiler traces of its next steps"
-    parser = commands.add_parser(
-        "profile", help=about, description=f"{about}, without a restart. See docs/profiling.md"
-    )
+    parser = commands.add_parser("profile", help=about, description=f"{about}, without a restart. See docs/watch.md")
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     parser.add_argument("--steps", type=int, default=1, metavar="N", help="training steps of a trace (default 1)")
     parser.add_argument(

@@ -29,6 +29,9 @@ def speed(panels: PanelMaker) -> Iterator[Panel | None]:
         {"useful_token_share": "positions that are not padding", "load_imbalance": "most loaded rank above the mean"},
     )
     yield panels.lines(
+        "Micro-batches of a rank", {"micro_batches": "measured", "expected/micro_batches": "expected by the plan"}
+    )
+    yield panels.lines(
         "Time of a step and its plan",
         {
             "seconds/total": "measured",

@@ -88,6 +88,7 @@ def _learning(panels: PanelMaker) -> Iterator[Panel | None]:
     yield panels.lines(
         "Response length", {"response_length/mean": "mean", "response_length/max": "longest of the step"}
     )
+    yield panels.lines("Turns", {"turns/mean": "of the policy in a trajectory"})
     yield panels.lines(
         "Truncated responses",
         {"truncated_share": "cut at the length limit", "truncated/left_out_share": "left out of training"},
@@ -97,7 +98,14 @@ def _learning(panels: PanelMaker) -> Iterator[Panel | None]:
         {"groups/zero_variance_share": "same reward throughout"},
         note="groups whose trajectories have the same reward bring no gradient",
     )
-    for name in ("reward/mean", "response_length/mean", "response_length/max", "truncated_share", "reward/std"):
+    for name in (
+        "reward/mean",
+        "response_length/mean",
+        "response_length/max",
+        "truncated_share",
+        "reward/std",
+        "turns/mean",
+    ):
         panels.has("eval", name)  # close to the training ones; metrics.jsonl has them
 
 
@@ -241,6 +249,11 @@ def _experts(panels: PanelMaker) -> Iterator[Panel | None]:
     yield panels.make("Weight by expert partition", curves, form="stack")
     yield panels.lines("Drift by expert partition", panels.matching(r"expert/drift/(.+)"))
     yield panels.lines("Entropy of the expert weights", {"expert/entropy": "entropy"})
+    yield panels.lines(
+        "Routing agreement",
+        {name: label.replace("_", " ") for name, label in panels.matching(r"routing_agreement/(.+)").items()},
+        note="tokens for which engine and trainer chose the same experts",
+    )
 
 
 def _supervised(panels: PanelMaker) -> Iterator[Panel | None]:
@@ -254,7 +267,16 @@ def _supervised(panels: PanelMaker) -> Iterator[Panel | None]:
 
 
 def _other(panels: PanelMaker) -> Iterator[Panel | None]:
-    hidden = ("seconds/", "expected/", "planned/", "token/count", "token/weight", "extra_forwards", "amplification/")
+    hidden = (
+        "seconds/",
+        "expected/",
+        "planned/",
+        "token/count",
+        "token/weight",
+        "extra_forwards",
+        "amplification/",
+        "slowest/",
+    )
     for kind, found in panels.names.items():
         for name in found:
             if (kind, name) not in panels.used and not name.startswith(hidden) and not name.endswith("/nodes"):

@@ -203,7 +203,7 @@ def test_charts_are_well_formed_svg_without_size_and_dates():
         line_chart([Line("a$b$ <c>", series(1.0, 2.0, 3.0, np.nan))], unit="nats", log=True),
         line_chart([Line("a", series(np.nan)), Line("b", series(-1.0, 0.0, 2.0, 3.0))], unit="", log=True),
         stacked_chart([("a", series(0.5), None), ("b", series(0.25, 0.5), None)], unit="s"),
-        stacked_chart([("a", series(0.5), None)], unit="", percent=True, smooth=True),
+        stacked_chart([("a", series(0.5), None)], unit="", percent=True),
     ):
         root = ElementTree.fromstring(svg)
         assert root.tag.endswith("svg") and "viewBox" in root.attrib and "width" not in root.attrib

@@ -43,9 +43,24 @@ LARGEST = 1e30
 """Numbers beyond are not drawn: squares and sums of an axis would overflow."""
 MOST_POINTS = 600
 """Points of a curve that are drawn: more than a column of the page has pixels, so that a report does not grow with the
-number of steps."""
+number of steps. The smallest and largest value of every stretch are among them."""
+SMOOTH_POINTS = 200
+"""Points of a moving average that are drawn: about 13 in each window."""
 WIDTH, HEIGHT = 4.9, 2.55
 """Inches; the page scales the picture to its column."""
+DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 1.6)),
+    (0, (1.4, 1.2)),
+    (0, (6, 1.4, 1.4, 1.4)),
+    (0, (9, 1.4)),
+    (0, (3, 1, 1, 1)),
+)
+"""Line styles by number of the curve: curves can be distinguished in a greyscale print."""
+HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "++++", "||||", "oo", "**", "//..")
+"""Patterns of stacked areas in figures for print."""
+MARK = "#b5303f"
+"""Colour of the steps at which an alarm was raised."""
 
 
 @dataclass(frozen=True)
@@ -61,49 +76,68 @@ class Line:
     """Half-width of a shaded band around the curve, at the same steps."""
 
 
-def line_chart(lines: Sequence[Line], *, unit: str, log: bool = False, percent: bool = False) -> str:
+def line_chart(
+    lines: Sequence[Line], *, unit: str, log: bool = False, percent: bool = False, marks: Sequence[int] = ()
+) -> str:
     """Return an SVG of several curves; noisy ones are drawn pale, with a moving average over them.
 
     `percent` shows shares times 100. `log` asks for a logarithmic axis, which is used when all values are positive.
+    `marks` are steps at which a thin vertical line is drawn.
     """
     scale = 100.0 if percent else 1.0
     lines = [replace(line, label=label_of(line.label), series=_drawable(line.series)) for line in lines]
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas("%" if percent else unit)
         for number, line in enumerate(lines):
-            _draw(axes, line, line.colour or PALETTE[number % len(PALETTE)], scale)
+            _draw(axes, line, line.colour or PALETTE[number % len(PALETTE)], DASHES[number % len(DASHES)], scale)
         values = np.concatenate([line.series.finite for line in lines])
         if log and values.size and values.min() > 1 / LARGEST:
             _log_axis(axes, values.min() / 1.25, values.max() * 1.25)
         elif percent and values.size and values.min() >= 0:
             axes.set_ylim(bottom=0)
-        if len(lines) > 1 or lines[0].band is not None:
-            _legend(axes)
+        _mark(axes, marks)
+        _arrange(figure, axes, legend=len(lines) > 1 or lines[0].band is not None)
         return _svg(figure)
 
 
 def stacked_chart(
-    parts: Sequence[tuple[str, Series, str | None]], *, unit: str, percent: bool = False, smooth: bool = False
+    parts: Sequence[tuple[str, Series, str | None]],
+    *,
+    unit: str,
+    percent: bool = False,
+    hatched: bool = False,
+    marks: Sequence[int] = (),
 ) -> str:
-    """Return an SVG of areas on top of each other: (label, series, colour). Missing values count as 0."""
+    """Return an SVG of areas on top of each other: (label, series, colour). Missing values count as 0.
+
+    The areas of a long run are moving averages, with a pale line at their sum in single steps, except for shares.
+    `hatched` gives each area a pattern, for print without colours. `marks`: see `line_chart`.
+    """
     parts = [(label_of(label), _drawable(series), colour) for label, series, colour in parts]
     steps = np.unique(np.concatenate([series.steps for _, series, _ in parts]))
     scale = 100.0 if percent else 1.0
     heights = [_aligned(series, steps) * scale for _, series, _ in parts]
-    if smooth:
-        heights = [moving_average(height, window_of(len(steps))) for height in heights]
-    kept = _evenly(len(steps))
-    steps, heights = steps[kept], [height[kept] for height in heights]
+    total, window = Series(steps, np.sum(heights, axis=0)), window_of(len(steps))
+    if window > 1:
+        heights = [moving_average(height, window) for height in heights]
+        kept = _evenly(len(steps))
+        steps, heights = steps[kept], [height[kept] for height in heights]
     colours = [colour or PALETTE[i % len(PALETTE)] for i, (_, _, colour) in enumerate(parts)]
     if len(steps) == 1:  # an area needs two points
         steps, heights = np.array([steps[0] - 0.5, steps[0] + 0.5]), [np.repeat(h, 2) for h in heights]
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas("%" if percent else unit)
         labels = [label for label, _, _ in parts]
-        axes.stackplot(steps, heights, labels=labels, colors=colours, linewidth=0.4, edgecolor="white")
+        areas = axes.stackplot(steps, heights, labels=labels, colors=colours, linewidth=0.4, edgecolor="white")
+        for number, area in enumerate(areas if hatched else ()):
+            area.set_hatch(HATCHES[number % len(HATCHES)])
+        if window > 1 and not percent:  # the peaks that the average hides
+            peaks = _extremes(total.values)
+            axes.plot(total.steps[peaks], total.values[peaks], color="#6b7280", linewidth=0.6, alpha=0.35)
         axes.set_xlim(steps[0], steps[-1])
         axes.set_ylim(0, 100 if percent else None)
-        _legend(axes)
+        _mark(axes, marks)
+        _arrange(figure, axes, legend=True)
         return _svg(figure)
 
 
@@ -141,18 +175,22 @@ def window_of(count: int) -> int:
     return 2 * (count // 30) + 1
 
 
-def _draw(axes: Axes, line: Line, colour: str, scale: float) -> None:
+def _draw(axes: Axes, line: Line, colour: str, dashes: Any, scale: float) -> None:
     steps, values = line.series.steps, line.series.values * scale
     if line.markers or len(steps) < 3:
-        axes.plot(steps, values, "o-", color=colour, linewidth=1.0, markersize=4, label=line.label, zorder=3)
+        shown = _extremes(values)
+        size = 4 if len(shown) <= SMOOTH_POINTS // 2 else 1.5
+        joined = dashes if size == 4 else "none"  # thousands of lines between points hide the points
+        style = {"color": colour, "linewidth": 1.0, "linestyle": joined, "markersize": size, "label": line.label}
+        axes.plot(steps[shown], values[shown], marker="o", zorder=3, **style)
         return
     window = window_of(len(steps))
     smooth = moving_average(values, window)
     if window > 1:
         shown = _extremes(values)
         axes.plot(steps[shown], values[shown], color=colour, linewidth=0.7, alpha=0.28)
-    kept = _evenly(len(steps))
-    axes.plot(steps[kept], smooth[kept], color=colour, linewidth=1.6, label=line.label)
+    kept = _evenly(len(steps)) if window > 1 else _extremes(values)
+    axes.plot(steps[kept], smooth[kept], color=colour, linewidth=1.6, linestyle=dashes, label=line.label)
     if line.band is not None:
         half = moving_average(_aligned(_drawable(line.band), steps) * scale, window)
         low, high = (smooth - half)[kept], (smooth + half)[kept]
@@ -160,8 +198,8 @@ def _draw(axes: Axes, line: Line, colour: str, scale: float) -> None:
 
 
 def _evenly(count: int) -> NDArray[np.int64]:
-    """At most MOST_POINTS of `count` positions, first and last included."""
-    return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(np.int64))
+    """At most SMOOTH_POINTS of `count` positions, first and last included."""
+    return np.unique(np.linspace(0, count - 1, min(count, SMOOTH_POINTS)).round().astype(np.int64))
 
 
 def _extremes(values: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -182,11 +220,12 @@ def _aligned(series: Series, steps: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _canvas(unit: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()
     axes.set_xlabel("steps done")
     axes.set_ylabel(unit)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
     axes.margins(x=0.02)
     return figure, axes
 
@@ -201,20 +240,62 @@ def _log_axis(axes: Axes, low: float, high: float) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(axes: Axes) -> None:
-    """Put the legend above the plot, or to its right when it is long, so that it hides no data."""
+def _mark(axes: Axes, steps: Sequence[int]) -> None:
+    """Draw a vertical line at each of the steps that the axis shows."""
+    low, high = axes.get_xlim()
+    for step in steps:
+        if low <= step <= high:
+            axes.axvline(step, color=MARK, linewidth=0.8, linestyle=(0, (2, 1.5)), alpha=0.8, zorder=4)
+
+
+def _arrange(figure: Figure, axes: Axes, legend: bool) -> None:
+    """Leave room around the plot, and put the legend above it, or to its right when it is long, so that it hides no
+    data. (matplotlib's own layout draws every picture twice.)"""
     handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 4:
-        axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.0)
-    else:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, borderaxespad=0.1, handlelength=1.2)
+    top, right = 0.965, 0.98
+    if legend and (len(labels) > 4 or sum(len(label) + 5 for label in labels) > 62):
+        right = 0.895 - 0.0125 * min(32, max(map(len, labels)))
+        shown = [label if len(label) <= 32 else f"{label[:31]}…" for label in labels]
+        axes.legend(handles[::-1], shown[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.6)
+    elif legend:
+        top = 0.89
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, borderaxespad=0.1, handlelength=1.8)
+    figure.subplots_adjust(left=0.125, right=right, bottom=0.175, top=top)
 
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' d="(M[^"A-Za-z]*(?:L[^"A-Za-z]*){12,}z?\s*)"', lambda match: f' d="{_short(match[1])}"', text)
+    text = re.sub(r"(?<=translate\()(-?[\d.]+) (-?[\d.]+)(?=\))", _rounded, text)
+    text = re.sub(r"\n\s+", "\n", text)
     # Sizes come from the page; the view box keeps the proportions.
     head, rest = text.split(">", 1)
     return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
+
+
+def _rounded(match: re.Match[str]) -> str:
+    return f"{float(match[1]):.2f} {float(match[2]):.2f}"
+
+
+def _short(path: str) -> str:
+    """Return a path of straight lines as steps of tenths of a point, in a third of the characters."""
+    points = [
+        tuple(round(10 * float(number)) for number in point.split())
+        for point in re.split("[ML]", path.rstrip("z \n"))[1:]
+    ]
+    (x, y), parts = points[0], []
+    for to_x, to_y in points[1:]:
+        parts.append(f"{_tenths(to_x - x)}{' ' if to_y >= y else ''}{_tenths(to_y - y)}")
+        x, y = to_x, to_y
+    closed = "z" if path.rstrip().endswith("z") else ""
+    return f"M{points[0][0] / 10:g} {points[0][1] / 10:g}l{' '.join(parts)}{closed}"
+
+
+def _tenths(number: int) -> str:
+    """Return a number of tenths, as short as SVG allows."""
+    whole, rest = divmod(abs(number), 10)
+    digits = f"{whole or ''}{f'.{rest}' if rest else ''}" or "0"
+    return f"-{digits}" if number < 0 else digits

@@ -1,24 +1,22 @@
 """This module writes the page: headline, charts, sample rollouts and settings in one HTML file."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from fiberpo_megatron import durable
-from fiberpo_megatron.printable import printable
 from fiberpo_megatron.telemetry.metrics import describe, format_value, steps_done
 from fiberpo_megatron.telemetry.report.panels import Drawing, Section, attempt, build_sections
 from fiberpo_megatron.telemetry.report.plan import Phase, compare
 from fiberpo_megatron.telemetry.report.run_data import RunData, Series, load_run, number, table, value_at
+from fiberpo_megatron.telemetry.report.tables import alarm_section, engine_section
+from fiberpo_megatron.telemetry.report.text import TEXT, shown
+from fiberpo_megatron.telemetry.report.tokens import token_section
 
 REPORT_FILE = "report.html"
-LONGEST_TEXT = 2000
-"""Characters of a prompt or response that are shown."""
 LONGEST_TITLE = 120
-TEXT = "\n\t"
-"""Control characters that stand in texts as they are."""
 DEEPEST = 20
 """Levels of tables in the settings that are shown one by one."""
 AVERAGED_STEPS = 10
@@ -49,7 +47,7 @@ figcaption { font-weight: 600; font-size: 14px; }
 figcaption span { color: #6b7280; font-weight: 400; }
 figure svg { width: 100%; height: auto; display: block; }
 figure p { margin: 0; color: #6b7280; font-size: 12.5px; line-height: 1.35; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-bottom: 18px; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th { text-align: left; color: #6b7280; font-weight: 600; border-bottom: 1px solid #d1d5db;
   padding: 4px 10px 4px 0; }
@@ -64,6 +62,15 @@ td.right { color: #04724d; } td.wrong { color: #b5303f; }
 .settings td:first-child { width: 46%; color: #4b5563; }
 .problems { border: 1px solid #E69F00; border-radius: 8px; margin: 20px 0; padding: 0 14px; background: #fffaf0; }
 .problems h2 { border: 0; margin: 10px 0 0; font-size: 15px; }
+td ul { margin: 0; padding-left: 1.1em; }
+.warning { color: #9a5b00; } .stop { color: #b5303f; font-weight: 600; } .notice { color: #6b7280; }
+.tokens { font: 13px/1.75 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere; margin: 0 0 12px; }
+.tokens .facts { display: block; color: #6b7280; font-size: 12.5px; }
+.t { border-radius: 3px; padding: 1px 2px; box-shadow: inset 0 0 0 1px #fff; }
+.t.free { background: #d5efe2; } .t.clipped { background: #dcdcf5; border-bottom: 2px dotted #5b5bb5; }
+.t.rollback { background: #fbe3b5; border-bottom: 2px dashed #b97a00; }
+.t.zeroed { background: #f6cdd2; border-bottom: 2px solid #b5303f; } .t.other { color: #6b7280; }
 .empty { color: #6b7280; border: 1px dashed #d1d5db; border-radius: 8px; padding: 24px; }
 @media print {
   .charts { grid-template-columns: 1fr 1fr; }
@@ -90,12 +97,15 @@ def render(data: RunData) -> str:
     """Return the whole page."""
     problems = list(data.problems)
     sections = build_sections(data, problems)
-    body = f"<p class='about'>{READING}</p>\n" + "\n".join(_section(section) for section in sections)
+    body = f"<p class='about'>{READING}</p>\n" + _once("\n".join(_section(section) for section in sections))
     if not sections:
         body = '<p class="empty">No metrics yet. Write the report again when the run has done a step.</p>'
     about = attempt("the line below the title", lambda: _about(data), problems)
     cards = attempt("the headline", lambda: _cards(data), problems)
     samples = attempt("the sample rollouts", lambda: _rollouts(data), problems)
+    alarms = attempt("the table of alarms", lambda: alarm_section(data.alarms), problems)
+    engines = attempt("the table of engines", lambda: engine_section(data.engines), problems)
+    tokens = attempt("the tokens and their gates", lambda: token_section(data.tokens), problems)
     plan = attempt("the comparison with the plan", lambda: plan_section(data), problems)
     settings = attempt("the table of settings", lambda: _settings(data.config), problems)
     name = shown(data.name)
@@ -104,19 +114,8 @@ def render(data: RunData) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{name}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{name}</h1>\n<p class='about'>{shown(about)}</p>\n"
-        f"{cards}\n{_problems(problems)}\n{plan}\n{body}\n{samples}\n{settings}\n</main>\n</body>\n</html>\n"
+        f"{cards}\n{_problems(problems)}\n{alarms}\n{plan}\n{body}\n{engines}\n{tokens}\n{samples}\n{settings}\n</main>\n</body>\n</html>\n"
     )
-
-
-def shown(value: object, longest: int = LONGEST_TEXT, keep: str = "") -> str:
-    """Return a value as HTML, at most `longest` characters of it. Hidden characters are escaped, except those in
-    `keep`."""
-    try:
-        text = value if isinstance(value, str) else str(value)
-    except (RecursionError, ValueError) as error:  # nested too deep, or thousands of digits
-        text = f"(a {type(value).__name__} that cannot be shown: {error})"
-    cut = text if len(text) <= longest else f"{text[:longest]} … ({len(text)} characters)"
-    return escape(printable(cut, keep=keep))
 
 
 def _problems(problems: Sequence[str]) -> str:
@@ -211,6 +210,18 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _once(page: str) -> str:
+    """Return the page with each letter's outline once: all charts use the same, by its name."""
+    seen: set[str] = set()
+
+    def first(match: re.Match[str]) -> str:
+        known = match[1] in seen
+        seen.add(match[1])
+        return "" if known else match[0]
+
+    return re.sub(r'<path id="(DejaVuSans[^"]*)"[^>]*/>\n?', first, page)
 
 
 def _section(section: Section) -> str:

@@ -1,6 +1,6 @@
 """This module draws the panels of a run from its data, as inline SVG."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,8 @@ def build_sections(data: RunData, problems: list[str]) -> list[Section]:
     for section in panel_sections(data.names_by_kind()):
         drawings = []
         for panel in section.panels:
-            svg = attempt(f"the chart {panel.title!r}", lambda: draw(panel, data), problems)  # noqa: B023
+            marks = _alarms(panel, data)
+            svg = attempt(f"the chart {panel.title!r}", lambda: draw(panel, data, marks), problems)  # noqa: B023
             if svg:
                 drawings.append(Drawing(panel, svg))
         if section.cut:
@@ -57,17 +58,23 @@ def build_sections(data: RunData, problems: list[str]) -> list[Section]:
     return sections
 
 
-def draw(panel: Panel, data: RunData) -> str:
-    """Return a panel as SVG."""
+def _alarms(panel: Panel, data: RunData) -> list[int]:
+    """Return the steps at which an alarm about a metric of the panel was raised, on the axis of the panel."""
+    metrics = {curve.metric for curve in panel.curves}
+    return [alarm.done for alarm in data.alarms if alarm.state == "raised" and alarm.metric in metrics]
+
+
+def draw(panel: Panel, data: RunData, marks: Sequence[int] = (), hatched: bool = False) -> str:
+    """Return a panel as SVG, with lines at the steps `marks`; `hatched` gives areas patterns for print."""
     found = [(curve, series_of(curve, data)) for curve in panel.curves]
     if panel.form == "stack":
         parts = [(curve.label, series, curve.colour) for curve, series in found]
-        return stacked_chart(parts, unit=panel.unit, percent=panel.percent, smooth=panel.percent)
+        return stacked_chart(parts, unit=panel.unit, percent=panel.percent, hatched=hatched, marks=marks)
     lines = []
     for curve, series in found:
         band = data.series(curve.kind, curve.band) if curve.band is not None else None
         lines.append(Line(curve.label, series, curve.colour, curve.markers, band))
-    return line_chart(lines, unit=panel.unit, log=panel.log, percent=panel.percent)
+    return line_chart(lines, unit=panel.unit, log=panel.log, percent=panel.percent, marks=marks)
 
 
 def series_of(curve: Curve, data: RunData) -> Series:

@@ -6,8 +6,8 @@ folder keeps a report from being made.
 
 import json
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Any, get_args
@@ -15,9 +15,12 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from fiberpo_megatron.telemetry.alarms import ALARMS_FILE, Alarm, read_alarms
+from fiberpo_megatron.telemetry.engine_states import ENGINES_FILE, EngineStates, read_engine_states
 from fiberpo_megatron.telemetry.metrics import Kind, steps_done
 from fiberpo_megatron.telemetry.rollout_log import stored_rollouts
 from fiberpo_megatron.telemetry.sinks import METRICS_FILE, read_records
+from fiberpo_megatron.telemetry.token_log import TOKENS, read_tokens
 
 LONGEST_LINE = 2**24
 """Bytes of a line of rollouts; a longer one is skipped."""
@@ -53,15 +56,17 @@ class RunData:
     """(step, sample trajectories) of a few stages of the run, early to late."""
     problems: tuple[str, ...] = ()
     """What the folder holds that could not be read, a sentence each."""
+    alarms: tuple[Alarm, ...] = ()
+    """Events of the alarms, in their order."""
+    engines: EngineStates | None = None
+    """The last known states of the engines."""
+    tokens: tuple[tuple[int, list[dict[str, Any]]], ...] = ()
+    """(step, recorded trajectories) of the first and the last recorded step."""
+    _turned: dict[str, dict[str, "_Column"]] = field(default_factory=dict, init=False, repr=False)
 
     def names(self, kind: str) -> list[str]:
         """Return the numeric metrics of a kind, in the order of first appearance."""
-        found: dict[str, None] = {}
-        for record in self.records.get(kind, []):
-            for name, value in record.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    found[name] = None
-        return list(found)
+        return [name for name, column in self._columns(kind).items() if name != "step" and column.numbers]
 
     def names_by_kind(self) -> dict[Kind, list[str]]:
         """Return the numeric metrics of every kind of record that this version knows."""
@@ -70,12 +75,34 @@ class RunData:
 
     def series(self, kind: str, name: str) -> Series | None:
         """Return a metric over the run, or None if no record of the kind has a number for it."""
-        records = [record for record in self.records.get(kind, []) if name in record]
-        if not any(isinstance(record[name], (int, float)) for record in records):
+        column = self._columns(kind).get(name)
+        if column is None or not column.numbers:
             return None
-        steps = [steps_done(kind, record["step"]) for record in records]
-        values = [number(record[name]) for record in records]
-        return Series(np.array(steps, np.int64), np.array(values, np.float64))
+        return Series(np.array(column.steps, np.int64), np.array(column.values, np.float64))
+
+    def _columns(self, kind: str) -> dict[str, "_Column"]:
+        """Return the records of a kind by metric; they are turned once, because a run has hundreds of metrics."""
+        if kind not in self._turned:
+            found: dict[str, _Column] = {}
+            for record in self.records.get(kind, []):
+                done = steps_done(kind, record["step"])
+                for name, value in record.items():
+                    column = found.get(name) or found.setdefault(name, _Column())
+                    column.steps.append(done)
+                    column.values.append(number(value))
+                    column.numbers = column.numbers or isinstance(value, (int, float))
+            self._turned[kind] = found
+        return self._turned[kind]
+
+
+@dataclass
+class _Column:
+    """Holds a metric's values by step."""
+
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    numbers: bool = False
+    """Whether any value is a number."""
 
 
 def number(value: Any) -> float:
@@ -109,7 +136,27 @@ def load_run(folder: Path, stages: int = 3) -> RunData:
     config = _read_config(folder / "config.toml", problems)
     records = _read_metrics(folder / METRICS_FILE, problems)
     rollouts = _read_rollouts(folder, stages, problems)
-    return RunData(folder.resolve().name, config, records, rollouts, tuple(problems))
+    alarms = _attempted(ALARMS_FILE, lambda: tuple(read_alarms(folder)), (), problems)
+    engines = _attempted(ENGINES_FILE, lambda: read_engine_states(folder), None, problems)
+    tokens = _attempted("tokens/", lambda: tuple(_read_tokens(folder, problems)), (), problems)
+    return RunData(folder.resolve().name, config, records, rollouts, tuple(problems), alarms, engines, tokens)
+
+
+def _attempted(name: str, read: Callable[[], Any], missing: Any, problems: list[str]) -> Any:
+    """Return what `read` returns; `missing` where the file cannot be read, which becomes a problem."""
+    try:
+        return read()
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{name} cannot be read ({_cause(error)})")
+        return missing
+
+
+def _read_tokens(folder: Path, problems: list[str]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    files, _ = TOKENS.stored(folder)
+    for step, path in dict.fromkeys((files[0], files[-1])) if files else ():
+        records, odd = read_tokens(path)
+        problems += odd
+        yield step, records
 
 
 def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
