@@ -78,7 +78,7 @@ def wait_until(page: Page, condition: str, begin: float) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure a long run and print the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument(

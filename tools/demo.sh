@@ -11,4 +11,5 @@ fi
 echo "1/2 Supervised warm-up of a tiny Qwen3-MoE (about 2 million parameters) on 2 ranks"
 "$fiberpo" sft examples/demo/warmup.toml
 echo "2/2 Reinforcement learning by FiberPO: Megatron-Core on 2 ranks, SGLang serving the rollouts"
+echo "Watch it in a browser: $fiberpo watch runs/demo/train"
 "$fiberpo" train examples/demo/train.toml "$@"

@@ -33,7 +33,7 @@ def phases(run: FollowedRun, config: dict[str, Any], step: int | None, over: int
         run: the followed run.
         config: its resolved config, for the causes of differences.
         step: steps done; None stands for the last ones.
-        over: the mean is taken over so many steps up to this one.
+        over: the mean is taken over so many steps up to this one, without the run's first.
     """
     with run.lock:
         table = run.tables.get("train")
@@ -43,6 +43,7 @@ def phases(run: FollowedRun, config: dict[str, Any], step: int | None, over: int
         wanted = int(steps[-1]) if step is None else step - steps_done("train", 0)
         last = min(len(steps), int(np.searchsorted(steps, wanted)) + 1)
         first = max(0, last - max(1, min(over, MOST_STEPS)))
+        first += first == 0 and last > 1 and over > 1  # the run's start is in the time of its first step
         means = _means(table, first, last)
         ends = [steps_done("train", int(steps[at])) for at in (first, last - 1, 0, len(steps) - 1)]
         records = [table.row(int(one)) or {} for one in steps[first:last]] if "planned/seconds/total" in means else []

@@ -134,6 +134,8 @@ def test_phases_of_a_step_beside_its_plan(tmp_path: Path):
     assert found["total"] == {"measured": 9.0, "expected": 5.5, "planned": 5.5}
     assert found["slowest"] == {"train": {"rank": 3.0, "excess": 0.125}}
     assert "generate" in " ".join(found["verdict"])
+    whole = phases(followed(tmp_path), {}, None, 50)  # without the first step, which has the run's start in it
+    assert whole is not None and (whole["from"], whole["step"]) == (2, 4)
     mean = phases(followed(tmp_path), {}, 3, 2)
     assert mean is not None and (mean["from"], mean["step"]) == (2, 3)
     assert {row["name"]: row["measured"] for row in mean["phases"]}["generate"] == 4.5

@@ -14,6 +14,8 @@ export class Charts {
     this.context = context;
     this.smooth = options.smooth ?? "auto";
     this.charts = [];
+    this.alarms = new Map(); // the events of each run, by its key
+    this.loadAlarms(context.runs);
     this.observer = new IntersectionObserver((entries) => entries.forEach((entry) => entry.target.chart.seen(entry.isIntersecting)), {
       rootMargin: "200px",
     });
@@ -66,7 +68,19 @@ export class Charts {
     return span >= 3 ? span : 0;
   }
 
+  /** Get the alarms of the runs, which are marked in the charts of their metrics. */
+  async loadAlarms(runs) {
+    try {
+      for (const run of runs) this.alarms.set(run.key, await this.context.fetchJson("api/alarms", { run: run.key }));
+    } catch (error) {
+      if (error.name !== "AbortError") console.info(`The alarms cannot be shown in the charts: ${error.message}`);
+      return;
+    }
+    this.charts.forEach((chart) => chart.marks().length > 0 && chart.render());
+  }
+
   update(runs) {
+    this.loadAlarms(runs);
     this.charts.forEach((chart) => {
       chart.runs = chart.runs.map((run) => runs.find((one) => one.key === run.key) ?? run);
       chart.stale();
@@ -109,6 +123,7 @@ class Chart {
     });
     this.plotArea.chart = this;
     this.legend = h("ul", { class: "legend" });
+    this.alarmNote = h("div", { class: "alarm-note" });
     this.logButton = h(
       "button",
       { type: "button", class: "log", "aria-pressed": String(this.log), title: "Logarithmic axis", onclick: () => this.setLog(!this.log) },
@@ -120,6 +135,7 @@ class Chart {
       h("figcaption", {}, h("span", { class: "title" }, title), panel.unit && h("span", { class: "unit" }, panel.unit), panel.form === "lines" && this.logButton),
       this.plotArea,
       this.legend,
+      this.alarmNote,
       panel.note && h("p", { class: "note" }, panel.note),
     );
     this.figure.chart = this;
@@ -194,6 +210,7 @@ class Chart {
         range: this.group.range(this.runs),
         unit: this.panel.unit,
         label: this.label,
+        marks: this.marks().map((event) => event.done),
       },
       {
         zoom: ([from, to]) => this.zoom(from, to),
@@ -208,6 +225,20 @@ class Chart {
     this.figure.dataset.points = String(this.own.reduce((sum, one) => sum + (one?.values.x.length ?? 0), 0));
     if (cursor !== null) this.pointAt(cursor);
     this.writeLegend(cursor);
+    this.writeAlarms();
+  }
+
+  /** Return the alarms that were raised about a metric of this chart. */
+  marks() {
+    const metrics = new Set(this.panel.curves.map((curve) => curve.metric));
+    const events = this.runs.flatMap((run) => this.group.alarms.get(run.key) ?? []);
+    return events.filter((event) => event.state === "raised" && metrics.has(event.metric));
+  }
+
+  /** Say in words what the lines in the chart stand for. */
+  writeAlarms() {
+    const texts = [...new Set(this.marks().map((event) => `alarm ${event.rule.replaceAll("_", " ")}, step ${event.done}`))];
+    replace(this.alarmNote, texts.length > 0 && h("a", { href: "#alarms" }, texts.slice(0, 3).join("; ")));
   }
 
   zoom(from, to) {

@@ -9,6 +9,15 @@ export function number(value, digits = 3) {
   return String(Number(value.toPrecision(digits)));
 }
 
+/** Return a number of an axis whose marks are `step` apart: so many digits that neighbours differ. */
+export function axisNumber(value, step) {
+  const size = Math.abs(value);
+  if (!(step > 0) || (size !== 0 && (size >= 1e7 || size < 1e-4))) return number(value);
+  const digits = Math.max(0, Math.min(6, -Math.floor(Math.log10(step) + 1e-9)));
+  const text = value.toLocaleString("en-US", { minimumFractionDigits: 0, maximumFractionDigits: digits + 1 });
+  return text === "-0" ? "0" : text;
+}
+
 /** Return a value with its unit; "share" and percent panels are shown in %. */
 export function withUnit(value, unit) {
   if (value === null || value === undefined) return "–";

@@ -1,7 +1,7 @@
 // One uPlot drawing: lines with their moving means and bands, or stacked areas.
 
 import uPlot from "./uplot/uPlot.esm.js";
-import { number } from "./format.js";
+import { axisNumber, number } from "./format.js";
 import { isDark, themeColour } from "./theme.js";
 
 export const PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b7280", "#8c564b"];
@@ -105,7 +105,7 @@ export function stackData(found, drawn, factor) {
 }
 
 /** Make a drawing in `element`. `actions` has zoom([from, to]), reset() and moved(x or null). */
-export function draw(element, made, { width, height, log, stack, percent, range, unit, label }, actions) {
+export function draw(element, made, { width, height, log, stack, percent, range, unit, label, marks }, actions) {
   const axis = { stroke: themeColour("axis"), font: FONT, ticks: { show: false }, grid: { stroke: themeColour("grid"), width: 1 } };
   const options = {
     width,
@@ -124,7 +124,7 @@ export function draw(element, made, { width, height, log, stack, percent, range,
         grid: { ...axis.grid, filter: (_, splits) => (log ? splits.map((value) => (isDecade(value) ? value : null)) : splits) },
         size: (_, values) => 14 + 6.4 * Math.max(3, ...(values ?? []).map((value) => (value ?? "").length)),
         gap: 4,
-        values: (_, values) => values.map((value) => (value === null ? "" : number(value))),
+        values: (_, values, axisAt, space, step) => values.map((value) => (value === null ? "" : log ? number(value) : axisNumber(value, step))),
       },
     ],
     series: made.series.map((one, place) => (place ? { scale: "y", ...one } : {})),
@@ -137,6 +137,7 @@ export function draw(element, made, { width, height, log, stack, percent, range,
       dataIdx: (plot, series, place) => nearest(plot.data[series], place),
     },
     hooks: {
+      draw: [(plot) => drawMarks(plot, marks)],
       setSelect: [
         (plot) => {
           const { left, width: wide } = plot.select;
@@ -151,6 +152,24 @@ export function draw(element, made, { width, height, log, stack, percent, range,
   const plot = new uPlot(options, made.data, element);
   plot.root.querySelector("canvas")?.setAttribute("aria-label", `${label}${unit ? `, in ${unit}` : ""}`);
   return plot;
+}
+
+/** Draw a line at each step at which an alarm was raised about a metric of this chart. */
+function drawMarks(plot, marks) {
+  const { ctx, bbox } = plot;
+  ctx.save();
+  ctx.strokeStyle = themeColour("bad");
+  ctx.lineWidth = devicePixelRatio;
+  ctx.setLineDash([3 * devicePixelRatio, 3 * devicePixelRatio]);
+  for (const step of marks) {
+    const x = plot.valToPos(step, "x", true);
+    if (x < bbox.left || x > bbox.left + bbox.width) continue;
+    ctx.beginPath();
+    ctx.moveTo(x, bbox.top);
+    ctx.lineTo(x, bbox.top + bbox.height);
+    ctx.stroke();
+  }
+  ctx.restore();
 }
 
 /** Return the row nearest to `place` at which a series has a value. */
