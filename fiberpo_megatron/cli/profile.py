@@ -88,7 +88,7 @@ def _ready(folder: Path, holder: Holder) -> ProfileStatus:
     if (folder / REQUEST_FILE).exists():
         raise ValueError(
             f"another profile of {folder} is pending; wait until it is written, or delete {folder / REQUEST_FILE} if "
-            "nobody waits for it"
+            "no command waits for it"
         )
     status = read_status(folder)
     if status is None:

@@ -384,7 +384,7 @@ class EngineClient:
     async def start_profile(self, folder: Path, name: str, passes: int) -> None:
         """Have the server record its next `passes` forward passes with torch's profiler.
 
-        It then writes <folder>/<name>-TP-0.trace.json.gz, and one more file for each of its further ranks, by itself or
+        It then writes <folder>/<name>-TP-0.trace.json.gz, and one more file for each of its further ranks, or does so
         when `stop_profile` comes first. `folder` is a path on the server's machine.
         """
         request: dict[str, object] = {

@@ -62,7 +62,7 @@ def _stem(step: int, engine: int) -> str:
 
 
 async def _stopped(client: EngineClient) -> EngineError | None:
-    """End a recording that may have ended by itself, in which case SGLang refuses; return what it said."""
+    """End a recording that may have ended automatically, in which case SGLang refuses; return what it said."""
     try:
         await client.stop_profile()
     except EngineError as error:

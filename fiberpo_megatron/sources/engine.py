@@ -74,7 +74,7 @@ class EngineSource:
     """Whether this rank was asked to stop."""
     devices: DeviceSharing = SeparateDevices()
     pool: EnginePool | None = None
-    """The engines; None where they are no SGLang servers."""
+    """The engines; None when they are no SGLang servers."""
     counts: Callable[[], Mapping[str, float]] = dict
     """Counts of this rank's environments since the last call, by metric."""
     watch: Callable[[int], Mapping[str, float]] = unwatched

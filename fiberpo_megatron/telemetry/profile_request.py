@@ -91,7 +91,7 @@ def write_status(run_folder: Path, status: ProfileStatus) -> None:
 
 
 def read_status(run_folder: Path) -> ProfileStatus | None:
-    """Return the status, or None where a run has written none. Raises ValueError for a file that is none."""
+    """Return the status, or None when no run has written one. Raises ValueError for a file that is none."""
     path = run_folder / PROFILES / STATUS_FILE
     if not path.exists():
         return None

@@ -69,7 +69,7 @@ class _Active:
 
 
 class NoProfiles:
-    """Stands for `Profiles` in a run whose folder nobody looks into."""
+    """Stands for `Profiles` in a run without a folder of its own."""
 
     def boundary(self, step: int) -> None:
         """Do nothing."""
@@ -127,7 +127,7 @@ class Profiles(Closeable):
             with suppress(RuntimeError):
                 active.profiler.stop()
         if self._layout.rank == 0:
-            self._withdraw()  # what nobody will answer any more
+            self._withdraw()  # no run will answer it any more
         if active is not None and self._layout.rank == 0:
             problem = "the run ended before the profile was complete"
             self._report(self._status("done", active, (), (problem,)))

@@ -181,7 +181,13 @@ def _draw(axes: Axes, line: Line, colour: str, dashes: Any, scale: float) -> Non
         shown = _extremes(values)
         size = 4 if len(shown) <= SMOOTH_POINTS // 2 else 1.5
         joined = dashes if size == 4 else "none"  # thousands of lines between points hide the points
-        style = {"color": colour, "linewidth": 1.0, "linestyle": joined, "markersize": size, "label": line.label}
+        style: dict[str, Any] = {
+            "color": colour,
+            "linewidth": 1.0,
+            "linestyle": joined,
+            "markersize": size,
+            "label": line.label,
+        }
         axes.plot(steps[shown], values[shown], marker="o", zorder=3, **style)
         return
     window = window_of(len(steps))

@@ -94,7 +94,7 @@ def _last(record: Mapping[str, Any], name: str, place: int) -> float:
 
 
 def _at(values: object, place: object) -> Any:
-    """Return an entry of a list, or None where there is none."""
+    """Return an entry of a list, or None when it has none."""
     inside = isinstance(values, list) and isinstance(place, int) and 0 <= place < len(values)
     return values[place] if inside else None  # type: ignore[index]
 
