@@ -169,9 +169,9 @@ class Encoder:
         found: list[str] = []
         at = 0
         while at < len(token_ids):
-            for count in range(1, LONGEST_CHARACTER + 1):
+            for count in range(1, min(LONGEST_CHARACTER, len(token_ids) - at) + 1):
                 text = self._piece(tuple(token_ids[at : at + count]))
-                if not text.endswith("\ufffd") or at + count >= len(token_ids):
+                if "\ufffd" not in text:
                     break
             else:  # no character at all
                 count, text = 1, self._piece((token_ids[at],))

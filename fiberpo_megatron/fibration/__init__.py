@@ -32,7 +32,7 @@ from fiberpo_megatron.fibration.registry import (
     register,
     registered_names,
 )
-from fiberpo_megatron.fibration.rule import WEIGHTINGS, Chunk, GatedChunk, Gating
+from fiberpo_megatron.fibration.rule import WEIGHTINGS, Chunk, Clip, GatedChunk, Gating
 from fiberpo_megatron.fibration.sequence import APC, GMPO, GSPO, APCTrajectory
 from fiberpo_megatron.fibration.token_clip import CISPO, DAPO, GRPO, PPO, RLOO, DrGRPO, Reinforce, ReinforcePlusPlus
 from fiberpo_megatron.fibration.token_gates import DPPO, SAPO
@@ -64,6 +64,7 @@ __all__ = [
     "SAPO",
     "WEIGHTINGS",
     "Chunk",
+    "Clip",
     "DrGRPO",
     "FiberPO",
     "FiberPODomain",

@@ -64,6 +64,22 @@ def test_a_prompt_says_where_it_stands():
     assert prompt.number == 12
 
 
+class Bytes(CharacterTokenizer):
+    """One token per byte of UTF-8."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return bytes(token_ids).decode(errors="replace")
+
+
+def test_a_token_has_a_piece_of_text_for_people():
+    assert encoder().pieces([59, 1, 60]) == ["1", "<1>", "2"]
+    ids = list("aé€😀b".encode()) + [0xFF, 0x62]
+    pieces = encoder(Bytes()).pieces(ids)
+    assert pieces == ["a", "é", "", "€", "", "", "😀", "", "", "", "b", "\ufffd", "b"]
+    assert encoder(Bytes()).pieces(ids[:2]) == ["a", "\ufffd"]  # cut inside a character
+    assert encoder().pieces([]) == []
+
+
 def test_a_task_is_identified_as_in_earlier_versions():
     """By the number that is its id, or by its index where the environment gave it no id; a text stays a text."""
     found = encoder()

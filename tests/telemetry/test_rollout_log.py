@@ -126,7 +126,7 @@ def test_evaluations_have_files_of_their_own(tmp_path):
     for step in range(0, 60, 10):
         records = [trajectory_record(step, 3, trajectories(3)[0], ["addition"])]
         write_records(tmp_path, step, records, keep=4, files=EVALUATIONS)
-    assert [step for step, _ in EVALUATIONS.stored(tmp_path)[0]] == [0, 40, 50]
+    assert [step for step, _ in EVALUATIONS.stored(tmp_path)[0]] == [0, 20, 40, 50]
     record = json.loads((tmp_path / "rollouts" / "eval_000050.jsonl").read_text())
     assert record["step"] == 50 and record["trajectory"] == 3 and record["response"] == "r0"
     assert stored_rollouts(tmp_path) == ([], [])

@@ -7,6 +7,11 @@ import pytest
 
 from fiberpo_megatron.telemetry.token_log import TOKENS, read_tokens, write_tokens
 
+
+def packed(text: bytes) -> bytes:
+    return gzip.compress(text, mtime=0)
+
+
 RECORD = {"trajectory": 3, "tokens": {"id": [5, 6], "coefficient": [[0.25, None]]}}
 
 
@@ -44,14 +49,15 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "left", "said"),
     [
-        (gzip.compress(b'{"trajectory": 1, "version": 1}\n{"traj'), 1, "line 2 is no record of a trajectory"),
-        (gzip.compress(b'[1]\n\n{"trajectory": 1, "version": 1}\n'), 1, "line 1 is no record of a trajectory"),
-        (gzip.compress(b'{"trajectory": 1, "version": 2}\n'), 0, "line 1 has version 2 of the format"),
-        (gzip.compress(b"[" * 200_000), 0, "line 1 is no record of a trajectory"),
+        (packed(b'{"trajectory": 1, "version": 1}\n{"traj'), 1, "line 2 is no record of a trajectory"),
+        (packed(b'[1]\n\n{"trajectory": 1, "version": 1}\n'), 1, "line 1 is no record of a trajectory"),
+        (packed(b'{"trajectory": 1, "version": 2}\n'), 0, "line 1 has version 2 of the format"),
+        (packed(b"[" * 200_000), 0, "line 1 is no record of a trajectory"),
         (b"no gzip", 0, "cannot be read to its end (BadGzipFile"),
-        (gzip.compress(b'{"trajectory": 1, "version": 1}\n')[:-9], 1, "cannot be read to its end (EOFError"),
-        (gzip.compress(b'{"trajectory": 1}')[:10] + b"\xff" * 40, 0, "cannot be read to its end (error"),
+        (packed(b'{"trajectory": 1, "version": 1}\n')[:-9], 0, "cannot be read to its end (EOFError"),
+        (packed(b'{"trajectory": 1}')[:10] + b"\xff" * 40, 0, "cannot be read to its end (error"),
     ],
+    ids=["half line", "list", "version", "deep", "no gzip", "cut", "garbage"],
 )
 def test_damaged_files_are_reported_and_the_rest_is_read(tmp_path, content, left, said):
     path = TOKENS.path(tmp_path, 7)
