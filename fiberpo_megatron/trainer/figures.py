@@ -185,7 +185,7 @@ MakeFigures = Callable[[int, RolloutBatch, Mapping[str, float]], Mapping[str, fl
 
 
 def no_figures(step: int, rollouts: RolloutBatch, seconds: Mapping[str, float]) -> Mapping[str, float]:
-    """Return no metrics: nobody asked for figures."""
+    """Return no metrics: this run measures no figures."""
     return {}
 
 
