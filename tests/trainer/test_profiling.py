@@ -152,17 +152,17 @@ def test_what_a_killed_run_left_is_cleaned_up_by_the_next(tmp_path: Path):
     assert not (tmp_path / REQUEST_FILE).exists()
     status = read_status(tmp_path)
     assert status is not None and (status.state, status.ranks, status.engines) == ("ready", 1, 0)
-    train(run)
-    assert not list((tmp_path / "profiles").glob("*.gz"))
+    run.profiles.boundary(0)
+    assert not spans.marking()
 
 
 @pytest.mark.parametrize("content", ['{"id": "x", "steps": 0}', "oops", '{"id": 3, "steps": 1, "ranks": [], "x": 1}'])
 def test_a_request_that_is_none_is_a_warning(tmp_path: Path, content: str):
     said: list[str] = []
-    run, memory = profiled(tmp_path, lambda step: None, said)
+    run, _ = profiled(tmp_path, lambda step: None, said)
     (tmp_path / REQUEST_FILE).write_text(content)
-    train(run)
-    assert len(memory.values("train", "accuracy")) == 5 and not (tmp_path / REQUEST_FILE).exists()
+    run.profiles.boundary(0)
+    assert not (tmp_path / REQUEST_FILE).exists() and not spans.marking()
     assert len(said) == 1 and "WARNING: the request of a profile cannot be read: " in said[0]
     (tmp_path / REQUEST_FILE).write_text(content)
     with pytest.raises(ValueError, match=r"profile_request\.json"):
