@@ -131,8 +131,9 @@ def test_presets(of: tuple[str, bool]) -> None:
     assert_same(preset(name, soft=soft), hard_case())
 
 
-def test_float32() -> None:
-    assert_same(preset("fiberpo-domain"), hard_case(torch.float32))
+@pytest.mark.parametrize("name", varied(["fiberpo", "fiberpo-domain"], ["fiberpo"]))  # and test_trees
+def test_float32(name: str) -> None:
+    assert_same(preset(name), hard_case(torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -226,9 +227,11 @@ def in_turn(objective, case: Case, parts: list[torch.Tensor], **options) -> list
         totals.append(torch.stack(asked).sum(0))
 
 
-def test_three_ranks_of_which_one_is_empty() -> None:
+@pytest.mark.parametrize("name", varied(["fiberpo-domain", "fiberpo-expert"], ["fiberpo-domain"]))
+def test_three_ranks_of_which_one_is_empty(name: str) -> None:
+    """Compare ranks that share the tokens with one; test_a_tree_on_two_ranks has experts on two."""
     case = random_case(2, trajectories=3, longest=4)
-    objective = preset("fiberpo-expert", kernels=True)
+    objective = preset(name, kernels=True)
     order = torch.randperm(case.x.shape[0], generator=torch.Generator().manual_seed(0))
     parts = [order[:3], order[3:], order[:0]]
     parts = [part.to(DEVICE) for part in parts]
@@ -244,7 +247,7 @@ def test_three_ranks_of_which_one_is_empty() -> None:
 
 
 def test_without_metrics_and_strided_inputs() -> None:
-    case = random_case(4)
+    case = random_case(4, trajectories=3)
     case.x = torch.stack([case.x, case.x], dim=1)[:, 0]
     case.share = torch.stack([case.share, case.share], dim=2)[..., 0]
     assert not case.x.is_contiguous()

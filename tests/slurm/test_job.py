@@ -18,6 +18,7 @@ from fiberpo_megatron.config import load_config
 from fiberpo_megatron.launch.slurm import write_job
 from tests.end_to_end.test_training import CONFIG, ROOT, SMALL, command, processes_of, records
 from tests.slurm.cluster import Cluster, wait_for
+from tests.variations import varied
 
 START_S = 240
 """A start takes about 25 s on two idle cores."""
@@ -70,10 +71,14 @@ def everything_said(folder: Path) -> str:
 
 @pytest.mark.sglang
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "preempted", varied([False, True], [False]), ids=lambda preempted: "preempted too" if preempted else "stopped"
+)
 def test_a_job_that_is_stopped_and_requeued_ends_like_an_undisturbed_run(
-    slurm: Cluster, submit: Submit, model: Path, engine: Any, tmp_path: Path
+    slurm: Cluster, submit: Submit, model: Path, engine: Any, tmp_path: Path, preempted: bool
 ):
-    """Worth its three starts: preemption loses nothing, and nobody has to look."""
+    """Show that a requeue loses nothing and needs no attention. A third start, after a preemption without
+    a signal, meets what test_kills.py has in every phase: a run that was killed."""
     folder = tmp_path / "job"
     job = submit(folder)
 
@@ -104,10 +109,9 @@ def test_a_job_that_is_stopped_and_requeued_ends_like_an_undisturbed_run(
     check_sockets(folder)
     assert "fiberpo: pass: all-reduce: gloo, 2 ranks" in (folder / f"slurm/{job}.1/rank_0.log").read_text()
     assert f"Resumed from {folder}/checkpoints/step-{done:08d}" in (folder / f"slurm/{job}.1/rank_0.log").read_text()
-    slurm.run("scontrol", "requeue", job)
-
-    # 3. The third finishes
-    start_now(slurm, job)
+    if preempted:  # 3. The third finishes
+        slurm.run("scontrol", "requeue", job)
+        start_now(slurm, job)
     wait_for(lambda: slurm.state(job) == "COMPLETED", START_S, lambda: everything_said(folder))
     assert log.read_text().endswith("complete\n") and (folder / "slurm/complete").exists()
     assert not processes_of(folder)
