@@ -49,7 +49,7 @@ function drift(name, meaning, { values }, mean) {
     "drift/mismatch": mean ? values[name] : values["rollout_diff/max"],
     "drift/optimiser_steps": mean ? values[name] : values["ratio/max"] > 0 ? Math.max(0, Math.log(values["ratio/max"])) : undefined,
   }[name];
-  const none = name === "drift/staleness" && !(name in values);
+  const none = name === "drift/staleness" && !values[name];
   return { value: found, note: none ? "none: each step's trajectories are sampled with the weights that it trains" : meaning };
 }
 
