@@ -83,7 +83,7 @@ class EnginePool(Closeable):
 
         return self.run(all_engines())
 
-    def loads(self, deadline_s: float) -> list[Report | str]:
+    def reports(self, deadline_s: float) -> list[Report | str]:
         """Ask every engine for its load and its weights, all at once, and wait `deadline_s` at most.
 
         Returns one entry for each engine, in order: what it said, or in words why it did not answer.

@@ -39,7 +39,7 @@ class EngineWatch:
 
     def _states(self) -> list[EngineState]:
         found = []
-        for address, said in zip(self._pool.addresses, self._pool.loads(self._deadline_s), strict=True):
+        for address, said in zip(self._pool.addresses, self._pool.reports(self._deadline_s), strict=True):
             if isinstance(said, str):
                 found.append(EngineState(address.url, "not answering", detail=said))
                 continue
