@@ -21,7 +21,7 @@ class TelemetryConfig(Section):
     `project`."""
     rollouts_per_step: int = Field(4, ge=0)
     """Trajectories written as text to <run folder>/rollouts each step, and held-out ones of each evaluation."""
-    tokens_per_step: int = Field(4096, ge=0)
+    tokens_per_step: int = Field(16_384, ge=0)
     """Bound on the tokens of which <run folder>/tokens gets everything that the step did to them: log ratio,
     coefficient, gates of every level, experts (docs/watch.md). They are those of the trajectories that
     `rollouts_per_step` writes, as far as whole ones fit; longer ones need a larger bound. 0: none."""
