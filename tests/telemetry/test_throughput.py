@@ -167,6 +167,7 @@ def test_energy_is_counted_and_else_integrated():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_energy_of_a_real_gpu():
     monitor = GpuMonitor()
     assert monitor.energy() == 0.0
