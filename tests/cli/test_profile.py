@@ -113,7 +113,9 @@ def test_it_does_not_wait_for_ever(tmp_path: Path, capsys: pytest.CaptureFixture
     with a_run(tmp_path):
         message = refused(capsys, str(tmp_path), "--timeout", "0.05")
     assert "still waits for the next step to begin; the run is `fiberpo train` on host" in message
-    assert "The request is withdrawn. Give a larger --timeout" in message and not (tmp_path / REQUEST_FILE).exists(), "it is withdrawn"
+    assert "The request is withdrawn. Give a larger --timeout" in message and not (tmp_path / REQUEST_FILE).exists(), (
+        "it is withdrawn"
+    )
 
     def begin(request: ProfileRequest) -> None:
         write_status(tmp_path, replace(READY, state="running", id=request.id, step=7))
