@@ -27,8 +27,9 @@ from fiberpo_megatron.rollout.finished import FinishedGroups
 from fiberpo_megatron.rollout.generator import Generator
 from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.report import write_report
-from fiberpo_megatron.telemetry.report.page import LONGEST_TEXT, render
+from fiberpo_megatron.telemetry.report.page import render
 from fiberpo_megatron.telemetry.report.run_data import load_run
+from fiberpo_megatron.telemetry.report.text import LONGEST_TEXT
 from fiberpo_megatron.telemetry.settings import TelemetryConfig
 from fiberpo_megatron.telemetry.sinks import METRICS_FILE, open_sinks, read_records
 from fiberpo_megatron.trainer.loop import rollout_summary
