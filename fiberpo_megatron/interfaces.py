@@ -61,8 +61,9 @@ class Layout(Protocol):
         """Join the leaders' shares in data-parallel order. Every rank calls it, the leaders with their share."""
         ...
 
-    def gather_json(self, value: Any) -> list[Any]:
-        """Return every rank's JSON value, in rank order. Every rank calls it."""
+    def gather_json(self, value: Any, root_only: bool = False) -> list[Any]:
+        """Return every rank's JSON value, in rank order; with `root_only` an empty list on ranks other than 0. Every
+        rank calls it."""
         ...
 
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:

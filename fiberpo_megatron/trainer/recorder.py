@@ -69,7 +69,7 @@ class RunRecorder:
             for place in chosen
             if 0 <= place - first < len(trajectories)
         ]
-        records = [record for share in self.layout.gather_json(mine) for record in share]
+        records = [record for share in self.layout.gather_json(mine, root_only=True) for record in share]
         if self.layout.rank == 0:
             try:
                 records.sort(key=lambda record: int(record["trajectory"]))

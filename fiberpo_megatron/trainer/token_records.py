@@ -79,8 +79,8 @@ class TokenRecords:
         if not self.bound:
             return None
         if self._notes is None:  # among the tensor-parallel ranks, which hold the same tokens, the first takes notes
-            place = [layout.data_rank, layout.context_rank] if layout.is_last_stage else None
-            self._notes = place is not None and layout.gather_json(place).index(place) == layout.rank
+            places = layout.gather_json([layout.data_rank, layout.context_rank] if layout.is_last_stage else None)
+            self._notes = layout.is_last_stage and places.index(places[layout.rank]) == layout.rank
         found = recorded_trajectories(rollouts, self.samples, self.bound, kept)
         if not found:
             return None
@@ -203,7 +203,7 @@ class StepTokens:
             self._error = self._error or f"{type(error).__name__}: {error}"
         notes = [one.json() for one in self._parts] if self._takes_notes else []
         mine = {"error": self._error, "notes": [] if self._error else notes, "experts": experts}
-        everyone = self._layout.gather_json(mine)
+        everyone = self._layout.gather_json(mine, root_only=True)
         if self._layout.rank == 0:
             errors = [f"rank {rank}: {one['error']}" for rank, one in enumerate(everyone) if one["error"]]
             try:

@@ -55,6 +55,7 @@ def use_layout(parallel: dict[str, int]) -> dict[str, Any]:
         "text": layout.share_text("grüße" if layout.rank == 0 else None),
         "empty": layout.share_text("" if layout.rank == 0 else None),
         "gathered": layout.gather_json({"rank": layout.rank, "text": "ü" * layout.rank}),
+        "at_root": layout.gather_json({"rank": layout.rank}, root_only=True),
         "any": [layout.any_rank(layout.rank == rank) for rank in range(layout.world_size)] + [layout.any_rank(False)],
         "joined": joined,
         "multiple": layout.sequence_multiple,
@@ -92,6 +93,8 @@ def test_exchanges(parallel: dict[str, int], multiple: int):
         assert parts == {"form": [0.25] * 3 + [1.25] * 2, "late": pytest.approx([np.nan] * 3 + [1.0] * 2, nan_ok=True)}
         assert answer["text"] == "grüße" and answer["empty"] == ""
         assert answer["gathered"] == [{"rank": rank, "text": "ü" * rank} for rank in range(world_size)]
+        at_root = [{"rank": rank} for rank in range(world_size)]
+        assert answer["at_root"] == (at_root if answer is found[0] else [])
         assert answer["any"] == [True] * world_size + [False]
         assert answer["untouched"] and answer["multiple"] == multiple
         places = {other["place"] for other in found}

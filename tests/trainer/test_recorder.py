@@ -60,7 +60,7 @@ class FirstOfTwo(SingleLayout):
     def __init__(self, others: list[Any]) -> None:
         self.others = others
 
-    def gather_json(self, value: Any) -> list[Any]:
+    def gather_json(self, value: Any, root_only: bool = False) -> list[Any]:
         return [value, self.others.pop(0)]
 
 

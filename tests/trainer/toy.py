@@ -77,7 +77,7 @@ class SingleLayout:
         assert share is not None
         return share
 
-    def gather_json(self, value: Any) -> list[Any]:
+    def gather_json(self, value: Any, root_only: bool = False) -> list[Any]:
         return [json.loads(json.dumps(value))]
 
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:

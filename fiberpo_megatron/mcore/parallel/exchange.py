@@ -108,6 +108,11 @@ def any_true(flag: bool, group: Any) -> bool:
     return bool(seen.item())
 
 
+def gather_json(value: Any, group: Any) -> list[Any]:
+    """Return every rank's value on the group's rank 0, in rank order, and an empty list on the others."""
+    return [json.loads(bytes_to_text(part)) for part in gather_bytes(text_to_bytes(json.dumps(value)), group)]
+
+
 def all_gather_json(value: Any, group: Any) -> list[Any]:
     """Return every rank's value (lists, numbers, strings), in the group's rank order, without pickling."""
     texts = [bytes_to_text(part) for part in gather_bytes(text_to_bytes(json.dumps(value)), group)]

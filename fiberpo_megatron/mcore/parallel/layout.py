@@ -195,9 +195,11 @@ class ParallelLayout:
         return [part.contiguous().view(torch.float32).tolist() for part in rows]
 
     @_waiting
-    def gather_json(self, value: Any) -> list[Any]:
-        """Return every rank's JSON value, in rank order. Every rank calls it."""
-        return exchange.all_gather_json(value, self.host_group)
+    def gather_json(self, value: Any, root_only: bool = False) -> list[Any]:
+        """Return every rank's JSON value, in rank order; with `root_only` an empty list on ranks other than 0. Every
+        rank calls it."""
+        gather = exchange.gather_json if root_only else exchange.all_gather_json
+        return gather(value, self.host_group)
 
     @_waiting
     def share_text(self, text: str | None) -> str:
