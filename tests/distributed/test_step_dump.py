@@ -53,7 +53,8 @@ def train_one_step(words: list[str], folder: Path, name: str) -> None:
         version=6,
     )
     dump = StepDumps(folder, [5], name).begin(5, layout, problem.rollouts, objective, {})
-    algorithm = config.algorithm.model_copy(update={"routing_replay": "old"})  # so that the experts are recorded
+    # Experts are recorded where routing is replayed; their partitions are by default those of expert parallelism.
+    algorithm = config.algorithm.model_copy(update={"routing_replay": "old", "expert_partitions": 2})
     routing = StepRouting(policy, algorithm, objective.uses_experts, problem.rollouts)
     records = TokenRecords(folder, 150, 6, 9, pieces, ["a", "b", "c"])
     tokens = records.begin(5, layout, problem.rollouts, None, objective.name)
