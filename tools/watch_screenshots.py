@@ -33,7 +33,7 @@ SHOTS = (
     ("overview", "overview", "light", LAPTOP, None),
     ("step", "step", "light", LAPTOP, None),
     ("gates-dark", "gates", "dark", LAPTOP, None),
-    ("trajectories", "trajectories", "light", LAPTOP, ".view.trajectories [data-token]"),
+    ("trajectories", "trajectories", "light", LAPTOP, ".view.trajectories [data-i]"),
     ("alarms", "alarms", "light", LAPTOP, None),
     ("phone-dark", "overview", "dark", PHONE, None),
 )
@@ -63,7 +63,7 @@ def shoot(browser: Browser, address: str, name: str, view: str, scheme: str, win
     page.wait_for_load_state("networkidle")
     page.wait_for_timeout(1000)
     if target is not None and page.locator(target).count():
-        page.locator(target).nth(2).hover()
+        page.locator(target).nth(2).hover()  # a token that its own clip has stopped
         page.wait_for_timeout(500)
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     page.close()
