@@ -122,7 +122,9 @@ def disturb(words: list[str], watch: Watch, phase: str, victim: str, draw: rando
 def without_engine_rounding(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last bits of the engine's own log-probs depend on which requests it decodes together; nothing is trained on
     them."""
-    return [{k: v for k, v in record.items() if not k.startswith("rollout_diff/")} for record in records]
+    return [
+        {k: v for k, v in record.items() if not k.startswith(("rollout_diff/", "drift/mismatch"))} for record in records
+    ]
 
 
 def file_mode(folder: Path) -> int:

@@ -18,12 +18,18 @@ from tests.end_to_end.test_training import ROOT, command, processes_of, records,
 from tests.traces import named, read_trace
 
 SIX_STEPS = ["--trainer.steps", "6", "--evaluation.prompts", "0", "--weight_sync.method", "disk"]
-TIMES = ("seconds/", "tokens_per_second", "gate/time_share", "gate/reduce_share", "gpu/")
+OF_THE_MACHINE = (
+    *("seconds/", "tokens_per_second", "tflops_per_gpu/", "mfu/", "gate/time_share", "gate/reduce_share", "idle_share"),
+    *("gpu/", "memory/", "disk/", "energy/", "slowest/", "engines/", "goodput", "restart/"),
+)
+"""Metrics of time and machines, which differ between runs that learn the same."""
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """Training records without times."""
-    return [{k: v for k, v in record.items() if not k.startswith(TIMES)} for record in records(folder, "train")]
+    return [
+        {k: v for k, v in record.items() if not k.startswith(OF_THE_MACHINE)} for record in records(folder, "train")
+    ]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
