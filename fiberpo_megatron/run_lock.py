@@ -269,9 +269,8 @@ def holder_of(folder: Path) -> Holder | None:
 
     On another machine a holder that died without releasing the folder cannot be seen to have ended. Raises OSError.
     """
-    locks = folder / "lock"
-    lock = _read(locks / _name(_newest(locks)))
-    return None if lock is None or _runs(lock, folder) is False else lock.holder
+    seen = look(folder)
+    return None if seen is None or seen.runs is False else seen.holder
 
 
 def _wait_until_free(path: Path, folder: Path, say: Say, poll_s: float, watch_s: float) -> None:
