@@ -285,9 +285,9 @@ def silent(folder: Path) -> None:
 STEP_S, LATE_S = 0.05, 0.03
 
 
-def straggling(slow: int | None, steps: int = 12) -> list[dict[str, Any]]:
-    """Run on each of some real ranks: phases that sleep, and rank `slow` from step 4 on longer; the records come from
-    the rank that logs."""
+def straggling(slow: int | None, steps: int = 12, late_s: float = LATE_S) -> list[dict[str, Any]]:
+    """Run on each of some real ranks: phases that sleep, and rank `slow` from step 4 on `late_s` longer; the records
+    come from the rank that logs."""
     from fiberpo_megatron.mcore.parallel.layout import start_layout, stop_layout
     from fiberpo_megatron.mcore.settings import ParallelConfig
     from fiberpo_megatron.telemetry.timers import PhaseTimers
@@ -302,7 +302,7 @@ def straggling(slow: int | None, steps: int = 12) -> list[dict[str, Any]]:
     records = []
     for step in range(steps):
         with timers("train"):
-            time.sleep(STEP_S + (LATE_S if layout.rank == slow and step >= 4 else 0.0))
+            time.sleep(STEP_S + (late_s if layout.rank == slow and step >= 4 else 0.0))
             layout.barrier()  # the others wait here for the slow one, in the same phase
         seconds = timers.read()
         found = figures(step, rollouts, seconds)
