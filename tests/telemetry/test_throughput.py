@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
