@@ -1,7 +1,8 @@
 """This module defines what crosses a boundary between parts: one type per stage, frozen, shapes documented.
 
-B trajectories, N tokens of all trajectories (prompts included), t local positions of one packed row,
-n local response tokens. "Response token" is a token that the policy chose and that is trained on.
+B token sequences (each trajectory has one, and one more for each of its branches), N tokens of all sequences (prompts
+included), t local positions of one packed row, n local response tokens. "Response token" is a token that the policy
+chose and that is trained on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -84,8 +85,41 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class TokenSequence:
+    """This is what the policy read and sampled in one context, token by token."""
+
+    prompt_ids: tuple[int, ...]
+    """Tokens before the completion."""
+    completion: Completion
+
+    @property
+    def sampled(self) -> NDArray[np.bool_]:
+        """Return [T], True at the tokens of the completion that the policy sampled."""
+        completion = self.completion
+        return np.ones(len(completion.token_ids), np.bool_) if completion.loss_mask is None else completion.loss_mask
+
+
+@dataclass(frozen=True)
+class Branch(TokenSequence):
+    """This is a token sequence of a trajectory beside its first one: an agent rewrote the past, and the policy sampled
+    on from there (docs/fibration.md, Branches of a trajectory).
+
+    Only tokens that were sampled in this sequence are response tokens. What it repeats from another sequence of its
+    trajectory belongs into `prompt_ids`, or is False in the completion's `loss_mask`, so that every sampled token
+    counts once. Raises ValueError without a prompt, and without a sampled token: such a sequence trains nothing.
+    """
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids or not self.sampled.any():
+            raise ValueError(
+                f"a branch has {len(self.prompt_ids)} tokens before its completion and {int(self.sampled.sum())} "
+                "sampled ones; it needs at least one of each: leave out a branch in which nothing was sampled"
+            )
+
+
+@dataclass(frozen=True)
 class Trajectory:
-    """This is a scored response."""
+    """This is a scored response; an agent that rewrites the past gives it further token sequences."""
 
     prompt: Prompt
     completion: Completion
@@ -99,6 +133,14 @@ class Trajectory:
     """Further numbers of the environment by name."""
     failure: str | None = None
     """Why the environment failed, where such a trajectory is kept with reward 0."""
+    branches: tuple[Branch, ...] = ()
+    """Token sequences beside `prompt` and `completion`, in the order in which they began. They share the trajectory's
+    reward, key and length."""
+
+    @property
+    def sequences(self) -> tuple[TokenSequence, ...]:
+        """Return all token sequences of the trajectory, its own first."""
+        return (TokenSequence(self.prompt.token_ids, self.completion), *self.branches)
 
 
 @dataclass(frozen=True)
@@ -109,93 +151,102 @@ class RolloutGroup:
     trajectories: tuple[Trajectory, ...]
 
 
-TRAJECTORY, TOKEN, NAMED = "trajectory", "token", "named"
-"""What an array of a RolloutBatch has one entry for. NAMED means a mapping from names to arrays [B]."""
+TRAJECTORY, SEQUENCE, TOKEN, NAMED = "trajectory", "sequence", "token", "named"
+"""What an array of a RolloutBatch is a fact of. All but TOKEN have one entry per sequence: facts of a TRAJECTORY are
+equal in all of its sequences, and NAMED ones are such facts in a mapping from names to arrays."""
+NUMBERED = ("groups", "trajectories")
+"""Arrays of dense numbers, which begin at 0 again wherever batches are joined or thinned out."""
 
 
 def _array(
     dtype: type,
     per: str,
     fill: object = None,
-    of: Callable[[Trajectory], Any] | None = None,
+    of: Callable[[Any], Any] | None = None,
     empty: tuple[int, ...] | None = None,
 ) -> Any:
     """Declare an array of RolloutBatch: everything that packs, exchanges, stores or joins batches reads it here.
 
     `fill` is the value where nothing is known: in files of older versions, in batches made without engines. `of` takes
-    the values out of a trajectory: one number, or (per token) one for each token of prompt and response. `empty`: the
-    shape that stands for a fact of tokens that was not asked for; `of` then gives None.
+    the values out of a Trajectory or, if `per` is SEQUENCE or TOKEN, out of a TokenSequence: one number, or (per token)
+    one for each token of prompt and response. `empty`: the shape that stands for a fact of tokens that was not asked
+    for; `of` then gives None.
     """
     metadata = {"dtype": np.dtype(dtype), "per": per, "fill": fill, "of": of, "empty": empty}
     return field(metadata=metadata)
 
 
-def _tokens(trajectory: Trajectory) -> list[int]:
-    return [*trajectory.prompt.token_ids, *trajectory.completion.token_ids]
+def _tokens(sequence: TokenSequence) -> list[int]:
+    return [*sequence.prompt_ids, *sequence.completion.token_ids]
 
 
-def _behind_prompt(trajectory: Trajectory, values: Any, fill: object) -> NDArray[Any]:
+def _behind_prompt(sequence: TokenSequence, values: Any, fill: object) -> NDArray[Any]:
     """Return per-token values of a response with `fill` at the prompt's tokens."""
     values = np.asarray(values)
-    return np.concatenate([np.full(len(trajectory.prompt.token_ids), fill, values.dtype), values])
+    return np.concatenate([np.full(len(sequence.prompt_ids), fill, values.dtype), values])
 
 
-def _sampled(trajectory: Trajectory) -> NDArray[np.bool_]:
-    completion = trajectory.completion
-    return np.ones(len(completion.token_ids), np.bool_) if completion.loss_mask is None else completion.loss_mask
+def _engines(sequence: TokenSequence) -> NDArray[np.int16]:
+    engines = sequence.completion.engines
+    return np.where(sequence.sampled, 0, -1) if engines is None else engines
 
 
-def _engines(trajectory: Trajectory) -> NDArray[np.int16]:
-    completion, sampled = trajectory.completion, _sampled(trajectory)
-    return np.where(sampled, 0, -1) if completion.engines is None else completion.engines
-
-
-def _versions(trajectory: Trajectory) -> NDArray[np.int64]:
-    versions = np.full(len(trajectory.completion.token_ids), -1, np.int64)
-    for span in trajectory.completion.weight_spans:
+def _versions(sequence: TokenSequence) -> NDArray[np.int64]:
+    versions = np.full(len(sequence.completion.token_ids), -1, np.int64)
+    for span in sequence.completion.weight_spans:
         versions[span.start : span.end] = int(span.version) if span.version.isdecimal() else -1
     return versions
 
 
-def _experts(trajectory: Trajectory) -> NDArray[np.int16] | None:
-    experts = trajectory.completion.routed_experts
+def _experts(sequence: TokenSequence) -> NDArray[np.int16] | None:
+    experts = sequence.completion.routed_experts
     if experts is None:
         return None
     return np.concatenate([experts.astype(np.int16), np.full((1, *experts.shape[1:]), -1, np.int16)])
 
 
-def _scores(name: str) -> Callable[[Trajectory], NDArray[np.float32] | None]:
-    """Return what takes the scores of another model, a field of Completion, out of a trajectory."""
+def _scores(name: str) -> Callable[[TokenSequence], NDArray[np.float32] | None]:
+    """Return what takes the scores of another model, a field of Completion, out of a sequence."""
 
-    def of(trajectory: Trajectory) -> NDArray[np.float32] | None:
-        values = getattr(trajectory.completion, name)
-        return None if values is None else _behind_prompt(trajectory, values, np.nan)
+    def of(sequence: TokenSequence) -> NDArray[np.float32] | None:
+        values = getattr(sequence.completion, name)
+        return None if values is None else _behind_prompt(sequence, values, np.nan)
 
     return of
 
 
+def _truncated(trajectory: Trajectory) -> bool:
+    return any(sequence.completion.finish_reason == "length" for sequence in trajectory.sequences)
+
+
 @dataclass(frozen=True)
 class RolloutBatch:
-    """These are all trajectories of one training step as flat arrays, equal on every rank, groups contiguous.
+    """These are all trajectories of one training step as flat arrays, equal on every rank.
 
-    A fact is added by one line here: its dtype, what it has one entry for, its value where nothing is known, and
-    where in a trajectory it stands.
+    There is one entry [B] for each token sequence; those of a trajectory are contiguous, and so are the trajectories of
+    a group. What counts or compares trajectories takes `per_trajectory()`, which is the batch itself where no
+    trajectory has branches.
+
+    A fact is added by one line here: its dtype, what it is a fact of, its value where nothing is known, and where it
+    stands in a trajectory or a sequence.
     """
 
     tokens: NDArray[np.int64] = _array(np.int64, TOKEN, of=_tokens)
-    """[N] token ids, trajectory after trajectory."""
-    response_mask: NDArray[np.bool_] = _array(np.bool_, TOKEN, of=lambda t: _behind_prompt(t, _sampled(t), False))
+    """[N] token ids, sequence after sequence."""
+    response_mask: NDArray[np.bool_] = _array(np.bool_, TOKEN, of=lambda s: _behind_prompt(s, s.sampled, False))
     """[N] True at response tokens. In a conversation it has holes: the environment's turns are no response tokens."""
     rollout_log_probs: NDArray[np.float32] = _array(
-        np.float32, TOKEN, 0.0, lambda t: _behind_prompt(t, t.completion.log_probs, 0.0)
+        np.float32, TOKEN, 0.0, lambda s: _behind_prompt(s, s.completion.log_probs, 0.0)
     )
     """[N] the engine's log-probs at response tokens, 0 elsewhere."""
-    weight_versions: NDArray[np.int64] = _array(np.int64, TOKEN, -1, lambda t: _behind_prompt(t, _versions(t), -1))
+    weight_versions: NDArray[np.int64] = _array(np.int64, TOKEN, -1, lambda s: _behind_prompt(s, _versions(s), -1))
     """[N] version of the weights that sampled a response token, -1 elsewhere and where it is not known."""
-    engines: NDArray[np.int16] = _array(np.int16, TOKEN, -1, lambda t: _behind_prompt(t, _engines(t), -1))
+    engines: NDArray[np.int16] = _array(np.int16, TOKEN, -1, lambda s: _behind_prompt(s, _engines(s), -1))
     """[N] index of the engine that sampled a response token, -1 elsewhere and where it is not known."""
-    lengths: NDArray[np.int64] = _array(np.int64, TRAJECTORY, of=lambda t: len(_tokens(t)))
-    """[B] tokens of each trajectory."""
+    lengths: NDArray[np.int64] = _array(np.int64, SEQUENCE, of=lambda s: len(_tokens(s)))
+    """[B] tokens of each sequence."""
+    trajectories: NDArray[np.int64] = _array(np.int64, SEQUENCE, np.arange)
+    """[B] dense index of the trajectory, non-decreasing; a trajectory that has no branches has one sequence."""
     rewards: NDArray[np.float32] = _array(np.float32, TRAJECTORY, 0.0, lambda t: t.reward)
     """[B]"""
     correct: NDArray[np.bool_] = _array(np.bool_, TRAJECTORY, False, lambda t: t.correct)
@@ -204,8 +255,8 @@ class RolloutBatch:
     """[B] dense group index, non-decreasing."""
     domains: NDArray[np.int64] = _array(np.int64, TRAJECTORY, 0, lambda t: t.prompt.domain)
     """[B] domain index."""
-    truncated: NDArray[np.bool_] = _array(np.bool_, TRAJECTORY, False, lambda t: t.completion.finish_reason == "length")
-    """[B] True where the response was cut by the length limit."""
+    truncated: NDArray[np.bool_] = _array(np.bool_, TRAJECTORY, False, _truncated)
+    """[B] True where the response was cut by the length limit; of branches, where any of them was."""
     failed: NDArray[np.bool_] = _array(np.bool_, TRAJECTORY, False, lambda t: t.failure is not None)
     """[B] True where the environment failed and the trajectory was kept with reward 0."""
     reward_parts: Mapping[str, NDArray[np.float32]] = _array(np.float32, NAMED, np.nan, lambda t: t.rewards)
@@ -214,7 +265,7 @@ class RolloutBatch:
     """[B] by name: further numbers of the environments, nan where a trajectory has none of that name."""
     routed_experts: NDArray[np.int16] = _array(np.int16, TOKEN, None, _experts, empty=(0, 0, 0))
     """[N, MoE layers, top_k] the engine's experts of each token, -1 where it gave none (the last token of a
-    trajectory); empty when it was not asked."""
+    sequence); empty when it was not asked."""
     teacher_log_probs: NDArray[np.float32] = _array(np.float32, TOKEN, np.nan, _scores("teacher_log_probs"), empty=(0,))
     """[N] the teacher's log-probs at response tokens, at temperature 1; nan elsewhere and where it gave none; empty
     when no teacher was asked."""
@@ -226,8 +277,9 @@ class RolloutBatch:
     @classmethod
     def filled(cls, **arrays: Any) -> "RolloutBatch":
         """Return a batch of the given arrays, with the declared value in all others. `tokens`, `response_mask`,
-        `lengths` and `groups` must be given; others may have any dtype that converts."""
-        sizes = {TRAJECTORY: len(arrays["lengths"]), TOKEN: len(arrays["tokens"])}
+        `lengths` and `groups` must be given; others may have any dtype that converts. Without `trajectories` each
+        sequence is one of its own."""
+        sizes = dict.fromkeys((TRAJECTORY, SEQUENCE), len(arrays["lengths"])) | {TOKEN: len(arrays["tokens"])}
         values: dict[str, Any] = {}
         for fact in fields(cls):
             dtype, per, fill = (fact.metadata[key] for key in ("dtype", "per", "fill"))
@@ -237,12 +289,14 @@ class RolloutBatch:
                 values[fact.name] = np.asarray(arrays[fact.name], dtype)
             elif fact.metadata["empty"] is not None:
                 values[fact.name] = np.zeros(fact.metadata["empty"], dtype)
+            elif callable(fill):
+                values[fact.name] = np.asarray(fill(sizes[per]), dtype)
             else:
                 values[fact.name] = np.full(sizes[per], fill, dtype)
         return cls(**values)
 
     def part(self, first: int, last: int) -> "RolloutBatch":
-        """Return the trajectories [first, last) as a batch whose arrays are views of this one's."""
+        """Return the sequences [first, last) as a batch whose arrays are views of this one's."""
         begin, end = int(self.lengths[:first].sum()), int(self.lengths[:last].sum())
         arrays: dict[str, Any] = {}
         for fact in fields(self):
@@ -250,32 +304,57 @@ class RolloutBatch:
             if per == NAMED:
                 arrays[fact.name] = {name: values[first:last] for name, values in value.items()}
             else:
-                arrays[fact.name] = value[first:last] if per == TRAJECTORY else value[begin:end]
+                arrays[fact.name] = value[begin:end] if per == TOKEN else value[first:last]
         return RolloutBatch(**arrays)
 
     def select(self, kept: NDArray[np.bool_]) -> "RolloutBatch":
-        """Return the trajectories that `kept` [B] marks as a batch whose groups are numbered 0, 1, ... again."""
+        """Return the sequences that `kept` [B] marks as a batch whose groups and trajectories are numbered 0, 1, ...
+        again."""
         tokens = np.repeat(kept, self.lengths)
         arrays: dict[str, Any] = {}
         for fact in fields(self):
             value, per = getattr(self, fact.name), fact.metadata["per"]
             if per == NAMED:
                 arrays[fact.name] = {name: values[kept] for name, values in value.items()}
-            elif per == TRAJECTORY:
-                arrays[fact.name] = value[kept]
-            else:
+            elif per == TOKEN:
                 arrays[fact.name] = value[tokens] if len(value) == len(tokens) else value  # one that was not asked for
-        arrays["groups"] = np.unique(arrays["groups"], return_inverse=True)[1].astype(np.int64)
+            else:
+                arrays[fact.name] = value[kept]
+        for name in NUMBERED:
+            arrays[name] = np.unique(arrays[name], return_inverse=True)[1].astype(np.int64)
         return RolloutBatch(**arrays)
+
+    def per_trajectory(self) -> "RolloutBatch":
+        """Return the batch with one entry for each trajectory: the same tokens, and lengths over all of its sequences.
+
+        It counts, compares and averages trajectories, response tokens and turns. It cannot be packed: a sequence must
+        not attend to another one.
+        """
+        first = np.flatnonzero(np.diff(self.trajectories, prepend=-1))
+        if len(first) == len(self.lengths):
+            return self
+        arrays: dict[str, Any] = {}
+        for fact in fields(self):
+            value, per = getattr(self, fact.name), fact.metadata["per"]
+            if per == NAMED:
+                arrays[fact.name] = {name: values[first] for name, values in value.items()}
+            else:
+                arrays[fact.name] = value if per == TOKEN else value[first]
+        return RolloutBatch(**arrays | {"lengths": np.add.reduceat(self.lengths, first)})
+
+    @property
+    def branches(self) -> NDArray[np.int64]:
+        """This is the number of sequences of each trajectory."""
+        return np.bincount(self.trajectories - self.trajectories[0]) if len(self.lengths) else self.lengths
 
     @property
     def offsets(self) -> NDArray[np.int64]:
-        """This is [B + 1], the start of each trajectory in the flat arrays."""
+        """This is [B + 1], the start of each sequence in the flat arrays."""
         return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
 
     @property
     def response_lengths(self) -> NDArray[np.int64]:
-        """This is [B], the number of response tokens of each trajectory."""
+        """This is [B], the number of response tokens of each sequence."""
         running = np.concatenate([[0], np.cumsum(self.response_mask)])
         return np.diff(running[self.offsets]).astype(np.int64)
 
@@ -288,7 +367,7 @@ class RolloutBatch:
 
     @property
     def turns(self) -> NDArray[np.int64]:
-        """This is [B], the turns of the policy in each trajectory: runs of response tokens."""
+        """This is [B], the turns of the policy in each sequence: runs of response tokens."""
         return np.add.reduceat(self.turn_begins, self.offsets[:-1], dtype=np.int64)
 
 
@@ -296,19 +375,26 @@ def flatten(groups: Sequence[RolloutGroup]) -> RolloutBatch:
     """Return the flat arrays of a leader's groups, which are numbered from 0. A group without trajectories, because
     all were dropped, gets no number."""
     trajectories = [t for group in groups for t in group.trajectories]
+    counts = np.array([len(t.sequences) for t in trajectories], np.int64)
+    sequences = [sequence for t in trajectories for sequence in t.sequences]
     whole = [group for group in groups if group.trajectories]
+    of_trajectory = np.array([g for g, group in enumerate(whole) for _ in group.trajectories], np.int64)
     arrays: dict[str, Any] = {
-        "groups": np.array([g for g, group in enumerate(whole) for _ in group.trajectories], np.int64)
+        "groups": np.repeat(of_trajectory, counts),
+        "trajectories": np.repeat(np.arange(len(trajectories)), counts),
     }
     for fact in fields(RolloutBatch):
         dtype, per, fill, of = (fact.metadata[key] for key in ("dtype", "per", "fill", "of"))
         if of is None:
             continue
-        values = [of(trajectory) for trajectory in trajectories]
+        values = [of(one) for one in (trajectories if per in (TRAJECTORY, NAMED) else sequences)]
         if per == NAMED:
             names = sorted({name for value in values for name in value})
-            arrays[fact.name] = {n: np.array([v.get(n, fill) for v in values], dtype) for n in names}
+            found = {n: np.array([v.get(n, fill) for v in values], dtype) for n in names}
+            arrays[fact.name] = {n: np.repeat(array, counts) for n, array in found.items()}
         elif per == TRAJECTORY:
+            arrays[fact.name] = np.repeat(np.array(values, dtype), counts)
+        elif per == SEQUENCE:
             arrays[fact.name] = np.array(values, dtype)
         elif not any(value is None for value in values) and values:
             arrays[fact.name] = np.concatenate([np.asarray(value, dtype) for value in values])
@@ -341,13 +427,7 @@ def batch_of(arrays: Mapping[str, NDArray[Any]]) -> RolloutBatch:
 
 
 def join_batches(shares: Sequence[RolloutBatch]) -> RolloutBatch:
-    """Return one batch of all shares in order; groups are numbered 0, 1, ... through all of them."""
-    groups = []
-    seen = 0
-    for share in shares:
-        labels, dense = np.unique(share.groups, return_inverse=True)
-        groups.append(dense.astype(np.int64) + seen)
-        seen += len(labels)
+    """Return one batch of all shares in order; groups and trajectories are numbered 0, 1, ... through all of them."""
     filled = [share for share in shares if len(share.tokens)] or list(shares)
     arrays: dict[str, Any] = {}
     for fact in fields(RolloutBatch):
@@ -358,7 +438,19 @@ def join_batches(shares: Sequence[RolloutBatch]) -> RolloutBatch:
         names = sorted({name for part in parts for name in part})
         missing = [np.full(len(share.lengths), fact.metadata["fill"], fact.metadata["dtype"]) for share in filled]
         arrays[fact.name] = {n: np.concatenate([p.get(n, m) for p, m in zip(parts, missing)]) for n in names}
-    return RolloutBatch.filled(**{**arrays, "groups": np.concatenate(groups)})
+    for name in NUMBERED:
+        arrays[name] = _numbered([getattr(share, name) for share in shares])
+    return RolloutBatch.filled(**arrays)
+
+
+def _numbered(shares: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return the numbers of all shares, made dense through all of them."""
+    joined, seen = [], 0
+    for share in shares:
+        labels, dense = np.unique(share, return_inverse=True)
+        joined.append(dense.astype(np.int64) + seen)
+        seen += len(labels)
+    return np.concatenate(joined)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fiberpo_megatron.environments.host import EnvironmentFailed, Failure
 from fiberpo_megatron.interfaces import ConversationEncoder, Sampler, Scorer
 from fiberpo_megatron.rollout.conversation import ParseTools, PolicyConversation, response_seeds
 from fiberpo_megatron.rollout.environments import RunningEnvironment
-from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory
+from fiberpo_megatron.types import Branch, Completion, Prompt, RolloutGroup, TokenSequence, Trajectory
 
 STOP_POLL_S = 0.5
 """How often a request to stop is looked for while no group ends."""
@@ -37,6 +37,8 @@ class _Sample:
     text: str
     turns: tuple[Turn, ...]
     result: Outcome | Failure
+    branches: tuple[Branch, ...] = ()
+    """Further token sequences, of an agent that rewrote the past."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +182,23 @@ class Generator:
         completion = sample.completion
         if not self.scorers or completion is None or sample.prompt.split != "train":
             return sample
+        own, *others = await _together(
+            self._scored(sequence)
+            for sequence in (TokenSequence(sample.prompt.token_ids, completion), *sample.branches)
+        )
+        branches = tuple(replace(branch, completion=scored) for branch, scored in zip(sample.branches, others))
+        return replace(sample, completion=own, branches=branches)
+
+    async def _scored(self, sequence: TokenSequence) -> Completion:
+        """The completion of a sequence with the scores of its sampled tokens."""
+        completion = sequence.completion
         found = await _together(
-            scorer.log_probs(sample.prompt.token_ids, completion.token_ids) for scorer in self.scorers.values()
+            scorer.log_probs(sequence.prompt_ids, completion.token_ids) for scorer in self.scorers.values()
         )
         if completion.loss_mask is not None:
             found = [np.where(completion.loss_mask, log_probs, np.float32(np.nan)) for log_probs in found]
         scores: dict[str, Any] = dict(zip(self.scorers, found))
-        return replace(sample, completion=replace(completion, **scores))
+        return replace(completion, **scores)
 
     async def _score_group(
         self,
@@ -228,6 +240,7 @@ class Generator:
             outcome.rewards,
             outcome.metrics,
             None if failure is None else f"{failure.kind}: {failure.message}",
+            sample.branches,
         )
 
     def _check(self, version: str, prompt: Prompt, completion: Completion) -> None:
