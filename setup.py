@@ -44,9 +44,12 @@ setup(
         # apex is not on PyPI under that name: README.md, "On GPUs"
         "cuda": ["transformer-engine[pytorch]>=2.9", "sglang==0.5.23"],
         "math": ["math-verify==0.9.0"],
+        # parquet files and data set folders
+        "data": ["pyarrow>=15"],
         "wandb": ["wandb>=0.18"],
         "watch": ["starlette>=0.40", "uvicorn>=0.30"],
         "dev": [
+            "datasets>=4.0",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
