@@ -87,7 +87,7 @@ def test_a_slow_rank_among_real_ones_is_found_although_all_take_the_same_time():
     late = records[4:]
     assert [one["slowest/train/rank"] for one in late] == [1.0] * len(late)
     assert median(one["slowest/train/excess_seconds"] for one in late) > 0.5 * late_s
-    assert all(one["seconds/train"] > 1.3 * one["slowest/train/excess_seconds"] for one in late)
+    assert all(one["seconds/train"] > late_s for one in late), "the rank that writes the records waited as long"
     assert {"memory/host_peak_gib", "slowest/probe/rank", "disk/free_gib"} <= late[-1].keys()
 
 
