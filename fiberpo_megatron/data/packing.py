@@ -1,4 +1,4 @@
-"""Packing puts trajectories into rows of bounded size, rows onto data-parallel ranks, and rows into tensors.
+"""Packing puts token sequences into rows of bounded size, rows onto data-parallel ranks, and rows into tensors.
 
 Its functions are pure functions of the lengths and the layout's numbers. A sequence of L tokens has L - 1 inputs (the
 last token is only a label), padded to the layout's multiple.
@@ -29,6 +29,7 @@ def assign_rows(
     token_budget: int,
     oversized: Literal["error", "own_micro_batch"] = "error",
     multiple_of: int = 1,
+    trajectories: NDArray[np.int64] | None = None,
 ) -> list[Rows]:
     """Spread sequences over `data_size` ranks in rows of at most `token_budget` positions.
 
@@ -37,24 +38,54 @@ def assign_rows(
     each to the least loaded (Graham's LPT rule), then into rows. `sizes` are padded lengths. Returns, per rank, rows of
     indices into `sizes`; a row may be empty.
 
+    `trajectories` are non-decreasing numbers of what each sequence belongs to; by default each is on its own. Sequences
+    of a trajectory come into one row where all of them fit into one, so that a single pass remains possible.
+
     Raises ValueError for a sequence longer than the budget unless `oversized` gives it a separate row.
     """
     sizes = np.asarray(sizes, dtype=np.int64)
     if oversized == "error" and len(sizes) and sizes.max() > token_budget:
         worst = int(sizes.argmax())
+        of = worst if trajectories is None else int(trajectories[worst])
         raise ValueError(
-            f"trajectory {worst} takes {sizes[worst]} positions, more than batch.micro_batch_tokens = {token_budget};"
+            f"trajectory {of} takes {sizes[worst]} positions, more than batch.micro_batch_tokens = {token_budget};"
             f' raise it to at least {sizes[worst]}, or set batch.oversized = "own_micro_batch"'
         )
-    order = np.argsort(-sizes, kind="stable").tolist()
-    shares = _balance(order, sizes, data_size)
-    packed = [_first_fit(share, sizes, token_budget) for share in shares]
+    begins = np.arange(len(sizes)) if trajectories is None else _begins(sizes, trajectories, token_budget)
+    units = np.add.reduceat(sizes, begins) if len(begins) < len(sizes) else sizes
+    order = np.argsort(-units, kind="stable").tolist()
+    shares = _balance(order, units, data_size)
+    packed = [_first_fit(share, units, token_budget) for share in shares]
     count = max(1, *(len(rows) for rows in packed))
     count = -(-count // multiple_of) * multiple_of
-    return [
-        _even(share, sizes, count, token_budget) or rows + [[]] * (count - len(rows))
+    ranks = [
+        _even(share, units, count, token_budget) or rows + [[]] * (count - len(rows))
         for share, rows in zip(shares, packed)
     ]
+    if len(begins) == len(sizes):
+        return ranks
+    ends = [*begins[1:].tolist(), len(sizes)]
+    members = [list(range(begin, end)) for begin, end in zip(begins.tolist(), ends)]
+    return [[[index for unit in row for index in members[unit]] for row in rows] for rows in ranks]
+
+
+def _begins(sizes: NDArray[np.int64], trajectories: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
+    """Return where what is packed as one piece begins: a trajectory that fits into a row, or one sequence."""
+    begins = np.diff(trajectories, prepend=-1) != 0
+    if begins.all():
+        return np.arange(len(sizes))
+    totals = np.add.reduceat(sizes, np.flatnonzero(begins))
+    too_long = (totals > budget)[np.cumsum(begins) - 1]
+    return np.flatnonzero(begins | too_long)
+
+
+def split_trajectories(ranks: Sequence[Rows], trajectories: NDArray[np.int64]) -> int:
+    """Return the number of trajectories whose sequences lie in more than one row of an assignment by `assign_rows`."""
+    row_of = np.full(len(trajectories), -1)
+    for number, row in enumerate(row for rows in ranks for row in rows):
+        row_of[row] = number
+    apart = (trajectories[1:] == trajectories[:-1]) & (row_of[1:] != row_of[:-1])
+    return len(np.unique(trajectories[1:][apart]))
 
 
 def _balance(order: list[int], sizes: NDArray[np.int64], count: int) -> Rows:
@@ -100,23 +131,31 @@ class PackingEfficiency:
     """Positions of the most loaded rank over the mean, less 1: the share of time that the other ranks wait."""
     micro_batches: int
     """Rows of each rank."""
+    split: int = 0
+    """Trajectories whose sequences lie in several rows, so that no single row's tokens are a whole trajectory."""
 
 
-def packing_efficiency(lengths: NDArray[np.int64], ranks: Sequence[Rows], sequence_multiple: int) -> PackingEfficiency:
-    """Return the efficiency of an assignment by `assign_rows`, from the number of tokens of each trajectory."""
+def packing_efficiency(
+    lengths: NDArray[np.int64], ranks: Sequence[Rows], sequence_multiple: int, split: int = 0
+) -> PackingEfficiency:
+    """Return the efficiency of an assignment by `assign_rows`, from the number of tokens of each sequence.
+
+    `split`: what `split_trajectories` says about it.
+    """
     sizes = padded_lengths(lengths, sequence_multiple)
     loads = [sum(int(sizes[row].sum()) if row else sequence_multiple for row in rows) for rows in ranks]
     return PackingEfficiency(
         useful_share=float((lengths - 1).sum() / sum(loads)),
         imbalance=max(loads) * len(loads) / sum(loads) - 1,
         micro_batches=len(ranks[0]),
+        split=split,
     )
 
 
 def pack(
     batch: RolloutBatch, rows: Rows, *, sequence_multiple: int, context_rank: int = 0, context_size: int = 1
 ) -> list[MicroBatch]:
-    """Return one MicroBatch per row of trajectory indices, cut for this context-parallel rank.
+    """Return one MicroBatch per row of sequence indices, cut for this context-parallel rank.
 
     An empty row becomes one padding sequence with no response token, so that the rank still takes part in every
     collective. `sequence_multiple` must be a multiple of 2 x context_size when context_size > 1.

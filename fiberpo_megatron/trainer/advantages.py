@@ -12,7 +12,8 @@ An estimator is any object that turns a step's rollouts into advantages:
             return mean / rollouts.response_lengths
 
 `algorithm.advantage` names it by import path, with the arguments of its constructor as `options`. `rollouts` is equal
-on every rank, so that an estimator that is a function of it gives every rank the same advantages.
+on every rank, so that an estimator that is a function of it gives every rank the same advantages. It has one entry [B]
+for each trajectory, whose length counts the response tokens of all of its branches: estimators need not know of them.
 """
 
 from dataclasses import dataclass
@@ -123,11 +124,12 @@ class BatchStandardised:
 
 
 def estimate(estimator: AdvantageEstimator, rollouts: RolloutBatch) -> NDArray[np.float32]:
-    """Return an estimator's advantages, [B].
+    """Return an estimator's advantages, one for each sequence [B]: that of its trajectory.
 
     Raises ValueError, naming the trajectory, for a reward that is not finite, and, naming the estimator, unless it
     returns one finite number for each trajectory.
     """
+    sequences, rollouts = rollouts, rollouts.per_trajectory()
     count, name = len(rollouts.rewards), type(estimator).__qualname__
     if not np.isfinite(rollouts.rewards).all():
         at = int(np.flatnonzero(~np.isfinite(rollouts.rewards))[0])
@@ -147,7 +149,8 @@ def estimate(estimator: AdvantageEstimator, rollouts: RolloutBatch) -> NDArray[n
             f"the advantage estimator {name} returned {advantages[at]} for trajectory {at} (reward "
             f"{rollouts.rewards[at]}); return finite numbers, such as 0 where there is nothing to compare with"
         )
-    return advantages.astype(np.float32)
+    of_sequence = np.repeat(np.arange(count), sequences.branches)
+    return advantages.astype(np.float32)[of_sequence]
 
 
 def group_advantages(

@@ -10,7 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fiberpo_megatron.data.packing import PackingEfficiency, assign_rows, pack, packing_efficiency, padded_lengths
+from fiberpo_megatron.data.packing import (
+    PackingEfficiency,
+    assign_rows,
+    pack,
+    packing_efficiency,
+    padded_lengths,
+    split_trajectories,
+)
 from fiberpo_megatron.fibration import WEIGHTINGS
 from fiberpo_megatron.fibration.levels import STATE_KEY
 from fiberpo_megatron.interfaces import Layout
@@ -59,11 +66,12 @@ def without_truncated(
 ) -> tuple[RolloutBatch, NDArray[np.float32], dict[str, float]]:
     """Return the trajectories that were not cut by the length limit, with their advantages, and metrics.
 
-    `rollouts` is equal on every rank, and so is the result. What is left out takes no part in a mini-batch: its tokens
-    are in no gate and cost no pass, and the weights are those of the trajectories that are left, which may be none.
+    `advantages` is [B]. `rollouts` is equal on every rank, and so is the result. What is left out takes no part in a
+    mini-batch: its tokens are in no gate and cost no pass, and the weights are those of the trajectories that are left,
+    which may be none. A trajectory one of whose branches was cut is left out as a whole.
     """
     kept = ~rollouts.truncated
-    share = 1.0 - float(kept.mean())
+    share = 1.0 - float((~rollouts.per_trajectory().truncated).mean())
     metrics = {"truncated/left_out_share": share, "truncated/steps_without_training": float(not kept.any())}
     return rollouts.select(kept), advantages[kept], metrics
 
@@ -83,9 +91,10 @@ def mini_batches(
     """Return the step's mini-batches: cut at group boundaries into `batch.mini_batches` parts and pack this rank's
     share of each.
 
-    Which trajectories form a part does not depend on the layout. `advantages` is [B], `weighting` and `normaliser` say
-    what `token_weights` gives each part, `domains` is the number of domains, `version` that of the trainer's weights;
-    `states` asks for the key "state", which costs a search through the tokens.
+    Which trajectories form a part does not depend on the layout. `advantages` is [B], equal in all sequences of a
+    trajectory; `weighting` and `normaliser` say what `token_weights` gives each part, `domains` is the number of
+    domains, `version` that of the trainer's weights; `states` asks for the key "state", which costs a search through
+    the tokens.
     """
     weigh = partial(token_weights, weighting=weighting, normaliser=normaliser)
     edges = np.searchsorted(
@@ -112,9 +121,9 @@ def _mini_batch(
 ) -> MiniBatch:
     micro_batches, efficiency = pack_share(rollouts, range(first, last), batch, layout)
     tokens = concatenated_response_tokens(micro_batches).numpy()
-    trajectory = np.searchsorted(rollouts.offsets, tokens, side="right") - 1
+    sequence = np.searchsorted(rollouts.offsets, tokens, side="right") - 1
     part = rollouts.part(first, last)
-    weights = weigh(part.response_lengths)
+    weights = weigh(part.per_trajectory().response_lengths)
     keys = token_keys(rollouts, first, last, domains, tokens)
     if states:
         ids, count = state_ids(part, 0, last - first)
@@ -122,8 +131,8 @@ def _mini_batch(
     return MiniBatch(
         micro_batches=micro_batches,
         packing=efficiency,
-        advantages=torch.from_numpy(advantages[trajectory]),
-        weights=torch.from_numpy(weights[trajectory - first]),
+        advantages=torch.from_numpy(advantages[sequence]),
+        weights=torch.from_numpy(weights[rollouts.trajectories[sequence] - rollouts.trajectories[first]]),
         keys={name: torch.from_numpy(ids) for name, (ids, _) in keys.items()},
         counts={name: count for name, (_, count) in keys.items()},
         labels={name: torch.from_numpy(of) for name, of in token_labels(rollouts, first, last, version).items()},
@@ -141,23 +150,24 @@ def _served(log_probs: NDArray[np.float32], tokens: NDArray[np.int64]) -> Tensor
 def token_keys(
     rollouts: RolloutBatch, first: int, last: int, domains: int, tokens: NDArray[np.int64] | None = None
 ) -> dict[str, tuple[NDArray[np.int64], int]]:
-    """Return per key (dense ids [n] of `tokens`, number of ids) of the mini-batch of trajectories [first, last).
+    """Return per key (dense ids [n] of `tokens`, number of ids) of the mini-batch of sequences [first, last).
 
-    `tokens` are flat indices [n], by default all of the batch. Their trajectories alone are looked at, apart from two
-    passes over the mini-batch: a rank has few of a large batch's tokens. The key "state" is not among the keys
-    (`states.state_ids`). Ids of tokens outside the mini-batch, and of tokens that are no response tokens, mean nothing.
+    `tokens` are flat indices [n], by default all of the batch. Their sequences alone are looked at, apart from two
+    passes over the mini-batch: a rank has few of a large batch's tokens. All branches of a trajectory have its id; each
+    of their turns has one of its own. The key "state" is not among the keys (`states.state_ids`). Ids of tokens outside
+    the mini-batch, and of tokens that are no response tokens, mean nothing.
     """
     part, begin = rollouts.part(first, last), int(rollouts.offsets[first])
     tokens = np.arange(len(rollouts.tokens)) if tokens is None else tokens
     inside = (tokens - begin).clip(0, len(part.tokens) - 1)
-    trajectory = np.searchsorted(part.offsets, inside, side="right") - 1
-    group = part.groups - part.groups[0]
+    sequence = np.searchsorted(part.offsets, inside, side="right") - 1
+    group, trajectory = part.groups - part.groups[0], part.trajectories - part.trajectories[0]
     turn = np.cumsum(part.turn_begins) - 1
     keys = {
         "turn": (turn[inside], int(part.turns.sum())),
-        "trajectory": (trajectory, last - first),
-        "prompt_group": (group[trajectory], int(group[-1]) + 1),
-        "domain": (part.domains[trajectory], domains),
+        "trajectory": (trajectory[sequence], int(trajectory[-1]) + 1),
+        "prompt_group": (group[sequence], int(group[-1]) + 1),
+        "domain": (part.domains[sequence], domains),
     }
     for name, values in (("weight_version", part.weight_versions), ("engine", part.engines)):
         seen = _seen(part, values)
@@ -168,14 +178,14 @@ def token_keys(
 def token_labels(rollouts: RolloutBatch, first: int, last: int, version: int) -> dict[str, NDArray[np.int64]]:
     """Return the number of each id of `token_keys`, by which budgets and branches name it, where that is not the id.
 
-    That of a turn is its place in its trajectory, from 0; that of a weight version is how far it lies behind `version`,
-    the trainer's; that of an engine is the engine's. -1 says that it is not known, or that a version is none of this
-    run (it is ahead of the trainer's).
+    That of a turn is its place in its trajectory, from 0, through all branches; that of a weight version is how far it
+    lies behind `version`, the trainer's; that of an engine is the engine's. -1 says that it is not known, or that a
+    version is none of this run (it is ahead of the trainer's).
     """
     part = rollouts.part(first, last)
     versions = _seen(part, part.weight_versions)
     return {
-        "turn": np.concatenate([np.arange(turns) for turns in part.turns]).astype(np.int64),
+        "turn": np.concatenate([np.arange(turns) for turns in part.per_trajectory().turns]).astype(np.int64),
         "weight_version": np.where((versions >= 0) & (versions <= version), version - versions, -1).astype(np.int64),
         "engine": _seen(part, part.engines).astype(np.int64),
     }
@@ -192,14 +202,16 @@ def _seen(part: RolloutBatch, values: NDArray[Any]) -> NDArray[Any]:
 def pack_share(
     rollouts: RolloutBatch, part: range, batch: BatchConfig, layout: Layout
 ) -> tuple[list[MicroBatch], PackingEfficiency]:
-    """Return this rank's rows of the trajectories `part`, and how well all ranks' rows are packed."""
+    """Return this rank's rows of the sequences `part`, and how well all ranks' rows are packed."""
     lengths, multiple = rollouts.lengths[part.start : part.stop], layout.sequence_multiple
+    trajectories = rollouts.trajectories[part.start : part.stop]
     ranks = assign_rows(
         padded_lengths(lengths, multiple),
         layout.data_size,
         batch.micro_batch_tokens,
         batch.oversized,
         multiple_of=layout.micro_batch_multiple,
+        trajectories=trajectories,
     )
     micro_batches = pack(
         rollouts,
@@ -208,12 +220,13 @@ def pack_share(
         context_rank=layout.context_rank,
         context_size=layout.context_size,
     )
-    return micro_batches, packing_efficiency(lengths, ranks, multiple)
+    return micro_batches, packing_efficiency(lengths, ranks, multiple, split_trajectories(ranks, trajectories))
 
 
 def packing_metrics(parts: Sequence[PackingEfficiency]) -> dict[str, float]:
     """Return the metrics of one step's mini-batches."""
-    return combine(
+    split = sum(part.split for part in parts)
+    metrics = combine(
         {
             "useful_token_share": part.useful_share,
             "load_imbalance": part.imbalance,
@@ -221,12 +234,14 @@ def packing_metrics(parts: Sequence[PackingEfficiency]) -> dict[str, float]:
         }
         for part in parts
     )
+    return metrics | ({"branches/split": split} if split else {})
 
 
 def token_weights(
     response_lengths: NDArray[np.int64], weighting: str, normaliser: float | None = None
 ) -> NDArray[np.float64]:
-    """Return [B], the weight mu of each token of a trajectory, as `fibration.WEIGHTINGS` describes the kinds.
+    """Return the weight mu of each token of a trajectory, for B trajectories with so many response tokens T: float64
+    [B]. `fibration.WEIGHTINGS` describes the kinds.
 
     seq-mean: 1/(B T); token-mean: 1/(sum of T); seq-sum: 1/B; constant: 1/(B L) with L = `normaliser`. Raises
     ValueError for another kind, and for "constant" without a positive `normaliser`.

@@ -247,10 +247,11 @@ def _step(
     noted: Noted | None,
 ) -> tuple[OptimizerStep, ObjectiveGate, Mapping[str, float]]:
     """One optimiser step. `fresh`: the weights have not moved since the old log-probs, so x = 0 by definition and
-    no extra forward is needed; nor is it where every level lies inside one micro-batch."""
+    no extra forward is needed; nor is it where every level lies inside one micro-batch. A trajectory does not where its
+    branches were packed into several; every rank knows that, because it has assigned the rows of all ranks."""
     layout = policy.layout
     old_log_probs = old.log_probs if old is not None else torch.zeros(0)
-    spans = objective.spans_micro_batches or terms.spans_micro_batches
+    spans = objective.spans_micro_batches or terms.spans_micro_batches or part.packing.split > 0
     single_pass = not fresh and not spans and layout.context_size == 1
     gate = ObjectiveGate(objective, part, old_log_probs, None if single_pass else layout.sum_over_tokens, terms=terms)
     gate.keeps_whole = noted is not None and noted.last

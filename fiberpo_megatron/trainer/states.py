@@ -10,17 +10,18 @@ from fiberpo_megatron.types import RolloutBatch
 
 
 def state_ids(rollouts: RolloutBatch, first: int, last: int) -> tuple[NDArray[np.int64], int]:
-    """Return the id of the state of every token [N], and the number of ids, among the trajectories [first, last).
+    """Return the id of the state of every token [N], and the number of ids, among the sequences [first, last).
 
     A state is the prompt of a trajectory and all that follows it before the token (arXiv:2603.08239, definition 3.2);
-    what an environment said between two turns belongs to it. States with at least two sampled tokens have the ids
-    0, 1, ...; all other tokens have LONE = -1. Every rank finds the same ids, because all hold the same rollouts.
+    what an environment said between two turns belongs to it. A branch that goes on from another sequence's prompt has
+    that prompt. States with at least two sampled tokens have the ids 0, 1, ...; all other tokens have LONE = -1. Every
+    rank finds the same ids, because all hold the same rollouts.
     """
     ids = np.full(len(rollouts.tokens), LONE, dtype=np.int64)
     count = 0
     begins = rollouts.offsets[first:last]
     ends = begins + rollouts.lengths[first:last]
-    at = np.array([begin + _prompt_length(rollouts.response_mask[begin:end]) for begin, end in zip(begins, ends)])
+    at = begins + _prompt_lengths(rollouts, first, last)
     prefix = _numbered([rollouts.tokens[begin:start].tobytes() for begin, start in zip(begins, at)])
     while True:
         # Trajectories whose prefixes up to here are equal have equal numbers; one that is alone stays alone.
@@ -42,7 +43,24 @@ def state_ids(rollouts: RolloutBatch, first: int, last: int) -> tuple[NDArray[np
         at = at + 1
 
 
-def _prompt_length(response_mask: NDArray[np.bool_]) -> int:
+def _prompt_lengths(rollouts: RolloutBatch, first: int, last: int) -> NDArray[np.int64]:
+    """Return the tokens of each sequence's prompt: of the shortest prompt in its trajectory with which its own one
+    begins."""
+    begins, trajectories = rollouts.offsets[first:last], rollouts.trajectories[first:last]
+    ends = begins + rollouts.lengths[first:last]
+    own = np.array([_before_response(rollouts.response_mask[a:b]) for a, b in zip(begins, ends)], dtype=np.int64)
+    prompts = [rollouts.tokens[begin : begin + size] for begin, size in zip(begins, own)]
+    found = own.copy()
+    numbers, counts = np.unique(trajectories, return_counts=True)
+    for number, count in zip(numbers[counts > 1], counts[counts > 1]):
+        begin = int(np.searchsorted(trajectories, number))
+        members = range(begin, begin + int(count))
+        for one in members:
+            found[one] = min(own[o] for o in members if np.array_equal(prompts[o], prompts[one][: own[o]]))
+    return found
+
+
+def _before_response(response_mask: NDArray[np.bool_]) -> int:
     return int(response_mask.argmax()) if response_mask.any() else len(response_mask)
 
 
