@@ -172,10 +172,8 @@ def cases_for(parallel: dict[str, int]) -> list[Case]:
 # Each kind of parallelism alone or in the pair that is most likely to break it; the others are in `make test-all`.
 KEPT = (
     "DP2",
-    "TP2",
     "PP2 VPP2",
     "PP3 uneven",
-    "CP2",
     "TP2 CP2",
     "DP2 EP2",
     "TP2 EP2",
