@@ -1,0 +1,456 @@
+"""This module runs programs that a model wrote in a sandbox on this machine.
+
+    sandbox = Sandbox("auto", Bounds(wall_s=4.0))
+    print(sandbox.description)                     # which means it uses, and what it bounds
+    run = await sandbox.run("print(input())", stdin="hello")
+    assert run.status == "ok" and run.stdout == "hello\\n"
+    async with sandbox.program(text) as program:   # several inputs share one start of the interpreter
+        runs = [await program.run(stdin=text) for text in inputs]
+
+A sandbox is bubblewrap's (`bwrap`), or one that sandbox_launcher.py makes with the same namespaces, or (by name alone)
+limits of resources without namespaces. All of them run code_runner.py inside and a seccomp filter around it. This
+module imports the standard library alone and runs on Python 3.10.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fiberpo_megatron.environments.builtin.system_calls import seccomp_filter
+from fiberpo_megatron.printable import printable
+
+RUNNER = Path(__file__).with_name("code_runner.py")
+LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/localtime")
+"""What a program sees of the system, read-only, besides the folders of its interpreter."""
+FILES = 10_000
+"""How many files a program may make in its folder."""
+START_S = 20.0
+"""How long a sandbox may take to start; on a busy machine an interpreter takes seconds."""
+GRACE_S = 2.0
+"""How much longer than its bounds say a runner is waited for."""
+BUBBLEWRAP = (0, 7)
+"""The first version that can bound a folder in memory (`--size`)."""
+COUNTS_BY_NAMESPACE = (5, 14)
+"""The first kernel that counts the processes of a user namespace apart from those of the same user elsewhere."""
+
+Kind = Literal["bubblewrap", "namespaces", "rlimits"]
+
+
+class SandboxError(RuntimeError):
+    """A sandbox could not be made or did not answer, whatever program it was to run."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Says what a program may use. All bounds hold for each input, except `program_s`."""
+
+    wall_s: float = 6.0
+    """Seconds by the clock."""
+    cpu_s: int | None = None
+    """Seconds of the processor, for each process of the program. None: `wall_s`, rounded up."""
+    program_s: float = 30.0
+    """Seconds by the clock for all inputs of a program together."""
+    memory_mib: int = 1024
+    """Memory of each process (address space), and of all together (resident), in MiB."""
+    processes: int = 16
+    """Processes and threads that may run at the same time."""
+    open_files: int = 64
+    """Open files of each process."""
+    output_kib: int = 1024
+    """Output to stdout, or the JSON of a returned value (KiB)."""
+    folder_mib: int = 64
+    """Room in the program's folder, and size of each file (MiB)."""
+
+    def for_runner(self, *, count_by_kernel: bool, count_files: bool) -> dict[str, Any]:
+        """Return the bounds as code_runner.py reads them."""
+        return {
+            "wall_s": self.wall_s,
+            "cpu_s": int(-(-self.wall_s // 1)) if self.cpu_s is None else self.cpu_s,
+            "memory_bytes": self.memory_mib << 20,
+            "folder_bytes": self.folder_mib << 20,
+            "output_bytes": self.output_kib << 10,
+            "open_files": self.open_files,
+            "processes": self.processes,
+            "files": FILES if count_files else 0,
+            "count_by_kernel": count_by_kernel,
+        }
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and not value > 0:
+                raise ValueError(f"the bound {name} = {value!r} must be above 0")
+
+
+@dataclass(frozen=True)
+class ProgramRun:
+    """Says what a program did with one input."""
+
+    status: str
+    """ok: it ended with exit code 0; error: it ended otherwise; timeout, memory, processes, output, files: it exceeded
+    that bound and was killed; ended: it broke its sandbox, or an earlier input used up the time of the program."""
+    stdout: str = ""
+    stderr: str = ""
+    """The end of stderr."""
+    value: str | None = None
+    """What the called function returned, as JSON; None if no function was called or the status is not ok."""
+    code: int | None = None
+    """Exit code, negative for a signal; None if it was killed for a bound."""
+    seconds: float = 0.0
+    """Time by the clock."""
+    left: int = 0
+    """Processes that it left behind and that were killed."""
+
+
+ENDED = "ended"
+
+
+@dataclass
+class Program:
+    """Runs one program against inputs, one after the other. `Sandbox.program` makes it."""
+
+    process: asyncio.subprocess.Process
+    bounds: Bounds
+    _spent_s: float = field(default=0.0, init=False)
+    _ended: str | None = field(default=None, init=False)
+
+    async def run(self, *, stdin: str = "", arguments: Sequence[Any] | None = None) -> ProgramRun:
+        """Run the program once, with a text on its stdin or with the arguments of its function."""
+        if self._ended is None and self._spent_s >= self.bounds.program_s:
+            self._ended = f"the program took longer than program_s = {self.bounds.program_s:g} s"
+        if self._ended is not None:
+            return ProgramRun(ENDED, stderr=self._ended)
+        given = {"stdin": stdin} if arguments is None else {"arguments": list(arguments)}
+        left_s = min(self.bounds.wall_s, self.bounds.program_s - self._spent_s)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            found = await asyncio.wait_for(self._ask(given), left_s + GRACE_S)
+        except asyncio.TimeoutError:  # noqa: UP041 (another class before Python 3.11)
+            self._ended = f"its sandbox did not answer within {left_s + GRACE_S:.1f} s"
+            return ProgramRun("timeout", stderr=self._ended, seconds=loop.time() - began)
+        self._spent_s += loop.time() - began
+        if found is None:
+            self._ended = "it ended its sandbox"
+            return ProgramRun(ENDED, stderr=self._ended)
+        return ProgramRun(**found)
+
+    async def _ask(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Send an input and return the fields of its ProgramRun; None when the runner is gone or writes nonsense."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json_bytes(given))
+            await self.process.stdin.drain()
+            return await read_answer(self.process)
+        except (ConnectionError, ValueError):  # ValueError: a line that is too long, or no JSON
+            return None
+
+
+class Sandbox:
+    """Makes sandboxes of one kind with the same bounds.
+
+    kind: bubblewrap, namespaces, rlimits, or auto, which takes the first of bubblewrap and namespaces that works here.
+    python: the interpreter of the programs. Its folders are what they can import from.
+
+    Raises SandboxError, with what was tried and what to do, when no sandbox of that kind works on this machine.
+    """
+
+    def __init__(self, kind: str = "auto", bounds: Bounds | None = None, python: str = sys.executable) -> None:
+        self.bounds = bounds or Bounds()
+        self.python = python
+        self._as_root = os.geteuid() == 0
+        self._folders = interpreter_folders(python)
+        self.kind: Kind = self._choose(kind)
+
+    @property
+    def description(self) -> str:
+        """Return one sentence that says which means are used and what they leave open."""
+        bounds = self.bounds
+        limits = (
+            f"{bounds.wall_s:g} s and {bounds.memory_mib} MiB for each input, {bounds.program_s:g} s for each program"
+        )
+        if self.kind == "rlimits":
+            return (
+                f"programs run with limits of resources alone ({limits}): they can read what this user can read, and "
+                "write where this user can write"
+            )
+        means = "bubblewrap" if self.kind == "bubblewrap" else "namespaces of the kernel"
+        return f"programs run in a sandbox of {means} ({limits}, no network, a folder of their own)"
+
+    async def run(self, program: str, *, stdin: str = "") -> ProgramRun:
+        """Run a program once with a text on its stdin, in a sandbox of its own. Raises SandboxError."""
+        async with self.program(program) as started:
+            return await started.run(stdin=stdin)
+
+    @asynccontextmanager
+    async def program(
+        self, text: str, *, fn_name: str | None = None, usual_names: bool = False
+    ) -> AsyncIterator[Program]:
+        """Start a sandbox for a program, which ends with the `async with` block.
+
+        fn_name: a function of the program (or a method of its class `Solution`) that is called with the arguments of
+        each input. None: the program is a script that reads stdin.
+        usual_names: have the names of the usual modules defined, as graders of programming tasks do.
+
+        Raises SandboxError when the sandbox does not start.
+        """
+        with temporary_folder() if self.kind == "rlimits" else nullcontext() as folder:
+            with filter_file() as filter_descriptor:
+                process = await asyncio.create_subprocess_exec(
+                    *self._command(filter_descriptor),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    pass_fds=(filter_descriptor,),
+                    limit=self._line_bytes(),
+                    cwd=folder,
+                    env=VARIABLES,
+                )
+            try:
+                await self._send_job(process, self._job(text, fn_name, usual_names))
+                yield Program(process, self.bounds)
+            finally:
+                with suppress(ProcessLookupError):
+                    process.kill()
+                assert process.stdin is not None
+                process.stdin.close()
+                await process.wait()
+
+    async def _send_job(self, process: asyncio.subprocess.Process, job: Mapping[str, Any]) -> None:
+        assert process.stdin is not None and process.stderr is not None
+        try:
+            process.stdin.write(json_bytes(job))
+            ready = await asyncio.wait_for(read_answer(process), START_S)
+        except (ConnectionError, ValueError):
+            ready = None
+        except asyncio.TimeoutError:  # noqa: UP041 (another class before Python 3.11)
+            raise SandboxError(f"the sandbox ({self.kind}) was not ready in {START_S:g} s") from None
+        if ready is None:
+            said = printable((await process.stderr.read(2000)).decode(errors="replace").strip())
+            raise SandboxError(f"the sandbox ({self.kind}) did not start: {said or 'it said nothing'}")
+
+    # ---- what is started ----
+
+    def _job(self, text: str, fn_name: str | None, usual_names: bool) -> dict[str, Any]:
+        in_namespaces = self.kind != "rlimits"
+        counts = self._as_root or kernel_version() >= COUNTS_BY_NAMESPACE
+        return {
+            "program": text,
+            "fn_name": fn_name,
+            "usual_names": usual_names,
+            "stop_after_failure": False,
+            "uid": unused_user() if self._as_root else None,
+            "bounds": self.bounds.for_runner(count_by_kernel=in_namespaces and counts, count_files=in_namespaces),
+        }
+
+    def _line_bytes(self) -> int:
+        """Return how long an answer can be: a character of output may be written as \\u1234."""
+        return 2 * 6 * (self.bounds.output_kib << 10) + (1 << 20)
+
+    def _command(self, filter_descriptor: int, kind: str | None = None) -> list[str]:
+        kind = kind or self.kind
+        if kind == "bubblewrap":
+            return self._bubblewrap(filter_descriptor)
+        settings = {
+            "namespaces": kind == "namespaces",
+            "as_root": self._as_root,
+            "read_only": [*present(SYSTEM), *self._folders, str(RUNNER)],
+            "links": links(SYSTEM),
+            "folder_bytes": self.bounds.folder_mib << 20,
+            "files": 2 * FILES,
+            "filter": base64.b64encode(seccomp_filter()).decode(),
+            "command": [self.python, "-s", str(RUNNER)],
+            "variables": VARIABLES,
+        }
+        return [sys.executable, "-s", str(LAUNCHER), json.dumps(settings)]
+
+    def _bubblewrap(self, filter_descriptor: int) -> list[str]:
+        command = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+        command += [] if self._as_root else ["--unshare-user"]
+        command += ["--die-with-parent", "--new-session", "--as-pid-1", "--seccomp", str(filter_descriptor)]
+        for path, target in links(SYSTEM):
+            command += ["--symlink", target, path]
+        shown = (*present(SYSTEM), *self._folders, str(RUNNER))
+        for folder in sorted({str(parent) for path in shown for parent in Path(path).parents} - {"/"}):
+            command += ["--perms", "0755", "--dir", folder]  # else only root may look for what is below
+        for path in shown:
+            command += ["--ro-bind", path, path]
+        command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+        command += ["--perms", "1777", "--size", str(self.bounds.folder_mib << 20), "--tmpfs", "/tmp"]
+        command += ["--remount-ro", "/", "--chdir", "/tmp"]
+        return [*command, "--", self.python, "-s", str(RUNNER)]
+
+    # ---- the choice ----
+
+    def _choose(self, wanted: str) -> Kind:
+        if wanted not in ("auto", "bubblewrap", "namespaces", "rlimits"):
+            raise SandboxError(
+                f'sandbox = {wanted!r} is unknown; use "auto", "bubblewrap", "namespaces", "rlimits" or "remote"'
+            )
+        kinds: tuple[Kind, ...] = ("bubblewrap", "namespaces") if wanted == "auto" else (wanted,)  # type: ignore[assignment]
+        reasons = []
+        for kind in kinds:
+            reason = self.why_not(kind)
+            if reason is None:
+                return kind
+            reasons.append(f"{kind}: {reason}")
+        raise SandboxError(
+            f"no sandbox works on this machine ({'; '.join(reasons)}); install bubblewrap (apt-get install "
+            'bubblewrap), allow user namespaces, or name a sandbox service with sandbox = "remote" and its address; '
+            'sandbox = "rlimits" bounds time and memory alone and must be chosen by name'
+        )
+
+    def why_not(self, kind: Kind) -> str | None:
+        """Try a sandbox of a kind with a small program, and return why it does not work here, or None."""
+        if not sys.platform.startswith("linux"):
+            return f"it needs Linux, this is {sys.platform}"
+        if kind == "bubblewrap":
+            if shutil.which("bwrap") is None:
+                return "there is no bwrap"
+            said = subprocess.run(["bwrap", "--version"], capture_output=True, text=True, timeout=START_S).stdout
+            version = tuple(map(int, re.findall(r"\d+", said)[:2]))
+            if version < BUBBLEWRAP:
+                return f"{said.strip()} is older than 0.7"
+        if kind == "rlimits" and self._as_root:
+            return "this process is root, and so would the programs be; run it as another user"
+        try:
+            return self._try(kind)
+        except (OSError, ValueError) as error:
+            return str(error)
+
+    def _try(self, kind: Kind) -> str | None:
+        self.kind = kind
+        lines = json_bytes(self._job("print(input())", None, False)) + json_bytes({"stdin": "works"})
+        with filter_file() as filter_descriptor, temporary_folder() as folder:
+            try:
+                done = subprocess.run(
+                    self._command(filter_descriptor, kind),
+                    input=lines,
+                    capture_output=True,
+                    pass_fds=(filter_descriptor,),
+                    cwd=folder,
+                    env=VARIABLES,
+                    timeout=START_S,
+                )
+            except subprocess.TimeoutExpired:
+                return f"it did not answer in {START_S:g} s"
+        answers = done.stdout.decode(errors="replace").splitlines()
+        if len(answers) == 2 and json.loads(answers[1])["stdout"] == "works\n":
+            return None
+        said = answers[1] if len(answers) == 2 else done.stderr.decode(errors="replace").strip()[-500:]
+        return printable(said) or f"it ended with exit code {done.returncode}"
+
+
+VARIABLES = {
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",  # the order of a set of strings must not change a reward
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+"""All environment variables of a program."""
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """Return one line of JSON in ASCII, so that halves of characters survive."""
+    return json.dumps(value).encode("ascii") + b"\n"
+
+
+async def read_answer(process: asyncio.subprocess.Process) -> dict[str, Any] | None:
+    """Return the next line of a runner; None at the end. Raises ValueError for what is no answer."""
+    assert process.stdout is not None
+    line = await process.stdout.readline()
+    if not line.endswith(b"\n"):
+        return None
+    found = json.loads(line)
+    if not isinstance(found, dict) or not isinstance(found.get("status"), str):
+        raise ValueError("a runner's answer is no object with a status")
+    return found
+
+
+def present(paths: Sequence[str]) -> list[str]:
+    """Return those paths that exist and are no symbolic links."""
+    return [path for path in paths if os.path.exists(path) and not os.path.islink(path)]
+
+
+def links(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (path, target) of those that are symbolic links, as /lib is on many systems."""
+    return [(path, os.readlink(path)) for path in paths if os.path.islink(path) and not path.startswith("/etc")]
+
+
+def interpreter_folders(python: str) -> list[str]:
+    """Return the folders outside the system's that an interpreter needs. Raises SandboxError if it cannot be asked."""
+    asked = "import json, sys; print(json.dumps([sys.prefix, sys.base_prefix, sys.executable]))"
+    try:
+        done = subprocess.run([python, "-s", "-c", asked], capture_output=True, text=True, timeout=START_S, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SandboxError(f"the interpreter {python!r} of the programs cannot be run: {error}") from None
+    prefix, base, executable = json.loads(done.stdout)
+    found = []
+    for folder in dict.fromkeys((base, os.path.realpath(base), prefix)):
+        if folder in ("/", os.path.expanduser("~")):
+            raise SandboxError(
+                f"the interpreter {executable} has the prefix {folder}, which programs must not read; name another "
+                "interpreter with `python`"
+            )
+        if folder != "/usr" and not folder.startswith("/usr/"):
+            found.append(folder)
+    return found
+
+
+def kernel_version() -> tuple[int, int]:
+    """Return the first two numbers of the kernel's version."""
+    first, second = re.findall(r"\d+", platform.release())[:2]
+    return int(first), int(second)
+
+
+def unused_user() -> int:
+    """Return the number of a user that most likely does not exist, so that its processes can be counted."""
+    with open("/proc/self/uid_map") as file:
+        ranges = [(int(first), int(first) + int(count)) for first, _, count in map(str.split, file)]
+    for low, high in ((1 << 30, (1 << 31) - 1), (20_000, 60_000)):
+        if any(first <= low and high <= end for first, end in ranges):
+            return low + secrets.randbelow(high - low)
+    return 65534
+
+
+@contextmanager
+def filter_file() -> Iterator[int]:
+    """Yield a descriptor from which bubblewrap reads the seccomp filter."""
+    descriptor = os.memfd_create("filter")
+    try:
+        os.write(descriptor, seccomp_filter())
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[str]:
+    """Yield a new folder, and remove it with whatever a program has made of it."""
+    folder = tempfile.mkdtemp(prefix="fiberpo_program_")
+    try:
+        yield folder
+    finally:
+        with suppress(RecursionError):  # thousands of folders in one another
+            shutil.rmtree(folder, ignore_errors=True)
+        if os.path.exists(folder):
+            for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+                subprocess.run([*command, "--", folder], stderr=subprocess.DEVNULL, timeout=START_S)
