@@ -75,6 +75,7 @@ class AdaptivePrompts(PromptSets):
 
     def observe(self, rollouts: RolloutBatch) -> dict[str, float]:
         """Take one step's rollouts into account; return the step's shares and the new solve rates as metrics."""
+        rollouts = rollouts.per_trajectory()
         counts, credit = allot(self.mix, self._shares(), self._allotted)
         first = np.unique(rollouts.groups, return_index=True)[1]
         seen = np.bincount(rollouts.domains[first], minlength=len(self.domains)).tolist()

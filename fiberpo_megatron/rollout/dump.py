@@ -203,6 +203,7 @@ def _named(file: Any) -> dict[str, Any]:
 
 
 def _summary(batch: RolloutBatch, origin: Origin) -> dict[str, Any]:
+    batch = batch.per_trajectory()
     return {
         "step": origin.step,
         "weights": origin.weights,

@@ -27,7 +27,7 @@ import numpy as np
 from fiberpo_megatron.closeable import Closeable
 from fiberpo_megatron.printable import printable
 from fiberpo_megatron.rollout.dump import Origin
-from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory, WeightSpan
+from fiberpo_megatron.types import Branch, Completion, Prompt, RolloutGroup, TokenSequence, Trajectory, WeightSpan
 
 _HEAD = struct.Struct("<4sqQI")
 """Magic, index of the prompt (_ORIGIN for the first record), bytes that follow, their CRC-32."""
@@ -42,7 +42,7 @@ _ARRAYS = (
     "teacher_log_probs",
     "reference_log_probs",
 )
-_FACTS = tuple(fact.name for fact in fields(Trajectory) if fact.name not in ("prompt", "completion"))
+_FACTS = tuple(fact.name for fact in fields(Trajectory) if fact.name not in ("prompt", "completion", "branches"))
 """What a trajectory says besides its tokens: JSON values."""
 _log = logging.getLogger(__name__)
 
@@ -205,37 +205,56 @@ def _encode(group: RolloutGroup) -> bytes:
     described: list[dict[str, Any]] = []
     arrays: dict[str, Any] = {}
     for i, trajectory in enumerate(group.trajectories):
-        completion = trajectory.completion
-        described.append(
-            {
-                "prompt_ids": trajectory.prompt.token_ids,
-                **{name: _plain(getattr(trajectory, name)) for name in _FACTS},
-                "finish_reason": completion.finish_reason,
-                "weight_spans": [[span.version, span.start, span.end] for span in completion.weight_spans],
-            }
-        )
-        values = {name: getattr(completion, name) for name in _ARRAYS}
-        arrays |= {f"{i}.{name}": np.asarray(value) for name, value in values.items() if value is not None}
+        own, *branches = trajectory.sequences
+        facts = {name: _plain(getattr(trajectory, name)) for name in _FACTS}
+        described.append(facts | _described(own) | {"branches": [_described(branch) for branch in branches]})
+        for sequence, prefix in zip(trajectory.sequences, _prefixes(i, len(branches))):
+            values = {name: getattr(sequence.completion, name) for name in _ARRAYS}
+            arrays |= {f"{prefix}.{name}": np.asarray(value) for name, value in values.items() if value is not None}
     buffer = io.BytesIO()
     text = np.frombuffer(json.dumps(described).encode(), np.uint8)
     np.savez(buffer, allow_pickle=False, trajectories=text, **arrays)
     return buffer.getvalue()
 
 
+def _prefixes(trajectory: int, branches: int) -> list[str]:
+    """What the names of the arrays of each sequence of a trajectory begin with, its own first."""
+    return [f"{trajectory}", *(f"{trajectory}.branch{number}" for number in range(branches))]
+
+
+def _described(sequence: TokenSequence) -> dict[str, Any]:
+    completion = sequence.completion
+    return {
+        "prompt_ids": sequence.prompt_ids,
+        "finish_reason": completion.finish_reason,
+        "weight_spans": [[span.version, span.start, span.end] for span in completion.weight_spans],
+    }
+
+
 def _decode(payload: bytes, prompt: Prompt) -> RolloutGroup:
     """The inverse of `_encode`."""
     with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
-        return RolloutGroup(
-            prompt,
-            tuple(
-                _trajectory(prompt, described, {name: arrays.get(f"{i}.{name}") for name in _ARRAYS})
-                for i, described in enumerate(json.loads(arrays["trajectories"].tobytes()))
-            ),
-        )
+        stored = json.loads(arrays["trajectories"].tobytes())
+        return RolloutGroup(prompt, tuple(_trajectory(prompt, i, one, arrays) for i, one in enumerate(stored)))
 
 
-def _trajectory(prompt: Prompt, described: dict[str, Any], arrays: dict[str, Any]) -> Trajectory:
-    completion = Completion(
+def _trajectory(prompt: Prompt, number: int, described: dict[str, Any], arrays: Any) -> Trajectory:
+    branches = described.get("branches", [])  # earlier versions wrote none
+    own, *others = (
+        _completion(of, {name: arrays.get(f"{prefix}.{name}") for name in _ARRAYS})
+        for of, prefix in zip([described, *branches], _prefixes(number, len(branches)))
+    )
+    asked = tuple(described.get("prompt_ids", prompt.token_ids))
+    return Trajectory(
+        prompt if asked == prompt.token_ids else replace(prompt, token_ids=asked),
+        own,
+        **{name: described[name] for name in _FACTS if name in described},
+        branches=tuple(Branch(tuple(of["prompt_ids"]), other) for of, other in zip(branches, others)),
+    )
+
+
+def _completion(described: dict[str, Any], arrays: dict[str, Any]) -> Completion:
+    return Completion(
         token_ids=tuple(arrays["token_ids"].tolist()),
         log_probs=arrays["log_probs"],
         finish_reason=described["finish_reason"],
@@ -245,12 +264,6 @@ def _trajectory(prompt: Prompt, described: dict[str, Any], arrays: dict[str, Any
         engines=arrays["engines"],
         teacher_log_probs=arrays["teacher_log_probs"],
         reference_log_probs=arrays["reference_log_probs"],
-    )
-    asked = tuple(described.get("prompt_ids", prompt.token_ids))
-    return Trajectory(
-        prompt if asked == prompt.token_ids else replace(prompt, token_ids=asked),
-        completion,
-        **{name: described[name] for name in _FACTS if name in described},
     )
 
 

@@ -14,7 +14,7 @@ from fiberpo_megatron.printable import json_line
 from fiberpo_megatron.telemetry.step_files import StepFiles
 
 if TYPE_CHECKING:  # the live page reads these files without torch
-    from fiberpo_megatron.types import Trajectory
+    from fiberpo_megatron.types import Completion, Trajectory
 
 ROLLOUTS = StepFiles("rollouts", "step", ".jsonl")
 EVALUATIONS = StepFiles("rollouts", "eval", ".jsonl")
@@ -53,7 +53,7 @@ def write_records(
 def trajectory_record(step: int, place: int, trajectory: "Trajectory", domains: Sequence[str]) -> dict[str, Any]:
     """Return a trajectory as JSON values; `place` is its number among the step's trajectories, from 0."""
     prompt, completion = trajectory.prompt, trajectory.completion
-    record = {
+    record: dict[str, Any] = {
         "step": step,
         "trajectory": place,
         "domain": domains[prompt.domain],
@@ -64,10 +64,7 @@ def trajectory_record(step: int, place: int, trajectory: "Trajectory", domains: 
         "answer": prompt.task.answer,
         "reward": trajectory.reward,
         "correct": trajectory.correct,
-        "finish_reason": completion.finish_reason,
-        "weight_versions": [[span.version, span.start, span.end] for span in completion.weight_spans],
-        "token_ids": list(completion.token_ids),
-        "log_probs": [round(v, 5) if math.isfinite(v) else None for v in map(float, completion.log_probs)],
+        **_sampled(completion),
     }
     for name, value in (
         ("metadata", dict(prompt.task.metadata)),
@@ -77,6 +74,20 @@ def trajectory_record(step: int, place: int, trajectory: "Trajectory", domains: 
     ):
         if value:
             record[name] = value
+    if trajectory.branches:
+        record["branches"] = [
+            {"prompt_ids": list(branch.prompt_ids), **_sampled(branch.completion)} for branch in trajectory.branches
+        ]
+    return record
+
+
+def _sampled(completion: "Completion") -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "finish_reason": completion.finish_reason,
+        "weight_versions": [[span.version, span.start, span.end] for span in completion.weight_spans],
+        "token_ids": list(completion.token_ids),
+        "log_probs": [round(v, 5) if math.isfinite(v) else None for v in map(float, completion.log_probs)],
+    }
     if completion.loss_mask is not None:
         record["loss_mask"] = completion.loss_mask.astype(int).tolist()
     return record

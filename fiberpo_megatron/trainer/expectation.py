@@ -128,7 +128,8 @@ class Expectation:
 def with_trajectories(scenario: Scenario, rollouts: RolloutBatch) -> Scenario:
     """Return the scenario of a step that had these trajectories: their number, and how long they were.
 
-    What an environment wrote between turns counts with the prompt, because engines read it.
+    What an environment wrote between turns counts with the prompt, because engines read it. A branch counts as one more
+    trajectory: engines and ranks have as much to do with it.
     """
     responses = rollouts.response_lengths
     count, groups = len(responses), int(rollouts.groups[-1]) + 1

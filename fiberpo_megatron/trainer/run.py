@@ -176,9 +176,8 @@ class Run(Closeable):
                 rollouts = None if self.layout.any_rank(self._stop()) else source.take(step, version=0)
                 if rollouts is None:
                     raise Stopped(step)
-                self.say(
-                    f"step {step}: {len(rollouts.lengths)} trajectories, mean reward {rollouts.rewards.mean():.3f}"
-                )
+                rewards = rollouts.per_trajectory().rewards
+                self.say(f"step {step}: {len(rewards)} trajectories, mean reward {rewards.mean():.3f}")
             self.say(f"Rollouts: {self.config.run.folder / DUMP}")
 
     def fine_tune(self) -> None:
