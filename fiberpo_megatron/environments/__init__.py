@@ -65,6 +65,8 @@ class Turn:
     """stop: the policy ended its turn; length: the turn was cut at its limit of tokens."""
     token_ids: tuple[int, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
+    prompt_tokens: int = 0
+    """Number of tokens before the turn: what the policy read. 0 where it is not known."""
 
     @property
     def truncated(self) -> bool:
@@ -84,6 +86,9 @@ class Outcome:
     """Whether the task was solved, for the accuracy in metrics. None: a reward above 0 counts as solved."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Further numbers by name. They are logged as `environment/NAME/mean`."""
+    answer: str | None = None
+    """The final answer in one way of writing, such as "1/2" for 0.5 and 2/4: samples with equal ones vote together in
+    maj@n, and an empty one abstains. None: the whole stripped text votes."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,11 @@ class Conversation(Protocol):
     @property
     def seed(self) -> int:
         """Return a number that depends only on the run's seed, the prompt and which of its samples this is."""
+        ...
+
+    @property
+    def sampling(self) -> Mapping[str, float]:
+        """Return how the policy is sampled: `temperature`, `top_p` and `max_tokens`, the limit of each turn."""
         ...
 
     async def say(
@@ -122,6 +132,18 @@ class Conversation(Protocol):
         stop: single characters at which this turn ends, besides those of `rollout.stop`.
 
         Raises ValueError for a message that cannot follow, such as one after a turn that was cut.
+        """
+        ...
+
+    def fork(self, turns: int = 0) -> Conversation:
+        """Return another branch of the trajectory, which has the first `turns` turns of this conversation in common.
+
+        It is a conversation of its own: it may go on beside this one, also at the same time, and shares the reward.
+        Where `turns` is 0 its first `say` takes a whole prompt. Otherwise the branch goes on behind the tokens of
+        those turns, which are context there and are trained on here alone. A branch in which nothing is said costs
+        nothing.
+
+        Raises ValueError for more turns than this conversation has.
         """
         ...
 

@@ -14,7 +14,7 @@ but fewer of them share a worker each time, until the one that is at fault is al
 import asyncio
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic, monotonic_ns
@@ -269,14 +269,17 @@ class EnvironmentPool:
         seed: int,
         sample: int | None = None,
         budget: StepBudget | None = None,
+        sampling: Mapping[str, float] | None = None,
     ) -> Outcome | Failure:
         """Hold one conversation about a task and return its outcome.
 
+        sampling: what `Conversation.sampling` says.
         converse: makes the policy's side of a new conversation. It is called once more when the conversation has to
         start again, unless the class is deterministic. A ValueError of the policy's side goes to the environment; any
         other exception leaves this method as it is.
         """
-        number, kind, payload = self._next(Kind.RUN, {"task": wire.task_to_json(task), "seed": seed})
+        fields = {"task": wire.task_to_json(task), "seed": seed, "sampling": dict(sampling or {})}
+        number, kind, payload = self._next(Kind.RUN, fields)
         job = ConversationJob(
             number,
             kind,

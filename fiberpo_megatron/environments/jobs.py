@@ -2,18 +2,31 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
 
-from fiberpo_megatron.environments import Message, Task, Turn, wire
+from fiberpo_megatron.environments import Task, Turn, wire
 from fiberpo_megatron.environments.budget import StepBudget
 from fiberpo_megatron.environments.wire import InvalidReply, Kind
 
-Say = Callable[
-    [str | list[Message], Sequence[Mapping[str, Any]] | None, int | None, Sequence[str] | None], Awaitable[Turn]
-]
-"""The policy of one conversation: (new, tools, max_tokens, stop) to the policy's turn. A ValueError that it raises goes
-to the environment, which asked for something impossible; any other exception leaves `EnvironmentPool.run`."""
+
+class BranchPoint(NamedTuple):
+    """Says which branch of a trajectory is meant, and where it left another one (`Conversation.fork`)."""
+
+    number: int
+    """1 for the first branch beside the trajectory's own token sequence, which is 0."""
+    parent: int
+    """The branch that it goes on from."""
+    turns: int
+    """How many turns of that branch are its context; 0: it begins with a prompt of its own."""
+
+
+FIRST = BranchPoint(0, 0, 0)
+"""The trajectory's own token sequence, from which branches go on."""
+Say = Callable[..., Awaitable[Turn]]
+"""The policy of one conversation: (new, tools, max_tokens, stop) to the policy's turn, and (new, tools, max_tokens,
+stop, BranchPoint) for a turn of a further branch. A ValueError that it raises goes to the environment, which asked for
+something impossible; any other exception leaves `EnvironmentPool.run`."""
 Send = Callable[[Kind, int, bytes], None]
 
 
@@ -87,14 +100,15 @@ class ConversationJob(Job):
         self._say: Say | None = None
         self._record: list[tuple[dict[str, Any], asyncio.Task[Turn]]] = []
         self._asked = 0
-        self._delivery: asyncio.Task[None] | None = None
+        self._deliveries: set[asyncio.Task[None]] = set()
         self._send: Send | None = None
-        self._policy_speaks = False
+        self._awaited = 0
+        """Turns that the policy samples: one of each branch at most."""
 
     @property
     def works(self) -> bool:
         """Return whether the environment has to do something for it: not while the policy samples."""
-        return super().works and not self._policy_speaks
+        return super().works and not self._awaited
 
     def begin(self, send: Send) -> None:
         super().begin(send)
@@ -102,18 +116,20 @@ class ConversationJob(Job):
         self._asked = 0
 
     def restart(self) -> None:
-        self._send = None
-        self._policy_speaks = False
-        if self._delivery is not None:
-            self._delivery.cancel()
+        self._end_deliveries()
         if not self._deterministic:
             self._forget()
 
     def release(self) -> None:
-        self._send = None
-        if self._delivery is not None:
-            self._delivery.cancel()
+        self._end_deliveries()
         self._forget()
+
+    def _end_deliveries(self) -> None:
+        self._send = None
+        self._awaited = 0
+        for delivery in self._deliveries:
+            delivery.cancel()
+        self._deliveries = set()
 
     def _forget(self) -> None:
         for _, answer in self._record:
@@ -138,19 +154,23 @@ class ConversationJob(Job):
             answer = asyncio.get_running_loop().create_task(self._ask(request))
             answer.add_done_callback(_retrieve)
             self._record.append((request, answer))
-        self._policy_speaks = True
-        self._delivery = asyncio.get_running_loop().create_task(self._deliver(answer))
+        self._awaited += 1
+        delivery = asyncio.get_running_loop().create_task(self._deliver(number, answer))
+        self._deliveries.add(delivery)
+        delivery.add_done_callback(self._deliveries.discard)
 
     async def _ask(self, request: dict[str, Any]) -> Turn:
         if self._say is None:
             self._say = self._converse()
-        return await self._say(request["new"], request["tools"], request["max_tokens"], request["stop"])
+        branch = BranchPoint(request["branch"], *request["origin"])
+        further = (branch,) if branch.number else ()
+        return await self._say(request["new"], request["tools"], request["max_tokens"], request["stop"], *further)
 
-    async def _deliver(self, answer: asyncio.Task[Turn]) -> None:
+    async def _deliver(self, number: int, answer: asyncio.Task[Turn]) -> None:
         try:
-            payload = wire.encode(wire.turn_to_json(await asyncio.shield(answer)))
+            payload = wire.encode({"number": number, **wire.turn_to_json(await asyncio.shield(answer))})
         except ValueError as error:
-            payload = wire.encode({"error": str(error)})
+            payload = wire.encode({"number": number, "error": str(error)})
         except asyncio.CancelledError:
             if answer.cancelled() and self._send is not None and not self.future.done():
                 self.future.cancel()  # the policy's side was cancelled, and so is this
@@ -160,7 +180,7 @@ class ConversationJob(Job):
                 self.future.set_exception(error)
             return
         if self._send is not None:
-            self._policy_speaks = False
+            self._awaited -= 1
             self._send(Kind.TURN, self.id, payload)
 
 

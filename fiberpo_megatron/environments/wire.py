@@ -245,11 +245,14 @@ def checked_outcome(value: Any, method: str, *, bare: bool) -> Outcome:
     correct = scalar(value.correct)
     if correct is not None and not isinstance(correct, bool):
         raise InvalidReply(f"`correct` of {method} is {short(correct)}; it must be True, False or None")
+    if value.answer is not None and not isinstance(value.answer, str):
+        raise InvalidReply(f"`answer` of {method} is {short(value.answer)}; it must be a string or None")
     return Outcome(
         number(value.reward, f"`reward` of {method}"),
         named_numbers(value.rewards, f"`rewards` of {method}"),
         correct,
         named_numbers(value.metrics, f"`metrics` of {method}"),
+        value.answer,
     )
 
 
@@ -299,13 +302,14 @@ def turn_to_json(turn: Turn) -> dict[str, Any]:
         "finish_reason": turn.finish_reason,
         "token_ids": list(turn.token_ids),
         "tool_calls": calls,
+        "prompt_tokens": turn.prompt_tokens,
     }
 
 
 def turn_from_json(fields: Mapping[str, Any]) -> Turn:
     """Return the turn with these fields."""
     calls = tuple(ToolCall(**call) for call in fields["tool_calls"])
-    return Turn(fields["text"], fields["finish_reason"], tuple(fields["token_ids"]), calls)
+    return Turn(fields["text"], fields["finish_reason"], tuple(fields["token_ids"]), calls, fields["prompt_tokens"])
 
 
 def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
@@ -315,6 +319,7 @@ def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
         "rewards": dict(outcome.rewards),
         "correct": outcome.correct,
         "metrics": dict(outcome.metrics),
+        "answer": outcome.answer,
     }
 
 

@@ -272,7 +272,7 @@ class Worker:
     def _run(self, job: Job) -> None:
         fields = json.loads(job.payload)
         job.payload = b""
-        job.seed = fields["seed"]
+        job.seed, job.sampling = fields["seed"], fields["sampling"]
 
         async def converse() -> bytes:
             value = self._environment.run(Task(**fields["task"]), PolicyEnd(job, self))
@@ -385,16 +385,21 @@ class Worker:
             self._expire(running, monotonic_ns())
 
     def _answer(self, number: int, payload: bytes) -> None:
-        """Hand a turn of the policy to the conversation that waits for it."""
+        """Hand a turn of the policy to the branch of a conversation that waits for it. The time of the conversation
+        counts again once no branch waits."""
         job = self.running.get(number)
-        if job is None or job.reply is None or job.reply.done():
-            return
-        self.resume(job)
         fields = json.loads(payload)
+        reply = None if job is None else job.replies.pop(fields["number"], None)
+        if job is None or reply is None:
+            return
+        if not job.replies:
+            self.resume(job)
+        if reply.done():
+            return
         if "error" in fields:
-            job.reply.set_exception(ValueError(fields["error"]))
+            reply.set_exception(ValueError(fields["error"]))
         else:
-            job.reply.set_result(wire.turn_from_json(fields))
+            reply.set_result(wire.turn_from_json(fields))
 
 
 def _outcome(value: Any, method: str, *, bare: bool) -> dict[str, Any]:

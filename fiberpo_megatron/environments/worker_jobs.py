@@ -38,8 +38,12 @@ class Job:
         self.expired_at: int | None = None
         self.abandoned = False
         self.random_state: tuple[Any, ...] | None = None
-        self.reply: asyncio.Future[Turn] | None = None
+        self.sampling: Mapping[str, float] = {}
+        self.replies: dict[int, asyncio.Future[Turn]] = {}
+        """Requests of `say` that the policy has not answered, by number."""
         self.says = 0
+        self.branches = 0
+        """Branches beside the first one."""
         # the clock: ns of own steps; ns of waiting before `_since`; since when it waits, and what was held until then
         self.steps = 0
         self._waited = 0
@@ -111,16 +115,35 @@ class Stepped(Coroutine[Any, Any, Any]):
 
 
 class PolicyEnd:
-    """This is the `Conversation` of one job: what `say` gets crosses the pipe to the trainer's sampler."""
+    """This is the `Conversation` of one branch of a job: what `say` gets crosses the pipe to the trainer's sampler.
 
-    def __init__(self, job: Job, worker: Worker) -> None:
+    branch: the number of the branch, 0 for the first. origin: the branch that it goes on from, and with how many turns.
+    """
+
+    def __init__(self, job: Job, worker: Worker, branch: int = 0, origin: tuple[int, int] = (0, 0)) -> None:
         self._job = job
         self._worker = worker
+        self._branch = branch
+        self._origin = origin
+        self._turns = 0
+        self._reply: asyncio.Future[Turn] | None = None
 
     @property
     def seed(self) -> int:
         """Return the job's seed."""
         return self._job.seed
+
+    @property
+    def sampling(self) -> Mapping[str, float]:
+        """Return how the policy is sampled; see `Conversation.sampling`."""
+        return self._job.sampling
+
+    def fork(self, turns: int = 0) -> PolicyEnd:
+        """Return another branch of the trajectory; see `Conversation.fork`."""
+        if not 0 <= turns <= self._turns:
+            raise ValueError(f"fork({turns}): this conversation has {self._turns} turns")
+        self._job.branches += 1
+        return PolicyEnd(self._job, self._worker, self._job.branches, (self._branch, turns))
 
     async def say(
         self,
@@ -131,32 +154,37 @@ class PolicyEnd:
     ) -> Turn:
         """Send a request to the trainer and wait for the policy's turn; see `Conversation.say`."""
         job, worker = self._job, self._worker
-        if job.reply is not None:
-            state = "was cancelled" if job.reply.cancelled() else "has not been answered yet"
+        if self._reply is not None:
+            state = "was cancelled" if self._reply.cancelled() else "has not been answered yet"
             raise RuntimeError(f"say() was called although an earlier call of this conversation {state}")
         if job.failure is not None or job.expired_at is not None or job.id not in worker.running:
             raise RuntimeError("say() was called in a conversation that has ended")
         request = {
             "number": job.says,
+            "branch": self._branch,
+            "origin": list(self._origin),
             "new": wire.checked_messages(new, "`new` of say()"),
             "tools": None if tools is None else wire.plain(list(tools), "`tools` of say()"),
             "max_tokens": _checked_max_tokens(max_tokens),
             "stop": _checked_stop(stop),
         }
         worker.send_output(job, Kind.SAY, wire.encode(request))
-        job.says += 1
-        job.reply = asyncio.get_running_loop().create_future()
+        number, job.says = job.says, job.says + 1
+        reply = self._reply = job.replies[number] = asyncio.get_running_loop().create_future()
         worker.pause(job)
         try:
-            turn = await job.reply
+            turn = await reply
         except asyncio.CancelledError:
-            worker.resume(job)
-            job.reply.cancel()  # it stays: the policy may be answering, so that nothing can be said after this
+            job.replies.pop(number, None)
+            if not job.replies:
+                worker.resume(job)
+            reply.cancel()  # it stays: the policy may be answering, so that nothing can be said after this
             raise
         except ValueError:
-            job.reply = None
+            self._reply = None
             raise
-        job.reply = None
+        self._reply = None
+        self._turns += 1
         return turn
 
 

@@ -31,7 +31,9 @@ class PolicyConversation:
     """It answers `Conversation.say` by sampling from the engines, and keeps the tokens of all turns.
 
     `seed`: that of the prompt. `sample`: which of the prompt's trajectories it is. `check`: raises for a completion
-    that must not be trained on.
+    that must not be trained on. `branch`: which of the trajectory's token sequences it is, for the seeds. `history`:
+    the tokens behind which a branch goes on; empty where it begins with a prompt of its own. `tools`: those with which
+    the history was written. `longest`: tokens that the policy may read and write in one sequence; None: any number.
     """
 
     prompt: Prompt
@@ -41,8 +43,12 @@ class PolicyConversation:
     sampler: Sampler
     check: Callable[[Prompt, Completion], None]
     parse_tools: ParseTools | None = None
+    branch: int = 0
+    history: tuple[int, ...] = ()
+    tools: Sequence[Mapping[str, Any]] | None = None
+    longest: int | None = None
     prompt_ids: tuple[int, ...] = ()
-    """What was said before the first turn."""
+    """The tokens before the first turn, the history among them."""
     turns: list[Completion] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     """Texts of the turns."""
@@ -50,7 +56,6 @@ class PolicyConversation:
     """Tokens after each turn but the last."""
     said: list[str] = field(default_factory=list)
     """What the environment said after each turn but the last, for people."""
-    _tools: Sequence[Mapping[str, Any]] | None = None
 
     async def say(
         self,
@@ -63,16 +68,24 @@ class PolicyConversation:
         words: str | Sequence[Message] = [new] if isinstance(new, Mapping) else new
         self._check_arguments(words, tools, max_tokens, stop)
         tokens: tuple[int, ...] = ()
-        if not self.turns:
-            self.prompt_ids = self.encoder.first(self.prompt, words, tools)
-            self._tools = tools
+        if self.turns:
+            tokens = self.encoder.following(self.prompt, self.response_ids, words, self.tools)
+        elif self.history:
+            between = self.encoder.following(self.prompt, self.history, words, self.tools)
+            self.prompt_ids = (*self.history, *between)
         else:
-            tokens = self.encoder.following(self.prompt, self.response_ids, words, self._tools)
+            self.prompt_ids = self.encoder.first(self.prompt, words, tools)
+            self.tools = tools
         prefix = [*self.prompt_ids, *self.response_ids, *tokens]
+        if self.longest is not None and len(prefix) >= self.longest:
+            raise ValueError(
+                f"say: the conversation has {len(prefix)} tokens and no room for an answer, because a sequence may "
+                f"have {self.longest}; end it earlier, or say less"
+            )
         (completion,) = await self.sampler.sample(
             prefix,
             [self._turn_seed()],
-            max_tokens=max_tokens,
+            max_tokens=self._limit(len(prefix), max_tokens),
             stop_token_ids=self.encoder.tokens_with(stop) if stop else (),
         )
         self.check(self.prompt, completion)
@@ -83,9 +96,23 @@ class PolicyConversation:
         text = self.encoder.text(completion.token_ids, stop or ())
         self.texts.append(text)
         calls: tuple[ToolCall, ...] = ()
-        if self._tools and self.parse_tools is not None:
-            text, calls = await self.parse_tools(text, self._tools)
-        return Turn(text, completion.finish_reason, completion.token_ids, calls)
+        if self.tools and self.parse_tools is not None:
+            text, calls = await self.parse_tools(text, self.tools)
+        return Turn(text, completion.finish_reason, completion.token_ids, calls, len(prefix))
+
+    def _limit(self, prefix: int, max_tokens: int | None) -> int | None:
+        """The largest number of tokens of a turn behind `prefix` tokens; None: that of the run."""
+        if self.longest is None:
+            return max_tokens
+        room = self.longest - prefix
+        return room if max_tokens is None else min(room, max_tokens)
+
+    def token_ids(self, turns: int) -> tuple[int, ...]:
+        """Return all tokens up to the end of the first `turns` turns."""
+        parts = [self.prompt_ids]
+        for turn, after in zip(self.turns[:turns], [(), *self.between]):
+            parts += [after, turn.token_ids]
+        return tuple(token for part in parts for token in part)
 
     @property
     def response_ids(self) -> list[int]:
@@ -110,9 +137,10 @@ class PolicyConversation:
 
     def _turn_seed(self) -> int:
         """The sampling seed of the next turn; engines take 31 bits."""
-        if not self.turns:
+        if not self.turns and not self.branch:
             return response_seeds(self.seed, self.sample + 1)[-1]
-        name = f"{self.seed} {self.sample} {len(self.turns)}".encode()
+        of_branch = f"{self.branch} " if self.branch else ""
+        name = f"{self.seed} {self.sample} {of_branch}{len(self.turns)}".encode()
         return response_seeds(int.from_bytes(blake2b(name, digest_size=4).digest(), "big") >> 1, 1)[0]
 
     def _check_arguments(
@@ -126,11 +154,12 @@ class PolicyConversation:
             raise ValueError("say: there is nothing to say; pass a text or at least one message")
         if not isinstance(new, str) and not all(isinstance(m, Mapping) and "role" in m for m in new):
             raise ValueError(f"say: {new!r:.200} is neither a text nor chat messages with a `role`")
-        if not isinstance(new, str) and any(m["role"] == "assistant" for m in new) and self.turns:
+        begun = bool(self.turns or self.history)
+        if not isinstance(new, str) and any(m["role"] == "assistant" for m in new) and begun:
             raise ValueError("say: pass only what is new; the policy's own answers are kept as they were sampled")
         if tools and self.parse_tools is None:
             raise ValueError("say: tools need rollout.tool_call_parser, the name of SGLang's parser for this model")
-        if self.turns and tools is not None and tools != self._tools:
+        if begun and tools is not None and tools != self.tools:
             raise ValueError("say: the tools must be given with the first call and stay the same")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"say: max_tokens = {max_tokens}; pass at least 1")

@@ -52,6 +52,7 @@ class Workers(Protocol):
         seed: int,
         sample: int | None = None,
         budget: StepBudget | None = None,
+        sampling: Mapping[str, float] | None = None,
     ) -> Outcome | Failure: ...
 
     async def score_group(

@@ -17,9 +17,12 @@ from fiberpo_megatron.environments import Outcome, Turn
 from fiberpo_megatron.environments import Trajectory as EnvironmentTrajectory
 from fiberpo_megatron.environments.budget import StepBudget
 from fiberpo_megatron.environments.host import EnvironmentFailed, Failure
+from fiberpo_megatron.environments.jobs import Say
 from fiberpo_megatron.interfaces import ConversationEncoder, Sampler, Scorer
+from fiberpo_megatron.rollout.branches import BranchedConversation
 from fiberpo_megatron.rollout.conversation import ParseTools, PolicyConversation, response_seeds
 from fiberpo_megatron.rollout.environments import RunningEnvironment
+from fiberpo_megatron.rollout.rewards import weighted_reward
 from fiberpo_megatron.types import Branch, Completion, Prompt, RolloutGroup, TokenSequence, Trajectory
 
 STOP_POLL_S = 0.5
@@ -59,6 +62,10 @@ class Generator:
     parse_tools: ParseTools | None = None
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
     """What scores the tokens of training trajectories, by the field of `Completion` that it fills."""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """What `environments.Conversation.sampling` says: `temperature`, `top_p` and `max_tokens`."""
+    longest: int | None = None
+    """Tokens of the longest sequence that a conversation may grow to; None: any number."""
 
     def groups(
         self, prompts: Sequence[Prompt], count: int, version: str, stop: Callable[[], bool]
@@ -145,37 +152,42 @@ class Generator:
         self, environment: RunningEnvironment, prompt: Prompt, sample: int, version: str, budget: StepBudget | None
     ) -> _Sample:
         seed = self._seed(prompt, version)
-        conversations: list[PolicyConversation] = []
-        turns: list[list[Turn]] = []
+        attempts: list[BranchedConversation] = []
 
-        def begin() -> Callable[..., object]:
+        def begin() -> Say:
             """A conversation from the start; an environment whose worker died gets another one."""
-            check = partial(self._check, version)
-            conversation = PolicyConversation(prompt, sample, seed, self.encoder, self.sampler, check, self.parse_tools)
-            conversations.append(conversation)
-            turns.append([])
-
-            async def say(*args: object, **options: object) -> Turn:
-                turn = await conversation.say(*args, **options)  # type: ignore[arg-type]
-                turns[-1].append(turn)
-                return turn
-
-            return say
+            branch = partial(
+                PolicyConversation,
+                prompt,
+                sample,
+                seed,
+                self.encoder,
+                self.sampler,
+                partial(self._check, version),
+                self.parse_tools,
+                longest=self.longest,
+            )
+            attempts.append(BranchedConversation(branch))
+            return attempts[-1].say
 
         result = await environment.pool.run(
             prompt.task,
-            begin,  # type: ignore[arg-type]
+            begin,
             seed=self._environment_seed(prompt, sample),
             sample=sample,
             budget=budget,
+            sampling=self.sampling,
         )
-        if not conversations or not conversations[-1].turns:
+        first = attempts[-1].first if attempts else None
+        if first is None:
             if isinstance(result, Outcome):
                 result = Failure("invalid", "run() returned an outcome before it let the policy say anything")
             return _Sample(prompt, None, "", (), result)
-        last = conversations[-1]
-        asked = prompt if last.prompt_ids == prompt.token_ids else replace(prompt, token_ids=last.prompt_ids)
-        return await self._with_scores(_Sample(asked, last.completion, last.text, tuple(turns[-1]), result))
+        found = attempts[-1]
+        asked = prompt if first.prompt_ids == prompt.token_ids else replace(prompt, token_ids=first.prompt_ids)
+        return await self._with_scores(
+            _Sample(asked, first.completion, found.text, tuple(found.turns), result, found.branches)
+        )
 
     async def _with_scores(self, sample: _Sample) -> _Sample:
         """The sample with what other models say about its tokens. Held-out ones are not trained on, and not scored."""
@@ -230,17 +242,20 @@ class Generator:
             return None
         outcome = sample.result if isinstance(sample.result, Outcome) else Outcome(0.0, correct=False)
         correct = outcome.reward > 0 if outcome.correct is None else outcome.correct
-        reward = self._coin(sample.prompt, number) if self.random_reward else float(outcome.reward)
+        reward = outcome.reward if failure else weighted_reward(environment.config, sample.prompt.task.id, outcome)
+        if self.random_reward:
+            reward = self._coin(sample.prompt, number)
         return Trajectory(
             sample.prompt,
             sample.completion,
             sample.text,
-            reward,
+            float(reward),
             correct,
             outcome.rewards,
             outcome.metrics,
             None if failure is None else f"{failure.kind}: {failure.message}",
             sample.branches,
+            outcome.answer,
         )
 
     def _check(self, version: str, prompt: Prompt, completion: Completion) -> None:

@@ -40,6 +40,9 @@ from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.together import together
 from fiberpo_megatron.weight_sync.choose import make_publisher
 
+ENGINE_RESERVE = 6
+"""Tokens of its context that SGLang keeps for itself: it refuses a prompt that leaves no more than these."""
+
 
 @dataclass(frozen=True)
 class SourceParts:
@@ -99,9 +102,7 @@ def rollout_source(
             policy=policy,
             prompts=parts.prompts,
             read=read,
-            generator=None
-            if environments is None
-            else _generator(config, environments, sampler, parts.encoder, pool, scorers),
+            generator=None if environments is None else _generator(parts, environments, sampler, pool, scorers),
             sampler=sampler,
             publisher=publisher,
             store=store,
@@ -140,25 +141,37 @@ def make_sampler(config: Config, hf_config: Mapping[str, Any], encoder: Encoder,
 
 
 def _generator(
-    config: Config,
+    parts: SourceParts,
     environments: Environments,
     sampler: EngineSampler,
-    encoder: Encoder,
     pool: EnginePool,
     scorers: Mapping[str, ServedScores],
 ) -> Generator:
-    parser = config.rollout.tool_call_parser
+    config, rollout = parts.config, parts.config.rollout
+    parser = rollout.tool_call_parser
     parse: ParseTools | None = partial(pool.clients[0].parse_tool_calls, parser=parser) if parser else None
     return Generator(
         sampler,
         environments.running,
-        encoder,
+        parts.encoder,
         environments.loop,
         config.run.seed,
         config.data.random_reward,
         parse,
         scorers,
+        {"temperature": rollout.temperature, "top_p": rollout.top_p, "max_tokens": rollout.max_response_tokens},
+        _longest_sequence(parts),
     )
+
+
+def _longest_sequence(parts: SourceParts) -> int:
+    """The tokens that a conversation may have, prompt and turns together: those that the engine reads, and a row takes.
+
+    What an agent says has no other bound, and a sequence beyond this one would end the run.
+    """
+    batch, multiple = parts.config.batch, parts.layout.sequence_multiple
+    longest = read_architecture(parts.hf_config).max_positions - ENGINE_RESERVE
+    return longest if batch.oversized != "error" else min(longest, batch.micro_batch_tokens // multiple * multiple)
 
 
 def _routing_shape(hf_config: Mapping[str, Any]) -> RoutingShape:

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import count
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -26,7 +27,7 @@ from fiberpo_megatron.environments import (
 from fiberpo_megatron.environments import Trajectory as EnvironmentTrajectory
 from fiberpo_megatron.environments.budget import StepBudget
 from fiberpo_megatron.environments.host import Description, Failure
-from fiberpo_megatron.environments.jobs import Say
+from fiberpo_megatron.environments.jobs import FIRST, BranchPoint, Say
 from fiberpo_megatron.environments.settings import EnvironmentConfig
 from fiberpo_megatron.interfaces import (
     ConversationEncoder,
@@ -413,6 +414,7 @@ class InProcess:
         seed: int,
         sample: int | None = None,
         budget: StepBudget | None = None,
+        sampling: Mapping[str, float] | None = None,
     ) -> Outcome | Failure:
         try:
             return await self.environment.run(task, Speaker(converse(), seed))
@@ -436,8 +438,15 @@ class InProcess:
 class Speaker:
     """A conversation around a Say."""
 
-    def __init__(self, say: Say, seed: int) -> None:
-        self._say, self.seed = say, seed
+    sampling: Mapping[str, float] = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 8}
+
+    def __init__(self, say: Say, seed: int, branch: BranchPoint = FIRST) -> None:
+        self._say, self.seed, self._branch, self._branches = say, seed, branch, count(1)
+
+    def fork(self, turns: int = 0) -> "Speaker":
+        forked = Speaker(self._say, self.seed, BranchPoint(next(self._branches), self._branch.number, turns))
+        forked._branches = self._branches
+        return forked
 
     async def say(
         self,
@@ -447,7 +456,7 @@ class Speaker:
         stop: Sequence[str] | None = None,
     ) -> Turn:
         words = new if isinstance(new, str) else [new] if isinstance(new, Mapping) else list(new)
-        return await self._say(words, tools, max_tokens, stop)
+        return await self._say(words, tools, max_tokens, stop, *([self._branch] if self._branch.number else []))
 
 
 class FirstToken(SingleTurn):
