@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help env demo test test-all check format lint words types lock licences clean
+.PHONY: help env reasoning-gym demo test test-all check format lint words types lock licences clean
 
 help:
 	@echo "make demo    warm up a tiny MoE, then train it by RL (FiberPO, Megatron-Core, SGLang)"
@@ -10,6 +10,7 @@ help:
 	@echo "make test-all  all tests"
 	@echo "make check   format, lint, words, types, tests"
 	@echo "make format  reformat the code"
+	@echo "make reasoning-gym  install the package of the environment \"reasoning_gym\" (needs a C compiler)"
 	@echo "make lock    lock the versions and hashes of all packages again (needs the package index)"
 	@echo "make licences  write docs/licences.md again"
 
@@ -32,14 +33,25 @@ $(PEERS): | env
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile --require-hashes \
 		--only-binary :all: --target $@ -r tools/requirements-peers.lock
 
+# The package of the environment "reasoning_gym" and what it needs go into the environment in a step of their own: three of
+# its requirements are source archives, and one of them has to be compiled. Without a C compiler its tests are skipped.
+REASONING_GYM := .venv/.reasoning-gym-0.1.25
+reasoning-gym: $(REASONING_GYM)
+$(REASONING_GYM): tools/requirements-reasoning-gym.lock | env
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --no-build-isolation \
+		--only-binary :all: --no-binary cellpylib,pycosat,zss -r $<
+	touch $@
+
 # Most tests wait for other processes more than they compute. Every worker keeps an SGLang server of its own (600 MB).
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
-test: env $(TRITON) $(PEERS)
+HAS_COMPILER := $(shell command -v cc)
+TEST_PACKAGES := $(TRITON) $(PEERS) $(if $(HAS_COMPILER),$(REASONING_GYM))
+test: env $(TEST_PACKAGES)
 	$(PYTEST) -m "not exhaustive" $(TEST_ARGS)
 
 # Everything, the cases included that only vary what others cover (marked `exhaustive`).
-test-all: env $(TRITON) $(PEERS)
+test-all: env $(TEST_PACKAGES)
 	$(PYTEST) $(TEST_ARGS)
 
 format: env

@@ -44,6 +44,8 @@ setup(
         # apex is not on PyPI under that name: README.md, "On GPUs"
         "cuda": ["transformer-engine[pytorch]>=2.9", "sglang==0.5.23"],
         "math": ["math-verify==0.9.0"],
+        # needs a C compiler: its requirement pycosat exists as a source archive only
+        "reasoning-gym": ["reasoning-gym==0.1.25"],
         # parquet files and data set folders
         "data": ["pyarrow>=15"],
         "wandb": ["wandb>=0.18"],

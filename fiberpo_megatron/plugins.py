@@ -20,7 +20,12 @@ from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
 
 BUILT_IN: Mapping[str, Mapping[str, str]] = {
-    "environments": {"jsonl": "fiberpo_megatron.environments.jsonl:Jsonl"},
+    "environments": {
+        "chat": "fiberpo_megatron.environments.builtin.chat:Chat",
+        "math": "fiberpo_megatron.environments.builtin.math:Math",
+        "reasoning_gym": "fiberpo_megatron.environments.builtin.reasoning_gym:ReasoningGym",
+    },
+    "group_rewards": {"shorter": "fiberpo_megatron.environments.group_rewards:Shorter"},
     "families": {
         "llama": "fiberpo_megatron.mcore.families.llama:FAMILY",
         "qwen2": "fiberpo_megatron.mcore.families.qwen2:FAMILY",

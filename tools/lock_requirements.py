@@ -39,11 +39,13 @@ class Lock:
     """Requirement files whose packages are installed without their dependencies."""
     note: str = ""
     """Comment at the head of the file."""
+    archives: tuple[str, ...] = ()
+    """Packages that exist as source archives only; of all others wheels are locked."""
 
     def text(self, uv: str) -> str:
         """Return the content of the file, asking the package index."""
         body = [resolve(uv, self.sources, self.python, alone=False)] if self.sources else []
-        body += [resolve(uv, self.alone, self.python, alone=True)] if self.alone else []
+        body += [resolve(uv, self.alone, self.python, alone=True, archives=self.archives)] if self.alone else []
         return f"# Written by `make lock` for Python {self.python}; do not edit.\n{self.note}{''.join(body)}"
 
 
@@ -57,11 +59,18 @@ LOCKS = (
     ),
     Lock(TOOLS / "requirements-triton.lock", (), "3.11", alone=(TOOLS / "requirements-triton.txt",)),
     Lock(TOOLS / "requirements-peers.lock", (), "3.11", alone=(TOOLS / "requirements-peers.txt",)),
+    Lock(
+        TOOLS / "requirements-reasoning-gym.lock",
+        (),
+        "3.11",
+        alone=(TOOLS / "requirements-reasoning-gym.txt",),
+        archives=("cellpylib", "pycosat", "zss"),
+    ),
     Lock(TOOLS / "image/sglang.lock", (TOOLS / "image/sglang.txt",), "3.12", note=UNTRIED),
 )
 
 
-def resolve(uv: str, sources: tuple[Path, ...], python: str, *, alone: bool) -> str:
+def resolve(uv: str, sources: tuple[Path, ...], python: str, *, alone: bool, archives: tuple[str, ...] = ()) -> str:
     """Return requirement lines with hashes for some requirement files. Raises RuntimeError with uv's message."""
     with tempfile.TemporaryDirectory() as folder:
         settings, wanted = Path(folder) / "uv.toml", Path(folder) / "wanted.txt"
@@ -72,6 +81,7 @@ def resolve(uv: str, sources: tuple[Path, ...], python: str, *, alone: bool) -> 
         command = [uv, "pip", "compile", "--quiet", "--generate-hashes", "--no-header", "--no-annotate"]
         command += ["--config-file", str(settings), "--python-version", python, "--python-platform", PLATFORM]
         command += ["--only-binary", ":all:", *(["--no-deps"] if alone else [])]
+        command += [part for name in archives for part in ("--no-binary", name)]
         command += [*(["--no-emit-package", "torch"] if local else []), str(wanted)]
         environment = os.environ | {"UV_PYTHON_DOWNLOADS": "never"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -11,11 +11,12 @@ from fiberpo_megatron.environments import Task, Turn
 from fiberpo_megatron.environments.host import EnvironmentPool
 from fiberpo_megatron.environments.jobs import Say
 from fiberpo_megatron.environments.settings import EnvironmentConfig
+from fiberpo_megatron.plugins import BUILT_IN
 
 
 def settings(use: str, **changes: Any) -> EnvironmentConfig:
     """Return the settings of a class of `misbehaving`, or of any import path, with bounds that are soon reached."""
-    use = use if ":" in use or use == "jsonl" else f"tests.environments.misbehaving:{use}"
+    use = use if ":" in use or use in BUILT_IN["environments"] else f"tests.environments.misbehaving:{use}"
     bounds = {"deadline_s": 1.0, "memory_gib": 0.5, "output_kib": 64, "start_timeout_s": 60.0}
     return EnvironmentConfig(name="env", use=use, **(bounds | changes))
 

