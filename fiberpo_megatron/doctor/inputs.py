@@ -2,6 +2,7 @@
 
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.doctor.report import Finding
+from fiberpo_megatron.printable import printable
 
 
 def model_files(config: Config) -> list[Finding]:
@@ -65,5 +66,6 @@ def environments(config: Config) -> list[Finding]:
             found.append(Finding(name, "fail", what or str(error), fix))
             continue
         seen = f"{description.train_size} training tasks, {description.held_out_size} held-out tasks"
+        seen += f"; {printable(description.about)}" if description.about else ""
         found.append(Finding(name, "pass", seen))
     return found

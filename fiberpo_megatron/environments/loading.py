@@ -7,6 +7,7 @@ from typing import Any
 
 from fiberpo_megatron import plugins
 from fiberpo_megatron.environments import Environment, SingleTurn, wire
+from fiberpo_megatron.environments.group_rewards import with_group_reward
 from fiberpo_megatron.environments.tracebacks import describe_error, trace_of
 
 
@@ -19,6 +20,8 @@ def load(settings: Mapping[str, Any]) -> tuple[Environment, dict[str, Any]]:
         if isinstance(plugin.target, type) and not issubclass(plugin.target, Environment):
             raise _no_environment(plugin, where)  # before its options, which say less
         plugins.check_options(plugin, settings["options"], where)
+        group = settings.get("group_reward")
+        compares = None if group is None else _group_reward(group, f"environment {settings['name']!r}: group_reward")
     except SystemExit as error:
         raise plugins.PluginError(f"{where} = {settings['use']!r}: its module called sys.exit({error})") from error
     try:
@@ -34,11 +37,29 @@ def load(settings: Mapping[str, Any]) -> tuple[Environment, dict[str, Any]]:
             f"{message}{hint}; correct the options or the class\n{trace_of(error)[-wire.TRACEBACK_CHARACTERS :]}"
         ) from error
     try:
+        if compares is not None and isinstance(environment, Environment):
+            with_group_reward(environment, compares)
         return environment, _describe(environment, plugin, where)
     except plugins.PluginError:
         raise
     except BaseException as error:
         raise plugins.PluginError(f"{where}: {plugin.path} cannot be used: {describe_error(error)}") from error
+
+
+def _group_reward(setting: Mapping[str, Any], where: str) -> Any:
+    """Make what compares the samples of a task."""
+    plugin = plugins.find("group_rewards", setting["use"], where)
+    plugins.check_version(plugin, setting["version"], where)
+    plugins.check_options(plugin, setting["options"], where)
+    try:
+        made = plugin.target(**setting["options"])
+    except Exception as error:  # a constructor of somebody else's raises what it likes
+        raise plugins.PluginError(
+            f"{where}: {plugin.path} could not be made with options = {setting['options']!r}: {describe_error(error)}"
+        ) from error
+    if not callable(made):
+        raise plugins.PluginError(f"{where}: {plugin.path} cannot be called; define __call__(self, task, trajectories)")
+    return made
 
 
 def _no_environment(plugin: plugins.Plugin, where: str) -> plugins.PluginError:
@@ -86,6 +107,7 @@ def _describe(environment: Any, plugin: plugins.Plugin, where: str) -> dict[str,
         "deterministic": bool(environment.deterministic),
         "check_all_tasks": bool(environment.check_all_tasks),
         "chat_template_kwargs": wire.plain(environment.chat_template_kwargs, "chat_template_kwargs"),
+        "about": str(environment.about),
     }
 
 

@@ -26,6 +26,8 @@ class Description:
     check_all_tasks: bool
     """Whether all tasks are checked before a run starts."""
     chat_template_kwargs: dict[str, Any]
+    about: str = ""
+    """How the instance works, in a sentence; empty where it says nothing."""
 
 
 @dataclass(frozen=True)

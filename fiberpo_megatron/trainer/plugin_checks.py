@@ -1,6 +1,7 @@
 """This module finds and checks the plug-ins of a config before anything starts, and records them with the run."""
 
 import json
+import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from fiberpo_megatron.fibration import OBJECTIVES, FiberPO, Objective, build_obj
 from fiberpo_megatron.fibration.presets import preset_options
 from fiberpo_megatron.interfaces import AdvantageEstimator
 from fiberpo_megatron.plugins import BUILT_IN, Plugin, check_options, check_version, find
+from fiberpo_megatron.printable import printable
 from fiberpo_megatron.settings import PluginConfig
 from fiberpo_megatron.trainer.batch import SUPPLIED_KEYS
 from fiberpo_megatron.trainer.settings import AlgorithmConfig
@@ -179,6 +181,8 @@ def check_plugins(config: Config, resume: bool, environments: bool = True) -> No
             version = environment.version or recorded.get(setting)
             described = describe(environment.model_copy(update={"version": None}))
             check_version(Plugin(described.path, None, described.version), version, setting)
+            if described.about:
+                print(printable(f"fiberpo: environment {environment.name}: {described.about}"), file=sys.stderr)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -77,10 +77,11 @@ def run_program(job: Job, names: dict[str, Any], given: Job) -> None:
     module = load_program("__main__" if called is None else "program", names)
     if called is None:
         return
-    function = getattr(module, called, None)
-    if function is None and hasattr(module, "Solution"):
+    if hasattr(getattr(module, "Solution", None), called):
         function = getattr(module.Solution(), called)
-    if function is None:
+    else:
+        function = getattr(module, called, None)
+    if function is None or function is names.get(called):  # `add` is a usual name: that of the module operator
         raise NameError(f"the program defines no function {called!r}")
     value = json.dumps(function(*given["arguments"]))
     with open(3, "w", encoding="ascii") as file:

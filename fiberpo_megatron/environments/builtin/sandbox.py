@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -196,6 +196,27 @@ class Sandbox:
         """Run a program once with a text on its stdin, in a sandbox of its own. Raises SandboxError."""
         async with self.program(program) as started:
             return await started.run(stdin=stdin)
+
+    async def runs(
+        self,
+        text: str,
+        inputs: Sequence[Mapping[str, Any]],
+        *,
+        fn_name: str | None = None,
+        usual_names: bool = False,
+        stop_after_failure: bool = False,
+    ) -> AsyncGenerator[ProgramRun, None]:
+        """Yield what a program did with each input, in their order; close the generator (`aclosing`) to stop before.
+
+        inputs: {"stdin": text}, or {"arguments": list} with `fn_name`. stop_after_failure: yield nothing after the
+        first run whose status is not ok. The other arguments are those of `program`.
+        """
+        async with self.program(text, fn_name=fn_name, usual_names=usual_names) as started:
+            for given in inputs:
+                run = await started.run(**given)
+                yield run
+                if stop_after_failure and run.status != "ok":
+                    return
 
     @asynccontextmanager
     async def program(
