@@ -11,6 +11,8 @@ largest reference value (`coefficients_max_relative_diff` and so on), for gradie
 compares the parameters after N optimiser steps, which the reference takes with torch.optim.AdamW. The reference runs on
 CPU, the layout on GPUs if there are any. `fiberpo certify` makes this comparison for a config's model and objective.
 
+With `--branches` half of the trajectories have branches, which a small `--micro-batch-tokens` cuts into several rows.
+
 `--terms` adds terms to the objective. Its items, separated by commas, are sections of [algorithm]:
 
     NAME              the term with the settings of TERMS below
@@ -56,11 +58,19 @@ def terms_of(text: str) -> dict[str, dict[str, str | float]]:
     return sections
 
 
-def make_problem(seed: int, partitions: int) -> Problem:
+def make_problem(seed: int, partitions: int, branches: bool = False) -> Problem:
     """Draw trajectories whose ratios are spread enough for clips and gates to act."""
     random = np.random.default_rng(seed)
     return draw_problem(
-        random, groups=6, samples=4, longest=58, domains=3, partitions=partitions, vocabulary=61, shift=0.15
+        random,
+        groups=6,
+        samples=4,
+        longest=58,
+        domains=3,
+        partitions=partitions,
+        vocabulary=61,
+        shift=0.15,
+        branches=branches,
     )
 
 
@@ -74,12 +84,13 @@ def case_of(words: Sequence[str] | None = None) -> Case:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", choices=list(MODELS), default="moe")
     parser.add_argument("--steps", type=int, default=0, help="optimiser steps after which parameters are compared")
+    parser.add_argument("--branches", action="store_true", help="some trajectories have three token sequences")
     parser.add_argument("--terms", type=terms_of, default={}, help="what is added to the objective: kl=k3,entropy,..")
     args = parser.parse_args(words)
     return Case(
         model=MODELS[args.model],
         objective=(args.objective, {}),
-        problem=make_problem(args.seed, partitions=max(2, args.expert)),
+        problem=make_problem(args.seed, max(2, args.expert), args.branches),
         sizes={name: getattr(args, name) for name in SIZES},
         micro_batch_tokens=args.micro_batch_tokens,
         seed=args.seed,

@@ -34,7 +34,7 @@ class Problem:
 
     rollouts: RolloutBatch
     advantages: NDArray[np.float32]
-    """[B]"""
+    """[B], equal in all branches of a trajectory."""
     log_ratio: NDArray[np.float64]
     """[N], of which those at response tokens count."""
     expert_share: NDArray[np.float64]
@@ -44,7 +44,7 @@ class Problem:
     @property
     def normaliser(self) -> float:
         """Return what the weighting "constant" divides by: the longest response's tokens."""
-        return float(self.rollouts.response_lengths.max())
+        return float(self.rollouts.per_trajectory().response_lengths.max())
 
     @property
     def old_log_probs(self) -> NDArray[np.float64]:
@@ -56,13 +56,14 @@ class Problem:
         """Return what an objective sees of all response tokens."""
         rollouts, count = self.rollouts, len(self.rollouts.lengths)
         index = np.flatnonzero(rollouts.response_mask)
-        trajectory = np.searchsorted(rollouts.offsets, index, side="right") - 1
+        sequence = np.searchsorted(rollouts.offsets, index, side="right") - 1
+        weights = token_weights(rollouts.per_trajectory().response_lengths, weighting, self.normaliser)
         keys = token_keys(rollouts, 0, count, self.domains)
         keys[STATE_KEY] = state_ids(rollouts, 0, count)
         return Tokens(
             log_ratio=torch.from_numpy(self.log_ratio[index]).to(dtype),
-            advantages=torch.from_numpy(self.advantages[trajectory]),
-            weights=torch.from_numpy(token_weights(rollouts.response_lengths, weighting, self.normaliser)[trajectory]),
+            advantages=torch.from_numpy(self.advantages[sequence]),
+            weights=torch.from_numpy(weights[rollouts.trajectories[sequence]]),
             keys={name: torch.from_numpy(ids[index]) for name, (ids, _) in keys.items()},
             counts={name: number for name, (_, number) in keys.items()},
             labels={name: torch.from_numpy(of) for name, of in token_labels(rollouts, 0, count, VERSION).items()},
@@ -81,17 +82,20 @@ def draw_problem(
     partitions: int,
     vocabulary: int = 64,
     shift: float = 0.15,
+    branches: bool = False,
 ) -> Problem:
     """Draw groups of trajectories with 1 to `longest` response tokens behind prompts of 2 to 6 tokens.
 
     Responses begin with few different tokens, so that samples of a group share states; every third trajectory is a
-    conversation of two turns.
+    conversation of two turns. With `branches`, the first three samples of four are one trajectory, whose branches go on
+    from the first tokens of another one.
     """
     count = groups * samples
     responses = random.integers(1, longest + 1, count)
     responses[0] = longest
     rows: list[NDArray[np.int64]] = []
     masks: list[NDArray[np.bool_]] = []
+    joins: list[bool] = []
     for group in range(groups):
         prompt = random.integers(0, vocabulary, random.integers(2, 7))
         for sample in range(samples):
@@ -102,14 +106,18 @@ def draw_problem(
             mask = np.ones(length, bool)
             if sample % 3 == 2 and length > 4:
                 mask[length // 2 : length // 2 + 2] = False  # what the environment said between two turns
-            rows.append(np.concatenate([prompt, answer]))
-            masks.append(np.concatenate([np.zeros(len(prompt), bool), mask]))
+            joins.append(branches and sample % 4 in (1, 2))
+            context = rows[-1][: len(prompt) + 2] if joins[-1] else prompt
+            rows.append(np.concatenate([context, answer]))
+            masks.append(np.concatenate([np.zeros(len(context), bool), mask]))
+    trajectories = np.cumsum(~np.array(joins)) - 1
     lengths = np.array([len(row) for row in rows])
     total = int(lengths.sum())
     rollouts = RolloutBatch.filled(
         tokens=np.concatenate(rows),
         response_mask=np.concatenate(masks),
         lengths=lengths,
+        trajectories=trajectories,
         groups=np.arange(count) // samples,
         domains=np.arange(count) // samples % domains,
         weight_versions=np.repeat(VERSION - random.integers(0, 3, count), lengths),
@@ -119,7 +127,7 @@ def draw_problem(
     of_trajectory = np.repeat(random.normal(scale=shift, size=count), lengths)
     return Problem(
         rollouts=rollouts,
-        advantages=random.normal(size=count).astype(np.float32),
+        advantages=random.normal(size=count).astype(np.float32)[trajectories],
         log_ratio=of_group + of_trajectory + random.normal(scale=random.choice([0.01, 0.05, 0.2]), size=total),
         expert_share=random.dirichlet(np.full(partitions, 0.5), size=total),
         domains=domains,

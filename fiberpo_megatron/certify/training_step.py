@@ -166,7 +166,7 @@ def _prepared(case: Case, terms: Any, part: Any, old: Tensor, layout: Any) -> An
         for field, name in (("reference", "reference"), ("teacher", "teacher"), ("rollout", "engine"))
     }
     rollouts = case.problem.rollouts
-    right = np.random.default_rng([case.seed, 3]).random(len(rollouts.lengths)) < 1 / 3
+    right = np.random.default_rng([case.seed, 3]).random(len(rollouts.lengths))[rollouts.trajectories] < 1 / 3
     start = StepStart(
         parts=[replace(part, **others)],
         scores=[TokenScores(old, torch.zeros_like(old))],
@@ -260,10 +260,10 @@ def run_rank(case: Case, old_log_probs: Mapping[int, float], budgets: Sequence[i
     policy = build_policy(config, case.model, layout)
     objective, terms = case.build_objective(), case.build_terms()
     spans = objective.spans_micro_batches or terms.spans_micro_batches
-    single = not spans and layout.context_size == 1
     outcomes = []
     for budget in budgets:
         part = _mini_batch(case, layout, budget)
+        single = not spans and layout.context_size == 1 and not part.packing.split
         index = concatenated_response_tokens(part.micro_batches)
         old = torch.tensor([old_log_probs[place] for place in index.tolist()], dtype=torch.float32)
         if layout.is_last_stage:

@@ -30,7 +30,16 @@ from fiberpo_megatron.types import RolloutBatch, concatenated_response_tokens
 
 FOLDER = "step_dumps"
 """Folder of the files in a run folder."""
-ROLLOUT_FACTS = ("tokens", "response_mask", "rollout_log_probs", "lengths", "rewards", "groups", "domains")
+ROLLOUT_FACTS = (
+    "tokens",
+    "response_mask",
+    "rollout_log_probs",
+    "lengths",
+    "trajectories",
+    "rewards",
+    "groups",
+    "domains",
+)
 """What of the training step's trajectories is in the file."""
 
 

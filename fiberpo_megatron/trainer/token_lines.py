@@ -30,6 +30,8 @@ class RecordedTrajectory:
     """... its first token after the prompt, ..."""
     end: int
     """... and the place behind its last one."""
+    branches: tuple[int, ...] = ()
+    """Places where its further token sequences begin."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class StepFacts:
     """The objective's name."""
     domains: Sequence[str]
     rollouts: RolloutBatch
-    """The trajectories that are trained on."""
+    """The trajectories that are trained on, one entry for each."""
     pieces: Callable[[Sequence[int]], list[str]]
 
 
@@ -148,6 +150,8 @@ def _record(facts: StepFacts, one: RecordedTrajectory) -> dict[str, Any]:
         "prompt": "".join(facts.pieces(batch.tokens[one.begin : one.first].tolist())),
         "prompt_tokens": one.first - one.begin,
     }
+    if one.branches:
+        record["branches"] = [begin - one.first for begin in one.branches]
     record["tokens"] = {
         "id": ids,
         "text": facts.pieces(ids),

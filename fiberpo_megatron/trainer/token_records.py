@@ -36,8 +36,12 @@ def recorded_trajectories(
 
     They are those that `telemetry.rollouts_per_step` (`samples`) writes, as far as they fit into `bound` tokens after
     the prompts; one that does not fit is left out, and so are those that `kept` [B] leaves out of the training.
+    Branches of a trajectory are recorded one after the other, prompts included.
     """
-    offsets, left, found = rollouts.offsets, bound, []
+    sequences, firsts = rollouts.lengths, np.cumsum(rollouts.branches) - rollouts.branches
+    rollouts, left, found = rollouts.per_trajectory(), bound, []
+    kept = None if kept is None else kept[firsts]
+    offsets = rollouts.offsets
     trained = np.arange(len(rollouts.lengths)) if kept is None else np.cumsum(kept) - 1
     starts = offsets if kept is None else np.concatenate([[0], np.cumsum(rollouts.lengths * kept)])
     for place in spread(samples, len(rollouts.lengths)):
@@ -45,8 +49,9 @@ def recorded_trajectories(
         prompt, size = int(mask.argmax()), int(rollouts.lengths[place])
         if (kept is not None and not kept[place]) or not mask.any() or size - prompt > left:
             continue
-        begin = int(starts[place])
-        found.append(RecordedTrajectory(place, int(trained[place]), begin, begin + prompt, begin + size))
+        begin, own = int(starts[place]), slice(firsts[place], [*firsts[1:], len(sequences)][place])
+        branches = tuple((begin + np.cumsum(sequences[own])[:-1]).tolist())
+        found.append(RecordedTrajectory(place, int(trained[place]), begin, begin + prompt, begin + size, branches))
         left -= size - prompt
     return found
 
@@ -85,7 +90,7 @@ class TokenRecords:
         if not found:
             return None
         trained = rollouts if kept is None else rollouts.select(kept)
-        facts = StepFacts(step, objective, tuple(self.domains), trained, self.pieces)
+        facts = StepFacts(step, objective, tuple(self.domains), trained.per_trajectory(), self.pieces)
         return StepTokens(self, layout, facts, found, self._notes)
 
 

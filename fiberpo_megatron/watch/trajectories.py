@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from fiberpo_megatron.watch.api import Refused, answer
-from fiberpo_megatron.watch.trajectory_files import Kind, Stored, TrajectoryFiles
+from fiberpo_megatron.watch.trajectory_files import Kind, Stored, TrajectoryFiles, sequences
 
 MOST_ROWS = 500
 """Trajectories that one answer lists."""
@@ -172,7 +172,7 @@ def _row(one: Stored) -> dict[str, Any]:
         "id": _text(one.of("id")),
         "reward": _number(one.of("reward")),
         "correct": bool(one.of("correct")),
-        "truncated": one.text.get("finish_reason") == "length" or one.tokens.get("truncated") is True,
+        "truncated": _is_truncated(one),
         "failure": _text(one.text.get("failure")),
         "length": _length(one),
         "lag": one.step - min(versions) if versions and one.kind == "train" else None,
@@ -199,8 +199,17 @@ def _versions(one: Stored) -> list[int]:
     return [version for version in versions if isinstance(version, int) and version >= 0]
 
 
+def _is_truncated(one: Stored) -> bool:
+    cut = any(sequence.get("finish_reason") == "length" for sequence in sequences(one.text))
+    return cut or one.tokens.get("truncated") is True
+
+
 def _length(one: Stored) -> int:
-    ids = one.text.get("token_ids") or one.tokens.get("tokens", {}).get("id")
+    """Tokens behind the prompts, of all branches."""
+    known = [ids for ids in (sequence.get("token_ids") for sequence in sequences(one.text)) if isinstance(ids, list)]
+    if any(known):
+        return sum(map(len, known))
+    ids = one.tokens.get("tokens", {}).get("id")
     return len(ids) if isinstance(ids, list) else 0
 
 

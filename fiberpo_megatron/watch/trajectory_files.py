@@ -79,7 +79,7 @@ class TrajectoryFiles:
         stored = []
         for number in sorted(of_text.keys() | known.keys()):
             text, token = of_text.get(number, {}), known.get(number, {})
-            if text and token and text.get("token_ids") != token.get("tokens", {}).get("id"):
+            if text and token and _token_ids(text) != token.get("tokens", {}).get("id"):
                 problems = [*problems, f"tokens/ of step {step}: trajectory {number} is not that of rollouts/"]
                 token = {}
             stored.append(Stored(kind, step, number, text, token))
@@ -139,6 +139,20 @@ def _read_texts(path: Path, size: int) -> tuple[list[dict[str, Any]], list[str]]
     except OSError as error:
         return records, [f"{name} cannot be read ({type(error).__name__}: {error})"]
     return records, [f"{name}: {len(odd)} lines are no trajectories, the first is line {odd[0]}"] if odd else []
+
+
+def sequences(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the token sequences of a record of rollouts/: the trajectory's own, then its branches."""
+    branches = text.get("branches")
+    return [text, *(one for one in branches if isinstance(one, dict))] if isinstance(branches, list) else [text]
+
+
+def _token_ids(text: Mapping[str, Any]) -> list[Any] | None:
+    """The tokens behind the first prompt, as tokens/ has them; None where the record has none."""
+    own, *branches = sequences(text)
+    parts = [own.get("token_ids"), *(branch.get(name) for branch in branches for name in ("prompt_ids", "token_ids"))]
+    known = [part for part in parts if isinstance(part, list)]
+    return [token for part in known for token in part] if len(known) == len(parts) else None
 
 
 def _has_columns(record: Mapping[str, Any]) -> bool:

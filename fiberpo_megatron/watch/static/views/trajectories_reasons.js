@@ -23,7 +23,7 @@ export function nodesOf(level, i) {
 /** Return what stopped a token: {kind, level, text}, the most telling first; empty if it passed everywhere. */
 export function reasons(record, i) {
   const tokens = record.tokens;
-  if (!tokens.sampled[i]) return [{ kind: "environment", text: "The environment wrote this token; it is not trained on." }];
+  if (!tokens.sampled[i]) return [{ kind: "environment", text: "The environment wrote this token, or a branch repeats it; it is not trained on." }];
   if (last(tokens.log_ratio, i) === null) return [{ kind: "unknown", text: "Nothing is recorded of this token." }];
   const found = [];
   if (tokens.weight?.[i] === 0) found.push({ kind: "masked", text: "A mask has set the token's weight to 0." });

@@ -68,7 +68,9 @@ function tokenView(record, context) {
   const blocks = [];
   for (let begin = 0; begin < spans.length; begin = blocks.at(-1).end) {
     const end = blockEnd(record, begin);
-    blocks.push({ end, element: h("div", { class: "tr-block" }, spans.slice(begin, end)) });
+    const branch = branchesOf(record).indexOf(begin) + 1;
+    const title = branch > 0 && h("div", { class: "tr-branch" }, `Branch ${branch}, from its prompt on`);
+    blocks.push({ end, element: h("div", { class: "tr-block" }, title, spans.slice(begin, end)) });
   }
   const legend = h("div", {});
   const shown = h("aside", { class: "tr-card", "aria-live": "polite", id: "tr-card" });
@@ -126,9 +128,15 @@ function tokenSpan(record, piece, i) {
   return span;
 }
 
-/** Blocks end behind a line where one ends soon, because each begins a new line. */
+/** Return where further token sequences of the trajectory begin. */
+function branchesOf(record) {
+  return Array.isArray(record.branches) ? record.branches : [];
+}
+
+/** Blocks end behind a line where one ends soon, because each begins a new line; and before a branch. */
 function blockEnd(record, begin) {
-  const most = Math.min(begin + 2 * BLOCK, record.size);
+  const next = branchesOf(record).find((place) => place > begin) ?? record.size;
+  const most = Math.min(begin + 2 * BLOCK, next, record.size);
   for (let i = begin + BLOCK; i < most; i += 1) if (record.tokens.text[i - 1].includes("\n")) return i;
   return most;
 }
