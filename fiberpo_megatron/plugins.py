@@ -22,8 +22,12 @@ from typing import Any
 BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "environments": {
         "chat": "fiberpo_megatron.environments.builtin.chat:Chat",
+        "code": "fiberpo_megatron.environments.builtin.code:Code",
+        "judge": "fiberpo_megatron.environments.builtin.judge:Judge",
+        "gateway": "fiberpo_megatron.environments.builtin.gateway:Gateway",
         "math": "fiberpo_megatron.environments.builtin.math:Math",
         "reasoning_gym": "fiberpo_megatron.environments.builtin.reasoning_gym:ReasoningGym",
+        "tools": "fiberpo_megatron.environments.builtin.tools:Tools",
     },
     "group_rewards": {"shorter": "fiberpo_megatron.environments.group_rewards:Shorter"},
     "families": {

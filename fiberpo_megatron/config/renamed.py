@@ -11,6 +11,8 @@ from fiberpo_megatron.user_warnings import warn_user
 DEMO = "examples.demo.environments"
 """Where the built-in tasks of earlier versions live now."""
 _TASK_CLASSES = {"addition": f"{DEMO}:Addition", "sort": f"{DEMO}:Sort", "jsonl": "jsonl"}
+PROMPT_FILES = ("jsonl", "fiberpo_megatron.environments.jsonl:Jsonl")
+"""What earlier versions called the environment `chat`, and `math` where its reward was "math_verify"."""
 TRAJECTORY_APC = "apc-trajectory"
 """What earlier versions called apc; today's apc couples the samples of a state."""
 WITH_PRESET = ("fiberpo", "fiberpo-domain", "fiberpo-expert", "fiberpo-expert-global")
@@ -41,13 +43,17 @@ def translated(values: Mapping[str, Any], source: Path | str) -> dict[str, Any]:
     algorithm = values.get("algorithm")
     if isinstance(algorithm, Mapping) and _bounds_trajectories(algorithm):
         objective = algorithm["objective"]
-        changed = {**objective, "use": TRAJECTORY_APC} if isinstance(objective, Mapping) else TRAJECTORY_APC
-        new["algorithm"] = {"objective": changed}
-        values["algorithm"] = {**algorithm, "objective": changed}
+        apc = {**objective, "use": TRAJECTORY_APC} if isinstance(objective, Mapping) else TRAJECTORY_APC
+        new["algorithm"] = {"objective": apc}
+        values["algorithm"] = {**algorithm, "objective": apc}
     algorithm = values.get("algorithm", {})
     if isinstance(algorithm, Mapping) and "preset" not in algorithm and _meant_the_paper(algorithm, bool(new)):
         new["algorithm"] = {**new.get("algorithm", {}), "preset": "paper"}
         values["algorithm"] = {**algorithm, "preset": "paper"}
+    environments = values.get("environments")
+    if isinstance(environments, list) and any(map(_uses_prompt_files, environments)):
+        changed = [_prompt_files(entry) if _uses_prompt_files(entry) else entry for entry in environments]
+        new["environments"] = values["environments"] = changed
     if new:
         warn_user(f"{source} was written for an earlier version; write today:\n\n{tomli_w.dumps(_writable(new))}")
     return values
@@ -83,6 +89,21 @@ def _environment(task: Any) -> Any:
         options["name"] = name
     weight = {"weight": task["weight"]} if "weight" in task else {}
     return {"name": name, "use": _TASK_CLASSES[kind], **weight, "options": options}
+
+
+def _uses_prompt_files(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and entry.get("use") in PROMPT_FILES
+
+
+def _prompt_files(entry: Mapping[str, Any]) -> Any:
+    """An environment of the earlier name `jsonl` as one of `chat` or `math`."""
+    options = dict(entry.get("options", {}))
+    options.setdefault("name", "jsonl")  # the earlier default, by which held-out problems were ordered
+    use = "chat"
+    if options.get("reward") == "math_verify":
+        use = "math"
+        del options["reward"]
+    return {**entry, "use": use, "options": options}
 
 
 def _writable(value: Any) -> Any:

@@ -12,7 +12,7 @@ Tools = Sequence[Mapping[str, Any]] | None
 
 QUESTION, ANSWER, REPLY = "placeholder-question", "placeholder-answer", "placeholder-reply"
 """Contents with which the template is asked what it writes around them."""
-NO_TURNS = "end conversations after one turn (jsonl: set max_turns = 1), or take another template"
+NO_TURNS = "end conversations after one turn (chat: set max_turns = 1), or take another template"
 TURN: tuple[Message, ...] = ({"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER})
 
 

@@ -191,7 +191,7 @@ class Encoder:
         if chat is None:
             raise ValueError(
                 f"{source}: the prompt needs a chat template but the tokenizer has none; write prompts as plain "
-                f"strings (a jsonl environment: set `chat_template = false` in the options of {self.names[domain]!r}), "
+                f"strings (a chat environment: set `chat_template = false` in the options of {self.names[domain]!r}), "
                 "or add a chat_template to the model's tokenizer_config.json"
             )
         return chat

@@ -12,7 +12,7 @@ from fiberpo_megatron.config import Config
 
 Place = tuple[str | int, ...]
 NUMBERS = [float("nan"), float("inf"), float("-inf")]
-REQUIRED = {"model": {"path": "somewhere"}, "environments": [{"name": "sums", "use": "jsonl"}]}
+REQUIRED = {"model": {"path": "somewhere"}, "environments": [{"name": "sums", "use": "chat"}]}
 
 
 def places(kind: Any, at: Place = ()) -> Iterator[Place]:

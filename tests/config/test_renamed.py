@@ -65,12 +65,11 @@ options = {length = 4}
 
 [[environments]]
 name = "problems"
-use = "jsonl"
+use = "math"
 
 [environments.options]
 train = "train.jsonl"
 held_out = "test.jsonl"
-reward = "math_verify"
 chat_template_kwargs = {enable_thinking = false}
 max_turns = 2
 name = "problems"
@@ -104,6 +103,31 @@ def test_what_is_translated_exists(tmp_path: Path):
         plugin = find("environments", environment.use, "use")
         check_options(plugin, environment.options, "options")
         assert import_path("environments", environment.use, "use") == plugin.path
+
+
+@pytest.mark.parametrize(
+    ("written", "means"),
+    [
+        ('use = "jsonl"\noptions = {train = "a"}', {"use": "chat", "options": {"train": "a", "name": "jsonl"}}),
+        (
+            'use = "jsonl"\noptions = {train = "a", reward = "math_verify", name = "n"}',
+            {"use": "math", "options": {"train": "a", "name": "n"}},
+        ),
+        (
+            'use = "fiberpo_megatron.environments.jsonl:Jsonl"\noptions = {train = "a", reward = "exact"}',
+            {"use": "chat", "options": {"train": "a", "reward": "exact", "name": "jsonl"}},
+        ),
+    ],
+)
+def test_the_environment_jsonl_is_chat_or_math(tmp_path: Path, written: str, means: dict[str, object]):
+    """Its default name decided the order of the held-out problems, so that it is written out."""
+    with pytest.warns(UserWarning) as found:
+        config = load(tmp_path, f'[model]\npath = "x"\n[[environments]]\nname = "e"\n{written}\n')
+    (entry,) = config.environments
+    assert {"use": entry.use, "options": entry.options} == means
+    assert config.algorithm.preset == "recommended", "the name says nothing about the preset"
+    shown = tomllib.loads(str(found[0].message).partition("\n\n")[2])
+    assert shown == {"environments": [{"name": "e", **means}]}
 
 
 def test_only_what_was_used_is_shown(tmp_path: Path):

@@ -14,7 +14,7 @@ from fiberpo_megatron.data.encoding import Encoder
 from fiberpo_megatron.data.prompts import Place
 from fiberpo_megatron.data.tokenizer import Tokenizer
 from fiberpo_megatron.environments import Task
-from fiberpo_megatron.environments.jsonl import Jsonl
+from fiberpo_megatron.environments.builtin.chat import Chat
 from fiberpo_megatron.types import Prompt
 from tests.data import templates
 from tests.data.characters import CharacterTokenizer
@@ -46,10 +46,10 @@ def encode(found: Encoder, task: Task, index: int = 0) -> Prompt:
     return found.prompt(Place(0, "train", index), task)
 
 
-def jsonl(folder: Path, *records: dict[str, Any], **options: Any) -> Jsonl:
+def from_file(folder: Path, *records: dict[str, Any], **options: Any) -> Chat:
     path = folder / "train.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return Jsonl(name="file", train=str(path), **options)
+    return Chat(name="file", train=str(path), **options)
 
 
 def user(text: str) -> dict[str, str]:
@@ -111,7 +111,7 @@ def test_examples_need_a_text_as_answer():
 
 def test_strings_and_chats_go_through_the_chat_template(tmp_path):
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
-    environment = jsonl(tmp_path, {"prompt": "P", "answer": "1"}, {"prompt": chat, "answer": "2"})
+    environment = from_file(tmp_path, {"prompt": "P", "answer": "1"}, {"prompt": chat, "answer": "2"})
     found = encoder(CharacterTokenizer(chat=True), names=("file",))
     prompts = [encode(found, environment.train(index), index) for index in range(2)]
     assert {p.task.answer: (p.text, p.token_ids[0]) for p in prompts} == {
@@ -121,13 +121,13 @@ def test_strings_and_chats_go_through_the_chat_template(tmp_path):
 
 
 def test_plain_prompts_get_the_special_tokens_of_the_tokenizer(tmp_path):
-    environment = jsonl(tmp_path, {"prompt": "P", "answer": "1"}, chat_template=False)
+    environment = from_file(tmp_path, {"prompt": "P", "answer": "1"}, chat_template=False)
     assert encode(encoder(names=("file",)), environment.train(0)).token_ids == (2, ord("P") + 10)
     assert environment.held_out_size == 0
 
 
 def test_a_missing_chat_template_names_the_setting(tmp_path):
-    environment = jsonl(tmp_path, {"prompt": "P", "answer": "1"})
+    environment = from_file(tmp_path, {"prompt": "P", "answer": "1"})
     with pytest.raises(ValueError, match=r"line 1: .*tokenizer has none.*chat_template = false"):
         encode(encoder(names=("file",)), environment.train(0))
 
@@ -147,7 +147,7 @@ def test_what_a_template_raises_names_the_task():
 
 def test_a_prompt_that_is_too_long_is_named(tmp_path):
     records = [{"prompt": "P", "answer": "1"}, {"prompt": "Q" * 60, "answer": "1"}]
-    environment, found = jsonl(tmp_path, *records, chat_template=False), encoder(limit=50, names=("file",))
+    environment, found = from_file(tmp_path, *records, chat_template=False), encoder(limit=50, names=("file",))
     encode(found, environment.train(0))
     with pytest.raises(ValueError, match=r"'file'.*line 2: the prompt has 61 tokens, .*max_prompt_tokens = 50"):
         encode(found, environment.train(1))
@@ -278,7 +278,7 @@ def test_conversations_are_checked_before_anything_starts(tmp_path):
     ):
         found.following(prompt, [7], [user("Again")], None)
     with pytest.raises(ValueError, match="max_turns = 2 and chat_template = false"):
-        jsonl(tmp_path, {"prompt": "17 + 25 =", "answer": "42"}, max_turns=2, chat_template=False)
+        from_file(tmp_path, {"prompt": "17 + 25 =", "answer": "42"}, max_turns=2, chat_template=False)
     good = encoder(templated(templates.CHATML))
     encode(good, Task([user("17 + 25 =")]))
     good.check_conversations(0)

@@ -174,7 +174,7 @@ def test_environments_are_started():
     finding = only(inputs.environments(config()))
     assert (finding.check, finding.status) == ("environment addition", "pass")
     assert finding.seen == "9010 training tasks, 990 held-out tasks"
-    missing = '[{name = "math", use = "jsonl", options = {name = "math", train = "nowhere.jsonl"}}]'
+    missing = '[{name = "math", use = "chat", options = {name = "math", train = "nowhere.jsonl"}}]'
     finding = only(inputs.environments(config("--environments", missing)))
     assert (finding.check, finding.status) == ("environment math", "fail")
     assert "nowhere.jsonl" in finding.seen and "correct the path" in finding.fix

@@ -82,7 +82,7 @@ def test_layouts_that_do_not_divide(
 
 
 def jsonl(train: Path) -> tuple[str, str]:
-    return "--environments", f'[{{name = "mine", use = "jsonl", options = {{name = "mine", train = "{train}"}}}}]'
+    return "--environments", f'[{{name = "mine", use = "chat", options = {{name = "mine", train = "{train}"}}}}]'
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_wrong_answers_are_tried_again(model: Path, engine: Any, tmp_path: Path)
     lines = [json.dumps({"prompt": f"what is {i}+{i}?", "answer": str(2 * i)}) for i in range(8)]
     problems.write_text("\n".join(lines))
     options = f'name = "sums", train = "{problems}", max_turns = 3, retry_message = "no, again"'
-    sums = f'{{name = "sums", use = "jsonl", options = {{{options}}}}}'
+    sums = f'{{name = "sums", use = "chat", options = {{{options}}}}}'
     words = ["--rollout.engine.urls", f'["{engine.url}"]', "--evaluation.prompts", "0", "--trainer.steps", "1"]
     words += ["--rollout.max_response_tokens", "32", "--rollout.return_routing", "true"]
     words += ["--telemetry.rollouts_per_step", "32", "--environments", f"[{sums}]"]

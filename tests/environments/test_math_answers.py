@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from fiberpo_megatron.environments import Turn, math_answers
+from fiberpo_megatron.environments import Turn
 from fiberpo_megatron.environments.budget import StepBudget
-from fiberpo_megatron.environments.math_answers import MathVerifier
+from fiberpo_megatron.environments.builtin import math_answers
+from fiberpo_megatron.environments.builtin.math_answers import MathVerifier
 from fiberpo_megatron.environments.results import Failure
 from tests.environments.pools import pool_of
 
@@ -121,13 +122,13 @@ def test_the_real_library(answer, response, correct):
 
 
 def scored(folder: Path, hostile: list[str], honest: int, budget: StepBudget | None = None, **changes):
-    """Return the results and the ends (s) of hostile and of honest answers, all asked of two workers of "jsonl" at
+    """Return the results and the ends (s) of hostile and of honest answers, all asked of two workers of "math" at
     once: two hostile ones first, the others spread among the honest ones."""
     (folder / "a.jsonl").write_text(json.dumps({"prompt": "a", "answer": "0.5"}))
-    options = {"name": "t", "train": str(folder / "a.jsonl"), "reward": "math_verify"}
+    options = {"name": "t", "train": str(folder / "a.jsonl")}
 
     async def scenario():
-        async with pool_of("jsonl", options=options, **changes) as pool:
+        async with pool_of("math", options=options, **changes) as pool:
             (task,) = await pool.tasks("train", [0])
             began = time.monotonic()
 

@@ -104,7 +104,7 @@ def load(use, options=None, version=None):
         ("my_broken:Good", {}, "needs the module 'no_such_package', which .* does not have; install it"),
         ("my_quitter:Good", {}, r"its module called sys.exit\(no\)"),
         ("my_classes:God", {}, "my_classes has no God; it defines Good, Needy, "),
-        ("jsnl", {}, "did you mean 'jsonl'"),
+        ("chta", {}, "did you mean 'chat'"),
         ("my_classes:Good", {"digts": 3}, "does not take the option 'digts'; did you mean 'digits'"),
         ("my_classes:Needy", {}, "needs the option 'digits'"),
         ("my_classes:NoTrain", {}, r"lacks the method train\(index\); define it"),
@@ -128,8 +128,8 @@ def test_a_class_that_cannot_be_used_is_refused(use, options, message):
 
 
 def test_another_version_than_the_recorded_one_is_refused():
-    with pytest.raises(PluginError, match="started with .*Jsonl of fiberpo-megatron 0.0.9, this interpreter has"):
-        load("jsonl", version="fiberpo-megatron 0.0.9")
+    with pytest.raises(PluginError, match="started with .*Chat of fiberpo-megatron 0.0.9, this interpreter has"):
+        load("chat", version="fiberpo-megatron 0.0.9")
     assert load("my_classes:Good", version=None)["version"] is None
 
 
@@ -212,7 +212,7 @@ def test_an_interpreter_that_has_nothing(tmp_path, monkeypatch, base):
         async with pool_of("my_seen:Seen", workers=1, python=python) as pool:
             seen = await pool.score(task("x"), Turn("x"), seed=1)
         options = {"name": "sums", "train": "sums.jsonl"}
-        async with pool_of("jsonl", workers=1, python=python, options=options) as pool:
+        async with pool_of("chat", workers=1, python=python, options=options) as pool:
             (first,) = await pool.tasks("train", [0])
             return seen, first, await pool.score(first, Turn(" 2\n"), seed=1)
 

@@ -77,7 +77,7 @@ def test_tasks_and_prompts_stand_at_their_places(monkeypatch):
 def test_every_line_of_a_file_is_checked_at_the_start(tmp_path):
     train = lines(tmp_path, *[{"prompt": "P", "answer": "1"}] * 300, {"prompt": "Q" * 60, "answer": "1"})
     options = {"name": "file", "train": train, "chat_template": False}
-    with started({"use": "jsonl", "name": "file", "options": options}) as environments:
+    with started({"use": "chat", "name": "file", "options": options}) as environments:
         with pytest.raises(ValueError, match=r"'file'.*line 301: the prompt has 61 tokens, .*max_prompt_tokens = 50"):
             environments.check(encoder(environments))
         environments.check(encoder(environments, limit=61))
@@ -102,7 +102,7 @@ def test_of_other_environments_the_first_task_is_checked(tokenizer, limit, messa
 def test_templates_of_conversations_are_checked_at_the_start(tmp_path):
     train = lines(tmp_path, {"prompt": "17 + 25 =", "answer": "42"})
     options = {"name": "file", "train": train, "max_turns": 2}
-    with started({"use": "jsonl", "name": "file", "options": options}) as environments:
+    with started({"use": "chat", "name": "file", "options": options}) as environments:
         with pytest.raises(ValueError, match=r"environment 'file' holds conversations, but the chat template writes"):
             environments.check(encoder(environments, templated(templates.PLAIN), 200))
         good = encoder(environments, templated(templates.CHATML), 200)
@@ -113,7 +113,7 @@ def test_templates_of_conversations_are_checked_at_the_start(tmp_path):
 def test_options_of_the_template_come_from_the_environment(tmp_path):
     train = lines(tmp_path, {"prompt": "17 + 25 =", "answer": "42"})
     options = {"name": "file", "train": train, "chat_template_kwargs": {"enable_thinking": False}}
-    with started({"use": "jsonl", "options": options}) as environments:
+    with started({"use": "chat", "options": options}) as environments:
         found = encoder(environments, templated(templates.THINKING, eos="<|im_end|>"), 200)
         (prompt,) = environments.prompts([Place(0, "train", 0)], found)
     assert prompt.text.endswith("<think>\n\n</think>\n\n") and prompt.task.id == "e0/train/0"

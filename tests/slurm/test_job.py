@@ -152,7 +152,7 @@ def check_sockets(folder: Path) -> None:
 
 def test_the_cause_of_a_failure_is_the_last_thing_the_job_says(slurm: Cluster, submit: Submit, tmp_path: Path):
     (tmp_path / "empty.jsonl").write_text("")
-    mine = f'[{{name = "mine", use = "jsonl", options = {{name = "mine", train = "{tmp_path}/empty.jsonl"}}}}]'
+    mine = f'[{{name = "mine", use = "chat", options = {{name = "mine", train = "{tmp_path}/empty.jsonl"}}}}]'
     urls = ["--rollout.engine.urls", '["http://127.0.0.1:9"]', "--slurm.engine_nodes", "0"]
     folder = tmp_path / "job"
     job = submit(folder, *urls, "--slurm.share_nodes", "false", "--environments", mine)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from fiberpo_megatron.data.encoding import Encoder
 from fiberpo_megatron.data.prompts import Place
 from fiberpo_megatron.environments import Outcome, SingleTurn, Task, Turn, wire
-from fiberpo_megatron.environments.jsonl import Jsonl
+from fiberpo_megatron.environments.builtin.chat import Chat
 from fiberpo_megatron.rollout.dump import Origin, RolloutDump
 from fiberpo_megatron.rollout.finished import FinishedGroups
 from fiberpo_megatron.rollout.generator import Generator
@@ -183,7 +183,7 @@ def test_text_is_kept_from_the_data_to_the_files(
         folder = Path(place)
         (folder / "train.jsonl").write_text(json.dumps({"prompt": prompt, "answer": answer}) + "\n")
         try:
-            task = Jsonl(str(folder / "train.jsonl"), chat_template=False).train(0)
+            task = Chat(str(folder / "train.jsonl"), chat_template=False).train(0)
         except ValueError as error:  # it is refused where it is loaded, or taken as it is
             assert "train.jsonl, line 1: `" in str(error)
             assert not (prompt.strip() and answer.strip() and is_whole(prompt + answer))

@@ -48,7 +48,7 @@ def test_a_key_that_no_run_supplies_is_refused(tmp_path: Path):
         make_objective(config(tmp_path, **chain(["paragraph"], ["trajectory"])))
 
 
-NAMED = [{"name": "code", "use": "jsonl"}, {"name": "math", "use": "jsonl"}]
+NAMED = [{"name": "code", "use": "chat"}, {"name": "math", "use": "chat"}]
 TREE = {"by": "domain", "*": [["trajectory"], ["domain"]], "math": [["turn"], ["trajectory"], ["domain"]]}
 
 
@@ -135,12 +135,12 @@ def test_a_model_without_experts_has_no_expert_level_and_no_routing(tmp_path: Pa
 
 
 def test_only_plug_ins_from_outside_are_recorded_by_their_path(tmp_path: Path):
-    environments = [{"name": "a", "use": "jsonl"}, {"name": "b", "use": "numbers_of_mine"}]
+    environments = [{"name": "a", "use": "chat"}, {"name": "b", "use": "numbers_of_mine"}]
     found = recorded(
         config(tmp_path, environments=environments),
-        [("fiberpo_megatron.environments.jsonl:Jsonl", "fiberpo-megatron 0.1.0"), ("mine.numbers:Numbers", "mine 1.2")],
+        [("fiberpo_megatron.environments.builtin.chat:Chat", "fiberpo-megatron 0.1.0"), ("mine.numbers:Numbers", "mine 1.2")],
     ).environments
-    assert [(e.use, e.version) for e in found] == [("jsonl", None), ("mine.numbers:Numbers", "mine 1.2")]
+    assert [(e.use, e.version) for e in found] == [("chat", None), ("mine.numbers:Numbers", "mine 1.2")]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_run_resumes_with_the_versions_that_it_recorded(tmp_path: Path, monkey
         tmp_path,
         run={"folder": tmp_path / "run"},
         optimizer={"kind": "mine_of_version:Plain"},
-        environments=[{"name": "numbers", "use": "jsonl", "options": options}],
+        environments=[{"name": "numbers", "use": "chat", "options": options}],
     )
     check_plugins(wanted, resume=False)
     (tmp_path / "run").mkdir()

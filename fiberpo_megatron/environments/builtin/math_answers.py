@@ -33,8 +33,8 @@ class MathVerifier:
     def __init__(self, timeout_s: float = 5.0) -> None:
         if find_spec("math_verify") is None:
             raise ValueError(
-                'reward = "math_verify" needs the math-verify package; run `pip install math-verify`, or use '
-                'reward = "exact"'
+                "comparing mathematical answers needs the math-verify package; run `pip install math-verify`, or use "
+                'mode = "last-number"'
             )
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[str] | None = None

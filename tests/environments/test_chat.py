@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fiberpo_megatron.environments import Outcome, Turn, math_answers
-from fiberpo_megatron.environments.jsonl import Jsonl, read_jsonl
+from fiberpo_megatron.environments import Outcome, Turn
+from fiberpo_megatron.environments.builtin import math_answers
+from fiberpo_megatron.environments.builtin.chat import Chat
+from fiberpo_megatron.environments.builtin.math import Math
 from tests.environments.pools import policy, pool_of
 
 
@@ -25,12 +27,12 @@ def test_it_reads_strings_chats_and_numbers(tmp_path):
     chat = [{"role": "user", "content": "1+1?"}]
     path = write(tmp_path / "a.jsonl", {"prompt": "é?", "answer": "x"}, {"prompt": chat, "answer": 2})
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\n", 1))
-    environment = Jsonl(str(path), name="t")
+    environment = Chat(str(path), name="t")
     first, second = environment.train(0), environment.train(1)
     assert first.prompt == [{"role": "user", "content": "é?"}] and first.answer == "x"
     assert second.prompt == tuple(chat) and second.answer == "2"
     assert second.metadata == {"source": f"{path}, line 3"}
-    assert Jsonl(str(path), chat_template=False, name="t").train(0).prompt == "é?"
+    assert Chat(str(path), chat_template=False, name="t").train(0).prompt == "é?"
     assert environment.single_turn and environment.check_all_tasks and environment.deterministic
 
 
@@ -56,7 +58,7 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"prompt": "a", "answer": "b"}\n' + line)
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2: .*{message}"):
-        read_jsonl(path)
+        Chat(str(path))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_half_a_character_is_refused_with_file_line_and_field(tmp_path, record, 
     """It passes for text until the first file is written."""
     path = write(tmp_path / "bad.jsonl", {"prompt": "whole 🙂", "answer": "🙂"}, record)
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2: {field}") as error:
-        read_jsonl(path)
+        Chat(str(path))
     str(error.value).encode("utf-8")
 
 
@@ -86,65 +88,66 @@ def test_hidden_characters_of_a_bad_line_are_escaped(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b"\x1b[2J\xc2\x85 no JSON")
     with pytest.raises(ValueError, match=r"line 1: not a JSON object .*: \\x1b\[2J\\x85 no JSON"):
-        read_jsonl(path)
+        Chat(str(path))
 
 
 def test_missing_and_empty_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read the prompt file .*none\.jsonl: No such file.*correct the path"):
-        read_jsonl(tmp_path / "none.jsonl")
+        Chat(str(tmp_path / "none.jsonl"))
     (tmp_path / "empty.jsonl").write_text("\n \n")
     with pytest.raises(ValueError, match=r"empty\.jsonl holds no prompts"):
-        read_jsonl(tmp_path / "empty.jsonl")
+        Chat(str(tmp_path / "empty.jsonl"))
 
 
 def test_a_held_out_prompt_that_is_trained_on_is_refused(tmp_path):
     train = write(tmp_path / "train.jsonl", {"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "1"})
     held_out = write(tmp_path / "test.jsonl", {"prompt": "c", "answer": "1"}, {"prompt": "b", "answer": "1"})
     with pytest.raises(ValueError, match=r"1 held-out .*test\.jsonl, line 2 = .*train\.jsonl, line 2: b; remove"):
-        Jsonl(str(train), str(held_out), name="t")
+        Chat(str(train), str(held_out), name="t")
 
 
 def test_training_problems_keep_their_order_and_held_out_ones_are_shuffled(tmp_path, train):
     held_out = write(tmp_path / "test.jsonl", *({"prompt": f"h{i}", "answer": i} for i in range(10)))
-    environment = Jsonl(train, str(held_out), name="t")
+    environment = Chat(train, str(held_out), name="t")
     assert [environment.train(i).answer for i in range(30)] == list(map(str, range(30)))
     order = [int(environment.held_out(i).answer) for i in range(10)]
-    assert order == [int(Jsonl(train, str(held_out), name="t").held_out(i).answer) for i in range(10)]
+    assert order == [int(Chat(train, str(held_out), name="t").held_out(i).answer) for i in range(10)]
     # what runs were evaluated on before; another order would make their curves incomparable
     assert order == [7, 4, 0, 3, 8, 9, 2, 1, 6, 5]
-    assert order != [int(Jsonl(train, str(held_out), name="u").held_out(i).answer) for i in range(10)]
+    assert order != [int(Chat(train, str(held_out), name="u").held_out(i).answer) for i in range(10)]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reward": "guess"}, 'reward = \'guess\' is unknown; use "exact" or "math_verify"'),
+        ({"reward": "math_verify"}, 'write use = "math"'),
+        ({"reward": "guess"}, "reward = 'guess' is unknown; use \"exact\", or the import path"),
         ({"max_turns": 0}, "max_turns = 0 must be a whole number of at least 1"),
         ({"retry_message": ""}, "retry_message = '' must be a text that is not empty"),
-        ({"max_turns": 2, "chat_template": False}, "only a chat template says where a turn ends; set chat_template"),
+        ({"max_turns": 2, "chat_template": False}, "only a chat template says where a message ends; set chat_template"),
     ],
 )
 def test_bad_options_are_named(train, options, message):
     with pytest.raises(ValueError, match=message):
-        Jsonl(train, name="t", **options)
+        Chat(train, name="t", **options)
 
 
 @pytest.mark.parametrize("response", ["3", " 3\n"])
 def test_the_right_answer_earns_one(train, response):
-    environment = Jsonl(train)
+    environment = Chat(train)
     assert environment.score(environment.train(3), Turn(response)) == Outcome(1.0, correct=True)
 
 
 @pytest.mark.parametrize("response", ["", " ", "03", "33", "3 3", "\x00", "٣", "9" * 10**6])
 def test_everything_else_earns_nothing(train, response):
-    environment = Jsonl(train)
+    environment = Chat(train)
     assert environment.score(environment.train(3), Turn(response)) == Outcome(0.0, correct=False)
 
 
 def test_a_missing_library_is_named(train, monkeypatch):
     monkeypatch.setattr(math_answers, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install math-verify"):
-        Jsonl(train, reward="math_verify")
+        Math(train)
 
 
 def test_a_comparison_that_never_ends_is_wrong_and_no_failure(tmp_path, monkeypatch):
@@ -153,10 +156,10 @@ def test_a_comparison_that_never_ends_is_wrong_and_no_failure(tmp_path, monkeypa
     (tmp_path / "math_verify.py").write_text(stand_in)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     write(tmp_path / "a.jsonl", {"prompt": "a", "answer": "0.5"})
-    options = {"name": "t", "train": str(tmp_path / "a.jsonl"), "reward": "math_verify"}
+    options = {"name": "t", "train": str(tmp_path / "a.jsonl")}
 
     async def scenario():
-        async with pool_of("jsonl", workers=1, options=options, deadline_s=30.0) as pool:
+        async with pool_of("math", workers=1, options=options, deadline_s=30.0) as pool:
             (task,) = await pool.tasks("train", [0])
             return [await pool.score(task, Turn(text), seed=0) for text in ("hang", "0.50", "0.6")], pool.take_counts()
 
@@ -187,7 +190,7 @@ def test_wrong_answers_are_asked_again(train, answers, turns, correct):
             answer = answers[len(said) - 1]
             return Turn(answer, "length" if answer == "cut" else "stop")
 
-    environment = Jsonl(train, max_turns=3, retry_message="no")
+    environment = Chat(train, max_turns=3, retry_message="no")
     task = environment.train(3)
     outcome = asyncio.run(environment.run(task, Policy()))
     assert not environment.single_turn and outcome == Outcome(float(correct), correct=correct)
@@ -198,7 +201,7 @@ def test_conversations_run_in_a_worker(train):
     options = {"name": "t", "train": train, "max_turns": 2}
 
     async def scenario():
-        async with pool_of("jsonl", workers=1, options=options) as pool:
+        async with pool_of("chat", workers=1, options=options) as pool:
             assert not pool._described().single_turn and pool._described().deterministic
             (task,) = await pool.tasks("train", [3])
             return await pool.run(task, policy(lambda call, new: "3" if call == 2 else "9"), seed=0)
