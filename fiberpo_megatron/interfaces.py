@@ -7,13 +7,14 @@ B trajectories, N tokens of all trajectories, n local response tokens, as in `ty
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fiberpo_megatron.environments import Message
+from fiberpo_megatron.evaluation.settings import EvaluationSet
 from fiberpo_megatron.types import (
     Completion,
     Gate,
@@ -320,6 +321,19 @@ class ConversationEncoder(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SamplingChange:
+    """It says how an evaluation samples where that differs from the run; None stands for the run's own setting.
+
+    Training never uses one: its log-probs are those of the run's sampling.
+    """
+
+    temperature: float | None = None
+    """0 takes the most likely token."""
+    top_p: float | None = None
+    max_response_tokens: int | None = None
+
+
 class Sampler(Protocol):
     """This part samples from the policy that was published last, and scores tokens with it."""
 
@@ -330,8 +344,10 @@ class Sampler(Protocol):
         *,
         max_tokens: int | None = None,
         stop_token_ids: Sequence[int] = (),
+        change: SamplingChange | None = None,
     ) -> list[Completion]:
-        """Return one response to the prompt (token ids) for each seed. The limits narrow those of the run."""
+        """Return one response to the prompt (token ids) for each seed. The limits narrow those of the run, which an
+        evaluation may `change`."""
         ...
 
     def score(self, token_ids: Sequence[int]) -> Sequence[ArrayLike]:
@@ -356,6 +372,15 @@ class Publisher(Protocol):
         ...
 
 
+class Evaluated(NamedTuple):
+    """It is what an evaluation of one set gives."""
+
+    rollouts: RolloutBatch
+    """All trajectories, equal on every rank."""
+    prompts: list[dict[str, Any]]
+    """Results by prompt (`evaluation.results.prompt_result`) on rank 0; empty on the others."""
+
+
 class RolloutSource(Protocol):
     """It gives each step its trajectories, and takes the weights that the step made. Every rank calls all methods."""
 
@@ -373,9 +398,9 @@ class RolloutSource(Protocol):
         """Give the engines the policy's current weights as `version`, the number of steps that made them."""
         ...
 
-    def held_out(self, version: int) -> RolloutBatch | None:
-        """Return trajectories on the held-out prompts, sampled with the weights `version`; None when there are no
-        held-out prompts or no engines."""
+    def held_out(self, version: int, of: EvaluationSet | None = None) -> Evaluated | None:
+        """Return trajectories on the prompts of an evaluation set, sampled with the weights `version`; None when it has
+        no prompts, or when there are no engines. Without `of` it is the default set."""
         ...
 
     def observe(self, rollouts: RolloutBatch) -> Mapping[str, float]:
@@ -407,6 +432,11 @@ class Recorder(Protocol):
     def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: Any = "train") -> None:
         """Write a few trajectories for people to read: of training step `step`, or ("eval") of the evaluation after
         `step` steps. Every rank calls it, with the groups that it has generated."""
+        ...
+
+    def evaluation(self, step: int, sets: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write the results of the evaluation after `step` steps: `settings`, `metrics` and `prompts` of each set.
+        Every rank calls it; rank 0 writes."""
         ...
 
     def stopping(self) -> str | None:

@@ -136,6 +136,8 @@ class Trajectory:
     branches: tuple[Branch, ...] = ()
     """Token sequences beside `prompt` and `completion`, in the order in which they began. They share the trajectory's
     reward, key and length."""
+    answer: str | None = None
+    """The final answer that votes in maj@n, as the environment gave it; None: the stripped text votes."""
 
     @property
     def sequences(self) -> tuple[TokenSequence, ...]:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from fiberpo_megatron.data.settings import DataConfig
 from fiberpo_megatron.engines.settings import ScoringServers
 from fiberpo_megatron.environments.settings import EnvironmentConfig
+from fiberpo_megatron.evaluation.settings import EvaluationConfig
 from fiberpo_megatron.launch.settings import SlurmConfig
 from fiberpo_megatron.mcore.optimizers.settings import OptimizerConfig
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig
@@ -22,7 +23,6 @@ from fiberpo_megatron.trainer.settings import (
     BatchConfig,
     CheckpointConfig,
     DebugConfig,
-    EvaluationConfig,
     SftConfig,
     TrainerConfig,
 )
@@ -95,9 +95,54 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def overlong_cache_fits(self) -> "Config":
+        cache, limit = self.algorithm.overlong.cache_tokens, self.rollout.max_response_tokens
+        if cache is not None and self.algorithm.overlong.limit_tokens is None and cache > limit:
+            raise ValueError(
+                f"algorithm.overlong.cache_tokens = {cache} is above rollout.max_response_tokens = {limit}, the limit; "
+                "lower it, or set algorithm.overlong.limit_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
     def names_differ(self) -> "Config":
         names = [environment.name for environment in self.environments]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"environments: the name {twice[0]!r} is used twice; give each its own `name`")
+        return self
+
+    @model_validator(mode="after")
+    def sets_have_environments(self) -> "Config":
+        names = [environment.name for environment in self.environments]
+        for one in self.evaluation.sets:
+            own = one.own_environment
+            if own is not None and own.name in names:
+                raise ValueError(
+                    f"evaluation set {one.name!r} has an environment of its own, but one of [[environments]] has the "
+                    f'same name; rename the set, or write environment = "{one.name}"'
+                )
+            if own is None and names and one.environment not in names:
+                raise ValueError(
+                    f"evaluation set {one.name!r}: environment = {one.environment!r} is none of [[environments]] "
+                    f"({', '.join(names)}); correct the name, or write a table with `use`"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def best_metric_is_measured(self) -> "Config":
+        metric, evaluation = self.checkpoint.keep_best_metric, self.evaluation
+        if metric is None or not metric.startswith("eval/"):
+            return self
+        family, sets = metric.split("/")[1], {one.name: one for one in evaluation.sets}
+        if family not in sets and not evaluation.prompts:
+            raise ValueError(
+                f"checkpoint.keep_best_metric = {metric!r}: evaluation.prompts = 0 leaves the default set out, and no "
+                f"evaluation set is called {family!r}; name one of {sorted(sets)}, or set evaluation.prompts"
+            )
+        if family in sets and metric.removeprefix("eval/") not in sets[family].metrics:
+            raise ValueError(
+                f"checkpoint.keep_best_metric = {metric!r}: the evaluation set {family!r} has no such metric; use one "
+                f"of {', '.join('eval/' + name for name in sets[family].metrics)}"
+            )
         return self

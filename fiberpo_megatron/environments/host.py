@@ -26,7 +26,7 @@ from fiberpo_megatron.environments.failure_log import FailureLog
 from fiberpo_megatron.environments.jobs import ConversationJob, Job, Say
 from fiberpo_megatron.environments.process import WorkerLog, interpreter
 from fiberpo_megatron.environments.results import Description, EnvironmentFailed, Failure, FailureKind
-from fiberpo_megatron.environments.settings import EnvironmentConfig
+from fiberpo_megatron.environments.settings import EnvironmentConfig, FormatPattern
 from fiberpo_megatron.environments.slots import Doom, Slot
 from fiberpo_megatron.environments.wire import InvalidReply, Kind
 from fiberpo_megatron.plugins import PluginError
@@ -118,6 +118,9 @@ class EnvironmentPool:
         config = self._config
         try:
             options = wire.plain(config.options, "options")
+            group = None
+            if config.group_reward is not None:
+                group = wire.plain(dict(config.group_reward), "group_reward")
         except InvalidReply as error:
             raise PluginError(f"environment {config.name!r}: {error}") from error
         settings = {
@@ -128,6 +131,8 @@ class EnvironmentPool:
             "deadline_s": config.deadline_s,
             "memory_gib": config.memory_gib,
             "output_kib": config.output_kib,
+            "format": config.format.model_dump() if isinstance(config.format, FormatPattern) else config.format,
+            "group_reward": group,
         }
         return wire.encode(settings)
 
@@ -527,7 +532,7 @@ class EnvironmentPool:
 
 def _outcome(fields: Any, method: str) -> Outcome:
     """Return the outcome with these fields. Raises InvalidReply."""
-    if not isinstance(fields, dict) or set(fields) != {"reward", "rewards", "correct", "metrics"}:
+    if not isinstance(fields, dict) or set(fields) != {"reward", "rewards", "correct", "metrics", "answer"}:
         raise InvalidReply(f"the reply to {method} is no Outcome")
     return wire.checked_outcome(Outcome(**fields), method, bare=False)
 

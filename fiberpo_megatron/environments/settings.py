@@ -1,11 +1,32 @@
 """This module holds the settings of one environment, an entry of [[environments]]."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from fiberpo_megatron.settings import PluginConfig
+from fiberpo_megatron.settings import PluginConfig, Section, as_plugin
+
+
+class FormatPattern(Section):
+    """Holds a format of one's own as a regular expression."""
+
+    pattern: str = Field(min_length=1)
+    """A regular expression of Python that is searched for in the last turn's text; `.` matches line ends as well."""
+    timeout_s: float = Field(1.0, gt=0)
+    """Seconds that one search may take. A text for which it takes longer does not have the format, which is counted in
+    environment/format_timeout/mean."""
+
+    @field_validator("pattern")
+    @classmethod
+    def compiles(cls, pattern: str) -> str:
+        """Refuse what is no regular expression."""
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression ({error}); correct it") from None
+        return pattern
 
 
 class EnvironmentConfig(PluginConfig):
@@ -15,6 +36,12 @@ class EnvironmentConfig(PluginConfig):
     """The domain's name in metrics, files and budgets."""
     weight: float = Field(1.0, gt=0)
     """Share of prompts drawn from this environment, relative to the others."""
+    curriculum_steps: int | None = Field(None, ge=1)
+    """Steps in which the training tasks are taken from easy to hard: a step draws from the first tasks alone, a part
+    that grows evenly from `curriculum_start` to all. The environment gives its tasks in order of difficulty (`chat` and
+    `math` by their option `difficulty`). Unset: all tasks are drawn from the start."""
+    curriculum_start: float = Field(0.1, gt=0, le=1)
+    """Part of the training tasks from which the first step of `curriculum_steps` draws."""
     deadline_s: float = Field(60.0, gt=0)
     """Seconds that the environment may work on one trajectory; the time in which the policy samples is not counted."""
     step_budget_s: float | None = Field(None, gt=0)
@@ -35,9 +62,27 @@ class EnvironmentConfig(PluginConfig):
     """Largest output of one trajectory (KiB): its messages to the policy and its outcome together."""
     start_timeout_s: float = Field(120.0, gt=0)
     """Seconds that a worker may take to import the class and to make an instance."""
+    reward_weights: dict[str, float] | None = None
+    """Weight of each component of the reward (`Outcome.rewards`): the reward is their weighted sum. "reward" stands for
+    the environment's own reward. A component without a weight, or a weight without a component, is refused by name at
+    the first outcome. Unset: the environment's own reward counts, and components are logged only."""
+    format: Literal["think", "boxed"] | FormatPattern | None = None
+    """Adds the component "format": 1 where the last turn's text has this format, else 0. think: one block of reasoning
+    that ends with `</think>`, and an answer behind it; boxed: a `\\boxed{...}` that is not empty; or a table with a
+    `pattern`."""
+    group_reward: PluginConfig | None = None
+    """Compares the samples of a task with each other, after the environment has scored them. shorter: adds the
+    component "shorter", from 0.5 for the shortest to -0.5 for the longest, never above 0 for a wrong answer
+    (arXiv:2501.12599, section 2.3.3); or the import path of a class of your own (docs/environments.md)."""
     python: Path | None = None
     """Interpreter of the workers, where the environment needs packages that the trainer must not have. Unset: the
     trainer's own. It needs Python 3.10 or newer and nothing else."""
+
+    @field_validator("group_reward", mode="before")
+    @classmethod
+    def group_reward_as_plugin(cls, value: object) -> object:
+        """Take a string for a table with that `use`."""
+        return as_plugin(value)
 
     @property
     def step_seconds(self) -> float:

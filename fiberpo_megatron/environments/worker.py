@@ -23,11 +23,13 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from time import monotonic_ns
 from typing import Any
 
 from fiberpo_megatron import plugins
-from fiberpo_megatron.environments import Environment, Task, wire
+from fiberpo_megatron.environments import Environment, Outcome, Task, Trajectory, wire
+from fiberpo_megatron.environments.formats import COMPONENT, FormatCheck
 from fiberpo_megatron.environments.loading import load
 from fiberpo_megatron.environments.randomness import RandomStates
 from fiberpo_megatron.environments.tracebacks import describe_error, trace_of, where
@@ -65,6 +67,7 @@ class Worker:
         self, environment: Environment, settings: Mapping[str, Any], page: wire.Page, commands: int, replies: int
     ) -> None:
         self._environment: Any = environment
+        self._format = None if settings.get("format") is None else FormatCheck(settings["format"])
         self._deadline_ns = int(settings["deadline_s"] * 1e9)
         self._deadline_s = settings["deadline_s"]
         self.output_limit = settings["output_kib"] * 1024
@@ -247,7 +250,7 @@ class Worker:
         task = Task(**fields["task"])
         if job.kind == Kind.SCORE:
             turn = wire.turn_from_json(fields["turn"])
-            return environment.score, (task, turn), lambda value: _outcome(value, "score()", bare=True)
+            return environment.score, (task, turn), lambda value: self._outcome(value, "score()", turn.text, bare=True)
         trajectories = [wire.trajectory_from_json(one) for one in fields["trajectories"]]
 
         def outcomes(value: Any) -> list[dict[str, Any]]:
@@ -256,9 +259,30 @@ class Worker:
                     f"score_group() returned {wire.short(value)}; return a list with one Outcome for each of the "
                     f"{len(trajectories)} trajectories"
                 )
-            return [_outcome(one, f"score_group()[{place}]", bare=False) for place, one in enumerate(value)]
+            return [self._of_group(one, place, seen) for place, (one, seen) in enumerate(zip(value, trajectories))]
 
         return environment.score_group, (task, trajectories), outcomes
+
+    def _outcome(self, value: Any, method: str, text: str, *, bare: bool) -> dict[str, Any]:
+        """Return the checked outcome of a trajectory whose last turn has this text, with its format, as JSON values."""
+        outcome = wire.checked_outcome(value, method, bare=bare)
+        if self._format is not None:
+            if COMPONENT in outcome.rewards:
+                raise InvalidReply(
+                    f"`rewards` of {method} has the component {COMPONENT!r}, which the setting `format` adds; rename "
+                    "it, or leave the setting out"
+                )
+            outcome = _with_format(outcome, *self._format(text))
+        return wire.outcome_to_json(outcome)
+
+    def _of_group(self, value: Any, place: int, seen: Trajectory) -> dict[str, Any]:
+        """Return the checked outcome that a group gave to the trajectory `seen`; its format stays what it was."""
+        outcome = wire.checked_outcome(value, f"score_group()[{place}]", bare=False)
+        if self._format is not None and COMPONENT not in outcome.rewards:
+            known = seen.outcome.rewards.get(COMPONENT)
+            found = self._format(seen.turns[-1].text) if known is None else ({COMPONENT: known}, {})
+            outcome = _with_format(outcome, *found)
+        return wire.outcome_to_json(outcome)
 
     def _result(self, job: Job, value: Any, finish: Callable[[Any], Any]) -> bytes:
         result = finish(value)
@@ -278,7 +302,9 @@ class Worker:
             value = self._environment.run(Task(**fields["task"]), PolicyEnd(job, self))
             if not inspect.isawaitable(value):
                 raise InvalidReply(f"run() returned {wire.short(value)}; it must be an `async def`")
-            return self._result(job, await value, lambda outcome: _outcome(outcome, "run()", bare=False))
+            return self._result(
+                job, await value, lambda found: self._outcome(found, "run()", job.last_text, bare=False)
+            )
 
         self._start(job, converse())
 
@@ -402,8 +428,8 @@ class Worker:
             reply.set_result(wire.turn_from_json(fields))
 
 
-def _outcome(value: Any, method: str, *, bare: bool) -> dict[str, Any]:
-    return wire.outcome_to_json(wire.checked_outcome(value, method, bare=bare))
+def _with_format(outcome: Outcome, rewards: Mapping[str, float], metrics: Mapping[str, float]) -> Outcome:
+    return replace(outcome, rewards={**outcome.rewards, **rewards}, metrics={**outcome.metrics, **metrics})
 
 
 # ---- the start ----

@@ -42,6 +42,8 @@ class Job:
         self.replies: dict[int, asyncio.Future[Turn]] = {}
         """Requests of `say` that the policy has not answered, by number."""
         self.says = 0
+        self.last_text = ""
+        """Text of the policy's last turn."""
         self.branches = 0
         """Branches beside the first one."""
         # the clock: ns of own steps; ns of waiting before `_since`; since when it waits, and what was held until then
@@ -185,6 +187,7 @@ class PolicyEnd:
             raise
         self._reply = None
         self._turns += 1
+        job.last_text = turn.text
         return turn
 
 

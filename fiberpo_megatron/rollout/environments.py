@@ -1,12 +1,14 @@
 """This module has the environments of a run as the trainer sees them: worker processes, and tasks as prompts."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from fiberpo_megatron.config import ConfigError
-from fiberpo_megatron.data.encoding import Encoder, Example
+from fiberpo_megatron.data.encoding import Encoder, Example, PromptTooLong
 from fiberpo_megatron.data.prompts import Domain, Place
 from fiberpo_megatron.engines.background import BackgroundLoop
 from fiberpo_megatron.environments import Outcome, Split, Task, Trajectory, Turn
@@ -18,6 +20,8 @@ from fiberpo_megatron.types import Prompt
 
 BATCH = 256
 """Tasks that are asked for at once."""
+LONG_IN_A_ROW = 1000
+"""Training tasks in a row whose prompts may be too long."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,14 @@ class EnvironmentFacts:
 
     def domain(self, config: EnvironmentConfig) -> Domain:
         """Return what the stream of prompts has to know."""
-        return Domain(config.name, config.weight, self.train_size, self.held_out_size)
+        return Domain(
+            config.name,
+            config.weight,
+            self.train_size,
+            self.held_out_size,
+            config.curriculum_steps,
+            config.curriculum_start,
+        )
 
 
 class Workers(Protocol):
@@ -82,16 +93,27 @@ class Environments:
     """These are the workers of all environments, on one data-parallel leader. Close it when done.
 
     `folder`: gets their logs and the records of failures. `rank`: this process, for the names of the files.
+    `evaluated`: environments that only evaluation sets use. They come behind the others and need no training task.
     """
 
-    def __init__(self, configs: Sequence[EnvironmentConfig], *, folder: Path | None, rank: int) -> None:
+    def __init__(
+        self,
+        configs: Sequence[EnvironmentConfig],
+        *,
+        folder: Path | None,
+        rank: int,
+        evaluated: Sequence[EnvironmentConfig] = (),
+    ) -> None:
         self.loop = BackgroundLoop("environments")
         self.running: list[RunningEnvironment] = []
+        self._rank = rank
+        self._skipped: Counter[int] = Counter()
+        """Training tasks that were skipped, by the number of their environment."""
         try:
-            for config in configs:
+            for config in (*configs, *evaluated):
                 pool = EnvironmentPool(config, folder=folder, rank=rank)
                 self.running.append(RunningEnvironment(config, self.loop.run(pool.start()), pool))
-                if self.running[-1].description.train_size < 1:
+                if len(self.running) <= len(configs) and self.running[-1].description.train_size < 1:
                     raise ConfigError(f"environments: {config.name!r} has no training task (train_size is below 1)")
         except BaseException:
             self.close()
@@ -120,34 +142,63 @@ class Environments:
         return [found[place] for place in places]
 
     def prompts(self, places: Sequence[Place], encoder: Encoder) -> list[Prompt]:
-        """Return the prompts at these places, in order."""
-        return [encoder.prompt(place, task) for place, task in zip(places, self.tasks(places), strict=True)]
+        """Return the prompts at these places, in order.
+
+        Where the encoder skips long prompts, the next training task that fits takes the place of one that is too long:
+        what is drawn stays a pure function of the place.
+        """
+        return [self._prompt(place, task, encoder) for place, task in zip(places, self.tasks(places), strict=True)]
+
+    def _prompt(self, place: Place, task: Task, encoder: Encoder) -> Prompt:
+        try:
+            return encoder.prompt(place, task)
+        except PromptTooLong as error:
+            if place.split != "train" or not encoder.skip_long_prompts:
+                raise
+            size = self.running[place.domain].description.train_size
+            for more in range(1, min(size, LONG_IN_A_ROW)):
+                other = replace(place, index=(place.index + more) % size)
+                with suppress(PromptTooLong):
+                    found = encoder.prompt(other, self.tasks([other])[0])
+                    self._skipped[place.domain] += 1
+                    return found
+            raise ValueError(
+                f"the prompts of {min(size, LONG_IN_A_ROW)} training tasks in a row are too long, so that "
+                f'data.long_prompts = "skip" finds no other; raise data.max_prompt_tokens. The first of them: {error}'
+            ) from error
 
     def examples(self, places: Sequence[Place], encoder: Encoder) -> list[Example]:
         """Return supervised examples at these places, in order."""
         return [encoder.example(prompt) for prompt in self.prompts(places, encoder)]
 
-    def check(self, encoder: Encoder) -> None:
+    def check(self, encoder: Encoder, most: int = 10_000) -> None:
         """Read tasks and tokenise their prompts, so that what would fail at some later step fails now.
 
-        Environments whose tasks stand in files (`check_all_tasks`) are read to the end, of others the first task.
+        Of environments whose tasks stand in files (`check_all_tasks`), `most` of each split are read, evenly spread
+        over it; of others the first task.
         """
         for domain, found in enumerate(environment.description for environment in self.running):
             for split, size in (("train", found.train_size), ("held_out", found.held_out_size)):
-                count = size if found.check_all_tasks else min(1, size)
+                count = min(most if found.check_all_tasks else 1, size)
                 for begin in range(0, count, BATCH):
-                    indices = range(begin, min(begin + BATCH, count))
+                    indices = [k * size // count for k in range(begin, min(begin + BATCH, count))]
                     self.prompts([Place(domain, split, index) for index in indices], encoder)  # type: ignore[arg-type]
             if not found.single_turn:
                 encoder.check_conversations(domain)
+        self._skipped.clear()
 
     def take_metrics(self) -> dict[str, float]:
-        """Return counts since the last call, as metrics: failures by kind, and trajectories that started again."""
-        return {
+        """Return counts since the last call, as metrics: failures by kind, trajectories that started again, and tasks
+        that were skipped because their prompts are too long (every leader reads the same tasks; rank 0 counts)."""
+        counts = {
             f"environment/{environment.config.name}/{name}": float(count)
             for environment in self.running
             for name, count in environment.pool.take_counts().items()
         }
+        for domain, count in self._skipped.items() if self._rank == 0 else ():
+            counts[f"environment/{self.running[domain].config.name}/long_prompts"] = float(count)
+        self._skipped.clear()
+        return counts
 
     def close(self) -> None:
         """End the workers; idempotent."""

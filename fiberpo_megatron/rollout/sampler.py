@@ -4,14 +4,15 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fiberpo_megatron.engines.answers import RoutingShape
 from fiberpo_megatron.engines.client import Sampling
 from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.interfaces import Sampler, SamplingChange
 from fiberpo_megatron.types import Completion
 
 
@@ -46,14 +47,16 @@ class EngineSampler:
         *,
         max_tokens: int | None = None,
         stop_token_ids: Sequence[int] = (),
+        change: SamplingChange | None = None,
     ) -> list[Completion]:
         """Return one response to the prompt for each seed, all from the engine with the fewest responses in flight.
 
         The same seed, weights and sampling give the same response, whatever else the engines do, where the servers
-        honour seeds. `max_tokens` and `stop_token_ids` narrow the run's sampling.
+        honour seeds. `change` is how an evaluation samples differently from the run; `max_tokens` and `stop_token_ids`
+        narrow the sampling.
         """
         self._check_tokens(prompt, "a prompt")
-        sampling = self.sampling
+        sampling = changed(self.sampling, change)
         if max_tokens is not None or stop_token_ids:
             limit = min(sampling.max_response_tokens, max_tokens or sampling.max_response_tokens)
             ends = (*sampling.stop_token_ids, *stop_token_ids)
@@ -83,6 +86,43 @@ class EngineSampler:
                 f"{what} has token {low if low < 0 else high}, but the model's vocabulary is 0 .. "
                 f"{self.vocabulary - 1}; tokenizer and model do not belong together"
             )
+
+
+def changed(sampling: Sampling, change: SamplingChange | None) -> Sampling:
+    """Return the run's sampling with what an evaluation changes."""
+    if change is None:
+        return sampling
+    wanted = {name: value for name, value in vars(change).items() if value is not None}
+    if wanted.get("temperature") == 0:  # SGLang's own way to say greedy; its kernels do not divide by 0
+        wanted |= {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
+    return replace(sampling, **wanted)
+
+
+@dataclass(frozen=True)
+class ChangedSampler:
+    """It implements `interfaces.Sampler` for an evaluation that samples differently from the run."""
+
+    sampler: Sampler
+    change: SamplingChange
+
+    async def sample(
+        self,
+        prompt: Sequence[int],
+        seeds: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+        change: SamplingChange | None = None,
+    ) -> list[Completion]:
+        """Sample with the change that this sampler stands for; `change` must be None."""
+        assert change is None, "a changed sampler is not changed again"
+        return await self.sampler.sample(
+            prompt, seeds, max_tokens=max_tokens, stop_token_ids=stop_token_ids, change=self.change
+        )
+
+    def score(self, token_ids: Sequence[int]) -> Sequence[ArrayLike]:
+        """Return what the engines say about tokens, which no change affects."""
+        return self.sampler.score(token_ids)
 
 
 class _Slots:

@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ import torch
 
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.data.encoding import Encoder
-from fiberpo_megatron.data.prompts import PromptSets
+from fiberpo_megatron.data.prompts import Place, PromptSets
 from fiberpo_megatron.engines.answers import RoutingShape
 from fiberpo_megatron.engines.api_key import new_key, read_key
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
@@ -52,6 +52,8 @@ class SourceParts:
     hf_config: Mapping[str, Any]
     layout: ParallelLayout
     prompts: PromptSets
+    sets: Mapping[str, Sequence[Place]]
+    """The places of each evaluation set."""
     encoder: Encoder
     environments: Environments | None
     """None on ranks that lead no data-parallel replica."""
@@ -114,6 +116,7 @@ def rollout_source(
             samples_per_prompt=config.batch.samples_per_prompt,
             held_out_prompts=config.evaluation.prompts,
             held_out_samples=config.evaluation.samples_per_prompt,
+            sets=parts.sets,
             stop=parts.stop,
             devices=shared or SeparateDevices(),
             pool=pool,

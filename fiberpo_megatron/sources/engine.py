@@ -2,14 +2,17 @@
 step before."""
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from fiberpo_megatron.data.prompts import Place, PromptSets
 from fiberpo_megatron.engines.pool import EnginePool
-from fiberpo_megatron.interfaces import Policy, Publisher, Recorder, Sampler
+from fiberpo_megatron.evaluation.results import prompt_result
+from fiberpo_megatron.evaluation.settings import EvaluationSet
+from fiberpo_megatron.interfaces import Evaluated, Policy, Publisher, Recorder, Sampler, SamplingChange
 from fiberpo_megatron.rollout.generator import Generator, share
+from fiberpo_megatron.rollout.sampler import ChangedSampler
 from fiberpo_megatron.sources.device_sharing import DeviceSharing, SeparateDevices
 from fiberpo_megatron.sources.publication_check import verify_publication
 from fiberpo_megatron.telemetry.timers import PhaseTimers
@@ -70,6 +73,8 @@ class EngineSource:
     samples_per_prompt: int
     held_out_prompts: int = 0
     held_out_samples: int = 1
+    sets: Mapping[str, Sequence[Place]] = field(default_factory=dict)
+    """The places of each evaluation set."""
     stop: Callable[[], bool] = lambda: False
     """Whether this rank was asked to stop."""
     devices: DeviceSharing = SeparateDevices()
@@ -95,7 +100,7 @@ class EngineSource:
         with self.timers("stored_rollouts"):
             rollouts = self.store.load(step, prompts, str(version))
         if rollouts is None:
-            rollouts = self._generated(prompts, len(places), self.samples_per_prompt, version, log_step=step)
+            rollouts = self._generated(prompts, len(places), version, step)
             if rollouts is None:
                 return None
             with self.timers("stored_rollouts"):
@@ -117,15 +122,31 @@ class EngineSource:
             with self.timers("verify"):
                 verify_publication(self.policy, self.sampler, self._probe, self.weight_sync, version)
 
-    def held_out(self, version: int) -> RolloutBatch | None:
-        places = self.prompts.held_out(self.held_out_prompts)
+    def held_out(self, version: int, of: EvaluationSet | None = None) -> Evaluated | None:
+        places = self.prompts.held_out(self.held_out_prompts) if of is None else self.sets[of.name]
         if not places:
             return None
+        count = self.held_out_samples if of is None else of.samples
+        layout, groups = self.policy.layout, list[RolloutGroup]()
+        mine = share(range(len(places)), layout.data_rank, layout.data_size)
         with self.timers("evaluate"):
             prompts = self._read(places, "reading the held-out tasks")
-            rollouts = self._generated(prompts, len(places), self.held_out_samples, version, log_step=None)
-        assert rollouts is not None, "an evaluation is never stopped"
-        return rollouts
+            with self.timers("evaluate_generate"), together(layout, "generating rollouts"):
+                if self.generator is not None:
+                    generator = self.generator if of is None else _for_set(self.generator, of)
+                    asked = [prompts[index] for index in mine]
+                    found = dict(generator.groups(asked, count, str(version), lambda: False))
+                    groups = [found[index] for index in range(len(asked))]
+            if of is None:
+                self.recorder.rollouts(version, groups, "eval")
+            rollouts = self._joined(groups, len(places) * count)
+            results = layout.gather_json([prompt_result(group, self._names) for group in groups], root_only=True)
+        return Evaluated(rollouts, [result for of_rank in results for result in of_rank])
+
+    @property
+    def _names(self) -> Sequence[str]:
+        """Names of all environments, on leaders; others have no groups."""
+        return () if self.generator is None else [one.config.name for one in self.generator.environments]
 
     def observe(self, rollouts: RolloutBatch) -> Mapping[str, float]:
         """Move the curriculum; return its metrics, the counts of all ranks' environments, and how the engines are."""
@@ -146,50 +167,51 @@ class EngineSource:
         with self.timers("tasks"), together(self.policy.layout, what):
             return self.read(places) if self.policy.layout.is_leader else []
 
-    def _generated(
-        self, prompts: Sequence[Prompt], total: int, count: int, version: int, *, log_step: int | None
-    ) -> RolloutBatch | None:
-        """Sample, score and join; None when a request to stop came first, which an evaluation (`log_step` None)
-        ignores."""
+    def _generated(self, prompts: Sequence[Prompt], total: int, version: int, step: int) -> RolloutBatch | None:
+        """Sample, score and join the trajectories of a step; None when a request to stop came first."""
         layout = self.policy.layout
         mine = share(range(total), layout.data_rank, layout.data_size)
         groups: list[RolloutGroup | None] = []
-        phase = "evaluate_generate" if log_step is None else "generate"
-        with self.timers(phase), together(layout, "generating rollouts"):
+        with self.timers("generate"), together(layout, "generating rollouts"):
             if layout.is_leader:
-                groups = self._groups(prompts, count, version, mine, log_step)
+                groups = self._groups(prompts, version, mine, step)
         complete = [group for group in groups if group is not None]
         if layout.any_rank(len(complete) < len(groups)):
             return None
-        if log_step is None:
-            self.recorder.rollouts(version, complete, "eval")
-        else:
-            self.recorder.rollouts(log_step, complete)
+        self.recorder.rollouts(step, complete)
+        return self._joined(complete, total * self.samples_per_prompt)
+
+    def _joined(self, groups: Sequence[RolloutGroup], asked: int) -> RolloutBatch:
+        """All leaders' groups on every rank. `asked`: trajectories that were asked for, all ranks together."""
+        layout = self.policy.layout
         with self.timers("exchange"):
-            rollouts = layout.gather_rollouts(flatten(complete) if layout.is_leader else None)
+            rollouts = layout.gather_rollouts(flatten(groups) if layout.is_leader else None)
         if not len(rollouts.lengths):
             raise RuntimeError(
-                f"all {total * count} trajectories were dropped, because their environments failed; see the files in "
+                f"all {asked} trajectories were dropped, because their environments failed; see the files in "
                 "<run folder>/environments"
             )
         return rollouts
 
     def _groups(
-        self, prompts: Sequence[Prompt], count: int, version: int, mine: Sequence[int], log_step: int | None
+        self, prompts: Sequence[Prompt], version: int, mine: Sequence[int], step: int
     ) -> list[RolloutGroup | None]:
         """This leader's groups; None for those that a request to stop cut short."""
         assert self.generator is not None, "leaders have a generator"
-        with self._kept(log_step, prompts, version, mine) as finished:
+        with self.store.unfinished(step, prompts, str(version), mine) as finished:
             missing = [index for index in mine if index not in finished]
             asked = [prompts[index] for index in missing]
-            stop = (lambda: False) if log_step is None else self.stop
-            for i, group in self.generator.groups(asked, count, str(version), stop):
+            for i, group in self.generator.groups(asked, self.samples_per_prompt, str(version), self.stop):
                 finished[missing[i]] = group
             return [finished.get(index) for index in mine]
 
-    def _kept(
-        self, step: int | None, prompts: Sequence[Prompt], version: int, mine: Sequence[int]
-    ) -> AbstractContextManager[MutableMapping[int, RolloutGroup]]:
-        """Where this leader's finished groups go; those of an evaluation are in memory alone."""
-        nowhere: MutableMapping[int, RolloutGroup] = {}
-        return nullcontext(nowhere) if step is None else self.store.unfinished(step, prompts, str(version), mine)
+
+def _for_set(generator: Generator, of: EvaluationSet) -> Generator:
+    """Return what samples as an evaluation set says."""
+    change = SamplingChange(of.temperature, of.top_p, of.max_response_tokens)
+    if change == SamplingChange():
+        return generator
+    names = {"temperature": of.temperature, "top_p": of.top_p, "max_tokens": of.max_response_tokens}
+    said = {name: value for name, value in names.items() if value is not None}
+    sampler = ChangedSampler(generator.sampler, change)
+    return replace(generator, sampler=sampler, sampling={**generator.sampling, **said})

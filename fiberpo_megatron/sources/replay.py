@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from fiberpo_megatron.data.prompts import PromptSets
-from fiberpo_megatron.interfaces import Layout
+from fiberpo_megatron.evaluation.settings import EvaluationSet
+from fiberpo_megatron.interfaces import Evaluated, Layout
 from fiberpo_megatron.sources.engine import Read, Store
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.together import together
@@ -45,7 +46,7 @@ class ReplaySource:
     def publish(self, version: int) -> None:
         """Do nothing: there is no engine."""
 
-    def held_out(self, version: int) -> RolloutBatch | None:
+    def held_out(self, version: int, of: EvaluationSet | None = None) -> Evaluated | None:
         """Return None, because there is no engine that samples."""
         return None
 

@@ -4,12 +4,15 @@ Every rank runs it; every collaborator is passed in, so that the same function t
 the tests and a Megatron model with SGLang on a cluster.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fiberpo_megatron.evaluation.results import measure
+from fiberpo_megatron.evaluation.settings import DEFAULT_SET, EvaluationSet
 from fiberpo_megatron.fibration.levels import STATE_KEY
 from fiberpo_megatron.interfaces import (
     AdvantageEstimator,
@@ -25,6 +28,7 @@ from fiberpo_megatron.trainer.batch import mini_batches, without_truncated
 from fiberpo_megatron.trainer.expectation import Expected, nothing_expected
 from fiberpo_megatron.trainer.figures import MakeFigures, no_figures
 from fiberpo_megatron.trainer.optimise import optimise
+from fiberpo_megatron.trainer.overlong import with_overlong_penalty
 from fiberpo_megatron.trainer.profiling import NoProfiles, Profiles
 from fiberpo_megatron.trainer.settings import AlgorithmConfig, BatchConfig
 from fiberpo_megatron.trainer.step_dump import StepDumps
@@ -72,6 +76,8 @@ class Training:
     """Writes what happened to single tokens of each step."""
     profiles: Profiles | NoProfiles = field(default_factory=NoProfiles)
     """Answers requests of `fiberpo profile`."""
+    evaluation_sets: Sequence[EvaluationSet] = ()
+    """Sets that are evaluated beside the default one."""
 
 
 def train(run: Training, start: int = 0) -> None:
@@ -101,8 +107,7 @@ def train(run: Training, start: int = 0) -> None:
         figures = {**_throughput(rollouts, seconds), **run.figures(step, rollouts, seconds)}
         run.recorder.record("train", step, {**metrics, **figures, **expected})
         measured = {f"train/{name}": value for name, value in metrics.items()}
-        if _due(done, run.evaluate_every, run.steps):
-            measured |= {f"eval/{name}": value for name, value in evaluate(run, done).items()}
+        measured |= {f"eval/{name}": value for name, value in evaluate(run, done, due_sets(run, done)).items()}
         stopping = _asked_to_stop(run)
         if stopping or _due(done, run.save_every, run.steps):
             _save(run, done, measured)  # last: a step whose checkpoint exists has been recorded
@@ -118,7 +123,10 @@ def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, floa
 
     A step all of whose trajectories are left out (`algorithm.truncated`) takes no optimiser step.
     """
-    advantages, summary = estimate(run.advantage, rollouts), rollout_summary(rollouts, run.source.domains)
+    summary = rollout_summary(rollouts, run.source.domains)
+    rollouts, overlong = with_overlong_penalty(rollouts, run.algorithm.overlong, run.max_response_tokens)
+    summary |= overlong
+    advantages = estimate(run.advantage, rollouts)
     records = None
     if run.records is not None:
         kept = ~rollouts.truncated if run.algorithm.truncated == "leave_out" else None
@@ -164,13 +172,36 @@ def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, floa
     return summary | metrics
 
 
-def evaluate(run: Training, step: int) -> dict[str, float]:
-    """Measure sampled accuracy on held-out prompts with the weights of `step`; return what was recorded."""
-    rollouts = run.source.held_out(step)
-    if rollouts is None:
-        return {}
-    summary = rollout_summary(rollouts, run.source.domains)
-    run.recorder.record("eval", step, summary)
+def due_sets(run: Training, done: int) -> list[EvaluationSet | None]:
+    """Return the sets that are evaluated after `done` steps; None stands for the default one."""
+    every = [one.every_steps if one.every_steps is not None else run.evaluate_every for one in run.evaluation_sets]
+    default: list[EvaluationSet | None] = [None] if _due(done, run.evaluate_every, run.steps) else []
+    return default + [one for one, steps in zip(run.evaluation_sets, every) if _due(done, steps, run.steps)]
+
+
+def evaluate(run: Training, step: int, sets: Sequence[EvaluationSet | None] | None = None) -> dict[str, float]:
+    """Measure the policy of `step` steps on evaluation sets (all by default); return what was recorded.
+
+    None among `sets` stands for the default set. The results of single prompts are written as well.
+    """
+    summary: dict[str, float] = {}
+    results: dict[str, dict[str, object]] = {}
+    layout = run.policy.layout
+    for one in [None, *run.evaluation_sets] if sets is None else sets:
+        found = run.source.held_out(step, one)
+        if found is None:
+            continue
+        if one is None:
+            metrics, settings = rollout_summary(found.rollouts, run.source.domains), {}
+        else:
+            mine = json.dumps(measure(one, found.prompts)) if layout.rank == 0 else None
+            metrics, settings = json.loads(layout.share_text(mine)), one.model_dump(mode="json", exclude_none=True)
+        summary |= metrics
+        name = DEFAULT_SET if one is None else one.name
+        results[name] = {"settings": settings, "metrics": metrics, "prompts": found.prompts}
+    if summary:
+        run.recorder.record("eval", step, summary)
+        run.recorder.evaluation(step, results)
     return summary
 
 

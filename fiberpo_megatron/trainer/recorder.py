@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fiberpo_megatron.config import Config
+from fiberpo_megatron.evaluation.results import IN_TRAINING, write_results
 from fiberpo_megatron.interfaces import Layout, PendingSave, Policy
 from fiberpo_megatron.mcore import checkpoint
 from fiberpo_megatron.run_lock import RunLock
@@ -19,7 +20,8 @@ from fiberpo_megatron.telemetry.gpu import GpuMonitor, gpu_metrics
 from fiberpo_megatron.telemetry.metrics import Kind
 from fiberpo_megatron.telemetry.rollout_log import EVALUATIONS, ROLLOUTS, trajectory_record, write_records
 from fiberpo_megatron.telemetry.sinks import METRICS_FILE, Sinks, open_sinks, read_records
-from fiberpo_megatron.telemetry.step_files import spread
+from fiberpo_megatron.telemetry.solve_rates import append_solve_rates, drop_solve_rates
+from fiberpo_megatron.telemetry.step_files import StepFiles, spread
 from fiberpo_megatron.together import together
 from fiberpo_megatron.trainer.settings import CheckpointConfig
 from fiberpo_megatron.types import RolloutGroup
@@ -44,7 +46,11 @@ class RunRecorder:
     alarms: Alarms | None = None
     """None on ranks that do not log, and where nothing is written."""
     evaluations: bool = True
-    """Whether samples of evaluations are written."""
+    """Whether samples and results of evaluations are written."""
+    results: StepFiles = IN_TRAINING
+    """Where results of evaluations are written."""
+    solve_rates: bool = False
+    """Whether solved samples are counted by prompt."""
 
     def record(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
         if self.sinks is not None:
@@ -56,7 +62,38 @@ class RunRecorder:
     def stopping(self) -> str | None:
         return None if self.alarms is None else self.alarms.stopping
 
+    def evaluation(self, step: int, sets: Mapping[str, Mapping[str, Any]]) -> None:
+        if self.layout.rank != 0 or not self.evaluations:
+            return
+        try:
+            write_results(self.results.path(self.folder, step), step, sets)
+            if self.results == IN_TRAINING:
+                self.results.prune(self.folder, self.kept)
+        except OSError as error:  # metrics.jsonl has the numbers: the run need not stop because of single prompts
+            _log.warning("the results of the evaluation after %d steps are not written: %s", step, error)
+
+    def _count_solved(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        """Append how often each prompt of a step was solved."""
+        mine = [
+            {
+                "environment": self.domains[group.prompt.domain],
+                "id": group.prompt.task.id or str(group.prompt.number),
+                "solved": sum(bool(trajectory.correct) for trajectory in group.trajectories),
+                "samples": len(group.trajectories),
+            }
+            for group in groups
+            if group.trajectories
+        ]
+        found = self.layout.gather_json(mine, root_only=True)
+        if self.layout.rank == 0:
+            try:
+                append_solve_rates(self.folder, step, (group for share in found for group in share))
+            except OSError as error:
+                _log.warning("the solve rates of step %d are not written: %s", step, error)
+
     def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: Kind = "train") -> None:
+        if kind == "train" and self.solve_rates:
+            self._count_solved(step, groups)
         if not self.samples or (kind == "eval" and not self.evaluations):
             return
         trajectories = [t for group in groups for t in group.trajectories]
@@ -95,9 +132,12 @@ def sampled(counts: Sequence[Sequence[int]], samples: int, kind: Kind) -> list[i
 class RunCheckpoints:
     """Implements the loop's Checkpoints in <run folder>/checkpoints."""
 
-    def __init__(self, folder: Path, settings: CheckpointConfig, lock: RunLock | None = None) -> None:
-        """`lock` is that of the run folder, on rank 0: nothing is written or deleted after another run took over."""
-        self.folder, self._settings, self._lock = folder, settings, lock
+    def __init__(
+        self, folder: Path, settings: CheckpointConfig, lock: RunLock | None = None, sets: Sequence[str] = ()
+    ) -> None:
+        """`lock` is that of the run folder, on rank 0: nothing is written or deleted after another run took over.
+        `sets`: names of the evaluation sets beside the default one."""
+        self.folder, self._settings, self._lock, self._sets = folder, settings, lock, frozenset(sets)
         self.newest_bytes = 0
         """Size of the newest checkpoint that this process has completed, on rank 0."""
         self._pending: tuple[Policy, int, PendingSave] | None = None
@@ -142,15 +182,21 @@ class RunCheckpoints:
             self._lock.check()
 
     def _best_value(self, measured: Mapping[str, float]) -> dict[str, float]:
-        """The metric by which the best is kept, if this step has records of its kind."""
+        """The metric by which the best is kept, if this step measured what it belongs to."""
         name = self._settings.keep_best_metric
-        if name is None or not any(known.split("/")[0] == name.split("/")[0] for known in measured):
+        if name is None or not any(self._family(known) == self._family(name) for known in measured):
             return {}
         if name not in measured:
             raise ValueError(
                 f"checkpoint.keep_best_metric = {name!r}: rank 0 knows no such metric; use one of {sorted(measured)}"
             )
         return {name: measured[name]}
+
+    def _family(self, metric: str) -> tuple[str, str]:
+        """What a metric is measured together with: its kind of record, and its evaluation set (the default's is "")."""
+        kind, _, name = metric.partition("/")
+        first = name.split("/")[0]
+        return kind, first if first in self._sets else ""
 
     def _saved(self, policy: Policy, step: int) -> None:
         self._complete = step
@@ -202,8 +248,22 @@ def open_recorder(
             stack.enter_context(closing(sinks))
         telemetry = config.telemetry
         samples, kept = telemetry.rollouts_per_step, telemetry.rollout_steps_kept
-        evaluations = "eval" in kinds
-        yield RunRecorder(config.run.folder, layout, sinks, GpuMonitor(), domains, samples, kept, alarms, evaluations)
+        evaluations, solve_rates = "eval" in kinds, "train" in kinds
+        with together(layout, "reading solve rates"):
+            if layout.rank == 0 and solve_rates:
+                drop_solve_rates(config.run.folder, start)
+        yield RunRecorder(
+            config.run.folder,
+            layout,
+            sinks,
+            GpuMonitor(),
+            domains,
+            samples,
+            kept,
+            alarms,
+            evaluations,
+            solve_rates=solve_rates,
+        )
 
 
 def shown_config(config: Config) -> dict[str, Any]:

@@ -126,7 +126,8 @@ class Run(Closeable):
                     lock = stack.enter_context(take(config.run.folder, command, leave))
                     check_folder(config, command, resume)  # again: a run may have ended while this one waited
             self.tasks = stack.enter_context(start_tasks(config, hf_config, layout))
-            self.checkpoints = RunCheckpoints(config.run.folder / "checkpoints", config.checkpoint, lock)
+            sets = [one.name for one in config.evaluation.sets]
+            self.checkpoints = RunCheckpoints(config.run.folder / "checkpoints", config.checkpoint, lock, sets)
             with together(layout, "writing config.toml"):
                 if layout.rank == 0:
                     config.run.folder.mkdir(parents=True, exist_ok=True)
@@ -141,6 +142,7 @@ class Run(Closeable):
                 hf_config=hf_config,
                 layout=layout,
                 prompts=self.tasks.prompts,
+                sets=self.tasks.sets,
                 encoder=self.tasks.encoder,
                 environments=self.tasks.environments,
                 timers=self.timers,
@@ -199,7 +201,9 @@ class Run(Closeable):
         config = self.config
         with ExitStack() as stack:
             names, steps = self.tasks.names, config.trainer.steps
-            recorder = stack.enter_context(open_recorder(config, self.layout, names, start, steps, kinds, "training"))
+            recorder = stack.enter_context(
+                open_recorder(config, self.layout, self.tasks.all_names, start, steps, kinds, "training")
+            )
             expected = self._expected(start) if "train" in kinds else nothing_expected
             source = stack.enter_context(rollout_source(self._parts, self.policy, recorder, start, resume))
             profiles = stack.enter_context(self._profiles(source)) if "train" in kinds else NoProfiles()
@@ -217,6 +221,7 @@ class Run(Closeable):
                 max_response_tokens=config.rollout.max_response_tokens,
                 steps=steps,
                 evaluate_every=config.evaluation.every_steps,
+                evaluation_sets=config.evaluation.sets,
                 save_every=config.checkpoint.every_steps,
                 stop=self._stop,
                 expected=expected,

@@ -12,6 +12,7 @@ from fiberpo_megatron.trainer.term_settings import (
     EntropyConfig,
     KlConfig,
     OffPolicyMaskConfig,
+    OverlongConfig,
     SupervisedConfig,
 )
 
@@ -117,6 +118,7 @@ class AlgorithmConfig(Section):
     distillation: DistillationConfig = DistillationConfig()
     off_policy_mask: OffPolicyMaskConfig = OffPolicyMaskConfig()
     supervised: SupervisedConfig = SupervisedConfig()
+    overlong: OverlongConfig = OverlongConfig()
     truncated: Literal["train", "leave_out"] = "train"
     """What happens to trajectories whose response was cut by the length limit. leave_out: once advantages have been
     compared with their rewards, a step trains as if it had not sampled them, and the weights of the others are those of
@@ -174,15 +176,6 @@ class BatchConfig(Section):
                 f"use one of {fits}"
             )
         return self
-
-
-class EvaluationConfig(Section):
-    every_steps: int = Field(0, ge=0)
-    """Evaluate on held-out prompts every so many steps; 0: only before the first and after the last step."""
-    prompts: int = Field(128, ge=0)
-    """Held-out prompts per evaluation, all domains together; 0 switches evaluation off."""
-    samples_per_prompt: int = Field(1, ge=1)
-    """Sampled responses per held-out prompt, at the rollout's temperature."""
 
 
 class CheckpointConfig(Section):

@@ -9,8 +9,10 @@ from typing import Any
 from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.data.curriculum import build_prompts
 from fiberpo_megatron.data.encoding import Encoder, Example
-from fiberpo_megatron.data.prompts import PromptSets
+from fiberpo_megatron.data.prompts import Place, PromptSets
 from fiberpo_megatron.data.tokenizer import load_tokenizer
+from fiberpo_megatron.environments.settings import EnvironmentConfig
+from fiberpo_megatron.evaluation.settings import EvaluationSet
 from fiberpo_megatron.interfaces import Layout
 from fiberpo_megatron.rollout.environments import EnvironmentFacts, Environments
 from fiberpo_megatron.rollout.generator import share
@@ -29,6 +31,13 @@ class Tasks:
     encoder: Encoder
     environments: Environments | None
     """None on ranks that lead no data-parallel replica: they need no task."""
+    sets: Mapping[str, Sequence[Place]]
+    """The places of each evaluation set."""
+
+    @property
+    def all_names(self) -> Sequence[str]:
+        """These are the names of the environments, and behind them those of the ones that only sets use."""
+        return self.encoder.names
 
     @property
     def names(self) -> Sequence[str]:
@@ -60,33 +69,58 @@ def start_tasks(config: Config, hf_config: Mapping[str, Any], layout: Layout) ->
             tokenizer = load_tokenizer(config.model.path)
             if layout.is_leader:
                 folder = config.run.folder / "environments"
-                environments = Environments(config.environments, folder=folder, rank=layout.rank)
+                environments = Environments(
+                    config.environments,
+                    folder=folder,
+                    rank=layout.rank,
+                    evaluated=config.evaluation.own_environments,
+                )
         mine = None if environments is None else [asdict(fact) for fact in environments.facts]
         first = layout.share_text(json.dumps(mine) if layout.rank == 0 else None)
         facts = [EnvironmentFacts(**fact) for fact in json.loads(first)]
+        everything = [*config.environments, *config.evaluation.own_environments]
+        names = [environment.name for environment in everything]
         prompts = build_prompts(config.data, [fact.domain(e) for fact, e in zip(facts, config.environments)])
         encoder = Encoder(
             tokenizer,
-            prompts.domains,
+            names,
             [fact.chat_template_kwargs for fact in facts],
             model=config.model.path,
             vocabulary=int(hf_config["vocab_size"]),
             max_prompt_tokens=config.data.max_prompt_tokens,
+            skip_long_prompts=config.data.long_prompts == "skip",
             stop=config.rollout.stop,
             tools=config.rollout.tool_call_parser is not None,
         )
         with together(layout, "checking the tasks"):
             if environments is not None:
-                _same_everywhere(facts, environments.facts, config)
-                environments.check(encoder)
-        yield Tasks(layout, facts, prompts, encoder, environments)
+                _same_everywhere(facts, environments.facts, everything)
+                environments.check(encoder, config.data.checked_prompts)
+        sets = {one.name: places_of(one, names, facts) for one in config.evaluation.sets}
+        yield Tasks(layout, facts, prompts, encoder, environments, sets)
     finally:
         if environments is not None:
             environments.close()
 
 
-def _same_everywhere(first: Sequence[EnvironmentFacts], mine: Sequence[EnvironmentFacts], config: Config) -> None:
-    for environment, theirs, ours in zip(config.environments, first, mine):
+def places_of(of: EvaluationSet, names: Sequence[str], facts: Sequence[EnvironmentFacts]) -> list[Place]:
+    """Return the places of an evaluation set. `names` and `facts` are those of all environments, in the order of
+    `Place.domain`. Raises ConfigError when the set has no task."""
+    domain = names.index(of.environment_name)
+    size = facts[domain].train_size if of.split == "train" else facts[domain].held_out_size
+    if not size:
+        other = "held_out" if of.split == "train" else "train"
+        raise ConfigError(
+            f"evaluation set {of.name!r}: the environment {of.environment_name!r} has no task in the split "
+            f'"{of.split}"; give it some, or set split = "{other}"'
+        )
+    return [Place(domain, of.split, index) for index in range(min(size, of.prompts or size))]
+
+
+def _same_everywhere(
+    first: Sequence[EnvironmentFacts], mine: Sequence[EnvironmentFacts], configs: Sequence[EnvironmentConfig]
+) -> None:
+    for environment, theirs, ours in zip(configs, first, mine):
         if json.dumps(asdict(theirs), sort_keys=True) != json.dumps(asdict(ours), sort_keys=True):
             raise ConfigError(
                 f"environments: {environment.name!r} differs between machines: {theirs} on rank 0, {ours} here; give "

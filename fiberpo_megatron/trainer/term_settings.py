@@ -9,6 +9,27 @@ from fiberpo_megatron.engines.settings import ScoringServers
 from fiberpo_megatron.settings import Section
 
 
+class OverlongConfig(Section):
+    """These settings punish responses near the length limit softly (DAPO, arXiv:2503.14476, equation 13)."""
+
+    cache_tokens: int | None = Field(None, ge=1)
+    """Tokens before the limit over which the penalty falls from 0 to -1; it is added to the reward before advantages
+    are estimated. Unset: no penalty. DAPO takes 4096, and leaves cut responses out besides (algorithm.truncated)."""
+    limit_tokens: int | None = Field(None, ge=1)
+    """Response tokens of a trajectory, all turns together, at which the penalty is -1. Unset:
+    rollout.max_response_tokens."""
+
+    @model_validator(mode="after")
+    def cache_fits(self) -> "OverlongConfig":
+        """Refuse a cache that begins before the response, and a limit that nothing reads."""
+        if self.limit_tokens is not None and (self.cache_tokens is None or self.cache_tokens > self.limit_tokens):
+            raise ValueError(
+                f"algorithm.overlong: cache_tokens = {self.cache_tokens} must be set and at most limit_tokens = "
+                f"{self.limit_tokens}; correct one of them"
+            )
+        return self
+
+
 class KlConfig(Section):
     """These settings keep the policy near a reference, by a KL divergence of sampled tokens (docs/objectives.md)."""
 

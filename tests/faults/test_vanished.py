@@ -34,6 +34,9 @@ class Deleting:
     def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: Any = "train") -> None:
         self.recorder.rollouts(step, groups, kind)
 
+    def evaluation(self, step: int, sets: Mapping[str, Mapping[str, Any]]) -> None:
+        self.recorder.evaluation(step, sets)
+
     def stopping(self) -> str | None:
         return self.recorder.stopping()
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fiberpo_megatron.environments import Message, Task, ToolCall, Turn
+from fiberpo_megatron.interfaces import SamplingChange
 from fiberpo_megatron.rollout.conversation import PolicyConversation, join_turns, response_seeds
 from fiberpo_megatron.types import Completion, Prompt, WeightSpan
 
@@ -38,6 +39,7 @@ class Scripted:
         *,
         max_tokens: int | None = None,
         stop_token_ids: Sequence[int] = (),
+        change: SamplingChange | None = None,
     ) -> list[Completion]:
         (seed,) = seeds
         self.prefixes.append(list(prompt))

@@ -18,6 +18,7 @@ from fiberpo_megatron.environments import Conversation, Environment, Outcome, Si
 from fiberpo_megatron.environments import Trajectory as EnvironmentTrajectory
 from fiberpo_megatron.environments.budget import StepBudget
 from fiberpo_megatron.environments.host import EnvironmentFailed, Failure
+from fiberpo_megatron.interfaces import SamplingChange
 from fiberpo_megatron.rollout.conversation import response_seeds
 from fiberpo_megatron.rollout.generator import Generator, share
 from fiberpo_megatron.rollout.sampler import EngineSampler
@@ -47,6 +48,7 @@ class Seeded:
         *,
         max_tokens: int | None = None,
         stop_token_ids: Sequence[int] = (),
+        change: SamplingChange | None = None,
     ) -> list[Completion]:
         self.asked.append((list(prompt), list(seeds)))
         return [self._one(tuple(self.answer(prompt, seed))) for seed in seeds]

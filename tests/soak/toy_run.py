@@ -154,12 +154,13 @@ def run_toy(
         if state:
             tasks.prompts.restore(state["prompts"])
         recorder = stack.enter_context(
-            open_recorder(config, policy.layout, tasks.names, start, config.trainer.steps, ("train", "eval"), "toy")
+            open_recorder(config, policy.layout, tasks.all_names, start, config.trainer.steps, ("train", "eval"), "toy")
         )
         parts = SourceParts(
             config=config,
             hf_config=hf_config,
             layout=policy.layout,  # type: ignore[arg-type]
+            sets=tasks.sets,
             prompts=tasks.prompts,
             encoder=tasks.encoder,
             environments=tasks.environments,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ class Memory:
     samples: list[tuple[int, int]] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
     terms: list[dict[str, object]] = field(default_factory=list)
+    evaluations: list[tuple[int, dict[str, Mapping[str, Any]]]] = field(default_factory=list)
     alarm: str | None = None
     alarm_after: int = 0
     """Records after which the alarm stops the run."""
@@ -45,6 +47,9 @@ class Memory:
     def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: str = "train") -> None:
         if kind == "train":
             self.samples.append((step, len(groups)))
+
+    def evaluation(self, step: int, sets: Mapping[str, Mapping[str, Any]]) -> None:
+        self.evaluations.append((step, dict(sets)))
 
     def stopping(self) -> str | None:
         return self.alarm if len(self.records) >= self.alarm_after else None

@@ -37,6 +37,7 @@ from fiberpo_megatron.interfaces import (
     Publisher,
     Routing,
     Sampler,
+    SamplingChange,
     WeightSource,
 )
 from fiberpo_megatron.rollout.environments import RunningEnvironment, Workers
@@ -295,18 +296,21 @@ class FakeEngine:
         *,
         max_tokens: int | None = None,
         stop_token_ids: Sequence[int] = (),
+        change: SamplingChange | None = None,
     ) -> list[Completion]:
         assert not self.missing
-        return [self._one(prompt[-1]) for _ in seeds]
+        return [self._one(prompt[-1], change or SamplingChange()) for _ in seeds]
 
-    def _one(self, token: int) -> Completion:
+    def _one(self, token: int, change: SamplingChange) -> Completion:
         tokens, log_probs = [], []
-        for _ in range(self.length):
-            row = torch.log_softmax(self.table[token], -1)
+        length = change.max_response_tokens or self.length
+        temperature = 1.0 if change.temperature is None else max(change.temperature, 1e-3)
+        for _ in range(length):
+            row = torch.log_softmax(self.table[token] / temperature, -1)
             token = int(torch.multinomial(row.exp(), 1, generator=self.random))
             tokens.append(token)
             log_probs.append(row[token].item())
-        spans = (WeightSpan(self.version, 0, self.length),)
+        spans = (WeightSpan(self.version, 0, length),)
         return Completion(tuple(tokens), np.array(log_probs, np.float32), "stop", spans)
 
     def score(self, token_ids: Sequence[int]) -> list[list[float]]:

@@ -1,0 +1,1 @@
+"""This package measures a policy on named sets of prompts: settings, estimators with intervals, results as JSON."""
