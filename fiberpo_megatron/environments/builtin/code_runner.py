@@ -167,6 +167,7 @@ def bound(job: Job) -> None:
         os.setgroups([])
         os.setresgid(job["uid"], job["uid"], job["uid"])
         os.setresuid(job["uid"], job["uid"], job["uid"])
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # where the program can kill the runner, it ends itself
     prctl(PR_SET_DUMPABLE, 1)  # its own /proc/self/fd must be readable: /dev/stdin leads through it
 
 

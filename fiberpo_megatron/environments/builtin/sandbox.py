@@ -38,6 +38,8 @@ RUNNER = Path(__file__).with_name("code_runner.py")
 LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/localtime")
 """What a program sees of the system, read-only, besides the folders of its interpreter."""
+FOLDER = "/box"
+"""The folder of a program, in memory."""
 FILES = 10_000
 """How many files a program may make in its folder."""
 START_S = 20.0
@@ -290,8 +292,9 @@ class Sandbox:
         settings = {
             "namespaces": kind == "namespaces",
             "as_root": self._as_root,
-            "read_only": [*present(SYSTEM), *self._folders, str(RUNNER)],
-            "links": links(SYSTEM),
+            "read_only": self._shown(),
+            "links": self._links(),
+            "folder": FOLDER,
             "folder_bytes": self.bounds.folder_mib << 20,
             "files": 2 * FILES,
             "filter": base64.b64encode(seccomp_filter()).decode(),
@@ -304,17 +307,25 @@ class Sandbox:
         command = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
         command += [] if self._as_root else ["--unshare-user"]
         command += ["--die-with-parent", "--new-session", "--as-pid-1", "--seccomp", str(filter_descriptor)]
-        for path, target in links(SYSTEM):
+        for path, target in self._links():
             command += ["--symlink", target, path]
-        shown = (*present(SYSTEM), *self._folders, str(RUNNER))
-        for folder in sorted({str(parent) for path in shown for parent in Path(path).parents} - {"/"}):
+        for folder in sorted({str(parent) for path in self._shown() for parent in Path(path).parents} - {"/"}):
             command += ["--perms", "0755", "--dir", folder]  # else only root may look for what is below
-        for path in shown:
+        for path in self._shown():
             command += ["--ro-bind", path, path]
         command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-        command += ["--perms", "1777", "--size", str(self.bounds.folder_mib << 20), "--tmpfs", "/tmp"]
-        command += ["--remount-ro", "/", "--chdir", "/tmp"]
+        command += ["--perms", "1777", "--size", str(self.bounds.folder_mib << 20), "--tmpfs", FOLDER]
+        command += ["--remount-ro", "/", "--chdir", FOLDER]
         return [*command, "--", self.python, "-s", str(RUNNER)]
+
+    def _shown(self) -> list[str]:
+        """Return the files and folders that a program can read."""
+        return [*present(SYSTEM), *self._folders, str(RUNNER)]
+
+    def _links(self) -> list[tuple[str, str]]:
+        """Return (path, target) of the symbolic links at the root; /tmp is the program's folder where it can be."""
+        taken = any(path.startswith("/tmp/") for path in self._shown())
+        return [*links(SYSTEM), *([] if taken else [("/tmp", FOLDER)])]
 
     # ---- the choice ----
 
@@ -379,7 +390,7 @@ class Sandbox:
 
 VARIABLES = {
     "PATH": "/usr/bin:/bin",
-    "HOME": "/tmp",
+    "HOME": FOLDER,
     "LANG": "C.UTF-8",
     "PYTHONHASHSEED": "0",  # the order of a set of strings must not change a reward
     "OMP_NUM_THREADS": "1",

@@ -89,13 +89,13 @@ def make_root(settings: dict[str, Any]) -> None:
         os.symlink(f"/proc/self/{target}", f"/dev/{path}")
     os.mkdir("/proc")
     mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    os.mkdir("/tmp")
+    os.mkdir(settings["folder"])
     room = f"mode=1777,size={settings['folder_bytes']},nr_inodes={settings['files']}"
-    mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, room)
+    mount("tmpfs", settings["folder"], "tmpfs", MS_NOSUID | MS_NODEV, room)
     call("umount2", "/old", MNT_DETACH)
     os.rmdir("/old")
     mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
-    os.chdir("/tmp")
+    os.chdir(settings["folder"])
 
 
 def install_filter(program: bytes) -> None:
