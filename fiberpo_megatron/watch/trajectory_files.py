@@ -148,7 +148,7 @@ def sequences(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _token_ids(text: Mapping[str, Any]) -> list[Any] | None:
-    """The tokens behind the first prompt, as tokens/ has them; None where the record has none."""
+    """The tokens behind the first prompt, as tokens/ has them; None if the record has none."""
     own, *branches = sequences(text)
     parts = [own.get("token_ids"), *(branch.get(name) for branch in branches for name in ("prompt_ids", "token_ids"))]
     known = [part for part in parts if isinstance(part, list)]
