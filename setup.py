@@ -50,6 +50,8 @@ setup(
         "data": ["pyarrow>=15"],
         "wandb": ["wandb>=0.18"],
         "watch": ["starlette>=0.40", "uvicorn>=0.30"],
+        # the server of the environment "gateway"; agents need a client of their own
+        "gateway": ["starlette>=0.40", "uvicorn>=0.30"],
         "dev": [
             "datasets>=4.0",
             "pytest>=8",
