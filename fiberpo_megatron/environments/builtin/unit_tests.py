@@ -118,6 +118,8 @@ def _decoded(value: Any, field: str, source: str) -> Any:
         packed = base64.b64decode(value, validate=True)
         stream = zlib.decompressobj()
         data = stream.decompress(packed, DECODED_BYTES)
+        if not stream.eof and not stream.unconsumed_tail:
+            raise ValueError("it is cut off")
     except (binascii.Error, ValueError, zlib.error):
         raise ValueError(f"{source}: `{field}` is not JSON ({reason}), got {short(value)}") from None
     if stream.unconsumed_tail:
