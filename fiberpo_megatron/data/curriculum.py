@@ -63,13 +63,14 @@ class AdaptivePrompts(PromptSets):
         self._allotted = 0
 
     def prompts_at(self, seed: int, step: int, count: int) -> list[Place]:
-        """Return the `count` places of the step that comes next; `step` itself decides nothing."""
+        """Return the `count` places of the step that comes next; `step` itself decides only how far the curricula
+        inside of the domains are."""
         counts, _ = allot(self.mix, self._shares(), count)
         self._allotted = count
         wishes = sorted(((k + 0.5) / n, number, k) for number, n in enumerate(counts) for k in range(n))
         places = []
         for _, number, k in wishes:
-            index = self._domains[number].shuffled(self.mix.drawn[number] + k, "train", seed)
+            index = self._domains[number].training_index(self.mix.drawn[number] + k, seed, step, k)
             places.append(Place(number, "train", index))
         return places
 

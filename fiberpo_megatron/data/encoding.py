@@ -36,12 +36,17 @@ MOST_PIECES = 1 << 17
 """Texts of tokens that are remembered: more than any vocabulary has in use."""
 
 
+class PromptTooLong(ValueError):
+    """A prompt has more tokens than data.max_prompt_tokens."""
+
+
 class Encoder:
     """This encoder turns tasks into tokens and responses into text, with one chat template for each environment.
 
     `chat_options`: variables of the chat template by environment. `stop`: `rollout.stop`. `vocabulary`: number of token
     ids of the model. `model`: the folder whose files name the tokens that end a text. `tools`: conversations may pass
-    tools, so that the template is checked with them.
+    tools, so that the template is checked with them. `skip_long_prompts`: another training task takes the place of one
+    whose prompt is longer than `max_prompt_tokens`.
     """
 
     def __init__(
@@ -55,10 +60,12 @@ class Encoder:
         max_prompt_tokens: int,
         stop: Sequence[str] = (),
         tools: bool = False,
+        skip_long_prompts: bool = False,
     ) -> None:
         self.tokenizer, self.names, self.vocabulary = tokenizer, tuple(names), vocabulary
         self._model, self._max_prompt_tokens, self._stop = model, max_prompt_tokens, tuple(stop)
         self._tools = tools
+        self.skip_long_prompts = skip_long_prompts
         self._chats = [
             ChatTemplate(tokenizer, options) if tokenizer.chat_template else None for options in chat_options
         ]
@@ -68,7 +75,10 @@ class Encoder:
         """By environment: whether a chat template wrote one of its prompts so far."""
 
     def prompt(self, place: Place, task: Task) -> Prompt:
-        """Return the task with its tokens. ValueError names environment and task, with file and line if known."""
+        """Return the task with its tokens.
+
+        ValueError names environment and task, with file and line if known; PromptTooLong where the prompt is too long.
+        """
         self.uses_chat[place.domain] |= not isinstance(task.prompt, str)
         ids, text = self._encode(place.domain, task, task.prompt)
         return Prompt(place.index, place.domain, ids, text, task, place.split)
@@ -218,7 +228,8 @@ class Encoder:
 
     def _check_length(self, ids: Sequence[int], text: str, source: str) -> None:
         if not 1 <= len(ids) <= self._max_prompt_tokens:
-            raise ValueError(
+            kind = PromptTooLong if ids else ValueError
+            raise kind(
                 f"{source}: the prompt has {len(ids)} tokens, allowed are 1 to data.max_prompt_tokens = "
                 f"{self._max_prompt_tokens}; shorten it or raise the limit: {text[:80]!r}"
             )

@@ -5,6 +5,7 @@ number. `data/encoding.py` turns the tasks at these places into tokens.
 """
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
@@ -37,6 +38,33 @@ class Domain:
     weight: float
     train_size: int
     held_out_size: int
+    curriculum_steps: int | None = None
+    """Steps in which the training tasks are drawn from easy to hard; None draws from all of them."""
+    curriculum_start: float = 1.0
+    """Part of the tasks from which the first of these steps draws."""
+
+    def training_index(self, position: int, seed: int, step: int, drawn: int) -> int:
+        """Return the training task of a step.
+
+        position: tasks drawn from this domain before it, since the first step. drawn: tasks drawn from it before in
+        this step. During the curriculum a step draws without replacement from the first `window` tasks; afterwards the
+        stream is that of `shuffled`.
+        """
+        window = self.window(step)
+        if window is None:
+            return self.shuffled(position, "train", seed)
+        epoch, place = divmod(drawn, window)
+        return Permutation(window, derive_key("curriculum", seed, self.name, step, epoch))(place)
+
+    def window(self, step: int) -> int | None:
+        """Return how many tasks, from the easiest on, a step draws from; None for all.
+
+        The part grows linearly with the step, as in competence-based curriculum learning (arXiv:1903.09848).
+        """
+        if self.curriculum_steps is None or step >= self.curriculum_steps:
+            return None
+        part = self.curriculum_start + (1 - self.curriculum_start) * step / self.curriculum_steps
+        return max(1, round(part * self.train_size))
 
     def shuffled(self, position: int, *key: object) -> int:
         """Return the training index at `position` of the endless stream of `key`, which is shuffled anew in every
@@ -73,12 +101,24 @@ class PromptSets:
 
     def prompts_at(self, seed: int, step: int, count: int) -> list[Place]:
         """Return the `count` training places of step `step` (from 0): domains are mixed by weight, and each is shuffled
-        without replacement and anew in every epoch. Equal on every rank; keep `count` the same over a run."""
-        return self._stream("train", seed, step, count)
+        without replacement and anew in every epoch, unless it has a curriculum (`Domain.training_index`). Equal on
+        every rank; keep `count` the same over a run."""
+        places: list[Place] = []
+        drawn: Counter[int] = Counter()
+        for position in range(step * count, (step + 1) * count):
+            number, before = self._schedule(position)
+            index = self._domains[number].training_index(before, seed, step, drawn[number])
+            places.append(Place(number, "train", index))
+            drawn[number] += 1
+        return places
 
     def examples_at(self, seed: int, step: int, count: int) -> list[Place]:
         """Return places as `prompts_at` does, in another order, for supervised steps."""
-        return self._stream("sft", seed, step, count)
+        places = []
+        for position in range(step * count, (step + 1) * count):
+            number, before = self._schedule(position)
+            places.append(Place(number, "train", self._domains[number].shuffled(before, "sft", seed)))
+        return places
 
     def held_out(self, count: int) -> list[Place]:
         """Return the same `count` held-out places in every run (fewer if there are fewer), domains in turn."""
@@ -104,13 +144,6 @@ class PromptSets:
                 'the checkpoint was written with data.curriculum = "adaptive"; resume with it, or start in another run '
                 "folder"
             )
-
-    def _stream(self, name: str, seed: int, step: int, count: int) -> list[Place]:
-        places = []
-        for position in range(step * count, (step + 1) * count):
-            number, place = self._schedule(position)
-            places.append(Place(number, "train", self._domains[number].shuffled(place, name, seed)))
-        return places
 
 
 class Schedule:

@@ -79,6 +79,15 @@ def test_mix_follows_what_is_half_solved_and_never_repeats_a_prompt_before_the_o
     assert len(set(seen)) == len(seen)
 
 
+def test_an_adaptive_mix_keeps_the_curriculum_inside_of_a_domain() -> None:
+    eased = replace(DOMAINS[1], curriculum_steps=10, curriculum_start=0.01)
+    sets = build_prompts(DataConfig(curriculum="adaptive"), [DOMAINS[0], eased])
+    for step, window in ((0, 91), (5, 4551)):
+        indices = [place.index for place in sets.prompts_at(0, step, 40) if place.domain == 1]
+        assert len(set(indices)) == len(indices) == 20 and max(indices) < window
+    assert max(place.index for place in sets.prompts_at(0, 10, 40) if place.domain == 1) > 4551
+
+
 def test_state_goes_through_a_checkpoint_bitwise() -> None:
     straight, resumed = prompts(), prompts()
     for step in range(6):

@@ -59,6 +59,30 @@ def test_domains_are_mixed_by_weight_in_every_batch():
     assert total == {0: 1000, 1: 3000}
 
 
+def test_a_curriculum_draws_from_a_growing_part_of_the_tasks():
+    """By hand: of 100 tasks the parts 0.2, 0.4, 0.6 and 0.8 in steps 0 to 3, then all."""
+    eased = Domain("easy to hard", 1.0, 100, 0, curriculum_steps=4, curriculum_start=0.2)
+    assert [eased.window(step) for step in range(6)] == [20, 40, 60, 80, None, None]
+    sets = PromptSets([eased, Domain("plain", 1.0, 100, 0)])
+    for step, window in enumerate([20, 40, 60, 80]):
+        indices = [place.index for place in sets.prompts_at(0, step, 40) if place.domain == 0]
+        assert len(set(indices)) == 20 and max(indices) < window, "without replacement inside of the part"
+    assert sorted(p.index for p in sets.prompts_at(0, 0, 40) if p.domain == 0) == list(range(20))
+    assert max(place.index for place in sets.prompts_at(0, 3, 40) if place.domain == 0) >= 60
+    plain = PromptSets([Domain("easy to hard", 1.0, 100, 0), Domain("plain", 1.0, 100, 0)])
+    assert sets.prompts_at(0, 4, 40) == plain.prompts_at(0, 4, 40), "afterwards the stream is the ordinary one"
+    assert [p for p in sets.prompts_at(0, 1, 40) if p.domain] == [p for p in plain.prompts_at(0, 1, 40) if p.domain]
+    assert sets.examples_at(0, 0, 40) == plain.examples_at(0, 0, 40), "supervised examples come from all tasks"
+    assert sets.prompts_at(0, 1, 40) == PromptSets([eased, Domain("plain", 1.0, 100, 0)]).prompts_at(0, 1, 40)
+    assert sets.prompts_at(0, 1, 40) != sets.prompts_at(1, 1, 40)
+
+
+def test_a_step_may_draw_more_than_the_part_of_a_curriculum_has():
+    sets = PromptSets([Domain("few", 1.0, 10, 0, curriculum_steps=2, curriculum_start=0.2)])
+    assert Counter(place.index for place in sets.prompts_at(0, 0, 4)) == {0: 2, 1: 2}
+    assert Counter(place.index for place in sets.prompts_at(0, 1, 12)) == dict.fromkeys(range(6), 2)
+
+
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0], [0.001, 5.0, 2.0], [1e-9, 1.0], [1.0] * 7])
 def test_the_schedule_counts_each_domain_without_gaps(weights):
     schedule = Schedule(weights)

@@ -83,6 +83,40 @@ def test_every_line_of_a_file_is_checked_at_the_start(tmp_path):
         environments.check(encoder(environments, limit=61))
 
 
+def test_of_a_large_file_an_even_sample_is_checked(tmp_path):
+    """Position 90 of 0, 10, 20, ... is looked at, position 91 is not; it is refused when it is drawn."""
+    for bad, refused in ((90, True), (91, False)):
+        records = [{"prompt": "Q" * 60 if number == bad else "P", "answer": "1"} for number in range(100)]
+        options = {"train": lines(tmp_path, *records), "chat_template": False}
+        with started({"use": "chat", "options": options}) as environments:
+            found = encoder(environments)
+            with pytest.raises(ValueError, match=f"line {bad + 1}: the prompt has 61 tokens"):
+                environments.check(found, 10) if refused else environments.prompts([Place(0, "train", bad)], found)
+            if not refused:
+                environments.check(found, 10)
+
+
+def test_the_next_task_takes_the_place_of_one_with_a_long_prompt(tmp_path):
+    texts = ["P", "Q" * 60, "R" * 60, "S", "T" * 60]
+    train = lines(tmp_path, *({"prompt": text, "answer": "1"} for text in texts))
+    options = {"train": train, "held_out": train.replace("train", "held_out"), "chat_template": False}
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "' + "U" * 60 + '", "answer": "1"}')
+    with started({"use": "chat", "options": options}) as environments:
+        found = encoder(environments)
+        found.skip_long_prompts = True
+        places = [Place(0, "train", index) for index in range(5)]
+        prompts = environments.prompts(places, found)
+        assert [(prompt.index, prompt.text) for prompt in prompts] == [(0, "P"), (3, "S"), (3, "S"), (3, "S"), (0, "P")]
+        assert environments.take_metrics() == {"environment/e0/long_prompts": 3.0}
+        assert environments.prompts(places[::-1], found) == prompts[::-1], "it depends on the place alone"
+        with pytest.raises(ValueError, match=r"held_out\.jsonl, line 1: the prompt has 61 tokens"):
+            environments.prompts([Place(0, "held_out", 0)], found)
+        short = encoder(environments, limit=1)
+        short.skip_long_prompts = True
+        with pytest.raises(ValueError, match=r'5 training tasks in a row are too long, .*"skip" finds no other; raise'):
+            environments.prompts(places, short)
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "limit", "message"),
     [

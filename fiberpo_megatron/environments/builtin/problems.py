@@ -179,6 +179,8 @@ def _fact(value: Any, field: str, source: str) -> Any:
 
 def _whole_text(text: str, field: str, source: str) -> str:
     """Return the text. Raises ValueError for half a character, which JSON can express and no encoding can."""
+    if text.isascii():
+        return text
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
