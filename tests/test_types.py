@@ -12,6 +12,7 @@ from fiberpo_megatron.mcore.parallel import exchange
 from fiberpo_megatron.rollout import dump
 from fiberpo_megatron.types import (
     TRAJECTORY,
+    Branch,
     Completion,
     Prompt,
     RolloutBatch,
@@ -176,3 +177,58 @@ def test_one_more_fact_is_one_edit(monkeypatch, tmp_path):
     for module in (types, dump):
         monkeypatch.setattr(module, "RolloutBatch", WithCharacters)
     assert folder.read(1).characters.tolist() == [-1, -1, -1]
+
+
+BRANCHED = replace(
+    TURNS,
+    branches=(
+        Branch((5, 6, 7), completion(4, version="2", engines=np.array([3], np.int16))),
+        Branch((9,), completion(2, 1, 3, reason="length", loss_mask=np.array([False, True, True]))),
+    ),
+)
+WITH_BRANCHES = [RolloutGroup(PLAIN.prompt, (PLAIN, BRANCHED)), RolloutGroup(FAILED.prompt, (FAILED,))]
+
+
+def test_branches_are_sequences_with_the_facts_of_their_trajectory():
+    batch = flatten(WITH_BRANCHES)
+    assert batch.lengths.tolist() == [5, 6, 4, 4, 2] and batch.trajectories.tolist() == [0, 1, 1, 1, 2]
+    assert batch.tokens[11:19].tolist() == [5, 6, 7, 4, 9, 2, 1, 3] and batch.branches.tolist() == [1, 3, 1]
+    assert batch.response_mask[11:19].astype(int).tolist() == [0, 0, 0, 1, 0, 0, 1, 1]
+    assert batch.engines[11:19].tolist() == [-1, -1, -1, 3, -1, -1, 0, 0]
+    assert batch.weight_versions[11:16].tolist() == [-1, -1, -1, 2, -1]
+    assert batch.rewards.tolist() == [0.5, -1, -1, -1, 0] and batch.groups.tolist() == [0, 0, 0, 0, 1]
+    assert batch.truncated.tolist() == [False, True, True, True, False]
+    np.testing.assert_array_equal(batch.reward_parts["length"], np.float32([np.nan, 2, 2, 2, np.nan]))
+    whole = batch.per_trajectory()
+    assert whole.lengths.tolist() == [5, 14, 2] and whole.response_lengths.tolist() == [3, 5, 1]
+    assert whole.turns.tolist() == [1, 4, 1] and whole.rewards.tolist() == [0.5, -1, 0]
+    np.testing.assert_array_equal(whole.reward_parts["length"], np.float32([np.nan, 2, np.nan]))
+    assert whole.tokens is batch.tokens and flatten(GROUPS).trajectories.tolist() == [0, 1, 2]
+    without = flatten(GROUPS)
+    assert without.per_trajectory() is without
+
+
+def test_a_trajectory_is_truncated_where_one_of_its_branches_is():
+    cut = replace(PLAIN, branches=(Branch((1,), completion(2, reason="length")),))
+    assert flatten([RolloutGroup(PLAIN.prompt, (cut, PLAIN))]).truncated.tolist() == [True, True, False]
+
+
+def test_branches_are_cut_thinned_out_joined_and_sent():
+    batch = flatten(WITH_BRANCHES)
+    assert_same(batch_of(named_arrays(batch)), batch)
+    assert_same(exchange.decode(exchange.encode(batch)), batch)
+    assert_same(join_batches([flatten(WITH_BRANCHES[:1]), flatten([]), flatten(WITH_BRANCHES[1:])]), batch)
+    part = batch.part(1, 5)
+    assert part.trajectories.tolist() == [1, 1, 1, 2] and part.branches.tolist() == [3, 1]
+    assert part.per_trajectory().lengths.tolist() == [14, 2]
+    left = batch.select(np.array([False, True, True, True, True]))
+    assert left.trajectories.tolist() == [0, 0, 0, 1] and left.groups.tolist() == [0, 0, 0, 1]
+    arrays = {name: array for name, array in named_arrays(flatten(GROUPS)).items() if name != "trajectories"}
+    assert_same(batch_of(arrays), flatten(GROUPS))  # a file of an earlier version
+
+
+@pytest.mark.parametrize(("prompt_ids", "mask"), [((), [True]), ((1, 2), [False])])
+def test_a_branch_that_trains_nothing_is_refused(prompt_ids, mask):
+    sampled = completion(3, loss_mask=np.array(mask))
+    with pytest.raises(ValueError, match="at least one of each: leave out a branch"):
+        Branch(prompt_ids, sampled)

@@ -4,7 +4,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiberpo_megatron.data.packing import assign_rows, pack, packing_efficiency, padded_lengths, zigzag
+from fiberpo_megatron.data.packing import (
+    assign_rows,
+    pack,
+    packing_efficiency,
+    padded_lengths,
+    split_trajectories,
+    zigzag,
+)
 from fiberpo_megatron.types import RolloutBatch
 
 
@@ -111,3 +118,31 @@ def test_zigzag_balances_causal_work():
 
 def test_padded_lengths_drop_the_last_token():
     assert padded_lengths(np.array([2, 5, 6]), 4).tolist() == [4, 4, 8]
+
+
+@pytest.mark.parametrize(("data_size", "multiple_of"), [(1, 1), (2, 1), (3, 2)])
+def test_branches_of_a_trajectory_share_a_row_where_they_fit(data_size, multiple_of):
+    random = np.random.default_rng(0)
+    sizes = random.integers(1, 40, 200)
+    trajectories = np.sort(random.integers(0, 90, 200))
+    totals = np.bincount(trajectories, sizes)
+    ranks = assign_rows(sizes, data_size, 64, multiple_of=multiple_of, trajectories=trajectories)
+    assert sorted(index for rows in ranks for row in rows for index in row) == list(range(200))
+    rows_of = {number: set() for number in np.unique(trajectories).tolist()}
+    for rank, rows in enumerate(ranks):
+        assert len(rows) == len(ranks[0]) and len(rows) % multiple_of == 0
+        for place, row in enumerate(rows):
+            assert sizes[row].sum() <= 64 and row == sorted(row)
+            for index in row:
+                rows_of[int(trajectories[index])].add((rank, place))
+    apart = [number for number, rows in rows_of.items() if len(rows) > 1]
+    assert apart and all(totals[number] > 64 for number in apart)
+    assert split_trajectories(ranks, trajectories) == len(apart)
+    alone = assign_rows(sizes, data_size, 64, multiple_of=multiple_of)
+    assert alone == assign_rows(sizes, data_size, 64, multiple_of=multiple_of, trajectories=np.arange(200))
+    assert split_trajectories(alone, np.arange(200)) == 0
+
+
+def test_a_sequence_that_is_too_long_names_its_trajectory():
+    with pytest.raises(ValueError, match="trajectory 4 takes 90 positions"):
+        assign_rows([10, 20, 90], 1, 64, trajectories=np.array([3, 4, 4]))

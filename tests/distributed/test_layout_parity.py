@@ -29,22 +29,22 @@ LAYOUTS = {
 }
 
 
-def case(objective: str, budget: int, terms: str = "", **sizes: int) -> Case:
-    words = [f"--{name}={size}" for name, size in sizes.items()]
+def case(objective: str, budget: int, terms: str = "", branches: bool = False, **sizes: int) -> Case:
+    words = [f"--{name}={size}" for name, size in sizes.items()] + ["--branches"] * branches
     return layout_parity.case_of(
         [f"--objective={objective}", f"--micro-batch-tokens={budget}", "--seed=1", f"--terms={terms}", *words]
     )
 
 
 @cache
-def reference(objective: str, terms: str = "") -> Outcome:
-    (outcome,) = run_ranks(1, run_reference, case(objective, 1, terms))
+def reference(objective: str, terms: str = "", branches: bool = False) -> Outcome:
+    (outcome,) = run_ranks(1, run_reference, case(objective, 1, terms, branches))
     return outcome
 
 
-def assert_parity(objective: str, budget: int, terms: str = "", **sizes: int) -> None:
-    tried = case(objective, budget, terms, **sizes)
-    wanted = reference(objective, terms)
+def assert_parity(objective: str, budget: int, terms: str = "", branches: bool = False, **sizes: int) -> None:
+    tried = case(objective, budget, terms, branches, **sizes)
+    wanted = reference(objective, terms, branches)
     old = dict(zip(wanted.index.tolist(), wanted.old_log_probs.tolist()))
     outcomes = [outcome for (outcome,) in run_ranks(tried.ranks, run_rank, tried, old, (budget,))]
     found, worst = compare(wanted, outcomes)
@@ -95,6 +95,25 @@ WITH_TERMS = {
 def test_every_layout_with_terms(name: str):
     objective, terms = WITH_TERMS[name]
     assert_parity(objective, 96, terms, **LAYOUTS[name])
+
+
+WITH_BRANCHES = {
+    "TP2": ("fiberpo", 64),
+    "PP2": ("grpo", 64),
+    "EP2": ("fiberpo-expert", 64),
+    "CP2": ("gspo", 64),
+    "DP2": ("fiberpo", 512),
+    "TP2 PP2": ("fiberpo-domain", 64),
+    "PP2 EP2": ("apc", 64),
+    "DP2 EP2": ("fiberpo", 64),
+}
+"""Objective, and positions of a row: with 512 all branches of a trajectory are in one, and a single pass is right."""
+
+
+@pytest.mark.parametrize("name", varied(WITH_BRANCHES, []))
+def test_every_layout_with_branches(name: str):
+    objective, budget = WITH_BRANCHES[name]
+    assert_parity(objective, budget, branches=True, **LAYOUTS[name])
 
 
 def test_as_a_command():

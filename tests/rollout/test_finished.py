@@ -13,7 +13,16 @@ import pytest
 from fiberpo_megatron.environments import Task
 from fiberpo_megatron.rollout.dump import Origin
 from fiberpo_megatron.rollout.finished import FinishedGroups, origins
-from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, Trajectory, WeightSpan
+from fiberpo_megatron.types import (
+    Branch,
+    Completion,
+    Prompt,
+    RolloutGroup,
+    Trajectory,
+    WeightSpan,
+    flatten,
+    named_arrays,
+)
 
 ORIGIN = Origin(3, "3", "ab", {"run.seed": 7}, "cd", "ef")
 PROMPTS = [Prompt(10 + i, 0, (i, 2), f"p{i}", Task(f"p{i}", "8")) for i in range(6)]
@@ -82,6 +91,22 @@ def test_a_group_whose_trajectories_were_all_dropped_is_finished(tmp_path: Path)
     with opened(tmp_path) as groups:
         groups[2] = RolloutGroup(PROMPTS[2], ())
     assert opened(tmp_path)[2] == RolloutGroup(PROMPTS[2], ())
+
+
+def test_branches_are_read_bitwise(tmp_path: Path) -> None:
+    plain, turns, other = group(3, routing=True).trajectories
+    branches = Branch((9, 8), turns.completion), Branch((3,), replace(plain.completion, finish_reason="stop"))
+    written = RolloutGroup(PROMPTS[3], (plain, replace(turns, branches=branches), other))
+    with opened(tmp_path) as groups:
+        groups[3] = written
+    read = opened(tmp_path)[3]
+    assert [len(one.branches) for one in read.trajectories] == [0, 2, 0]
+    for ours, theirs in zip(branches, read.trajectories[1].branches):
+        assert ours.prompt_ids == theirs.prompt_ids and ours.completion.weight_spans == theirs.completion.weight_spans
+        assert ours.completion.finish_reason == theirs.completion.finish_reason
+    ours, theirs = named_arrays(flatten([written])), named_arrays(flatten([read]))
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
 
 
 def test_another_layout_reads_what_is_its_own(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fiberpo_megatron.telemetry.rollout_log import (
     write_records,
 )
 from fiberpo_megatron.telemetry.step_files import spread
-from fiberpo_megatron.types import Completion, Prompt, Trajectory, WeightSpan
+from fiberpo_megatron.types import Branch, Completion, Prompt, Trajectory, WeightSpan
 
 
 def write_rollouts(
@@ -156,3 +156,13 @@ def test_files_that_vanish_meanwhile_are_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "unlink", lambda path, **options: (unlink(path), unlink(path, **options))[1])
     ROLLOUTS.prune(tmp_path, 4)
     assert [step for step, _ in stored_rollouts(tmp_path)[0]] == [0, 4, 6, 7]
+
+
+def test_branches_are_written_with_their_prompts():
+    (plain,) = trajectories(0, 1)
+    completion = Completion((9, 8), np.zeros(2, np.float32), "length", (), loss_mask=np.array([False, True]))
+    record = trajectory_record(0, 0, replace(plain, branches=(Branch((5, 7), completion),)), ["addition"])
+    (branch,) = record["branches"]
+    assert branch["prompt_ids"] == [5, 7] and branch["token_ids"] == [9, 8] and branch["loss_mask"] == [0, 1]
+    assert branch["finish_reason"] == "length" and record["finish_reason"] == "stop"
+    assert "branches" not in trajectory_record(0, 0, plain, ["addition"])

@@ -12,7 +12,7 @@ from fiberpo_megatron.telemetry.rollout_log import EVALUATIONS, ROLLOUTS, write_
 from fiberpo_megatron.telemetry.token_log import TOKENS, write_tokens
 from fiberpo_megatron.watch import trajectories
 from tests.watch.serving import ask, get_json, served
-from tests.watch.trajectory_run import text_line, token_line, write_trajectories
+from tests.watch.trajectory_run import text_line, token_line, write_branches, write_trajectories
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,13 @@ def test_filters(port: int, wanted: dict[str, Any], left: list[int]):
     found = find(port, step=5, **wanted)
     assert numbers(found) == left
     assert found["of"] == 4 and found["domains"] == ["sums", "words"] and found["problems"] == []
+
+
+def test_a_trajectory_with_branches(tmp_path: Path):
+    with served({"0": write_branches(tmp_path)}, follow=False) as port:
+        found = get_json(port, "/api/trajectories/one?run=0&step=5&trajectory=0")
+    assert found["problems"] == [] and found["tokens"]["branches"] == [2]
+    assert found["row"]["length"] == 4 and found["row"]["truncated"] is True
 
 
 def test_rows_say_what_a_list_shows(port: int):

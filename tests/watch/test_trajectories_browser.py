@@ -13,7 +13,7 @@ from fiberpo_megatron.telemetry.rollout_log import write_records  # noqa: E402
 from fiberpo_megatron.telemetry.token_log import write_tokens  # noqa: E402
 from tests.watch.browser import Watcher, browser, needs_chromium, open_page  # noqa: E402
 from tests.watch.serving import served  # noqa: E402
-from tests.watch.trajectory_run import text_line, token_line, write_trajectories  # noqa: E402
+from tests.watch.trajectory_run import text_line, token_line, write_branches, write_trajectories  # noqa: E402
 
 pytestmark = needs_chromium
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -52,6 +52,12 @@ class opened:
 
 def token(page: Page, i: int):
     return page.locator(f"#tr-tokens [data-i='{i}']")
+
+
+def test_a_branch_begins_on_a_line_of_its_own(chromium: Browser, tmp_path: Path):
+    with opened(chromium, write_branches(tmp_path)) as (page, _):
+        expect(page.locator("#tr-tokens .tr-branch")).to_have_text("Branch 1, from its prompt on")
+        assert [block.locator("[data-i]").count() for block in page.locator(".tr-block").all()] == [2, 3]
 
 
 def test_hover_shows_what_stopped_a_token_and_filters_work(page: Page):

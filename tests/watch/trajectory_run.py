@@ -91,3 +91,12 @@ def write_trajectories(folder: Path) -> Path:
         lines = [{**text_line(step, number), "response": f"after {step}: {number}"} for number in TRAJECTORIES]
         write_records(folder, step, lines[: 4 - step // 4], keep=99, files=EVALUATIONS)
     return folder
+
+
+def write_branches(folder: Path) -> Path:
+    """Write a run of one step, whose only trajectory has a branch: its prompt is the third of five tokens."""
+    write_run(folder, 6)
+    branch = {"prompt_ids": [7], "token_ids": [7, 7], "finish_reason": "length"}
+    write_records(folder, 5, [{**text_line(5, 0), "token_ids": [7, 7], "branches": [branch]}], keep=9)
+    write_tokens(folder, 5, [{**token_line(5, 0), "branches": [2]}], keep=9)
+    return folder
