@@ -5,10 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 train() { .venv/bin/fiberpo train examples/domains/train.toml --run.folder "runs/domains/$1" "${@:2}"; }
 [ -e runs/domains/warmup/hf/config.json ] || .venv/bin/fiberpo sft examples/domains/warmup.toml
-for seed in 7 8; do
-    train "budgets-$seed" --run.seed "$seed" "$@"
-    train "fiberpo-$seed" --run.seed "$seed" --algorithm.objective fiberpo --algorithm.budgets '{}' "$@"
-done
+train budgets "$@"
+train fiberpo --algorithm.objective fiberpo --algorithm.budgets '{}' "$@"
 train control --data.random_reward true "$@"
-.venv/bin/python examples/results.py runs/domains budgets-7="fiberpo-domain" fiberpo-7="fiberpo" control="coin flips" \
+.venv/bin/python examples/results.py runs/domains budgets="fiberpo-domain" fiberpo="fiberpo" control="coin flips" \
     --metrics accuracy/sort accuracy/add2 accuracy/add3
