@@ -178,3 +178,21 @@ def blocking(task: Task, url: str, key: str) -> Outcome:
 async def returns_nothing(task: Task, url: str, key: str) -> None:
     async with client(url, key) as policy:
         await says_once(policy)
+
+
+async def several(task: Task, url: str, key: str) -> float:
+    """Begin twice at once, go on in one of both, rewrite the past, and stream with tools."""
+
+    async def ask(messages: list[Any], **fields: Any) -> str:
+        found = await policy.chat.completions.create(model="policy", messages=messages, **fields)
+        return found.choices[0].message.content or ""
+
+    async with client(url, key) as policy:
+        begin: list[Any] = list(task.prompt)
+        first, _ = await asyncio.gather(ask(begin), ask(begin))
+        await ask([*begin, {"role": "assistant", "content": first}, user("and?")])
+        await ask([user("in short"), {"role": "assistant", "content": "yes"}, user("so?")], max_tokens=5)
+        stream = await policy.chat.completions.create(model="policy", messages=begin, tools=TOOLS, stream=True)
+        async for _ in stream:
+            pass
+    return float(len(first) % 2)
