@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fiberpo_megatron
-from fiberpo_megatron.cli import calibrate, certify, doctor, plan, profile, replay_step, slurm, watch
+from fiberpo_megatron.cli import calibrate, certify, doctor, evaluate, plan, profile, replay_step, slurm, watch
 from fiberpo_megatron.config import Config, ConfigError, load_config
 from fiberpo_megatron.printable import printable
 from fiberpo_megatron.run_lock import refuse
@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return slurm.run_job(options, overrides)
         if options.command == "engine":
             return slurm.run_engine(options, overrides)
+        if options.command == "eval" and evaluate.of_a_run(options):
+            return evaluate.run(options, overrides)
         return _run(options, overrides)
     except (ConfigError, FileNotFoundError, ValueError) as error:
         print(printable(f"fiberpo: {error}", keep="\n\t"), file=sys.stderr)
@@ -68,12 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "train by reinforcement learning"),
         ("sft", "supervised warm-up with the same policy code"),
         ("dump", "rollouts of trainer.steps steps with the weights of model.path, on disk, for --storage.replay"),
-        ("eval", "accuracy of a model on the held-out prompts"),
     ):
         command = commands.add_parser(name, help=about, description=f"{about}; {_OVERRIDES}")
         command.add_argument("config", type=Path, metavar="CONFIG.toml")
-        if name != "eval":
-            command.add_argument("--resume", action="store_true", help="continue where the run stopped")
+        command.add_argument("--resume", action="store_true", help="continue where the run stopped")
+    evaluate.add_parser(commands, _OVERRIDES)
     doctor.add_parser(commands, _OVERRIDES)
     plan.add_parser(commands, _OVERRIDES)
     calibrate.add_parser(commands, _OVERRIDES)

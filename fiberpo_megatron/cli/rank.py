@@ -31,7 +31,8 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns the exit code.
 
-    `--registry`: where the job's engines register (engines/registry.py).
+    `--registry`: where the job's engines register (engines/registry.py). `follow` evaluates checkpoints of the run in
+    the folder `--of`: all that come, those that exist (`--once`), or one (`--step`).
 
     An error is written where the launcher reads it, with its traceback on stderr; under torchrun or srun its message
     is also the last line on stderr. SIGUSR1, and SIGTERM from anybody but the local launcher, ask the run to save and
@@ -60,6 +61,9 @@ def _run(arguments: list[str], stop: StopRequest) -> None:
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--resume", action="store_true")
     flags.add_argument("--registry", type=Path)
+    flags.add_argument("--of", type=Path)
+    flags.add_argument("--once", action="store_true")
+    flags.add_argument("--step", type=int)
     options, overrides = flags.parse_known_args(rest)
     resume, registry = options.resume, options.registry and Registry(options.registry)
     with warnings_to(nowhere if LAUNCHER in os.environ else on_console):  # the launcher has read it and given them
@@ -73,6 +77,12 @@ def _run(arguments: list[str], stop: StopRequest) -> None:
         return
     from fiberpo_megatron.trainer.run import Run  # imports torch and Megatron: after the cheap checks
 
+    if command == "follow":
+        from fiberpo_megatron.trainer.follow import follow
+
+        with Run.from_config(config, command="eval", stop=stop, checked=True) as run:
+            follow(run, options.of, once=options.once, step=options.step, stop=stop)
+        return
     parts: dict[str, Any] = {"command": command, "resume": resume, "stop": stop, "registry": registry}
     with Run.from_config(config, **parts, checked=True) as run:  # by `fiberpo`, or in `_begin`
         {"train": run.train, "sft": run.fine_tune, "dump": run.dump, "eval": run.evaluate}[command]()

@@ -1,7 +1,8 @@
 """This module has rewards that compare the samples of a task with each other (`group_reward` of [[environments]]).
 
 A class of your own is called with the task and its trajectories, and returns their outcomes in the same order; keep
-what it does not change with `dataclasses.replace`. This module imports the standard library alone and runs on Python 3.10.
+what it does not change with `dataclasses.replace`. This module imports the standard library alone and runs on Python
+3.10.
 """
 
 from __future__ import annotations

@@ -48,7 +48,9 @@ class RunRecorder:
     evaluations: bool = True
     """Whether samples and results of evaluations are written."""
     results: StepFiles = IN_TRAINING
-    """Where results of evaluations are written."""
+    """Which files results of evaluations are written to."""
+    results_of: Path | None = None
+    """The run folder that they are written to; None: `folder`."""
     solve_rates: bool = False
     """Whether solved samples are counted by prompt."""
 
@@ -66,7 +68,7 @@ class RunRecorder:
         if self.layout.rank != 0 or not self.evaluations:
             return
         try:
-            write_results(self.results.path(self.folder, step), step, sets)
+            write_results(self.results.path(self.results_of or self.folder, step), step, sets)
             if self.results == IN_TRAINING:
                 self.results.prune(self.folder, self.kept)
         except OSError as error:  # metrics.jsonl has the numbers: the run need not stop because of single prompts
