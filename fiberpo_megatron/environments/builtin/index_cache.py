@@ -88,11 +88,11 @@ class IndexCache:
             found = self._lines_path.open("rb") if lines else None
             for path in (self._index_path, *([self._lines_path] if lines else [])):
                 os.utime(path)
-        except (OSError, ValueError):  # it is not there, or it is empty
+            header = json.loads(memory[: memory.find(b"\n")])
+        except (OSError, ValueError):  # it is not there, or it is damaged
             return None
-        header = json.loads(memory[: memory.find(b"\n")])
-        count, begin = header["count"], header["begin"]
-        if header["key"] != self._key or len(memory) != begin + 20 * count:
+        count, begin = header.get("count", 0), header.get("begin", 0)
+        if header.get("key") != self._key or len(memory) != begin + 20 * count:
             return None
         starts = memoryview(memory)[begin : begin + 8 * count].cast("Q")
         rest = memoryview(memory)[begin + 8 * count :].cast("I")
