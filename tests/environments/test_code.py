@@ -367,7 +367,7 @@ def service(folder: Path, answers: list[Any] | None = None) -> Iterator[str]:
     handler = type("Handler", (Service,), {"answers": answers or []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.folder = folder  # type: ignore[attr-defined]
-        thread = Thread(target=server.serve_forever)
+        thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"

@@ -37,7 +37,7 @@ Answer to grade:
 Say in a few sentences what is right and what is wrong about the answer. Then write a last line of the form
 Score: N
 where N is a whole number from 0 (useless) to 10 (perfect)."""
-PATTERN = r"(?i)\bscore\W{1,5}(-?\d+(?:\.\d+)?)"
+PATTERN = r"(?i)\bscore\W{1,5}?(-?\d+(?:\.\d+)?)"
 """Finds the number of the default template's last line; the last match in a reply counts."""
 PLACES = re.compile(r"\{(prompt|answer|response)\}")
 OF_THE_REQUEST = ("model", "messages", "stream", "n")
