@@ -66,6 +66,7 @@ LOCKS = (
         alone=(TOOLS / "requirements-reasoning-gym.txt",),
         archives=("cellpylib", "pycosat", "zss"),
     ),
+    Lock(TOOLS / "requirements-verifiers.lock", (TOOLS / "requirements-verifiers.txt",), "3.11"),
     Lock(TOOLS / "image/sglang.lock", (TOOLS / "image/sglang.txt",), "3.12", note=UNTRIED),
 )
 
