@@ -197,6 +197,43 @@ def test_wrong_answers_are_asked_again(train, answers, turns, correct):
     assert said == [task.prompt, *[{"role": "user", "content": "no"}] * (turns - 1)]
 
 
+REWARDS = """
+from fiberpo_megatron.environments import Outcome
+
+def length(task, turn):
+    return len(turn.text) / task.answer["longest"]
+
+async def parts(task, turn):
+    return Outcome(0.5, rewards={"half": 0.5}, correct=False)
+
+def one(task):
+    return 1.0
+"""
+
+
+def test_a_reward_of_ones_own_runs_in_the_worker(tmp_path, monkeypatch):
+    """Its answers are anything that JSON has, and it may wait for something."""
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "answer": {"longest": 4}}, {"prompt": "b"})
+
+    async def scored(reward, **more):
+        async with pool_of("chat", workers=1, options={"train": str(path), "reward": reward, **more}) as pool:
+            tasks = await pool.tasks("train", [0, 1])
+            if more:
+                return await pool.run(tasks[0], policy(lambda call, new: "ab" * call), seed=0)
+            return tasks[1].answer, await pool.score(tasks[0], Turn("ab"), seed=0)
+
+    assert asyncio.run(scored("my_rewards.py:length")) == (None, Outcome(0.5))
+    assert asyncio.run(scored("my_rewards.py:parts", max_turns=2)) == Outcome(0.5, {"half": 0.5}, correct=False)
+    for reward, message in (
+        ("my_rewards.py:one", r"must be a function that takes \(task, turn\)"),
+        ("my_rewards.py:two", "my_rewards.py has no two"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Chat(str(path), reward=reward)
+
+
 def test_conversations_run_in_a_worker(train):
     options = {"name": "t", "train": train, "max_turns": 2}
 

@@ -97,6 +97,14 @@ def test_the_worker_imports_nothing_of_this_package():
     assert "fiberpo_megatron" not in Path(math_answers.WORKER).read_text()
 
 
+@pytest.fixture(scope="module")
+def library():
+    """Start the real library once for all answers."""
+    verifier = MathVerifier(timeout_s=5.0)
+    yield verifier
+    verifier.close()
+
+
 @pytest.mark.skipif(find_spec("math_verify") is None, reason="math-verify is not installed")
 @pytest.mark.parametrize(
     ("answer", "response", "correct"),
@@ -113,12 +121,8 @@ def test_the_worker_imports_nothing_of_this_package():
         ("3", "", False),
     ],
 )
-def test_the_real_library(answer, response, correct):
-    verifier = MathVerifier(timeout_s=2.0)
-    try:
-        assert verifier(answer, response) is correct
-    finally:
-        verifier.close()
+def test_the_real_library(library, answer, response, correct):
+    assert library(answer, response) is correct
 
 
 def scored(folder: Path, hostile: list[str], honest: int, budget: StepBudget | None = None, **changes):
