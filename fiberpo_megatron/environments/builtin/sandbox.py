@@ -44,7 +44,7 @@ FILES = 10_000
 """How many files a program may make in its folder."""
 START_S = 20.0
 """How long a sandbox may take to start; on a busy machine an interpreter takes seconds."""
-GRACE_S = 2.0
+GRACE_S = 5.0
 """How much longer than its bounds say a runner is waited for."""
 BUBBLEWRAP = (0, 7)
 """The first version that can bound a folder in memory (`--size`)."""
