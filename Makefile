@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help env reasoning-gym demo test test-all check format lint words types lock licences clean
+.PHONY: help env reasoning-gym verifiers demo test test-all check format lint words types lock licences clean
 
 help:
 	@echo "make demo    warm up a tiny MoE, then train it by RL (FiberPO, Megatron-Core, SGLang)"
@@ -11,6 +11,7 @@ help:
 	@echo "make check   format, lint, words, types, tests"
 	@echo "make format  reformat the code"
 	@echo "make reasoning-gym  install the package of the environment \"reasoning_gym\" (needs a C compiler)"
+	@echo "make verifiers  make the interpreter of the environment \"verifiers\""
 	@echo "make lock    lock the versions and hashes of all packages again (needs the package index)"
 	@echo "make licences  write docs/licences.md again"
 
@@ -42,6 +43,16 @@ $(REASONING_GYM): tools/requirements-reasoning-gym.lock | env
 		--only-binary :all: --no-binary cellpylib,pycosat,zss -r $<
 	touch $@
 
+# The package verifiers needs another version of openai's client than SGLang, so that it has an interpreter of its own (some
+# 500 MB). `make test` skips its tests where it is missing.
+VERIFIERS := .venv/verifiers-0.3.1
+verifiers: $(VERIFIERS)/.made
+$(VERIFIERS)/.made: tools/requirements-verifiers.lock | env
+	$(BIN)/python -m venv $(VERIFIERS)
+	$(VERIFIERS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes \
+		--only-binary :all: -r $<
+	touch $@
+
 # Most tests wait for other processes more than they compute. Every worker keeps an SGLang server of its own (600 MB).
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
@@ -51,7 +62,7 @@ test: env $(TEST_PACKAGES)
 	$(PYTEST) -m "not exhaustive" $(TEST_ARGS)
 
 # Everything, the cases included that only vary what others cover (marked `exhaustive`).
-test-all: env $(TEST_PACKAGES)
+test-all: env $(TEST_PACKAGES) $(VERIFIERS)/.made
 	$(PYTEST) $(TEST_ARGS)
 
 format: env

@@ -28,6 +28,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "math": "fiberpo_megatron.environments.builtin.math:Math",
         "reasoning_gym": "fiberpo_megatron.environments.builtin.reasoning_gym:ReasoningGym",
         "tools": "fiberpo_megatron.environments.builtin.tools:Tools",
+        "verifiers": "fiberpo_megatron.environments.builtin.verifiers:Verifiers",
     },
     "group_rewards": {"shorter": "fiberpo_megatron.environments.group_rewards:Shorter"},
     "families": {

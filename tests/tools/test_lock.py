@@ -13,13 +13,14 @@ from packaging.utils import canonicalize_name
 from tests.tools.setup_requirements import setup_requirements
 
 ROOT = Path(__file__).parents[2]
-CPU, TRITON, PEERS, GYM, SGLANG = (
+CPU, TRITON, PEERS, GYM, VERIFIERS, SGLANG = (
     ROOT / "tools" / name
     for name in (
         "requirements-cpu.lock",
         "requirements-triton.lock",
         "requirements-peers.lock",
         "requirements-reasoning-gym.lock",
+        "requirements-verifiers.lock",
         "image/sglang.lock",
     )
 )
@@ -33,7 +34,7 @@ def pins(path: Path) -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in found}
 
 
-@pytest.mark.parametrize("path", [CPU, TRITON, PEERS, GYM, SGLANG], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [CPU, TRITON, PEERS, GYM, VERIFIERS, SGLANG], ids=lambda path: path.name)
 def test_every_package_has_one_version_and_hashes_and_no_address(path: Path):
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     assert lines
@@ -59,6 +60,8 @@ def test_the_lock_has_what_the_requirement_files_ask_for():
     assert pins(TRITON) == pins(ROOT / "tools/requirements-triton.txt")
     assert pins(GYM) == pins(ROOT / "tools/requirements-reasoning-gym.txt")
     assert f".venv/.reasoning-gym-{pins(GYM)['reasoning-gym']}" in (ROOT / "Makefile").read_text()
+    assert pins(ROOT / "tools/requirements-verifiers.txt").items() <= pins(VERIFIERS).items()
+    assert f".venv/verifiers-{pins(VERIFIERS)['verifiers']}" in (ROOT / "Makefile").read_text()
     peers = pins(PEERS)
     assert peers == pins(ROOT / "tools/requirements-peers.txt")
     folder = f".venv/peers-verl-{peers['verl']}-trl-{peers['trl']}"
