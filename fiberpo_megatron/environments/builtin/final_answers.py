@@ -13,7 +13,7 @@ _NUMBER = re.compile(
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return what stands in the last `\boxed{...}`, with its braces balanced; None where there is none."""
+    r"""Return what stands in the last `\boxed{...}`, with its braces balanced; None if there is none."""
     begin = text.rfind("\\boxed{")
     if begin < 0:
         return None
@@ -28,7 +28,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def last_number(text: str) -> Decimal | None:
-    """Return the last number of a text: `1,000`, `-0.5` and `2e3` are one each; None where there is none.
+    """Return the last number of a text: `1,000`, `-0.5` and `2e3` are one each; None if there is none.
 
     Numbers are compared exactly: 0.50 equals 0.5, and of a fraction 1/2 the last number is 2.
     """

@@ -79,7 +79,7 @@ class IndexCache:
         self._lines_path = None if self._folder is None else self._folder / f"{name}.lines"
 
     def load(self, *, lines: bool) -> tuple[Index, IO[bytes] | None] | None:
-        """Return the index and, if `lines`, the open file that it points into; None where they are not kept."""
+        """Return the index and, if `lines`, the open file that it points into; None if they are not kept."""
         if self._index_path is None or self._lines_path is None:
             return None
         try:
@@ -127,7 +127,7 @@ class IndexCache:
 
 
 def _folder() -> Path | None:
-    """Return the folder of all indices, or None where it cannot be written."""
+    """Return the folder of all indices, or None if it cannot be written."""
     try:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(cache) / "fiberpo-megatron" / "prompts"

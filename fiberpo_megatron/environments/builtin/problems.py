@@ -26,12 +26,12 @@ class Problem(NamedTuple):
     answer: Any
     """The right answer; a text where the environment compares texts."""
     id: str | None
-    """Its name in the data set; None where the rows have no names."""
+    """Its name in the data set; None if the rows have no names."""
     metadata: dict[str, Any]
     source: str
     """File and line (or row, from 0), for messages."""
     difficulty: float | None = None
-    """The number by which problems are ordered; None where the data set has no field for it."""
+    """The number by which problems are ordered; None if the data set has no field for it."""
 
     def digest(self) -> bytes:
         """Return 8 bytes that tell prompts apart."""
@@ -110,7 +110,7 @@ class Fields:
 
 
 def looked_up(record: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a field; None where it is missing."""
+    """Return the value of a field; None if it is missing."""
     if name in record or "." not in name:
         return record.get(name)
     value: Any = record

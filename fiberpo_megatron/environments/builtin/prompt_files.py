@@ -231,7 +231,7 @@ class _Choice:
             )
 
     def order(self) -> Sequence[int] | None:
-        """Return the positions in order of difficulty; None where the order stays."""
+        """Return the positions in order of difficulty; None if the order stays."""
         if self._filters.difficulty is None:
             return None
         return sorted(range(len(self._difficulties)), key=self._difficulties.__getitem__)

@@ -15,7 +15,8 @@ class SolveRates:
 
     A line of the file is a JSON object with `id` and either `solve_rate` (a number from 0 to 1) or `correct` (true or
     false, for one attempt: the lines of an id are averaged). Hence the files in the `rollouts` folder of a run, joined,
-    are such a file. An id is that of the data set, or ends with the number of its row, as "math/train/17" does.
+    are such a file, and so is its solve_rates.jsonl. An id is that of the data set, or ends with the number of its
+    row, as "math/train/17" does.
 
     Raises ValueError that names the file and the line.
     """
@@ -49,7 +50,7 @@ class SolveRates:
         return len(self._rates)
 
     def of(self, name: str | None, row: int) -> float | None:
-        """Return the solve rate of the problem with this id and row; None where the file has none."""
+        """Return the solve rate of the problem with this id and row; None if the file has none."""
         return self._rates.get(str(row) if name is None else _key(name))
 
 
@@ -67,7 +68,7 @@ def _read(line: bytes, source: str) -> tuple[str, float, str]:
         raise ValueError(
             f"{source}: `solve_rate` must be a number from 0 to 1 (or `correct` a truth), got {short(rate)}"
         )
-    return _key(str(name)), float(rate), str(record.get("domain", ""))
+    return _key(str(name)), float(rate), str(record.get("environment", record.get("domain", "")))
 
 
 def _key(name: str) -> str:

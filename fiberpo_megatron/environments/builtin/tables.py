@@ -19,7 +19,7 @@ Choose = Callable[[Sequence[str]], list[str]]
 
 
 def table_files(path: str) -> list[Path] | None:
-    """Return the files that hold the rows of a data set, in order; None where the path is no table's.
+    """Return the files that hold the rows of a data set, in order; None if the path is no table's.
 
     `path` names a parquet file, several by a pattern ("data/train-*.parquet"), a folder of parquet files, or the folder
     of one split that `save_to_disk` has written. Raises ValueError that says which folder to name instead.
