@@ -34,7 +34,33 @@ KILLED = ("timeout", "memory", "processes", "output", "files")
 
 
 class Code(Chat):
-    """Offers programming problems, runs the program of an answer against their tests, and rewards those that pass."""
+    """Offers programming problems, runs the program of an answer against their tests, and rewards those that pass.
+
+    layout: which fields hold the tests. tests: `tests`, a list of {"input", "output"}, and perhaps `fn_name`; apps:
+        `input_output` of APPS; livecodebench: `public_test_cases`, `private_test_cases` and `metadata`.
+    reward: all: 1 where every test passes; the first that fails ends the run. share: the share of tests that pass.
+    sandbox: auto: bubblewrap where it works, else namespaces; or bubblewrap, namespaces, rlimits (bounds without
+        isolation: programs can read and write what you can), remote (the service at `address`).
+    address: where a sandbox service listens that speaks SandboxFusion's interface, such as "http://host:8080".
+    python: the interpreter of the programs; they can import what it can. Unset: that of the workers.
+    test_timeout_s: seconds for one test, and seconds of the processor for each process.
+    program_timeout_s: seconds for all tests of a program. Keep it below `deadline_s`.
+    memory_mib: memory of a program (MiB).
+    processes: processes and threads of a program at the same time.
+    open_files: open files of each process.
+    output_kib: output to stdout for one test (KiB); a program that writes more is killed.
+    folder_mib: room in the program's folder (MiB).
+    max_tests: only the first tests of a problem are used.
+    float_tolerance: relative and absolute difference up to which numbers that are not whole are equal.
+    languages: info strings of fenced blocks that are programs; "" is a block without one. The last block is run.
+    needs_fence: an answer without any fenced block has no program; otherwise the whole answer is taken as one.
+    usual_names: programs find the names of the usual modules defined, as the graders of both benchmarks do it.
+    instruction: what follows the problem in the prompt; unset: one sentence that asks for a block of Python.
+    prompt: the field of the problem; unset: the one of the layout. `starter_code`, where there is any, follows it.
+    answer: the field of a solution, which `fiberpo sft` trains on.
+
+    Raises ValueError that names the option, or the file and the line or row, with the value and the fix.
+    """
 
     _text_answers = False
 
@@ -76,35 +102,6 @@ class Code(Chat):
         difficulty: str | None = None,
         name: str = "prompts",
     ) -> None:
-        """Open the data sets and try the sandbox.
-
-        train, held_out: the problems, as `chat` reads them.
-        layout: which fields hold the tests. tests: `tests`, a list of {"input", "output"}, and perhaps `fn_name`; apps:
-            `input_output` of APPS; livecodebench: `public_test_cases`, `private_test_cases` and `metadata`.
-        reward: all: 1 where every test passes; the first that fails ends the run. share: the share of tests that pass.
-        sandbox: auto: bubblewrap where it works, else namespaces; or bubblewrap, namespaces, rlimits (bounds without
-            isolation: programs can read and write what you can), remote (the service at `address`).
-        address: where a sandbox service listens that speaks SandboxFusion's interface, such as "http://host:8080".
-        python: the interpreter of the programs; they can import what it can. Unset: that of the workers.
-        test_timeout_s: seconds for one test, and seconds of the processor for each process.
-        program_timeout_s: seconds for all tests of a program. Keep it below `deadline_s`.
-        memory_mib: memory of a program (MiB).
-        processes: processes and threads of a program at the same time.
-        open_files: open files of each process.
-        output_kib: output to stdout for one test (KiB); a program that writes more is killed.
-        folder_mib: room in the program's folder (MiB).
-        max_tests: only the first tests of a problem are used.
-        float_tolerance: relative and absolute difference up to which numbers that are not whole are equal.
-        languages: info strings of fenced blocks that are programs; "" is a block without one. The last block is run.
-        needs_fence: an answer without any fenced block has no program; otherwise the whole answer is taken as one.
-        usual_names: programs find the names of the usual modules defined, as the graders of both benchmarks do it.
-        instruction: what follows the problem in the prompt; unset: one sentence that asks for a block of Python.
-        prompt: the field of the problem; unset: the one of the layout. `starter_code`, where there is any, follows it.
-        answer: the field of a solution, which `fiberpo sft` trains on.
-        The other options are those of `chat`.
-
-        Raises ValueError that names the option, or the file and the line or row, with the value and the fix.
-        """
         _check(layout, reward, float_tolerance, max_tests, languages)
         bounds = Bounds(
             wall_s=test_timeout_s,

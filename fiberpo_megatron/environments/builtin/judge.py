@@ -44,7 +44,33 @@ OF_THE_REQUEST = ("model", "messages", "stream", "n")
 
 
 class Judge(Chat):
-    """Offers prompts, has a language model grade each answer, and rewards it with the score, mapped to 0 to 1."""
+    """Offers prompts, has a language model grade each answer, and rewards it with the score, mapped to 0 to 1.
+
+    address: the judge's server with the path before `/chat/completions`, such as "http://host:8000/v1".
+    model: the judge's name on that server.
+    api_key_env: the environment variable that holds the server's key.
+    api_key_file: a file with the key that only you can read (mode 600). Unset, with the above: no key is sent.
+    template: the message to the judge. {prompt}, {answer} and {response} are replaced, other braces stay.
+    instruction: the system message to the judge; empty: none.
+    score_pattern: a regular expression whose group 1 is the score; the last match in the reply counts.
+    score_field: the field of a JSON object in the reply that holds the score, in place of `score_pattern`.
+    score_range: the least and the largest score. The reward is the score mapped from this range to 0 to 1; a score
+        outside is an unusable reply.
+    solved_from: the score from which a task counts as solved; unset: the middle of the range.
+    parameters: further fields of the request, as the server takes them.
+    response_characters: of a longer answer the beginning and the end are shown, half of this number each.
+    attempts: requests for one answer before it is a failure: after no reply, an overloaded server, no score.
+    timeout_s: seconds for one request. Keep attempts and pauses between them within `deadline_s`.
+    requests: requests that one worker makes at the same time.
+    price_input: price of a million tokens of requests.
+    price_output: price of a million tokens of replies.
+    max_price: what the requests that `cache` has recorded may cost together; then answers are failures.
+    cache: an SQLite file that keeps replies by their request, and the spending, for all workers and later runs.
+        Unset: each worker keeps its own in memory.
+    check_at_start: ask the server for its models before the run starts.
+
+    Raises ValueError that names the option, or the file and the line or row, with the value and the fix.
+    """
 
     _text_answers = False
 
@@ -87,35 +113,6 @@ class Judge(Chat):
         difficulty: str | None = None,
         name: str = "prompts",
     ) -> None:
-        """Open the data sets and see whether the judge can be asked.
-
-        train, held_out: the prompts, as `chat` reads them; `answer` may be missing.
-        address: the judge's server with the path before `/chat/completions`, such as "http://host:8000/v1".
-        model: the judge's name on that server.
-        api_key_env: the environment variable that holds the server's key.
-        api_key_file: a file with the key that only you can read (mode 600). Unset, with the above: no key is sent.
-        template: the message to the judge. {prompt}, {answer} and {response} are replaced, other braces stay.
-        instruction: the system message to the judge; empty: none.
-        score_pattern: a regular expression whose group 1 is the score; the last match in the reply counts.
-        score_field: the field of a JSON object in the reply that holds the score, in place of `score_pattern`.
-        score_range: the least and the largest score. The reward is the score mapped from this range to 0 to 1; a score
-            outside is an unusable reply.
-        solved_from: the score from which a task counts as solved; unset: the middle of the range.
-        parameters: further fields of the request, as the server takes them.
-        response_characters: of a longer answer the beginning and the end are shown, half of this number each.
-        attempts: requests for one answer before it is a failure: after no reply, an overloaded server, no score.
-        timeout_s: seconds for one request. Keep attempts and pauses between them within `deadline_s`.
-        requests: requests that one worker makes at the same time.
-        price_input: price of a million tokens of requests.
-        price_output: price of a million tokens of replies.
-        max_price: what the requests that `cache` has recorded may cost together; then answers are failures.
-        cache: an SQLite file that keeps replies by their request, and the spending, for all workers and later runs.
-            Unset: each worker keeps its own in memory.
-        check_at_start: ask the server for its models before the run starts.
-        The other options are those of `chat`.
-
-        Raises ValueError that names the option, or the file and the line or row, with the value and the fix.
-        """
         self._low, self._high = _range(score_range)
         self._solved_from = (self._low + self._high) / 2 if solved_from is None else solved_from
         self._pattern, self._field = _pattern(score_pattern), score_field

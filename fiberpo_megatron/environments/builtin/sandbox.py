@@ -250,9 +250,8 @@ class Sandbox:
             finally:
                 with suppress(ProcessLookupError):
                     process.kill()
-                assert process.stdin is not None
-                process.stdin.close()
                 await process.wait()
+                process._transport.close()  # type: ignore[attr-defined]  # its pipes; asyncio has no public way
 
     async def _send_job(self, process: asyncio.subprocess.Process, job: Mapping[str, Any]) -> None:
         assert process.stdin is not None and process.stderr is not None
