@@ -1,7 +1,7 @@
 """This module holds the protocols by which the parts of a run know each other, each once.
 
 The training loop depends on these and on nothing behind them; the fakes of the tests are checked against them by mypy.
-B trajectories, N tokens of all trajectories, n local response tokens, as in `types`.
+B token sequences, N tokens of all sequences, n local response tokens, as in `types`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -288,7 +288,7 @@ class AdvantageEstimator(Protocol):
     """It gives every trajectory of a step its advantage."""
 
     def __call__(self, rollouts: RolloutBatch) -> NDArray[np.float32]:
-        """Return [B] advantages."""
+        """Return one advantage for each trajectory; `rollouts` has one entry for each (`per_trajectory`)."""
         ...
 
 

@@ -345,8 +345,8 @@ class RolloutBatch:
         return RolloutBatch(**arrays | {"lengths": np.add.reduceat(self.lengths, first)})
 
     @property
-    def branches(self) -> NDArray[np.int64]:
-        """This is the number of sequences of each trajectory."""
+    def sequences(self) -> NDArray[np.int64]:
+        """This is the number of sequences of each trajectory, one per trajectory: its own and its branches."""
         return np.bincount(self.trajectories - self.trajectories[0]) if len(self.lengths) else self.lengths
 
     @property

@@ -192,7 +192,7 @@ WITH_BRANCHES = [RolloutGroup(PLAIN.prompt, (PLAIN, BRANCHED)), RolloutGroup(FAI
 def test_branches_are_sequences_with_the_facts_of_their_trajectory():
     batch = flatten(WITH_BRANCHES)
     assert batch.lengths.tolist() == [5, 6, 4, 4, 2] and batch.trajectories.tolist() == [0, 1, 1, 1, 2]
-    assert batch.tokens[11:19].tolist() == [5, 6, 7, 4, 9, 2, 1, 3] and batch.branches.tolist() == [1, 3, 1]
+    assert batch.tokens[11:19].tolist() == [5, 6, 7, 4, 9, 2, 1, 3] and batch.sequences.tolist() == [1, 3, 1]
     assert batch.response_mask[11:19].astype(int).tolist() == [0, 0, 0, 1, 0, 0, 1, 1]
     assert batch.engines[11:19].tolist() == [-1, -1, -1, 3, -1, -1, 0, 0]
     assert batch.weight_versions[11:16].tolist() == [-1, -1, -1, 2, -1]
@@ -219,7 +219,7 @@ def test_branches_are_cut_thinned_out_joined_and_sent():
     assert_same(exchange.decode(exchange.encode(batch)), batch)
     assert_same(join_batches([flatten(WITH_BRANCHES[:1]), flatten([]), flatten(WITH_BRANCHES[1:])]), batch)
     part = batch.part(1, 5)
-    assert part.trajectories.tolist() == [1, 1, 1, 2] and part.branches.tolist() == [3, 1]
+    assert part.trajectories.tolist() == [1, 1, 1, 2] and part.sequences.tolist() == [3, 1]
     assert part.per_trajectory().lengths.tolist() == [14, 2]
     left = batch.select(np.array([False, True, True, True, True]))
     assert left.trajectories.tolist() == [0, 0, 0, 1] and left.groups.tolist() == [0, 0, 0, 1]

@@ -129,7 +129,7 @@ def estimate(estimator: AdvantageEstimator, rollouts: RolloutBatch) -> NDArray[n
     Raises ValueError, naming the trajectory, for a reward that is not finite, and, naming the estimator, unless it
     returns one finite number for each trajectory.
     """
-    sequences, rollouts = rollouts, rollouts.per_trajectory()
+    sequences, rollouts = rollouts.sequences, rollouts.per_trajectory()
     count, name = len(rollouts.rewards), type(estimator).__qualname__
     if not np.isfinite(rollouts.rewards).all():
         at = int(np.flatnonzero(~np.isfinite(rollouts.rewards))[0])
@@ -149,8 +149,7 @@ def estimate(estimator: AdvantageEstimator, rollouts: RolloutBatch) -> NDArray[n
             f"the advantage estimator {name} returned {advantages[at]} for trajectory {at} (reward "
             f"{rollouts.rewards[at]}); return finite numbers, such as 0 where there is nothing to compare with"
         )
-    of_sequence = np.repeat(np.arange(count), sequences.branches)
-    return advantages.astype(np.float32)[of_sequence]
+    return np.repeat(advantages.astype(np.float32), sequences)
 
 
 def group_advantages(

@@ -168,7 +168,7 @@ def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, floa
             terms=run.terms,
             records=records,
         )
-    run.terms.update(run.policy.layout, metrics, len(rollouts.branches))
+    run.terms.update(run.policy.layout, metrics, len(rollouts.sequences))
     return summary | metrics
 
 
@@ -229,7 +229,7 @@ def _complete_save(run: Training, wait: bool) -> None:
 
 def rollout_summary(rollouts: RolloutBatch, names: Sequence[str]) -> dict[str, float]:
     """Return the metrics of a batch of trajectories; `names` are those of the domains."""
-    branches, rollouts = rollouts.branches, rollouts.per_trajectory()
+    sequences, rollouts = rollouts.sequences, rollouts.per_trajectory()
     lengths = rollouts.response_lengths
     summary = {
         "reward/mean": float(rollouts.rewards.mean()),
@@ -244,8 +244,8 @@ def rollout_summary(rollouts: RolloutBatch, names: Sequence[str]) -> dict[str, f
         summary[f"accuracy/{names[domain]}"] = float(rollouts.correct[rollouts.domains == domain].mean())
     if len(np.unique(rollouts.groups)) < len(rollouts.groups):  # alone in its group, a trajectory equals itself
         summary["groups/zero_variance_share"] = _equal_share(rollouts)
-    if branches.max() > 1:
-        summary |= {"branches/mean": float(branches.mean()), "branches/max": float(branches.max())}
+    if sequences.max() > 1:
+        summary |= {"branches/mean": float(sequences.mean()), "branches/max": float(sequences.max())}
     if rollouts.failed.any():
         summary["failed_share"] = float(rollouts.failed.mean())
     summary |= {f"reward/{name}/mean": _mean(values) for name, values in rollouts.reward_parts.items()}

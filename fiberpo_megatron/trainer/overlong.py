@@ -35,5 +35,5 @@ def with_overlong_penalty(
     trajectories = rollouts.per_trajectory()
     penalty = overlong_penalty(trajectories.response_lengths, limit, settings.cache_tokens)
     metrics = {"overlong/penalty_mean": float(penalty.mean()), "overlong/penalised_share": float((penalty < 0).mean())}
-    of_sequence = np.repeat(penalty, rollouts.branches)
+    of_sequence = np.repeat(penalty, rollouts.sequences)
     return replace(rollouts, rewards=rollouts.rewards + of_sequence), metrics

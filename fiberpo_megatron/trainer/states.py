@@ -55,8 +55,9 @@ def _prompt_lengths(rollouts: RolloutBatch, first: int, last: int) -> NDArray[np
     for number, count in zip(numbers[counts > 1], counts[counts > 1]):
         begin = int(np.searchsorted(trajectories, number))
         members = range(begin, begin + int(count))
+        shortest_first = sorted(members, key=own.__getitem__)
         for one in members:
-            found[one] = min(own[o] for o in members if np.array_equal(prompts[o], prompts[one][: own[o]]))
+            found[one] = next(own[o] for o in shortest_first if np.array_equal(prompts[o], prompts[one][: own[o]]))
     return found
 
 

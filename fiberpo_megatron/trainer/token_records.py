@@ -38,7 +38,8 @@ def recorded_trajectories(
     the prompts; one that does not fit is left out, and so are those that `kept` [B] leaves out of the training.
     Branches of a trajectory are recorded one after the other, prompts included.
     """
-    sequences, firsts = rollouts.lengths, np.cumsum(rollouts.branches) - rollouts.branches
+    lengths, sequences = rollouts.lengths, rollouts.sequences
+    firsts = np.cumsum(sequences) - sequences
     rollouts, left, found = rollouts.per_trajectory(), bound, []
     kept = None if kept is None else kept[firsts]
     offsets = rollouts.offsets
@@ -49,8 +50,8 @@ def recorded_trajectories(
         prompt, size = int(mask.argmax()), int(rollouts.lengths[place])
         if (kept is not None and not kept[place]) or not mask.any() or size - prompt > left:
             continue
-        begin, own = int(starts[place]), slice(firsts[place], [*firsts[1:], len(sequences)][place])
-        branches = tuple((begin + np.cumsum(sequences[own])[:-1]).tolist())
+        begin, own = int(starts[place]), slice(firsts[place], firsts[place] + sequences[place])
+        branches = tuple((begin + np.cumsum(lengths[own])[:-1]).tolist())
         found.append(RecordedTrajectory(place, int(trained[place]), begin, begin + prompt, begin + size, branches))
         left -= size - prompt
     return found

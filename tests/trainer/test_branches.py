@@ -84,7 +84,7 @@ def given() -> Given:
         rewards=right.astype(np.float32),
         rollout_log_probs=np.where(rollouts.response_mask, noise, 0).astype(np.float32),
     )
-    assert rollouts.branches.tolist() == [3, 1] * 4
+    assert rollouts.sequences.tolist() == [3, 1] * 4
     return Given(rollouts, problem.advantages)
 
 
