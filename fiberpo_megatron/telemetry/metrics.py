@@ -36,6 +36,17 @@ class Metric:
 
 
 METRICS: tuple[Metric, ...] = (
+    Metric("*/avg@*/low", "lower end of an average accuracy's 95 % interval", "share"),
+    Metric("*/avg@*/high", "upper end of an average accuracy's 95 % interval", "share"),
+    Metric("*/avg@*", "accuracy on an evaluation set, mean over n samples", "share"),
+    Metric("*/pass@*/low", "lower end of a pass@k's 95 % interval", "share"),
+    Metric("*/pass@*/high", "upper end of a pass@k's 95 % interval", "share"),
+    Metric("*/pass@*", "prompts of an evaluation set of which one of k samples is right", "share"),
+    Metric("*/maj@*/low", "lower end of a majority accuracy's 95 % interval", "share"),
+    Metric("*/maj@*/high", "upper end of a majority accuracy's 95 % interval", "share"),
+    Metric("*/maj@*", "prompts of an evaluation set whose most frequent answer is right", "share"),
+    Metric("overlong/penalty_mean", "mean penalty of responses near the length limit", ""),
+    Metric("overlong/penalised_share", "trajectories with a penalty for their length", "share"),
     Metric("reward/mean", "mean reward", ""),
     Metric("reward/std", "standard deviation of rewards", ""),
     Metric("reward/*/mean", "mean component of the reward", ""),
@@ -155,6 +166,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("gpu/*/temperature", "GPU temperature", "°C", "max"),
     Metric("gpu/*/ecc_uncorrected", "uncorrected ECC errors since boot", "", "last"),
     Metric("gpu/*/throttled", "GPU clocks held back", "share", "max"),
+    Metric("*/reward/mean", "mean reward on an evaluation set", ""),
+    Metric("*/response_length/mean", "mean response length on an evaluation set", "tokens"),
+    Metric("*/truncated_share", "truncated responses on an evaluation set", "share"),
+    Metric("*/failed_share", "trajectories of an evaluation set whose environment failed", "share"),
 )
 
 _REDUCERS: dict[Reduction, Callable[[list[float]], float]] = {

@@ -50,6 +50,7 @@ def panel_sections(names: Mapping[Kind, Sequence[str]]) -> list[PanelSection]:
     makers: list[tuple[str, Iterable[Panel | None]]] = [
         ("Learning", _learning(panels)),
         ("Domains", _domains(panels)),
+        ("Evaluation sets", _evaluation_sets(panels)),
         ("Environments", _environments(panels)),
         ("Policy movement", _movement(panels)),
         ("Terms of the objective", _terms(panels)),
@@ -88,6 +89,12 @@ def _learning(panels: PanelMaker) -> Iterator[Panel | None]:
     yield panels.lines(
         "Response length", {"response_length/mean": "mean", "response_length/max": "longest of the step"}
     )
+    yield panels.lines(
+        "Penalty for long responses",
+        {"overlong/penalty_mean": "mean penalty"},
+        note="what is added to rewards of responses near the length limit; the reward's own chart is without it",
+    )
+    yield panels.lines("Penalised responses", {"overlong/penalised_share": "with a penalty for their length"})
     yield panels.lines("Turns", {"turns/mean": "of the policy in a trajectory"})
     yield panels.lines(
         "Truncated responses",
@@ -133,6 +140,31 @@ def _domains(panels: PanelMaker) -> Iterator[Panel | None]:
     shares = panels.matching(r"curriculum/share/(.+)")
     yield panels.make("Prompts by domain", [Curve(name, label) for name, label in shares.items()], form="stack")
     yield panels.lines("Running solve rate", panels.matching(r"curriculum/solve_rate/(.+)"))
+
+
+def _evaluation_sets(panels: PanelMaker) -> Iterator[Panel | None]:
+    """Yield what was measured on each evaluation set, and the sets side by side."""
+    average, sets = panels.matching(r"(.+)/avg@\d+", "eval"), dict[str, dict[str, str]]()
+    for name, label in panels.matching(r"(.+/(?:avg|pass|maj)@\d+)", "eval").items():
+        one, _, metric = label.rpartition("/")
+        sets.setdefault(one, {})[name] = metric
+        for end in ("low", "high"):
+            panels.has("eval", f"{name}/{end}")
+    if len(average) > 1:
+        curves = [Curve(name, label, "eval", markers=True) for name, label in average.items()]
+        yield panels.make("Average accuracy of the sets", curves)
+    note = "mean over n samples, at least one of k right, and the most frequent answer"
+    for one, names in sets.items():
+        curves = [Curve(name, label, "eval", markers=True) for name, label in names.items()]
+        yield panels.make(f"Evaluation set: {one}", curves, note=note)
+    for title, end in (
+        ("Rewards of the sets", "reward/mean"),
+        ("Response length of the sets", "response_length/mean"),
+        ("Truncated responses of the sets", "truncated_share"),
+        ("Failed trajectories of the sets", "failed_share"),
+    ):
+        names = {name: label for name, label in panels.matching(rf"(.+)/{end}", "eval").items() if label in sets}
+        yield panels.lines(title, names, kind="eval")
 
 
 def _environments(panels: PanelMaker) -> Iterator[Panel | None]:

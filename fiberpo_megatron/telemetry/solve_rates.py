@@ -1,6 +1,6 @@
 """This module writes how often each training prompt was solved to <run>/solve_rates.jsonl, a line for each group:
 
-    {"step": 12, "environment": "math", "id": "math/train/17", "solved": 3, "samples": 8}
+    {"step": 12, "environment": "math", "id": "math/train/17", "solved": 6, "samples": 8, "solve_rate": 0.75}
 
 The report reads it for prompts that are always or never solved, and `chat` and `math` can filter a data set by it.
 """
@@ -28,8 +28,9 @@ class SolveRate:
 
 
 def append_solve_rates(folder: Path, step: int, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Append a line for each group of a step: `environment`, `id`, `solved` and `samples`. Raises OSError."""
-    lines = [json_line({"step": step, **group}) + "\n" for group in groups]
+    """Append a line for each group of a step: `environment`, `id`, `solved` and `samples` (not 0). Raises OSError."""
+    rated = ({**group, "solve_rate": group["solved"] / group["samples"]} for group in groups)
+    lines = [json_line({"step": step, **group}) + "\n" for group in rated]
     with (folder / SOLVE_RATES_FILE).open("a", encoding="utf-8") as file:
         file.writelines(lines)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.config import Config
+from fiberpo_megatron.data.prompts import Place
 from fiberpo_megatron.fibration import OBJECTIVES, build_objective
 from fiberpo_megatron.sources.device_sharing import SharedDevices
 from fiberpo_megatron.sources.engine import EngineSource
@@ -93,6 +94,7 @@ def training(
 ) -> tuple[Training, Memory]:
     config = toy_config(**sections)
     memory, engine, policy = Memory(), engine or FakeEngine(seed=0), TablePolicy(30.0)
+    sets = config.evaluation.sets
     timers, built = PhaseTimers(), build_objective(objective, kernels=config.algorithm.kernels)
     source = EngineSource(
         policy=policy,
@@ -110,6 +112,7 @@ def training(
         samples_per_prompt=config.batch.samples_per_prompt,
         held_out_prompts=config.evaluation.prompts,
         held_out_samples=config.evaluation.samples_per_prompt,
+        sets={one.name: [Place(0, one.split, index) for index in range(one.prompts or 5)] for one in sets},
     )
     run = Training(
         policy,
@@ -126,6 +129,7 @@ def training(
         config.evaluation.every_steps,
         config.checkpoint.every_steps,
         max_response_tokens=3,  # what the fake engine samples
+        evaluation_sets=sets,
     )
     return run, memory
 
@@ -143,6 +147,39 @@ def test_every_objective_learns_the_toy_task(objective: str):
     accuracy = memory.values("train", "accuracy")
     assert accuracy[0] < 0.3 and accuracy[-1] > 0.7
     assert memory.values("eval", "accuracy")[-1] > 0.7
+
+
+def test_several_sets_with_their_own_sampling_and_times():
+    """Greedy sampling of the table policy gives equal answers, so that a prompt's samples are all right or all wrong."""
+    sets = [
+        {"name": "greedy", "environment": "addition", "prompts": 6, "samples": 4, "pass_at": [4], "temperature": 0.0},
+        {"name": "long", "environment": "addition", "split": "train", "max_response_tokens": 7, "every_steps": 0},
+    ]
+    evaluation = {"prompts": 4, "every_steps": 2, "sets": sets}
+    run, memory = training(evaluation=evaluation, trainer={"steps": 3})
+    train(run)
+    seen = {step: metrics for kind, step, metrics in memory.records if kind == "eval"}
+    assert sorted(seen) == [0, 2, 3]
+    assert [("long/avg@1" in seen[step], "greedy/avg@4" in seen[step]) for step in (0, 2, 3)] == [
+        (True, True), (False, True), (True, True)
+    ]  # fmt: skip
+    for metrics in seen.values():
+        assert metrics["greedy/avg@4"] == metrics["greedy/pass@4"] == metrics["greedy/maj@4"]
+        assert metrics["greedy/avg@4/low"] < metrics["greedy/avg@4/high"] and "accuracy" in metrics
+    assert seen[0]["long/response_length/mean"] == 7.0 and seen[0]["response_length/mean"] == 3.0
+    assert [(step, list(found)) for step, found in memory.evaluations] == [
+        (0, ["held_out", "greedy", "long"]), (2, ["held_out", "greedy"]), (3, ["held_out", "greedy", "long"])
+    ]  # fmt: skip
+    one = memory.evaluations[0][1]["greedy"]["prompts"][0]
+    assert len(one["samples"]) == 4 and len({sample["text"] for sample in one["samples"]}) == 1
+
+
+def test_the_soft_penalty_is_taken_from_rewards_before_advantages():
+    run, memory = training(algorithm={"overlong": {"cache_tokens": 2}}, trainer={"steps": 1})
+    train(run)
+    record = memory.records[1][2]
+    assert record["overlong/penalty_mean"] == -1.0, "all responses have 3 tokens, which is the limit"
+    assert record["reward/mean"] >= 0.0, "metrics of rewards are the environment's"
 
 
 def test_what_a_run_records():

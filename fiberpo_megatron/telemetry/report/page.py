@@ -11,7 +11,7 @@ from fiberpo_megatron.telemetry.metrics import describe, format_value, steps_don
 from fiberpo_megatron.telemetry.report.panels import Drawing, Section, attempt, build_sections
 from fiberpo_megatron.telemetry.report.plan import Phase, compare
 from fiberpo_megatron.telemetry.report.run_data import RunData, Series, load_run, number, table, value_at
-from fiberpo_megatron.telemetry.report.tables import alarm_section, engine_section
+from fiberpo_megatron.telemetry.report.tables import alarm_section, engine_section, solve_section
 from fiberpo_megatron.telemetry.report.text import TEXT, shown
 from fiberpo_megatron.telemetry.report.tokens import token_section
 
@@ -105,6 +105,7 @@ def render(data: RunData) -> str:
     samples = attempt("the sample rollouts", lambda: _rollouts(data), problems)
     alarms = attempt("the table of alarms", lambda: alarm_section(data.alarms), problems)
     engines = attempt("the table of engines", lambda: engine_section(data.engines), problems)
+    solved = attempt("the table of solved prompts", lambda: solve_section(data.solve_rates), problems)
     tokens = attempt("the tokens and their gates", lambda: token_section(data.tokens), problems)
     plan = attempt("the comparison with the plan", lambda: plan_section(data), problems)
     settings = attempt("the table of settings", lambda: _settings(data.config), problems)
@@ -114,7 +115,7 @@ def render(data: RunData) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{name}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{name}</h1>\n<p class='about'>{shown(about)}</p>\n"
-        f"{cards}\n{_problems(problems)}\n{alarms}\n{plan}\n{body}\n{engines}\n{tokens}\n{samples}\n{settings}\n</main>\n</body>\n</html>\n"
+        f"{cards}\n{_problems(problems)}\n{alarms}\n{plan}\n{body}\n{solved}\n{engines}\n{tokens}\n{samples}\n{settings}\n</main>\n</body>\n</html>\n"
     )
 
 

@@ -20,8 +20,11 @@ from fiberpo_megatron.telemetry.engine_states import ENGINES_FILE, EngineStates,
 from fiberpo_megatron.telemetry.metrics import Kind, steps_done
 from fiberpo_megatron.telemetry.rollout_log import stored_rollouts
 from fiberpo_megatron.telemetry.sinks import METRICS_FILE, read_records
+from fiberpo_megatron.telemetry.solve_rates import SOLVE_RATES_FILE, SolveRate, read_solve_rates
 from fiberpo_megatron.telemetry.token_log import TOKENS, read_tokens
 
+BESIDE = "evaluations"
+"""Folder in which `fiberpo eval RUN` writes its own metrics."""
 LONGEST_LINE = 2**24
 """Bytes of a line of rollouts; a longer one is skipped."""
 MOST_SAMPLES = 50
@@ -62,6 +65,8 @@ class RunData:
     """The last known states of the engines."""
     tokens: tuple[tuple[int, list[dict[str, Any]]], ...] = ()
     """(step, recorded trajectories) of the first and the last recorded step."""
+    solve_rates: tuple[SolveRate, ...] = ()
+    """How often each training prompt was solved."""
     _turned: dict[str, dict[str, "_Column"]] = field(default_factory=dict, init=False, repr=False)
 
     def names(self, kind: str) -> list[str]:
@@ -135,11 +140,14 @@ def load_run(folder: Path, stages: int = 3) -> RunData:
     problems: list[str] = []
     config = _read_config(folder / "config.toml", problems)
     records = _read_metrics(folder / METRICS_FILE, problems)
+    _add_evaluations(records, _read_metrics(folder / BESIDE / METRICS_FILE, problems).get("eval", []))
     rollouts = _read_rollouts(folder, stages, problems)
     alarms = _attempted(ALARMS_FILE, lambda: tuple(read_alarms(folder)), (), problems)
     engines = _attempted(ENGINES_FILE, lambda: read_engine_states(folder), None, problems)
     tokens = _attempted("tokens/", lambda: tuple(_read_tokens(folder, problems)), (), problems)
-    return RunData(folder.resolve().name, config, records, rollouts, tuple(problems), alarms, engines, tokens)
+    rates = _attempted(SOLVE_RATES_FILE, lambda: tuple(read_solve_rates(folder)), (), problems)
+    name = folder.resolve().name
+    return RunData(name, config, records, rollouts, tuple(problems), alarms, engines, tokens, rates)
 
 
 def _attempted(name: str, read: Callable[[], Any], missing: Any, problems: list[str]) -> Any:
@@ -182,6 +190,16 @@ def _read_metrics(path: Path, problems: list[str]) -> dict[str, list[dict[str, A
     for kind in records:
         records[kind].sort(key=lambda record: int(record["step"]))
     return records
+
+
+def _add_evaluations(records: dict[str, list[dict[str, Any]]], beside: list[dict[str, Any]]) -> None:
+    """Add what `fiberpo eval RUN` measured to the run's own evaluations, which count where both have a metric."""
+    if not beside:
+        return
+    of_step = {record["step"]: record for record in records.get("eval", [])}
+    for record in beside:
+        of_step[record["step"]] = {**record, **of_step.get(record["step"], {})}
+    records["eval"] = [of_step[step] for step in sorted(of_step)]
 
 
 def _read_rollouts(folder: Path, stages: int, problems: list[str]) -> list[tuple[int, list[dict[str, Any]]]]:

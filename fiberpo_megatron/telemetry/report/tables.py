@@ -6,9 +6,12 @@ from dataclasses import fields
 from fiberpo_megatron.telemetry.alarms import Alarm
 from fiberpo_megatron.telemetry.engine_states import EngineStates
 from fiberpo_megatron.telemetry.report.text import html_table, shown
+from fiberpo_megatron.telemetry.solve_rates import SOLVE_RATES_FILE, SolveRate
 
 MOST_ALARMS = 50
 """Alarms that the table lists: the last ones."""
+MOST_IDS = 5
+"""Ids of prompts that the table of solved prompts lists in a cell."""
 ENGINE_COLUMNS = {
     "address": "engine",
     "state": "state",
@@ -47,6 +50,28 @@ def _alarm_row(alarm: Alarm, alarms: Sequence[Alarm]) -> list[str]:
         f"<ul>{causes}</ul>",
         shown(alarm.setting),
     ]
+
+
+def solve_section(rates: Sequence[SolveRate]) -> str:
+    """Return how many training prompts are always, sometimes and never solved, with the first ones of both ends."""
+    rows = []
+    for environment in dict.fromkeys(rate.environment for rate in rates):
+        mine = [rate for rate in rates if rate.environment == environment]
+        always = [rate for rate in mine if rate.solved == rate.samples]
+        never = [rate for rate in mine if not rate.solved]
+        some = len(mine) - len(always) - len(never)
+        rows.append(
+            [shown(environment), *(f"<span class='number'>{n}</span>" for n in (len(always), some, len(never)))]
+            + ["<br>".join(shown(rate.id) for rate in ends[:MOST_IDS]) for ends in (always, never)]
+        )
+    if not rows:
+        return ""
+    titles = ["environment", "always solved", "sometimes", "never solved", "first always", "first never"]
+    about = (
+        f"Training prompts by how often their samples were right in this run. They are all in {SOLVE_RATES_FILE}, with "
+        "which the environments chat and math can leave out those that teach nothing."
+    )
+    return f"<section>\n<h2>Solved prompts</h2>\n<p class='about'>{about}</p>\n{html_table(titles, rows)}\n</section>"
 
 
 def engine_section(states: EngineStates | None) -> str:
