@@ -43,7 +43,7 @@ class Code(Chat):
         isolation: programs can read and write what you can), remote (the service at `address`).
     address: where a sandbox service listens that speaks SandboxFusion's interface, such as "http://host:8080".
     python: the interpreter of the programs; they can import what it can. Unset: that of the workers.
-    test_timeout_s: seconds for one test, and seconds of the processor for each process.
+    timeout_s: seconds for one test, and seconds of the processor for each process.
     program_timeout_s: seconds for all tests of a program. Keep it below `deadline_s`.
     memory_mib: memory of a program (MiB).
     processes: processes and threads of a program at the same time.
@@ -73,7 +73,7 @@ class Code(Chat):
         sandbox: str = "auto",
         address: str | None = None,
         python: str | None = None,
-        test_timeout_s: float = 6.0,
+        timeout_s: float = 6.0,
         program_timeout_s: float = 30.0,
         memory_mib: int = 1024,
         processes: int = 16,
@@ -104,7 +104,7 @@ class Code(Chat):
     ) -> None:
         _check(layout, reward, float_tolerance, max_tests, languages)
         bounds = Bounds(
-            wall_s=test_timeout_s,
+            wall_s=timeout_s,
             program_s=program_timeout_s,
             memory_mib=memory_mib,
             processes=processes,
