@@ -196,7 +196,20 @@ def test_solve_rates_choose_and_order_the_problems(tmp_path):
         {"id": f"sums/train/{row}", "domain": "sums", "correct": k < 4 * rate} for row, rate in rates for k in range(4)
     ]
     by_attempt = lines(tmp_path / "rollouts.jsonl", attempts)
-    for file in (by_rate, by_attempt):
+    groups = [
+        {
+            "step": k,
+            "environment": "e",
+            "id": f"e/train/{row}",
+            "solved": 0,
+            "samples": n,
+            "solve_rate": min(1, rate * r),
+        }
+        for row, rate in rates
+        for k, n, r in ((0, 1, float(rate == 1)), (1, 4, 1.25))  # five samples together
+    ]
+    by_group = lines(tmp_path / "solve_rates.jsonl", groups)
+    for file in (by_rate, by_attempt, by_group):
         options = {"solve_rates": file, "solve_rate_range": (0.2, 0.8)}
         assert answers(Chat(train, **options)) == [1, 2, 4, 5, 6, 7, 8, 9], "the others are unknown and stay"
         assert answers(Chat(train, **options, difficulty="solve_rate")) == [4, 2, 1, 5, 6, 7, 8, 9]
@@ -230,13 +243,14 @@ def test_a_field_orders_the_problems(tmp_path):
         ('{"id": 1, "solve_rate": 1.5}', "got 1.5"),
         ("3", "line 1: expected a JSON object with `id` and `solve_rate`, got 3"),
         ("", "holds no line"),
+        ('{"id": 1, "solve_rate": 1, "samples": 0}', "`samples` must be a whole number of at least 1, got 0"),
         (
             '{"id": 99, "solve_rate": 1}',
             "has 1 ids, and none is that of a problem in .*a.jsonl; give the file of a run",
         ),
         (
             '{"id": 1, "correct": true, "domain": "a"}\n{"id": 1, "correct": true, "domain": "b"}',
-            "holds lines of the environments a, b, whose ids may be equal; keep the lines of one",
+            "holds lines of the environments a, b, whose ids may be equal; keep the lines of one: grep",
         ),
     ],
 )

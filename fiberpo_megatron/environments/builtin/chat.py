@@ -79,8 +79,8 @@ class Chat(SingleTurn):
         retry_message: what the user says to a wrong answer that is not the last.
         max_characters: problems with longer prompts are left out.
         deduplicate: of equal prompts only the first is used, and no held-out prompt is used for training.
-        solve_rates: a file that says how often each training problem was solved, one JSON object a line with `id` and
-            `solve_rate`, or with `id` and `correct`: the joined files of a run's `rollouts` folder.
+        solve_rates: a file that says how often each training problem was solved: solve_rates.jsonl of a former run, or
+            one JSON object a line with `id` and `solve_rate`, or with `id` and `correct`.
         solve_rate_range: the least and the largest solve rate of problems that are used. Problems whose solve rate is
             unknown are used.
         difficulty: a field with a number by which the training problems are ordered, ascending, for a curriculum

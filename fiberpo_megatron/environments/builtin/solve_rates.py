@@ -13,9 +13,9 @@ from fiberpo_megatron.environments.builtin.problems import parsed_line, short
 class SolveRates:
     """Holds the solve rates of problems, by id.
 
-    A line of the file is a JSON object with `id` and either `solve_rate` (a number from 0 to 1, of `samples` attempts) or
-    `correct` (true or false, of one attempt). All attempts at a problem count alike. The file solve_rates.jsonl of a run
-    is such a file. An id is that of the data set, or ends with the number of its row, as "math/train/17" does.
+    A line of the file is a JSON object with `id` and either `solve_rate` (a number from 0 to 1, of `samples` attempts)
+    or `correct` (true or false, of one attempt). All attempts at a problem count alike. The file solve_rates.jsonl of a
+    run is such a file. An id is that of the data set, or ends with the number of its row, as "math/train/17" does.
 
     Raises ValueError that names the file and the line.
     """
