@@ -1,4 +1,4 @@
-"""How often prompts were solved: the file, what a resumed run drops, the report's table, and the filter that reads it."""
+"""How often prompts were solved: the file, what a resumed run drops, the table of the report, and the filter."""
 
 from pathlib import Path
 

@@ -60,6 +60,17 @@ def test_the_best_by_an_evaluation_and_the_newest_are_kept(tmp_path: Path):
     assert state == {"step": 2, "prompts": {"drawn": [2]}, "metrics": {"eval/accuracy": 0.8}}
 
 
+def test_the_best_on_a_set_that_is_evaluated_less_often(tmp_path: Path):
+    settings = CheckpointConfig(keep=1, keep_best_metric="eval/aime/avg@8")
+    checkpoints, policy = RunCheckpoints(tmp_path, settings, sets=["aime", "sums"]), FilePolicy()
+    for step, value in enumerate([0.3, 0.8, None, 0.5], start=1):
+        evaluated = {} if value is None else {"eval/aime/avg@8": value}
+        checkpoints.save(policy, step, prompts={}, measured={"eval/accuracy": 0.1, "eval/sums/avg@8": 0.9} | evaluated)
+    assert steps(tmp_path) == [2, 4]
+    with pytest.raises(ValueError, match="rank 0 knows no such metric"):
+        checkpoints.save(policy, 5, prompts={}, measured={"eval/aime/avg@4": 0.1})
+
+
 def test_a_metric_that_nobody_knows_is_an_error_at_the_first_save(tmp_path: Path):
     checkpoints = RunCheckpoints(tmp_path, CheckpointConfig(keep_best_metric="train/rewards"))
     with pytest.raises(

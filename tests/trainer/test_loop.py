@@ -150,7 +150,7 @@ def test_every_objective_learns_the_toy_task(objective: str):
 
 
 def test_several_sets_with_their_own_sampling_and_times():
-    """Greedy sampling of the table policy gives equal answers, so that a prompt's samples are all right or all wrong."""
+    """Greedy sampling gives equal answers, so that all samples of a prompt are right or all are wrong."""
     sets = [
         {"name": "greedy", "environment": "addition", "prompts": 6, "samples": 4, "pass_at": [4], "temperature": 0.0},
         {"name": "long", "environment": "addition", "split": "train", "max_response_tokens": 7, "every_steps": 0},

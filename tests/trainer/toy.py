@@ -304,9 +304,11 @@ class FakeEngine:
     def _one(self, token: int, change: SamplingChange) -> Completion:
         tokens, log_probs = [], []
         length = change.max_response_tokens or self.length
-        temperature = 1.0 if change.temperature is None else max(change.temperature, 1e-3)
         for _ in range(length):
-            row = torch.log_softmax(self.table[token] / temperature, -1)
+            scores = self.table[token]
+            if change.temperature == 0:
+                scores = torch.full_like(scores, -1e4).index_fill(0, scores.argmax(), 0.0)
+            row = torch.log_softmax(scores / (change.temperature or 1.0), -1)
             token = int(torch.multinomial(row.exp(), 1, generator=self.random))
             tokens.append(token)
             log_probs.append(row[token].item())
