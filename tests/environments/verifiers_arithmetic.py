@@ -28,14 +28,15 @@ class Insist(vf.MultiTurnEnv):
     """Asks once more after every answer, up to `max_turns`."""
 
     async def env_response(self, messages, state, **kwargs):
-        return [{"role": "user", "content": "Are you sure?"}]
+        return [vf.UserMessage(content="Are you sure?")]
 
 
 class Rewrite(Insist):
     """Begins each turn with a prompt of its own, as an environment does that sums up what was said."""
 
     async def get_prompt_messages(self, state):
-        return [{"role": "user", "content": f"You have said {len(state['trajectory'])} answers. Go on."}]
+        summary = f"You have said {len(state['trajectory'])} answers. Go on."
+        return [vf.SystemMessage(content="Add."), vf.UserMessage(content=summary)]
 
 
 def compare(completions: list) -> list[float]:

@@ -58,7 +58,7 @@ class Verifiers(Environment):
         try:
             self._environment = package.load_environment(environment, **(arguments or {}))
         except Exception as error:  # a package of somebody else's raises what it likes
-            cause = f": {error.__cause__}" if error.__cause__ is not None else ""
+            cause = "" if str(error.__cause__ or "") in str(error) else f" ({error.__cause__})"
             raise ValueError(
                 f"environment = {environment!r} could not be loaded by verifiers with arguments = "
                 f"{dict(arguments or {})!r}: {error}{cause}"
@@ -135,7 +135,7 @@ def _client_class() -> Any:
     """Return the class of the package's model clients that speak to the policy; the package must be installed."""
     types, clients, errors = (import_module(f"verifiers.{name}") for name in ("types", "clients", "errors"))
 
-    class PolicyClient(clients.Client):  # type: ignore[misc, name-defined]
+    class PolicyClient(clients.Client):  # type: ignore[name-defined]
         """Answers the requests of one conversation by the policy. It takes (conversation, the run's sampling)."""
 
         def __init__(self, native: AgentConversation, sampling: Mapping[str, float]) -> None:
