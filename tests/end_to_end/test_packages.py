@@ -59,4 +59,4 @@ def test_tokens_pass_through_the_packages_into_a_step(model: Path, engine: Any, 
     said = [rollout["response"] for rollout in rollouts if rollout["domain"] == "tools"]
     assert any("the tool call could not be read" in text for text in said)
     for name in ("gym", "tools", "vf")[: len(parts)]:
-        assert step[f"environment/{name}/failures"] == 0
+        assert f"environment/{name}/failures" not in step, "counts that are 0 are left out"
