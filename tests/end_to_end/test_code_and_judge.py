@@ -30,7 +30,7 @@ def trained(model: Path, engine: Any, folder: Path, use: str, options: str) -> l
     assert done.returncode == 0, done.stderr
     assert f"environment {use}: " in done.stderr, "it is said how programs run, and who grades"
     steps = records(folder, "train")
-    assert len(steps) == 2 and all(step[f"environment/{use}/failures"] == 0 for step in steps)
+    assert len(steps) == 2 and all(f"environment/{use}/failures" not in step for step in steps)
     assert steps[0]["gradient_norm"] > 0, "rewards differ within groups, so that the step moves the weights"
     assert all(step["rollout_diff/max"] < 1e-4 for step in steps)
     return steps
