@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import pytest
 
 from fiberpo_megatron.environments import Outcome, Turn
-from fiberpo_megatron.environments.builtin import remote_sandbox
+from fiberpo_megatron.environments.builtin import remote_sandbox, unit_tests
 from fiberpo_megatron.environments.builtin import sandbox as module
 from fiberpo_megatron.environments.builtin.code import Code
 from fiberpo_megatron.environments.builtin.program_outputs import last_program, same_output, same_value
@@ -167,8 +167,6 @@ def test_pickled_tests_are_refused_unread(tmp_path):
 
 
 def test_a_compressed_field_has_a_bound(tmp_path, monkeypatch):
-    from fiberpo_megatron.environments.builtin import unit_tests
-
     monkeypatch.setattr(unit_tests, "DECODED_BYTES", 1 << 20)
     bomb = packed("0" * (2 << 20))
     assert len(bomb) < 10_000
@@ -214,7 +212,6 @@ def test_bad_options_are_named(tmp_path, options, message):
         ("print(1)", True, None),
         ("print(1)", False, "print(1)"),
         ("```c\na\n```", False, None),
-        ("", True, None),
     ],
 )
 def test_the_last_block_is_the_program(text, needs_fence, program):

@@ -16,12 +16,11 @@ from fiberpo_megatron.environments.builtin.http_json import Address, HttpError, 
 from fiberpo_megatron.environments.builtin.sandbox import (
     ENDED,
     RUNNER,
-    START_S,
     Bounds,
     ProgramRun,
-    SandboxError,
     json_bytes,
 )
+from fiberpo_megatron.environments.builtin.sandbox_system import START_S, SandboxError
 from fiberpo_megatron.printable import printable
 
 ATTEMPTS = 3

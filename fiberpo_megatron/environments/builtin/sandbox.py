@@ -18,32 +18,36 @@ import asyncio
 import base64
 import json
 import os
-import platform
 import re
-import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fiberpo_megatron.environments.builtin.sandbox_bounds import ENDED, FILES, Bounds, ProgramRun
+from fiberpo_megatron.environments.builtin.sandbox_system import (
+    START_S,
+    SYSTEM,
+    SandboxError,
+    filter_file,
+    interpreter_folders,
+    kernel_version,
+    links,
+    present,
+    temporary_folder,
+    unused_user,
+)
 from fiberpo_megatron.environments.builtin.system_calls import seccomp_filter
 from fiberpo_megatron.printable import printable
 
 RUNNER = Path(__file__).with_name("code_runner.py")
 LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
-SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/localtime")
-"""What a program sees of the system, read-only, besides the folders of its interpreter."""
 FOLDER = "/box"
 """The folder of a program, in memory."""
-FILES = 10_000
-"""How many files a program may make in its folder."""
-START_S = 20.0
-"""How long a sandbox may take to start; on a busy machine an interpreter takes seconds."""
 GRACE_S = 5.0
 """How much longer than its bounds say a runner is waited for."""
 BUBBLEWRAP = (0, 7)
@@ -52,74 +56,6 @@ COUNTS_BY_NAMESPACE = (5, 14)
 """The first kernel that counts the processes of a user namespace apart from those of the same user elsewhere."""
 
 Kind = Literal["bubblewrap", "namespaces", "rlimits"]
-
-
-class SandboxError(RuntimeError):
-    """A sandbox could not be made or did not answer, whatever program it was to run."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Says what a program may use. All bounds hold for each input, except `program_s`."""
-
-    wall_s: float = 6.0
-    """Seconds by the clock."""
-    cpu_s: int | None = None
-    """Seconds of the processor, for each process of the program. None: `wall_s`, rounded up."""
-    program_s: float = 30.0
-    """Seconds by the clock for all inputs of a program together."""
-    memory_mib: int = 1024
-    """Memory of each process (address space), and of all together (resident), in MiB."""
-    processes: int = 16
-    """Processes and threads that may run at the same time."""
-    open_files: int = 64
-    """Open files of each process."""
-    output_kib: int = 1024
-    """Output to stdout, or the JSON of a returned value (KiB)."""
-    folder_mib: int = 64
-    """Room in the program's folder, and size of each file (MiB)."""
-
-    def for_runner(self, *, count_by_kernel: bool, count_files: bool) -> dict[str, Any]:
-        """Return the bounds as code_runner.py reads them."""
-        return {
-            "wall_s": self.wall_s,
-            "cpu_s": int(-(-self.wall_s // 1)) if self.cpu_s is None else self.cpu_s,
-            "memory_bytes": self.memory_mib << 20,
-            "folder_bytes": self.folder_mib << 20,
-            "output_bytes": self.output_kib << 10,
-            "open_files": self.open_files,
-            "processes": self.processes,
-            "files": FILES if count_files else 0,
-            "count_by_kernel": count_by_kernel,
-        }
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value is not None and not value > 0:
-                raise ValueError(f"the bound {name} = {value!r} must be above 0")
-
-
-@dataclass(frozen=True)
-class ProgramRun:
-    """Says what a program did with one input."""
-
-    status: str
-    """ok: it ended with exit code 0; error: it ended otherwise; timeout, memory, processes, output, files: it exceeded
-    that bound and was killed; ended: it broke its sandbox, or an earlier input used up the time of the program."""
-    stdout: str = ""
-    stderr: str = ""
-    """The end of stderr."""
-    value: str | None = None
-    """What the called function returned, as JSON; None if no function was called or the status is not ok."""
-    code: int | None = None
-    """Exit code, negative for a signal; None if it was killed for a bound."""
-    seconds: float = 0.0
-    """Time by the clock."""
-    left: int = 0
-    """Processes that it left behind and that were killed."""
-
-
-ENDED = "ended"
 
 
 @dataclass
@@ -413,75 +349,3 @@ async def read_answer(process: asyncio.subprocess.Process) -> dict[str, Any] | N
     if not isinstance(found, dict) or not isinstance(found.get("status"), str):
         raise ValueError("a runner's answer is no object with a status")
     return found
-
-
-def present(paths: Sequence[str]) -> list[str]:
-    """Return those paths that exist and are no symbolic links."""
-    return [path for path in paths if os.path.exists(path) and not os.path.islink(path)]
-
-
-def links(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (path, target) of those that are symbolic links, as /lib is on many systems."""
-    return [(path, os.readlink(path)) for path in paths if os.path.islink(path) and not path.startswith("/etc")]
-
-
-def interpreter_folders(python: str) -> list[str]:
-    """Return the folders outside the system's that an interpreter needs. Raises SandboxError if it cannot be asked."""
-    asked = "import json, sys; print(json.dumps([sys.prefix, sys.base_prefix, sys.executable]))"
-    try:
-        done = subprocess.run([python, "-s", "-c", asked], capture_output=True, text=True, timeout=START_S, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise SandboxError(f"the interpreter {python!r} of the programs cannot be run: {error}") from None
-    prefix, base, executable = json.loads(done.stdout)
-    found = []
-    for folder in dict.fromkeys((base, os.path.realpath(base), prefix)):
-        if folder in ("/", os.path.expanduser("~")):
-            raise SandboxError(
-                f"the interpreter {executable} has the prefix {folder}, which programs must not read; name another "
-                "interpreter with `python`"
-            )
-        if folder != "/usr" and not folder.startswith("/usr/"):
-            found.append(folder)
-    return found
-
-
-def kernel_version() -> tuple[int, int]:
-    """Return the first two numbers of the kernel's version."""
-    first, second = re.findall(r"\d+", platform.release())[:2]
-    return int(first), int(second)
-
-
-def unused_user() -> int:
-    """Return the number of a user that most likely does not exist, so that its processes can be counted."""
-    with open("/proc/self/uid_map") as file:
-        ranges = [(int(first), int(first) + int(count)) for first, _, count in map(str.split, file)]
-    for low, high in ((1 << 30, (1 << 31) - 1), (20_000, 60_000)):
-        if any(first <= low and high <= end for first, end in ranges):
-            return low + secrets.randbelow(high - low)
-    return 65534
-
-
-@contextmanager
-def filter_file() -> Iterator[int]:
-    """Yield a descriptor from which bubblewrap reads the seccomp filter."""
-    descriptor = os.memfd_create("filter")
-    try:
-        os.write(descriptor, seccomp_filter())
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def temporary_folder() -> Iterator[str]:
-    """Yield a new folder, and remove it with whatever a program has made of it."""
-    folder = tempfile.mkdtemp(prefix="fiberpo_program_")
-    try:
-        yield folder
-    finally:
-        with suppress(RecursionError):  # thousands of folders in one another
-            shutil.rmtree(folder, ignore_errors=True)
-        if os.path.exists(folder):
-            for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
-                subprocess.run([*command, "--", folder], stderr=subprocess.DEVNULL, timeout=START_S)
