@@ -75,6 +75,7 @@ async def outcome(pool: EnvironmentPool, script: Script, index: int = 3) -> tupl
 
 @needs_verifiers
 @pytest.mark.exhaustive
+@pytest.mark.timeout(900)
 def test_environments_of_the_package_hold_and_score_conversations():
     """Single turns, tools and several turns, each in one worker of its own: the starts take most of the time."""
 
@@ -120,6 +121,7 @@ def test_environments_of_the_package_hold_and_score_conversations():
 
 @needs_verifiers
 @pytest.mark.exhaustive
+@pytest.mark.timeout(900)
 def test_what_does_not_fit_is_refused_before_anything_starts():
     async def nothing(pool: EnvironmentPool) -> None:
         raise AssertionError("it was not refused")
