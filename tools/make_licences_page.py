@@ -38,8 +38,10 @@ FAMILIES = {
 COPYLEFT = {"AGPL", "LGPL", "GPL", "MPL", "EPL", "CC-BY-SA"}
 NOT_DECLARED = {
     "sentencepiece": "Apache-2.0",
+    "smolagents": "Apache-2.0",
     "transformer-engine": "Apache-2.0",
     "wandb": "MIT",
+    "zss": "BSD-3-Clause",
 }
 """Licences from the projects' repositories: the package declares none, or is not installed on a machine without GPU."""
 HOMES = {
@@ -174,12 +176,12 @@ def page(requirements: Iterable[str]) -> str:
 Written by `make licences` from the metadata of the installed packages: do not edit. The page says what the packages
 declare; it is no legal advice. fiberpo-megatron itself is under the Apache License 2.0.
 
-These {len(every)} packages are in the environment that `make env` makes, which the cpu image contains. "Needed by" says
-whether setup.py names a package (direct) or another package asks for it (transitive), and for which extra; `{ENGINE}`
-stands for SGLang's engine on a CPU, which tools/requirements-cpu.txt lists. The cuda image also has the packages of
-NVIDIA's base image and, in the engines' own interpreter, those of tools/image/sglang.lock, among them NVIDIA's CUDA
-libraries under NVIDIA's own terms. `python tools/make_licences_page.py --out FILE`, run with an interpreter of that
-image, lists them.
+These {len(every)} packages are in the environment that `make env` and `make reasoning-gym` make; the cpu image contains
+those of the former. "Needed by" says whether setup.py names a package (direct) or another package asks for it
+(transitive), and for which extra; `{ENGINE}` stands for SGLang's engine on a CPU, which tools/requirements-cpu.txt
+lists. The cuda image also has the packages of NVIDIA's base image and, in the engines' own interpreter, those of
+tools/image/sglang.lock, among them NVIDIA's CUDA libraries under NVIDIA's own terms. `python
+tools/make_licences_page.py --out FILE`, run with an interpreter of that image, lists them.
 
 ## To look at: copyleft, unknown, or not declared
 
