@@ -168,7 +168,7 @@ class Environment:
     """Whether the policy answers once and `score` or `score_group` rates the answer, so that `run` is not needed.
     Unset: true for a SingleTurn that does not define `run` itself. An instance may set it according to its options."""
     about: str = ""
-    """One sentence about how this instance works, where the options leave that open. It is printed when a run starts."""
+    """One sentence about how this instance works, where the options leave that open. A run prints it when it starts."""
     chat_template_kwargs: Mapping[str, Any] = {}
     """Variables for the tokenizer's chat template, as its makers document them (`enable_thinking`, ...)."""
 

@@ -10,7 +10,7 @@ from fiberpo_megatron.settings import PluginConfig, Section, as_plugin
 
 
 class FormatPattern(Section):
-    """Holds a format of one's own as a regular expression."""
+    """Holds a custom format as a regular expression."""
 
     pattern: str = Field(min_length=1)
     """A regular expression of Python that is searched for in the last turn's text; `.` matches line ends as well."""

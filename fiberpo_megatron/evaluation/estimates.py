@@ -20,7 +20,7 @@ class Estimate:
 
     value: float
     low: float | None
-    """Lower end of the 95 % interval; None where one prompt alone says nothing about others."""
+    """Lower end of the 95 % interval; None if there is one prompt alone, which says nothing about others."""
     high: float | None
 
 

@@ -15,7 +15,7 @@ DEFAULT_SET = "held_out"
 
 
 class EvaluationSet(Section):
-    """Names prompts on which the policy is measured, and says how it is sampled there."""
+    """This set names prompts on which the policy is measured, and says how it is sampled there."""
 
     name: str = Field(min_length=1, pattern=r"^[\w.+-]+$")
     """The set's name in metrics (eval/NAME/avg@8) and files."""

@@ -114,7 +114,7 @@ class ChangedSampler:
         stop_token_ids: Sequence[int] = (),
         change: SamplingChange | None = None,
     ) -> list[Completion]:
-        """Sample with the change that this sampler stands for; `change` must be None."""
+        """Return responses that are sampled with the change of this sampler; `change` must be None."""
         assert change is None, "a changed sampler is not changed again"
         return await self.sampler.sample(
             prompt, seeds, max_tokens=max_tokens, stop_token_ids=stop_token_ids, change=self.change

@@ -23,7 +23,7 @@ from fiberpo_megatron.trainer.run import Run
 
 POLL_S = 3.0
 FIRST_CHECKPOINT_S = 3600.0
-"""How long a run that nobody holds may take to begin, before there is nothing to follow."""
+"""How long a run may take to begin. It is then taken for one that does not come."""
 PROGRESS_S = 300.0
 """Seconds between two lines that say what is waited for."""
 

@@ -10,7 +10,7 @@ from fiberpo_megatron.settings import Section
 
 
 class OverlongConfig(Section):
-    """These settings punish responses near the length limit softly (DAPO, arXiv:2503.14476, equation 13)."""
+    """These settings lower the reward of responses near the length limit (DAPO, arXiv:2503.14476, equation 13)."""
 
     cache_tokens: int | None = Field(None, ge=1)
     """Tokens before the limit over which the penalty falls from 0 to -1; it is added to the reward before advantages

@@ -138,7 +138,10 @@ def test_only_plug_ins_from_outside_are_recorded_by_their_path(tmp_path: Path):
     environments = [{"name": "a", "use": "chat"}, {"name": "b", "use": "numbers_of_mine"}]
     found = recorded(
         config(tmp_path, environments=environments),
-        [("fiberpo_megatron.environments.builtin.chat:Chat", "fiberpo-megatron 0.1.0"), ("mine.numbers:Numbers", "mine 1.2")],
+        [
+            ("fiberpo_megatron.environments.builtin.chat:Chat", "fiberpo-megatron 0.1.0"),
+            ("mine.numbers:Numbers", "mine 1.2"),
+        ],
     ).environments
     assert [(e.use, e.version) for e in found] == [("chat", None), ("mine.numbers:Numbers", "mine 1.2")]
 
