@@ -4,6 +4,9 @@ import asyncio
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 
 from fiberpo_megatron.environments import Outcome, Task, ToolCall, Turn
-from fiberpo_megatron.environments.builtin.agent_process import AgentFailed
+from fiberpo_megatron.environments.builtin.agent_process import SUPERVISOR, AgentFailed
 from fiberpo_megatron.environments.builtin.gateway import Gateway
 from fiberpo_megatron.environments.host import Failure
 from fiberpo_megatron.environments.jobs import FIRST, BranchPoint, Say
@@ -259,6 +262,39 @@ def test_all_that_a_program_has_started_ends_with_it(programs: Any) -> None:
         while time.monotonic() < deadline:
             os.kill(pid, 0)
             time.sleep(0.02)
+
+
+def test_all_that_a_program_has_started_ends_with_the_worker(tmp_path: Path) -> None:
+    """The supervisor sees that its worker is dead, however that died, because the pipe between them ends."""
+    child = "import os, sys, time; os.setsid(); print(os.getpid(), flush=True); time.sleep(60)"
+    program = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    theirs, ours = os.pipe()
+    command = [sys.executable, "-IS", str(SUPERVISOR), str(theirs), sys.executable, "-c", program]
+    with subprocess.Popen(command, pass_fds=[theirs], stdout=subprocess.PIPE, text=True) as supervisor:
+        os.close(theirs)
+        assert supervisor.stdout is not None
+        pid = int(supervisor.stdout.readline())
+        os.close(ours)  # as the kernel does for a worker that was killed
+        assert supervisor.wait(10) == 128 + signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def solve_with(agent: str) -> Outcome:
+    """Let a function of `agents` solve one task."""
+    gateway = Gateway(tasks=TASKS, agent=f"tests.environments.agents:{agent}")
+    task = Task([{"role": "user", "content": "hello"}], "right", {}, agent)
+    return asyncio.run(gateway.run(task, Speaker(Policy(agent).say, 0)))
+
+
+def test_a_function_may_block() -> None:
+    found = solve_with("blocking")
+    assert (found.reward, found.rewards) == (0.5, {"style": 0.25}) and found.metrics["length"] == len("answer 1")
+
+
+def test_a_function_that_returns_nothing_says_how_to_reward() -> None:
+    with pytest.raises(AgentFailed, match=r"returned None; return a number or an Outcome, or set reward = \"tasks\""):
+        solve_with("returns_nothing")
 
 
 def test_the_tasks_may_score_and_then_the_agent_does_not_see_the_answer(tmp_path: Path) -> None:
