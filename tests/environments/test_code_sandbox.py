@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -49,10 +50,21 @@ def run_one(sandbox: Sandbox, program: str) -> ProgramRun:
     return run
 
 
-def children() -> list[psutil.Process]:
-    """Processes below this one, those of daemons included, which the runner adopts."""
+@pytest.fixture(autouse=True)
+def elders() -> Iterator[None]:
+    """Remember the processes that other tests keep, such as an engine."""
+    _elders.update(psutil.Process().children(recursive=True))
+    yield
+    _elders.clear()
+
+
+_elders: set[psutil.Process] = set()
+
+
+def children() -> set[psutil.Process]:
+    """Processes below this one that the test has started, those of daemons included, which the runner adopts."""
     deadline = time.monotonic() + 5
-    while (found := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
+    while (found := set(psutil.Process().children(recursive=True)) - _elders) and time.monotonic() < deadline:
         time.sleep(0.01)
     return found
 
@@ -321,7 +333,7 @@ def test_an_ordinary_user_has_the_same_sandbox(kind, tmp_path):
     for name in ("__init__.py", "printable.py"):
         shutil.copy(ROOT / "fiberpo_megatron" / name, package)
     (tmp_path / "home").mkdir(mode=0o777)
-    for path in (tmp_path, *tmp_path.parents[:2]):
+    for path in (tmp_path, *tmp_path.parents[:3]):  # that of a test worker is one deeper
         with suppress(PermissionError):
             path.chmod(path.stat().st_mode | 0o055)
     programs = {

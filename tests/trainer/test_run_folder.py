@@ -26,7 +26,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
     @contextmanager
     def tasks(*_):
-        yield SimpleNamespace(facts=[], prompts=None, encoder=None, environments=None)
+        yield SimpleNamespace(facts=[], prompts=None, sets={}, encoder=None, environments=None)
 
     layout = SingleLayout()
     layout.world_size = 1

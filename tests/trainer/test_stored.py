@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fiberpo_megatron.interfaces import WeightSource
+from fiberpo_megatron.interfaces import SamplingChange, WeightSource
 from fiberpo_megatron.rollout.dump import DumpError
 from fiberpo_megatron.sources.replay import ReplaySource
 from fiberpo_megatron.sources.stored import StoredRollouts, dump_of
@@ -153,7 +153,7 @@ class SeededEngine(FakeEngine):
                 await self._fail()
             self.survives -= 1
             self.random.manual_seed(seeds[0])
-            return [self._one(prompt[-1]) for _ in seeds]
+            return [self._one(prompt[-1], SamplingChange()) for _ in seeds]
         finally:
             self._waiting.remove(me)
 
