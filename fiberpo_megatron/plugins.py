@@ -162,18 +162,40 @@ def require(plugin: Plugin, methods: Sequence[str], setting: str) -> None:
         raise PluginError(f"{setting}: {plugin.path} lacks the method {lacking[0]}(); define it (docs/extending.md)")
 
 
+def parameters(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
+    """Return the named parameters of a plug-in, and whether it takes any other name as well.
+
+    A constructor that ends in `**options` hands them to its base class: it takes the parameters of that class too,
+    without those that the attribute `not_options` of the plug-in names because it sets them itself.
+
+    Raises TypeError or ValueError for a class of C code, which has no signature.
+    """
+    signatures = [inspect.signature(target)]
+    if inspect.isclass(target) and "__init__" in vars(target):
+        bases = [base.__init__ for base in target.__mro__[1:-1] if "__init__" in vars(base)]
+        signatures += [inspect.signature(constructor) for constructor in bases]
+    named: dict[str, inspect.Parameter] = {}
+    for signature in signatures:
+        for name, parameter in signature.parameters.items():
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self":
+                named.setdefault(name, parameter)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+            break
+    else:
+        return named, True
+    return {name: named[name] for name in named if name not in getattr(target, "not_options", ())}, False
+
+
 def check_options(plugin: Plugin, options: Mapping[str, Any], setting: str, given: Sequence[str] = ()) -> None:
     """Raise PluginError when the class does not take these options, or needs one that is missing.
 
     `given`: arguments that the caller passes besides the options; they cannot be options.
     """
     try:
-        parameters = inspect.signature(plugin.target).parameters
+        named, anything = parameters(plugin.target)
     except (TypeError, ValueError):  # a class of C code has no signature to compare with
         return
-    named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     own = [name for name in named if name not in given]
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in options:
         if name not in own and not anything:
             close = get_close_matches(name, own, n=1)

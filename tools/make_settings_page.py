@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:
 from fiberpo_megatron.config import Config  # noqa: E402
 from fiberpo_megatron.fibration import OBJECTIVES, objective_class  # noqa: E402
 from fiberpo_megatron.fibration.options import options_of  # noqa: E402
-from fiberpo_megatron.plugins import BUILT_IN, find  # noqa: E402
+from fiberpo_megatron.plugins import BUILT_IN, find, parameters  # noqa: E402
 from fiberpo_megatron.settings import PluginConfig  # noqa: E402
 
 PAGE = ROOT / "docs/settings.md"
@@ -196,10 +196,13 @@ def _options_table(target: Any, passed: Sequence[str]) -> str:
         documented = _documented_arguments(target)
         options = [
             (name, parameter.default, documented.get(name, ""))
-            for name, parameter in inspect.signature(target).parameters.items()
-            if name not in passed and parameter.kind is not parameter.VAR_KEYWORD
+            for name, parameter in parameters(target)[0].items()
+            if name not in passed
         ]
-        hints = typing.get_type_hints(target.__init__)
+        constructors = [c.__init__ for c in reversed(target.__mro__) if "__init__" in vars(c) and c is not object]
+        hints = {
+            name: hint for constructor in constructors for name, hint in typing.get_type_hints(constructor).items()
+        }
     rows = [
         (f"`{name}`", _type_name(hints[name]), _option_default(default), _as_sentence(doc))
         for name, default, doc in options
@@ -216,10 +219,12 @@ def _summary(target: Any) -> str:
 def _documented_arguments(target: Any) -> dict[str, str]:
     """Return the meaning of each argument of a class by its name.
 
-    The docstring of the class or of its constructor gives it in a line "name: meaning", or in a sentence with the name
-    in backticks.
+    The docstring of the class or of its constructor, or of a class that it derives from, gives it in a line
+    "name: meaning", or in a sentence with the name in backticks.
     """
-    texts = [inspect.getdoc(target), inspect.getdoc(getattr(target, "__init__", None))]
+    own = [one for one in target.__mro__ if one is not object] if inspect.isclass(target) else [target]
+    documented = [item for one in own for item in (one, vars(one).get("__init__"))]
+    texts = [inspect.cleandoc(item.__doc__) for item in documented if item is not None and item.__doc__]
     found: dict[str, str] = {}
     for text in texts:
         for match in _ARGUMENT.finditer(text or ""):

@@ -169,6 +169,9 @@ class Environment:
     Unset: true for a SingleTurn that does not define `run` itself. An instance may set it according to its options."""
     about: str = ""
     """One sentence about how this instance works, where the options leave that open. A run prints it when it starts."""
+    not_options: Sequence[str] = ()
+    """Options of a base class that this one sets itself. They count where its constructor ends in `**options` and hands
+    those to the base class; users can then give all options of both but these."""
     chat_template_kwargs: Mapping[str, Any] = {}
     """Variables for the tokenizer's chat template, as its makers document them (`enable_thinking`, ...)."""
 

@@ -106,7 +106,7 @@ def _options(item: Any, setting: str) -> dict[str, Any]:
     """The arguments with which the object's class can make it again."""
     if isinstance(item, Environment):
         args, named = item.constructor_arguments
-        options = dict(inspect.signature(type(item)).bind(*args, **named).arguments)
+        options = dict(inspect.signature(type(item)).bind_partial(*args).arguments) | dict(named)
     elif dataclasses.is_dataclass(item):
         fields = [f for f in dataclasses.fields(item) if f.init and f.name not in NOT_OPTIONS]
         options = {f.name: getattr(item, f.name) for f in fields if getattr(item, f.name) is not None}

@@ -8,7 +8,7 @@ and pyarrow where the data set is a table; it runs on Python 3.10.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import lru_cache
@@ -59,9 +59,12 @@ class Code(Chat):
     prompt: the field of the problem; unset: the one of the layout. `starter_code`, where there is any, follows it.
     answer: the field of a solution, which `fiberpo sft` trains on.
 
+    The other options are those of `chat`.
+
     Raises ValueError that names the option, or the file and the line or row, with the value and the fix.
     """
 
+    not_options = ("answer_after",)
     _text_answers = False
 
     def __init__(
@@ -87,20 +90,9 @@ class Code(Chat):
         usual_names: bool = True,
         instruction: str | None = None,
         prompt: str | None = None,
-        answer: str = "answer",
-        id: str | None = None,
         metadata: Sequence[str] = (),
-        system: str | None = None,
-        chat_template: bool = True,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        max_turns: int = 1,
         retry_message: str = "That program does not pass the tests. Try again.",
-        max_characters: int | None = None,
-        deduplicate: bool = False,
-        solve_rates: str | None = None,
-        solve_rate_range: tuple[float, float] = (0.0, 1.0),
-        difficulty: str | None = None,
-        name: str = "prompts",
+        **options: Any,
     ) -> None:
         _check(layout, reward, float_tolerance, max_tests, languages)
         bounds = Bounds(
@@ -128,20 +120,9 @@ class Code(Chat):
             train,
             held_out,
             prompt=self._layout.prompt if prompt is None else prompt,
-            answer=answer,
-            id=id,
             metadata=tuple(dict.fromkeys((*metadata, *self._layout.fields, *starter))),
-            system=system,
-            chat_template=chat_template,
-            chat_template_kwargs=chat_template_kwargs,
-            max_turns=max_turns,
             retry_message=retry_message,
-            max_characters=max_characters,
-            deduplicate=deduplicate,
-            solve_rates=solve_rates,
-            solve_rate_range=solve_rate_range,
-            difficulty=difficulty,
-            name=name,
+            **options,
         )
         self.deterministic = False  # a program may be slow once
         self._tests = lru_cache(maxsize=KEPT)(self._read_tests)

@@ -69,9 +69,12 @@ class Judge(Chat):
         Unset: each worker keeps its own in memory.
     check_at_start: ask the server for its models before the run starts.
 
+    The other options are those of `chat`.
+
     Raises ValueError that names the option, or the file and the line or row, with the value and the fix.
     """
 
+    not_options = ("reward", "max_turns", "retry_message")
     _text_answers = False
 
     def __init__(
@@ -98,20 +101,7 @@ class Judge(Chat):
         max_price: float | None = None,
         cache: str | None = None,
         check_at_start: bool = True,
-        prompt: str = "prompt",
-        answer: str = "answer",
-        id: str | None = None,
-        metadata: Sequence[str] = (),
-        answer_after: str | None = None,
-        system: str | None = None,
-        chat_template: bool = True,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        max_characters: int | None = None,
-        deduplicate: bool = False,
-        solve_rates: str | None = None,
-        solve_rate_range: tuple[float, float] = (0.0, 1.0),
-        difficulty: str | None = None,
-        name: str = "prompts",
+        **options: Any,
     ) -> None:
         self._low, self._high = _range(score_range)
         self._solved_from = (self._low + self._high) / 2 if solved_from is None else solved_from
@@ -138,20 +128,7 @@ class Judge(Chat):
         super().__init__(
             train,
             held_out,
-            prompt=prompt,
-            answer=answer,
-            id=id,
-            metadata=metadata,
-            answer_after=answer_after,
-            system=system,
-            chat_template=chat_template,
-            chat_template_kwargs=chat_template_kwargs,
-            max_characters=max_characters,
-            deduplicate=deduplicate,
-            solve_rates=solve_rates,
-            solve_rate_range=solve_rate_range,
-            difficulty=difficulty,
-            name=name,
+            **options,
         )
         self.about = f"answers are graded by {model} at {self._judge.address}"
         self.single_turn = False  # conversations share a worker, so that many requests are under way at once

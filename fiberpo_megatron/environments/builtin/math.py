@@ -5,7 +5,6 @@ It imports the standard library alone; math-verify runs in a process of its own 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fiberpo_megatron.environments import Outcome, Task, Turn
@@ -23,7 +22,11 @@ class Math(Chat):
         without one is wrong. last-number: the last number of the response, which must equal the last one of the answer;
         this needs no library. math-verify: the last box, else the last formula or number, as the library finds it.
     timeout_s: seconds that one comparison by math-verify may take; one that takes longer is a wrong answer.
+
+    The other options are those of `chat`.
     """
+
+    not_options = ("reward",)
 
     def __init__(
         self,
@@ -31,22 +34,7 @@ class Math(Chat):
         held_out: str | None = None,
         mode: str = "math-verify",
         timeout_s: float = 5.0,
-        prompt: str = "prompt",
-        answer: str = "answer",
-        id: str | None = None,
-        metadata: Sequence[str] = (),
-        answer_after: str | None = None,
-        system: str | None = None,
-        chat_template: bool = True,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        max_turns: int = 1,
-        retry_message: str = "That is not right. Try again.",
-        max_characters: int | None = None,
-        deduplicate: bool = False,
-        solve_rates: str | None = None,
-        solve_rate_range: tuple[float, float] = (0.0, 1.0),
-        difficulty: str | None = None,
-        name: str = "prompts",
+        **options: Any,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode = {mode!r} is unknown; use one of {', '.join(MODES)}")
@@ -57,22 +45,7 @@ class Math(Chat):
         super().__init__(
             train,
             held_out,
-            prompt=prompt,
-            answer=answer,
-            id=id,
-            metadata=metadata,
-            answer_after=answer_after,
-            system=system,
-            chat_template=chat_template,
-            chat_template_kwargs=chat_template_kwargs,
-            max_turns=max_turns,
-            retry_message=retry_message,
-            max_characters=max_characters,
-            deduplicate=deduplicate,
-            solve_rates=solve_rates,
-            solve_rate_range=solve_rate_range,
-            difficulty=difficulty,
-            name=name,
+            **options,
         )
 
     def score(self, task: Task, turn: Turn) -> Outcome:

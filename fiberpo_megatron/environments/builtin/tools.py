@@ -7,7 +7,7 @@ standard library alone, and pyarrow where the data set is a table; it runs on Py
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,8 @@ REWARDS = ("exact", "math", "last-number")
 class Tools(Chat):
     """Offers the problems of a data set as `chat` does, with tools; the last turn is scored, if it calls none."""
 
+    not_options = ("chat_template", "retry_message")
+
     def __init__(
         self,
         train: str,
@@ -48,19 +50,7 @@ class Tools(Chat):
         max_output_characters: int = 4000,
         sandbox: str = "auto",
         call_markers: Sequence[str] = CALL_MARKERS,
-        prompt: str = "prompt",
-        answer: str = "answer",
-        id: str | None = None,
-        metadata: Sequence[str] = (),
-        answer_after: str | None = None,
-        system: str | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        max_characters: int | None = None,
-        deduplicate: bool = False,
-        solve_rates: str | None = None,
-        solve_rate_range: tuple[float, float] = (0.0, 1.0),
-        difficulty: str | None = None,
-        name: str = "prompts",
+        **options: Any,
     ) -> None:
         """Find the tools and open the data sets.
 
@@ -104,20 +94,8 @@ class Tools(Chat):
             train,
             held_out,
             reward="exact" if reward in REWARDS else reward,
-            prompt=prompt,
-            answer=answer,
-            id=id,
-            metadata=metadata,
-            answer_after=answer_after,
-            system=system,
-            chat_template_kwargs=chat_template_kwargs,
             max_turns=max_turns,
-            max_characters=max_characters,
-            deduplicate=deduplicate,
-            solve_rates=solve_rates,
-            solve_rate_range=solve_rate_range,
-            difficulty=difficulty,
-            name=name,
+            **options,
         )
         self.single_turn = False
         self.deterministic = set(tools) <= {"calculator"}
