@@ -4,12 +4,14 @@ The training loop depends on these and on nothing behind them; the fakes of the 
 B token sequences, N tokens of all sequences, n local response tokens, as in `types`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -91,30 +93,40 @@ class Layout(Protocol):
 
 
 class Routing(Protocol):
-    """It holds the experts of every token of a step, as the policy recorded them or as they were filled in."""
+    """It holds the experts of the tokens that this rank routes in a step, as the policy recorded them and as the engine
+    returned them."""
 
     num_experts: int
     """Experts of a MoE layer; 0 in a dense model."""
 
+    layers: Sequence[int]
+    """Global numbers, from 0, of this rank's MoE layers."""
+
     def clear(self) -> None:
-        """Forget the records."""
+        """Forget all routes."""
         ...
 
-    def fill(self, experts: Tensor) -> None:
-        """Take [N, MoE layers, top_k] by flat token index, -1 where there is none."""
+    def tokens(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Return int64 [m], the flat tokens that this rank routes in these micro-batches."""
         ...
 
-    def expert_counts(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Return float32 [n, experts]: the routed (layer, slot) pairs of the position that predicts each token."""
+    def fill(self, tokens: Tensor, experts: Tensor, *, replay: bool) -> None:
+        """Take the engine's experts [m, this rank's MoE layers, top_k] of the flat tokens [m]; with `replay` the passes
+        replay them in place of the recorded ones."""
         ...
 
-    def chosen(self, tokens: Tensor) -> Mapping[int, Tensor]:
-        """Return, per MoE layer of which this rank has a record, int64 [m, top_k] on the host: the experts of the flat
+    def expert_counts(self, micro_batches: Sequence[MicroBatch], *, engine: bool = False) -> Tensor:
+        """Return float32 [n, experts]: the routed (layer, slot) pairs of the position that predicts each token, as
+        recorded or, with `engine`, as the engine returned them. Every rank calls it."""
+        ...
+
+    def chosen(self, tokens: Tensor, *, engine: bool = False) -> Mapping[int, Tensor]:
+        """Return, per MoE layer of which this rank has routes, int64 [m, top_k] on the host: the experts of the flat
         tokens [m], -1 for those that this rank has not seen. It calls no other rank."""
         ...
 
-    def agreement(self, micro_batches: Sequence[MicroBatch], experts: Tensor) -> Tensor:
-        """Return float64 [MoE layers, 2] over all ranks: tokens whose expert set equals the record's, and tokens
+    def agreement(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Return float64 [layers, 2] over all ranks: tokens whose recorded expert set equals the engine's, and tokens
         compared."""
         ...
 
@@ -186,6 +198,18 @@ class LocalShard:
     """Where the values begin in the full tensor, by dimension."""
 
 
+class NamedShape(NamedTuple):
+    """It describes one tensor of the Hugging Face folder."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 class WeightSource(Protocol):
     """This source gives the policy's current weights under their Hugging Face names."""
 
@@ -196,6 +220,19 @@ class WeightSource(Protocol):
 
     def local(self) -> Iterator[LocalShard]:
         """Yield the parts that this rank holds, without communication."""
+        ...
+
+    def rounds(self, limit: int) -> Sequence[Sequence[Sequence[NamedShape]]]:
+        """List what `share` yields: by round and rank, the names, shapes and types of full tensors, in order.
+
+        Each tensor falls to one rank; the bytes are spread over the ranks, and a round has about `limit` bytes, all
+        ranks together. Every rank makes the first call. For one `limit` the list stays the same for a run."""
+        ...
+
+    def share(self, limit: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield in each round the names and full tensors that fall to this rank, perhaps none.
+
+        Ranks that hold parts of one tensor exchange them: every rank iterates to the end, a round at a time."""
         ...
 
 

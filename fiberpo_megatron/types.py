@@ -26,6 +26,11 @@ LONGEST_NUMBER = 4000
 """Digits of a task's id that is a number; Python reads no more than 4300."""
 
 
+def expert_dtype(experts: int) -> np.dtype[Any]:
+    """Return the smallest type that holds the ids of so many experts: uint8 for up to 256 of them, int16 beyond."""
+    return np.dtype(np.uint8 if experts <= 256 else np.int16)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """This is a task of an environment with the tokens of its prompt."""

@@ -2,8 +2,9 @@
 
 Megatron's routers ask an object in `router.router_replay` for their top-k choice; here it is one of this module's,
 which knows the layer. The micro-batch travels with the description of the packed row, so recomputed forwards and
-micro-batches in flight find their own record. Records are kept by flat token index: another layout, order or packing of
-the same tokens finds them again.
+micro-batches in flight find their own record. Records are kept by flat token index: another order or packing of the
+same tokens finds them again. They stay in host memory (`routing_table.py`), from which a micro-batch takes its rows of
+all layers with one index operation when its first layer asks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,26 +19,34 @@ from torch import Tensor
 
 from fiberpo_megatron.mcore.model import PolicyModel
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
+from fiberpo_megatron.mcore.routing_table import RoutingTable
 from fiberpo_megatron.types import MicroBatch, RoutingMode
 
 
 class Routing:
-    """Holds the record of one policy. Every rank holds the layers of its stage and the tokens that it routed."""
+    """Holds the routes of one policy. Every rank holds the layers of its stage and the tokens that it routes itself."""
 
     def __init__(self, models: Sequence[PolicyModel], layout: ParallelLayout) -> None:
         self._layout = layout
         self._mode: RoutingMode = "off"
         self._rows: dict[int, Tensor] = {}
-        self._tokens: dict[int, int] = {}
-        self._experts: dict[int, Tensor] = {}
+        self._real: dict[int, Tensor] = {}
+        self._slots: dict[int, Tensor] = {}
+        self._recording: dict[int, tuple[Tensor, set[int]]] = {}
+        self._slices: dict[int, Tensor] = {}
+        self._in_flight = layout.pipeline_size * layout.chunks
         self.layers: list[int] = []
         """Global numbers, from 0, of this stage's MoE layers."""
-        self.num_experts = models[0].config.num_moe_experts or 0
-        self.top_k = models[0].config.moe_router_topk if self.num_experts else 0
+        config = models[0].config
+        self.all_layers: int = config.num_layers
+        self.num_experts = config.num_moe_experts or 0
+        self.top_k = config.moe_router_topk if self.num_experts else 0
         for model in models:
             for layer in model.decoder.layers:
                 if isinstance(layer, TransformerLayer) and hasattr(layer.mlp, "router"):
                     self._attach(layer)
+        self._position = {layer: position for position, layer in enumerate(self.layers)}
+        self.clear()
 
     def _attach(self, layer: TransformerLayer) -> None:
         number = layer.layer_number - 1
@@ -47,26 +56,50 @@ class Routing:
         layer.register_forward_hook(replay.leave)
         self.layers.append(number)
 
-    @property
-    def recorded(self) -> bool:
-        """Return whether there is anything to replay."""
-        return bool(self._experts)
-
     def clear(self) -> None:
-        """Forget all records (at the start of a training step)."""
-        self._experts = {}
+        """Forget all routes (at the start of a training step)."""
+        self._record = self._table()
+        self._engine = self._table()
+        self._replays_engine = False
+        self._slices.clear()
 
-    def fill(self, experts: Tensor) -> None:
-        """Take the rollout's routing: int [N, MoE layers, top_k] by flat token index, -1 where there is none."""
+    def _table(self) -> RoutingTable:
+        return RoutingTable(self.num_experts, len(self.layers), self.top_k, self._layout.device)
+
+    @property
+    def host_bytes(self) -> int:
+        """Return the bytes of host memory that recorded routes and those of the engine take on this rank."""
+        return self._record.nbytes + self._engine.nbytes
+
+    def tokens(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Return int64 [m], the flat tokens that this rank routes in these micro-batches, in their order."""
+        rows = [self._share(batch) for batch in micro_batches]
+        joined = torch.cat(rows).long() if rows else torch.empty(0, dtype=torch.int64)
+        return joined[joined >= 0]
+
+    def fill(self, tokens: Tensor, experts: Tensor, *, replay: bool) -> None:
+        """Take the engine's routes of the flat tokens [m]: integers [m, MoE layers of this stage, top_k], on the host.
+
+        They are what `agreement` compares with and, with `replay`, what passes replay. Raises ValueError when they do
+        not fit the model.
+        """
         if not self.layers:
             raise ValueError("the model has no experts whose routing could be replayed")
-        if experts.dim() != 3 or experts.size(2) != self.top_k or experts.size(1) <= max(self.layers):
+        wanted = (len(tokens), len(self.layers), self.top_k)
+        if tuple(experts.shape) != wanted:
             raise ValueError(
-                f"routing of shape {tuple(experts.shape)} does not fit the model: [tokens, MoE layers, "
-                f"{self.top_k}] is needed, with layer {max(self.layers)} on this stage"
+                f"routing of shape {tuple(experts.shape)} does not fit the model: {wanted} is needed ([tokens, MoE "
+                f"layers of the stage, experts of a token])"
             )
-        device = self._layout.device
-        self._experts = {layer: experts[:, layer].to(device, torch.int64) for layer in self.layers}
+        if experts.numel() and not 0 <= int(experts.min()) <= int(experts.max()) < self.num_experts:
+            raise ValueError(
+                f"the engine's routing names experts {int(experts.min())} .. {int(experts.max())} of a model with "
+                f"{self.num_experts}; check that the engine serves this model"
+            )
+        self._engine = self._table()
+        self._engine.add(tokens, experts)
+        self._replays_engine = replay
+        self._slices.clear()
 
     @contextmanager
     def use(self, mode: RoutingMode) -> Iterator[None]:
@@ -76,133 +109,148 @@ class Routing:
             yield
         finally:
             self._mode = "off"
+            self._recording.clear()
+            self._slices.clear()
 
-    def begin(self, index: int, batch: MicroBatch) -> None:
-        """Announce the next micro-batch of the coming pass."""
+    def _share(self, batch: MicroBatch) -> Tensor:
+        """Return the flat tokens of a micro-batch that this rank routes; -1 at padding."""
         rows = batch.source_tokens
         if self._layout.tensor_size > 1:  # sequence parallelism: a rank routes its share of the row
             rows = rows.chunk(self._layout.tensor_size)[self._layout.tensor_rank]
-        self._tokens[index] = int((rows >= 0).sum())
-        self._rows[index] = rows.to(self._layout.device)
+        return rows
+
+    def begin(self, index: int, batch: MicroBatch) -> None:
+        """Announce the next micro-batch of the coming pass."""
+        rows = self._share(batch)
+        real = rows >= 0
+        self._rows[index] = rows
+        if self._layout.device.type == "cuda":
+            real = real.pin_memory()
+        self._real[index] = real.to(self._layout.device, non_blocking=True)
+        self._slices.pop(index, None)
+        if self._mode == "replay":
+            self._slots[index] = self._replayed.find(rows)
+
+    @property
+    def _replayed(self) -> RoutingTable:
+        return self._engine if self._replays_engine else self._record
 
     def padding(self, index: int) -> Tensor | None:
         """Return bool [rows], True where a row of the micro-batch on this rank is padding; None if it was not
         announced."""
-        rows = self._rows.get(index)
-        return None if rows is None else rows < 0
+        real = self._real.get(index)
+        return None if real is None else ~real
 
     def any_token(self, index: int) -> bool:
         """Return whether this rank's share of the micro-batch has any tokens."""
-        return self._tokens.get(index) != 0
+        rows = self._rows.get(index)
+        return rows is None or bool((rows >= 0).any())
 
     def choose(self, layer: int, index: int, scores: Tensor, top_k: Callable[[], tuple[Tensor, Tensor]]) -> Any:
         """Return (scores of the chosen experts, the chosen experts), both [rows, top_k]."""
-        if self._mode == "off":
-            return top_k()
-        rows = self._rows[index]
-        real = rows >= 0
         values, chosen = top_k()
         if self._mode == "record":
-            self._put(layer, rows[real], chosen[real])
+            self._put(layer, index, chosen)
+        if self._mode != "replay":
             return values, chosen
-        chosen = torch.where(real[:, None], self._get(layer, rows), chosen)
+        recorded = self._slice(index)[:, self._position[layer]].long()
+        chosen = torch.where(self._real[index][:, None], recorded, chosen)
         return scores.gather(1, chosen), chosen
 
-    def _put(self, layer: int, tokens: Tensor, experts: Tensor) -> None:
-        table = self._experts.get(layer)
-        size = int(tokens.max()) + 1 if len(tokens) else 0
-        if table is None or len(table) < size:
-            wider = torch.full((size, experts.size(1)), -1, dtype=torch.int64, device=experts.device)
-            if table is not None:
-                wider[: len(table)] = table
-            self._experts[layer] = table = wider
-        table[tokens] = experts
+    def _put(self, layer: int, index: int, chosen: Tensor) -> None:
+        """Note a layer's experts on the device; with those of the last layer all go to the host."""
+        if not self.any_token(index):
+            return
+        if index not in self._recording:
+            self._recording[index] = self._record.empty(len(chosen), on_host=False), set()
+        experts, done = self._recording[index]
+        experts[:, self._position[layer]] = chosen
+        done.add(layer)
+        if len(done) == len(self.layers):
+            del self._recording[index]
+            self._record.add(self._rows[index], experts)
 
-    def _get(self, layer: int, tokens: Tensor) -> Tensor:
-        """Return the experts of the tokens; those of padding are arbitrary. Raises ValueError if a token has no
-        record."""
-        table = self._experts.get(layer)
-        if table is None:
-            table = torch.empty(0, self.top_k, dtype=torch.int64, device=tokens.device)
-        known = torch.zeros_like(tokens, dtype=torch.bool)
-        inside = (tokens >= 0) & (tokens < len(table))
-        known[inside] = table[tokens[inside], 0] >= 0
-        missing = tokens[(tokens >= 0) & ~known]
-        if len(missing):
-            raise ValueError(
-                f"{len(missing)} tokens have no recorded route in layer {layer}, the first is flat token "
-                f"{int(missing[0])}; record the same batch, or fill in the rollout's routing, before replaying"
-            )
-        experts = torch.zeros(len(tokens), self.top_k, dtype=torch.int64, device=tokens.device)
-        experts[known] = table[tokens[known]]
-        return experts
+    def _slice(self, index: int) -> Tensor:
+        """Return [rows, layers, top_k] on the device: what is replayed in a micro-batch. As many stay there as a
+        pipeline has in flight; one that recomputation asks for later comes from the host again."""
+        if index not in self._slices:
+            while len(self._slices) >= self._in_flight:
+                del self._slices[next(iter(self._slices))]
+            found = self._replayed.rows(self._slots[index])
+            self._slices[index] = found.to(self._layout.device, non_blocking=True)
+        return self._slices[index]
 
     def missing(self, micro_batches: Sequence[MicroBatch]) -> str | None:
         """Return what `replay` would lack for these micro-batches on this rank; None when every token has a route."""
-        try:
-            for batch in micro_batches:
-                self.begin(0, batch)
-                for layer in self.layers:
-                    self._get(layer, self._rows[0])
-        except ValueError as error:
-            return str(error)
-        return None
+        tokens = self.tokens(micro_batches)
+        unknown = tokens[self._replayed.find(tokens) < 0] if self.layers else tokens[:0]
+        if not len(unknown):
+            return None
+        return (
+            f"{len(unknown)} tokens have no recorded route, the first is flat token {int(unknown[0])}; record the same "
+            "batch, or fill in the rollout's routing, before replaying"
+        )
 
-    def chosen(self, tokens: Tensor) -> dict[int, Tensor]:
-        """Return, per layer of this stage that has a record, int64 [m, top_k] on the host: the experts of the flat
-        tokens [m], -1 for those that this rank has not routed."""
-        found = {}
-        for layer, table in self._experts.items():
-            inside = tokens.to(table.device)
-            inside = inside[inside < len(table)]
-            experts = torch.full((len(tokens), table.size(1)), -1)
-            experts[tokens < len(table)] = table[inside].cpu()
-            found[layer] = experts
-        return found
+    def chosen(self, tokens: Tensor, *, engine: bool = False) -> dict[int, Tensor]:
+        """Return, per layer of this stage, int64 [m, top_k] on the host: the experts of the flat tokens [m], -1 for
+        those that this rank has not routed. It is empty when nothing is known. With `engine` they are the engine's."""
+        table = self._engine if engine else self._replayed
+        if not len(table):
+            return {}
+        slots = table.find(tokens)
+        experts = torch.where(slots[:, None, None] >= 0, table.rows(slots).long(), -1)
+        return {layer: experts[:, position] for layer, position in self._position.items()}
 
-    def expert_counts(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    def expert_counts(self, micro_batches: Sequence[MicroBatch], *, engine: bool = False) -> Tensor:
         """Return float32 [n, experts]: the (layer, slot) pairs of the position that predicts each local response token.
 
-        They are summed over all layers of all stages; each row sums to MoE layers x top_k. Every rank calls this.
+        They are summed over all layers of all stages; each row sums to MoE layers x top_k. With `engine` they are those
+        of the engine's routes. Every rank calls this. Raises ValueError on every rank when a token has no route.
         """
-        counts = [self._counts(batch) for batch in micro_batches]
+        table = self._engine if engine else self._replayed
+        tokens = self.tokens(micro_batches)
+        unknown = tokens[table.find(tokens) < 0] if self.layers else tokens[:0]
+        error = (
+            f"{len(unknown)} tokens have no route, the first is flat token {int(unknown[0])}" if len(unknown) else None
+        )
+        self._layout.agree(error, "counting the experts of tokens", raises=ValueError)
+        counts = [self._counts(batch, table) for batch in micro_batches]
         total = torch.cat(counts) if counts else torch.zeros(0, self.num_experts, device=self._layout.device)
         if self._layout.pipeline_size > 1:
             dist.all_reduce(total, group=self._layout.pipeline_group)
         return total
 
-    def _counts(self, batch: MicroBatch) -> Tensor:
-        self.begin(0, batch)
-        rows = self._rows[0]
-        counts = torch.zeros(len(rows), self.num_experts, device=rows.device)
-        real = rows >= 0
-        for layer in self.layers:
-            chosen = self._get(layer, rows)
-            counts.scatter_add_(1, chosen, real[:, None].float().expand(chosen.shape).contiguous())
+    def _counts(self, batch: MicroBatch, table: RoutingTable) -> Tensor:
+        rows, device = self._share(batch), self._layout.device
+        counts = torch.zeros(len(rows), self.num_experts, device=device)
+        chosen = table.rows(table.find(rows)).to(device)
+        real = (rows >= 0).to(device)[:, None].float().expand(len(rows), self.top_k).contiguous()
+        for position in self._position.values():
+            counts.scatter_add_(1, chosen[:, position].long(), real)
         if self._layout.tensor_size > 1:
             parts = [torch.empty_like(counts) for _ in range(self._layout.tensor_size)]
             dist.all_gather(parts, counts, group=self._layout.tensor_group)
             counts = torch.cat(parts)
-        return counts[batch.response_positions.to(counts.device)]
+        return counts[batch.response_positions.to(device)]
 
-    def agreement(self, micro_batches: Sequence[MicroBatch], experts: Tensor) -> Tensor:
-        """Return float64 [MoE layers, 2]: (tokens whose expert set equals `experts`' one, tokens compared), over all
-        ranks.
+    def agreement(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Return float64 [layers of the model, 2]: (tokens whose expert set in the record equals the engine's, tokens
+        compared), over all ranks.
 
-        experts: int [N, MoE layers, top_k] by flat token index, -1 where unknown (those are left out). They are
-        compared with the record; every rank calls this.
+        Tokens of which the engine gave no routes are left out. Every rank calls this.
         """
-        total = torch.zeros(experts.size(1), 2, dtype=torch.float64, device=self._layout.device)
-        for batch in micro_batches:
-            self.begin(0, batch)
-            tokens = self._rows[0]
-            tokens = tokens[tokens >= 0]
-            for layer in self.layers:
-                theirs = experts[tokens.cpu(), layer].to(tokens.device, torch.int64).sort(-1).values
-                known = theirs[:, 0] >= 0
-                same = (self._get(layer, tokens).sort(-1).values == theirs).all(-1)
-                total[layer] += torch.stack([(same & known).sum(), known.sum()]).double()
         layout = self._layout
+        total = torch.zeros(self.all_layers, 2, dtype=torch.float64, device=layout.device)
+        for batch in micro_batches:
+            tokens = self.tokens([batch])
+            ours, theirs = self._record.find(tokens), self._engine.find(tokens)
+            known = (ours >= 0) & (theirs >= 0)
+            sets = [
+                table.rows(slots[known]).to(layout.device).sort(-1).values
+                for table, slots in ((self._record, ours), (self._engine, theirs))
+            ]
+            same = (sets[0] == sets[1]).all(-1).sum(0).double()
+            total[self.layers] += torch.stack([same, torch.full_like(same, len(sets[0]))], -1)
         for size, group in (
             (layout.tensor_size, layout.tensor_group),
             (layout.pipeline_size, layout.pipeline_group),

@@ -192,7 +192,7 @@ def optimise(
     """
     layout = policy.layout
     with timers("old_log_probs"):
-        routing.begin()
+        routing.begin(parts)
         scores = [policy.log_probs(part.micro_batches, temperature, routing=routing.mode) for part in parts]
         parts = routing.attach(parts)
         metrics = _rollout_metrics(layout, parts, scores) | routing.agreement(parts)

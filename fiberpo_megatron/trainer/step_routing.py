@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fiberpo_megatron.interfaces import Passes
 from fiberpo_megatron.trainer.batch import MiniBatch
 from fiberpo_megatron.trainer.settings import AlgorithmConfig
-from fiberpo_megatron.types import RolloutBatch, RoutingMode, concatenated_response_tokens
+from fiberpo_megatron.types import RolloutBatch, RoutingMode
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,18 @@ class StepRouting:
         recorded = self.uses_experts and self.algorithm.expert_routing == "old"
         return "record" if recorded or self.returned or self.algorithm.routing_replay == "old" else "off"
 
-    def begin(self) -> None:
-        """Forget the last step's routes; take the rollouts' where they are replayed."""
+    def begin(self, parts: Sequence[MiniBatch]) -> None:
+        """Forget the last step's routes, and take the engine's for the tokens that this rank routes in these parts."""
         if self.mode == "off":
             return
-        self.policy.routing.clear()
-        if self.mode == "replay":
-            self.policy.routing.fill(torch.from_numpy(self.rollouts.routed_experts))
+        routing = self.policy.routing
+        routing.clear()
+        if not self.returned:
+            return
+        tokens = routing.tokens([batch for part in parts for batch in part.micro_batches])
+        experts = torch.from_numpy(self.rollouts.routed_experts[tokens.numpy()])[:, routing.layers]
+        known = (experts >= 0).all(-1).all(-1)
+        routing.fill(tokens[known], experts[known], replay=self.mode == "replay")
 
     def attach(self, parts: Sequence[MiniBatch]) -> list[MiniBatch]:
         """Return the parts with their tokens' expert shares, for an objective with an expert level."""
@@ -54,11 +58,8 @@ class StepRouting:
         partitions = self.algorithm.expert_partitions or self.policy.layout.expert_size
         if not experts:
             raise ValueError("the objective has an expert level, but the model has no experts; choose another")
-        if self.algorithm.expert_routing == "rollout":
-            tokens = concatenated_response_tokens(part.micro_batches).numpy()
-            counts = count_experts(self.rollouts, tokens, experts)
-        else:
-            counts = self.policy.routing.expert_counts(part.micro_batches)
+        engine = self.algorithm.expert_routing == "rollout"
+        counts = self.policy.routing.expert_counts(part.micro_batches, engine=engine)
         return partition_share(counts, partitions)
 
     def agreement(self, parts: Sequence[MiniBatch]) -> dict[str, float]:
@@ -68,25 +69,11 @@ class StepRouting:
         Every rank calls it."""
         if not self.returned or self.mode != "record":
             return {}
-        engine = torch.from_numpy(self.rollouts.routed_experts)
-        found = [self.policy.routing.agreement(part.micro_batches, engine) for part in parts]
+        found = [self.policy.routing.agreement(part.micro_batches) for part in parts]
         equal, compared = torch.stack(found).sum(0).unbind(1)
         layers = (equal / compared).tolist()
         metrics = {f"routing_agreement/layer_{layer}": share for layer, share in enumerate(layers)}
         return metrics | {"routing_agreement/mean": float(equal.sum() / compared.sum())}
-
-
-def count_experts(rollouts: RolloutBatch, tokens: np.ndarray, experts: int) -> Tensor:
-    """Return float32 [n, experts]: the engine's (layer, slot) pairs at the position that predicts each of [n] flat
-    tokens."""
-    chosen = rollouts.routed_experts[tokens - 1].reshape(len(tokens), -1)
-    if chosen.size and (chosen.min() < 0 or chosen.max() >= experts):
-        raise ValueError(
-            f"the engine's routing names expert {int(chosen.max() if chosen.min() >= 0 else chosen.min())} of a model "
-            f"with {experts}; check that it serves this model and returned the routing of every token"
-        )
-    counts = torch.zeros(len(tokens), experts)
-    return counts.scatter_add_(1, torch.from_numpy(chosen.astype(np.int64)), torch.ones(chosen.shape))
 
 
 def partition_share(counts: Tensor, partitions: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from fiberpo_megatron.environments import Task
 from fiberpo_megatron.trainer.settings import AlgorithmConfig
-from fiberpo_megatron.trainer.step_routing import StepRouting, count_experts
+from fiberpo_megatron.trainer.step_routing import StepRouting
 from fiberpo_megatron.types import Completion, Prompt, RolloutBatch, RolloutGroup, Trajectory, WeightSpan, flatten
 
 
@@ -33,19 +33,6 @@ def test_flat_routes_have_none_for_the_last_token_of_a_trajectory():
     assert rollouts(False).routed_experts.size == 0
 
 
-def test_counts_are_those_of_the_position_that_predicts_the_token():
-    batch = rollouts(True)
-    counts = count_experts(batch, np.array([2, 3, 5]), 4)
-    assert counts.tolist() == [[1, 1, 1, 1]] * 3  # positions 1, 2 and 4: each names every expert once
-    batch.routed_experts[1] = [[0, 1], [0, 2]]
-    assert count_experts(batch, np.array([2]), 4).tolist() == [[2, 1, 1, 0]]
-
-
-def test_a_missing_route_is_an_error():
-    with pytest.raises(ValueError, match="names expert -1 of a model with 4"):
-        count_experts(rollouts(True), np.array([4]), 4)  # predicted by the last token of the first trajectory
-
-
 @pytest.mark.parametrize(
     ("replay", "source", "uses_experts", "returned", "mode"),
     [
@@ -64,7 +51,7 @@ def test_mode_of_the_old_log_prob_pass(replay: Any, source: Any, uses_experts: b
 class FakeRouting:
     num_experts = 4
 
-    def agreement(self, micro_batches: Any, experts: torch.Tensor) -> torch.Tensor:
+    def agreement(self, micro_batches: Any) -> torch.Tensor:
         return torch.tensor([[3.0, 4.0], [1.0, 4.0]], dtype=torch.float64)
 
 

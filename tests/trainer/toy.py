@@ -33,6 +33,7 @@ from fiberpo_megatron.interfaces import (
     ConversationEncoder,
     Layout,
     LocalShard,
+    NamedShape,
     Policy,
     Publisher,
     Routing,
@@ -207,48 +208,51 @@ class TokenRouting:
     """Routing by the input token alone: one MoE layer in which token t goes to the experts t and t + 1 (mod 4)."""
 
     num_experts = 4
+    layers = (0,)
 
     def __init__(self) -> None:
-        self.recorded: Tensor | None = None
-        """int64 [N, 1, 2] by flat token index, -1 where nothing was recorded."""
+        self.clear()
 
     def clear(self) -> None:
-        self.recorded = None
+        self.recorded: dict[int, list[int]] = {}
+        """The two experts of each flat token that a pass has seen."""
+        self.engine: dict[int, list[int]] = {}
 
     def record(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Note the experts of all tokens of the rows, as a forward pass does."""
-        sources = torch.cat([m.source_tokens for m in micro_batches])
-        tokens = torch.cat([m.tokens for m in micro_batches])
-        known = sources >= 0
-        held = torch.full((int(sources.max()) + 1, 1, 2), -1)
-        if self.recorded is not None:
-            held = torch.cat([self.recorded, held[len(self.recorded) :]])
-        held[sources[known]] = torch.stack([tokens[known], tokens[known] + 1], -1)[:, None] % self.num_experts
-        self.recorded = held
+        for batch in micro_batches:
+            for source, token in zip(batch.source_tokens.tolist(), batch.tokens.tolist(), strict=True):
+                if source >= 0:
+                    self.recorded[source] = [token % self.num_experts, (token + 1) % self.num_experts]
 
-    def fill(self, experts: Tensor) -> None:
-        self.recorded = experts
+    def tokens(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        sources = torch.cat([batch.source_tokens for batch in micro_batches])
+        return sources[sources >= 0]
 
-    def chosen(self, tokens: Tensor) -> dict[int, Tensor]:
-        return {} if self.recorded is None else {0: self.recorded[tokens, 0]}
+    def fill(self, tokens: Tensor, experts: Tensor, *, replay: bool) -> None:
+        self.engine = dict(zip(tokens.tolist(), experts[:, 0].tolist(), strict=True))
+        if replay:
+            self.recorded = self.engine
 
-    def expert_counts(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        chosen = self._chosen(micro_batches).flatten(1)
+    def chosen(self, tokens: Tensor, *, engine: bool = False) -> dict[int, Tensor]:
+        known = self.engine if engine else self.recorded
+        return {0: torch.tensor([known.get(token, [-1, -1]) for token in tokens.tolist()])} if known else {}
+
+    def expert_counts(self, micro_batches: Sequence[MicroBatch], *, engine: bool = False) -> Tensor:
+        chosen = self._chosen(micro_batches, engine)
         counts = torch.zeros(len(chosen), self.num_experts)
         return counts.scatter_add_(1, chosen, torch.ones(chosen.shape))
 
-    def agreement(self, micro_batches: Sequence[MicroBatch], experts: Tensor) -> Tensor:
-        ours = self._chosen(micro_batches).sort(-1).values
-        theirs = experts[concatenated_response_tokens(micro_batches) - 1].sort(-1).values
-        equal = (ours == theirs).all(-1).double().sum(0)
-        return torch.stack([equal, torch.full_like(equal, len(ours))], -1)
+    def agreement(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        ours, theirs = (self._chosen(micro_batches, engine).sort(-1).values for engine in (False, True))
+        equal = (ours == theirs).all(-1).double().sum()
+        return torch.tensor([[float(equal), float(len(ours))]], dtype=torch.float64)
 
-    def _chosen(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """[n, 1, 2] experts at the position that predicts each response token."""
-        assert self.recorded is not None, "no pass has recorded its routing"
-        chosen = self.recorded[concatenated_response_tokens(micro_batches) - 1]
-        assert chosen.min() >= 0, "a pass left tokens out"
-        return chosen
+    def _chosen(self, micro_batches: Sequence[MicroBatch], engine: bool) -> Tensor:
+        """[n, 2] experts at the position that predicts each response token."""
+        known = self.engine if engine else self.recorded
+        assert known, "no pass has recorded its routing"
+        return torch.tensor([known[token - 1] for token in concatenated_response_tokens(micro_batches).tolist()])
 
 
 class TableWeights:
@@ -260,6 +264,12 @@ class TableWeights:
 
     def local(self) -> Iterator[LocalShard]:
         yield LocalShard("table", self.table, tuple(self.table.shape), (0, 0))
+
+    def rounds(self, limit: int) -> list[list[list[NamedShape]]]:
+        return [[[NamedShape("table", tuple(self.table.shape), self.table.dtype)]]]
+
+    def share(self, limit: int) -> Iterator[list[tuple[str, Tensor]]]:
+        yield list(self.full())
 
 
 class FakeEngine:
