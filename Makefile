@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help env reasoning-gym verifiers demo test test-all check format lint words types lock licences clean
+.PHONY: help env reasoning-gym transformer-engine verifiers demo test test-all check format lint words types lock licences clean
 
 help:
 	@echo "make demo    warm up a tiny MoE, then train it by RL (FiberPO, Megatron-Core, SGLang)"
@@ -34,6 +34,15 @@ $(PEERS): | env
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile --require-hashes \
 		--only-binary :all: --target $@ -r tools/requirements-peers.lock
 
+# Tests build and run the layers of a GPU with Transformer Engine's Python (two wheels of some 1 MB, no CUDA): a folder for
+# each version, which is on nobody's path, so that the CPU platform goes on without it.
+TRANSFORMER_ENGINE := .venv/transformer-engine-2.20.2 .venv/transformer-engine-2.10.0
+transformer-engine: $(TRANSFORMER_ENGINE)
+$(TRANSFORMER_ENGINE): .venv/%: tools/requirements-%.lock | env
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --only-binary :all: \
+		--target $@ -r $<
+	touch $@
+
 # The package of the environment "reasoning_gym" and what it needs go into the environment in a step of their own: three of
 # its requirements are source archives, and one of them has to be compiled. Without a C compiler its tests are skipped.
 REASONING_GYM := .venv/.reasoning-gym-0.1.25
@@ -53,11 +62,16 @@ $(VERIFIERS)/.made: tools/requirements-verifiers.lock | env
 		--only-binary :all: -r $<
 	touch $@
 
+# The tool that resolves versions is not part of the environment; a test resolves what GPUs need (metadata alone).
+UV := .venv/uv-0.13.9
+$(UV): | env
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ uv==0.13.9
+
 # Most tests wait for other processes more than they compute. Every worker keeps an SGLang server of its own (600 MB).
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 HAS_COMPILER := $(shell command -v cc)
-TEST_PACKAGES := $(TRITON) $(PEERS) $(if $(HAS_COMPILER),$(REASONING_GYM))
+TEST_PACKAGES := $(TRITON) $(PEERS) $(TRANSFORMER_ENGINE) $(UV) $(if $(HAS_COMPILER),$(REASONING_GYM))
 test: env $(TEST_PACKAGES)
 	$(PYTEST) -m "not exhaustive" $(TEST_ARGS)
 
@@ -82,10 +96,6 @@ types: env
 
 check: lint types test
 
-# The tool that resolves versions is not part of the environment.
-UV := .venv/uv-0.13.9
-$(UV): | env
-	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ uv==0.13.9
 lock: $(UV)
 	$(BIN)/python tools/lock_requirements.py $(UV)/bin/uv
 	$(MAKE) licences

@@ -1,4 +1,4 @@
-"""Package metadata. `pip install .` on a GPU machine: see README.md, "On GPUs"; without: `make env`."""
+"""Package metadata. On a GPU machine: see README.md, "On GPUs"; without: `make env`."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ setup(
     ],
     extras_require={
         # apex is not on PyPI under that name: README.md, "On GPUs"
-        "cuda": ["transformer-engine[pytorch]>=2.9", "sglang==0.5.23"],
+        "cuda": ["transformer-engine[pytorch,core_cu13]>=2.9", "sglang==0.5.23"],
         "math": ["math-verify==0.9.0"],
         # needs a C compiler: its requirement pycosat exists as a source archive only
         "reasoning-gym": ["reasoning-gym==0.1.25"],

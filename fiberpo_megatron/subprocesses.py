@@ -1,9 +1,21 @@
 """This module holds what all processes that this package starts have in common."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 LAUNCHER_VARIABLES |= {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"}
+
+GPU_VARIABLES = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+"""Variables of ranks and engines that decide how NCCL and CUDA work, unless the user has set them. With one connection
+the kernels of all streams start in the order of their launches, so that Megatron's communication overlaps with its
+computation (SGLang overwrites this one with 8 in its own processes). SGLang sets the two NCCL variables to 0 in its
+processes as well, and two processes that share a communicator must agree on them."""
+
+
+def set_gpu_variables(environment: MutableMapping[str, str]) -> None:
+    """Set `GPU_VARIABLES` where they have no value yet; it must run before CUDA is first used."""
+    for name, value in GPU_VARIABLES.items():
+        environment.setdefault(name, value)
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:

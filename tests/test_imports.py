@@ -23,7 +23,7 @@ PARTS = {
     "telemetry": {"config", "types", "plugins"},
     "evaluation": {"types", "telemetry"},
     "data": {"config", "types", "environments"},
-    "mcore": {"config", "types", "interfaces", "plugins", "rendezvous"},
+    "mcore": {"config", "types", "interfaces", "plugins", "rendezvous", "subprocesses"},
     "planning": {"config", "types", "fibration", "mcore", "plugins"},
     "interfaces": {"types", "evaluation"},
     "together": {"interfaces"},
@@ -98,6 +98,7 @@ PARTS = {
         "doctor",
         "certify",
         "run_lock",
+        "subprocesses",
         "watch",
     },
 }

@@ -34,11 +34,12 @@ def check_model(folder: Path, prompt: str | None, tolerance: float, overrides: S
         prepare(config, prompt, tolerance)
         from fiberpo_megatron.launch.local import launch_ranks
 
+        on_cpu = {"CUDA_VISIBLE_DEVICES": ""} if config.model.dtype == "float32" else {}  # no float32 attention on GPUs
         code = launch_ranks(
             ["-m", "fiberpo_megatron.cli.rank", "check-model", str(scratch / "config.toml"), *overrides],
             config.parallel.world_size(),
             scratch / "logs",
-            {"OMP_NUM_THREADS": str(config.run.threads_per_rank)},
+            {"OMP_NUM_THREADS": str(config.run.threads_per_rank), **on_cpu},
         )
         if code == 1 and not disagrees(config.run.folder):
             code = 2

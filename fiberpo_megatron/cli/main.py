@@ -148,7 +148,7 @@ def local_world_size(config: Config) -> int:
 
     parallel, engine = config.parallel, config.rollout.engine
     gpus = torch.cuda.device_count()
-    serving = 0 if engine.urls else engine.count * engine.tensor
+    serving = 0 if engine.urls or engine.colocated else engine.count * engine.tensor
     replicas = (gpus - serving) // parallel.model_ranks
     replicas -= replicas % parallel.smallest_data()  # experts are spread over whole groups of replicas
     return max(parallel.world_size(), replicas * parallel.model_ranks if parallel.data is None else 0)

@@ -18,6 +18,7 @@ from fiberpo_megatron.engines.registry import Registry
 from fiberpo_megatron.launch.local import LAUNCHER
 from fiberpo_megatron.printable import printable
 from fiberpo_megatron.rendezvous import first_ranks_text, ranks_store
+from fiberpo_megatron.subprocesses import set_gpu_variables
 from fiberpo_megatron.trainer.stop import Stopped, StoppedByAlarm, StopRequest, leave
 from fiberpo_megatron.types import EXIT_ALARM, EXIT_STOPPED
 from fiberpo_megatron.user_warnings import nowhere, on_console, warnings_to
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     stop (exit code EXIT_STOPPED); an alarm with `action = "stop"` does the same with the exit code EXIT_ALARM.
     """
     die_with_launcher()
+    set_gpu_variables(os.environ)
     stop = StopRequest()
     stop.listen(signal.SIGUSR1, *(() if LAUNCHER in os.environ else (signal.SIGTERM,)))
     get_error_handler().initialize()

@@ -109,8 +109,9 @@ def _of_machines(present: dict[int, dict[str, Any]]) -> list[Finding]:
 
 def _talk(store: dist.Store, rank: int, size: int, timeout: timedelta, hosts: Mapping[int, str]) -> list[Finding]:
     gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
-    if gpu:
+    device = torch.device("cpu")
+    if gpu:  # SLURM may show every rank of a machine one GPU, which then has number 0
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

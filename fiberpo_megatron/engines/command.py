@@ -11,14 +11,25 @@ from pathlib import Path
 
 from fiberpo_megatron.engines.addresses import interface_of
 from fiberpo_megatron.engines.settings import EngineConfig
-from fiberpo_megatron.subprocesses import without_launcher
+from fiberpo_megatron.subprocesses import set_gpu_variables, without_launcher
 
 PLUGIN = Path(__file__).parent / "sglang_plugin" / "path"
 CPU_STAND_INS = Path(__file__).parent / "sglang_cpu" / "path"
 CPU_KV_TOKENS = 16384
 ASK_TIMEOUT_S = 60.0
 SERVER_KEEP_ALIVE_S = 60
-"""Seconds for which our servers keep idle connections open; clients drop theirs much sooner (`client.KEEP_ALIVE_S`)."""
+"""Seconds for which our servers keep idle connections open; clients drop theirs much sooner
+(`connection.KEEP_ALIVE_S`)."""
+
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+ONLINE_UPDATES = {"SGLANG_OPT_DEEPGEMM_HC_PRENORM": "0", "SGLANG_OPT_HOPPER_BLOCK_FP8_BF16": "0"}
+"""SGLang refuses new weights while it keeps copies of old ones in another form; these switch such copies off."""
+
+_ASK_TORCH = """
+import torch
+nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else ("none",)
+print(torch.__version__, ".".join(map(str, nccl)))
+"""
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,28 @@ def sglang_version(python: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+@dataclass(frozen=True)
+class TorchLibraries:
+    """Names the versions of what two processes must agree on to send tensors to each other."""
+
+    torch: str
+    nccl: str
+    """Version of the NCCL that is loaded, such as 2.30.7, or "none"."""
+
+
+def torch_libraries(python: str) -> TorchLibraries:
+    """Return the versions of torch and of NCCL that an interpreter loads. It imports torch, which takes seconds.
+
+    Raises RuntimeError with the end of its message when it cannot import torch.
+    """
+    done = subprocess.run(
+        [python, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{python} cannot import torch: {done.stderr.strip()[-400:]}")
+    return TorchLibraries(*done.stdout.split())
+
+
 def server_environment(
     parent: Mapping[str, str], config: EngineConfig, server: Server, key: int | None
 ) -> dict[str, str]:
@@ -136,7 +169,7 @@ def server_environment(
     if key is not None:
         environment["FIBERPO_API_KEY_FD"] = str(key)
     if server.gpu:
-        return environment
+        return _on_gpu(environment, config)
     return environment | {
         "SGLANG_USE_CPU_ENGINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -145,3 +178,22 @@ def server_environment(
         "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",  # with the core dump: 5 s between a crash and the exit
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
     }
+
+
+def _on_gpu(environment: dict[str, str], config: EngineConfig) -> dict[str, str]:
+    """Return the environment of a server on GPUs: NCCL as in the ranks, and nothing of the trainer's torch."""
+    set_gpu_variables(environment)
+    if interpreter(config) != sys.executable and (paths := environment.get("LD_LIBRARY_PATH")):
+        # an image puts its own torch there, which the engine's Python would load in place of its own
+        kept = [path for path in paths.split(os.pathsep) if not _has_torch(path)]
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(kept)
+    for name in ALLOCATOR_VARIABLES if config.colocated else ():  # the memory saver cannot pause expandable segments
+        options = [text for text in environment.pop(name, "").split(",") if text.strip()]
+        kept = [text for text in options if text.partition(":")[0].strip() != "expandable_segments"]
+        if kept:
+            environment[name] = ",".join(kept)
+    return environment | ONLINE_UPDATES
+
+
+def _has_torch(folder: str) -> bool:
+    return any((Path(folder) / name).exists() for name in ("libtorch.so", "libtorch_cuda.so", "libc10.so"))

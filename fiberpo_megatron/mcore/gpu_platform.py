@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class GpuPlatform:
-    """Uses CUDA with Transformer Engine (`pip install .[cuda]`)."""
+    """Uses CUDA with Transformer Engine (README.md, "On GPUs")."""
 
     name = "gpu"
     backend = "nccl"
@@ -18,10 +18,11 @@ class GpuPlatform:
             import transformer_engine.pytorch  # noqa: F401
         except ImportError as error:
             raise ValueError(
-                f"this machine has a GPU, but Transformer Engine cannot be imported ({error}); install the GPU "
-                "requirements with `pip install .[cuda]`, or hide the GPU (CUDA_VISIBLE_DEVICES=) to run on CPU"
+                f"this machine has a GPU, but Transformer Engine cannot be imported ({error}); install it as "
+                'README.md says under "On GPUs", or hide the GPU (CUDA_VISIBLE_DEVICES=) to run on CPU'
             ) from error
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # SLURM may show every rank of a machine one GPU, which then has number 0
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(self.device)
 
     def transformer_options(self) -> dict[str, Any]:
@@ -53,16 +54,22 @@ class GpuPlatform:
         return TENorm
 
     def packed_sequences(self, cu_seqlens: Tensor, max_seqlen: int, context_rank: int, context_size: int) -> Any:
-        """Return the THD description of a row; Transformer Engine makes the context-parallel cut."""
+        """Return the THD description of a row; Transformer Engine makes the context-parallel cut.
+
+        Padding belongs to the sequence before it, so that none lies between sequences. Transformer Engine up to 2.15
+        compares a second list of bounds on the device and waits for the answer, twice a layer: it gets one under
+        context parallelism alone, where it demands one.
+        """
         from megatron.core.packed_seq_params import PackedSeqParams
 
         cu_seqlens = cu_seqlens.to(self.device)
+        padded = cu_seqlens if context_size > 1 else None
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
-            cu_seqlens_q_padded=cu_seqlens,
-            cu_seqlens_kv_padded=cu_seqlens,
+            cu_seqlens_q_padded=padded,
+            cu_seqlens_kv_padded=padded,
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
         )

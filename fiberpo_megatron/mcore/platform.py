@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fiberpo_megatron.subprocesses import set_gpu_variables
+
 
 class Platform(Protocol):
     """Declares what the rest of the package asks about the machine."""
@@ -43,7 +45,6 @@ _HARMLESS_WARNINGS = (
     "Transformer Engine and Apex are not installed",
     "full scope is deprecated",
     "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
-    "When using sequence parallelism it is recommended to set the environment variable",
     "The .grad attribute of a Tensor that is not a leaf",
     "`torch.distributed.[a-z_]*` is deprecated",
     "`load_state_dict` is deprecated",
@@ -54,6 +55,7 @@ _HARMLESS_WARNINGS = (
 
 def prepare() -> None:
     """Set what must be set before Megatron-Core is first imported."""
+    set_gpu_variables(os.environ)  # a rank has done so already; a program that uses this package may not have
     for message in _HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     if not torch.cuda.is_available():

@@ -14,6 +14,7 @@ from fiberpo_megatron.rollout.dump import RolloutDump
 from fiberpo_megatron.sources.stored import DUMP, dump_of
 from fiberpo_megatron.trainer.batch import SUPPLIED_KEYS
 from fiberpo_megatron.trainer.fp8 import missing_for_fp8
+from fiberpo_megatron.trainer.gpu_checks import check_gpus, gpus_of, slow_paths
 from fiberpo_megatron.trainer.plugin_checks import (
     advantage_config,
     advice,
@@ -32,6 +33,7 @@ def preflight(config: Config, command: str, resume: bool, world_size: int, here:
     config = with_recorded_recipe(config, resume)
     _check_model(config, command)
     _check_layout(config, world_size)
+    check_gpus(config, command, world_size, here)
     if here:
         _check_fp8(config)
     check_folder(config, command, resume)
@@ -51,15 +53,21 @@ def preflight(config: Config, command: str, resume: bool, world_size: int, here:
         _check_keys(config)
         check_reference(config)
     check_plugins(config, resume, environments=here)
-    for line in (*advice(config), *term_advice(config)) if command == "train" else ():
+    for line in _advice(config, here) if command == "train" else ():
         on_console(line)
+
+
+def _advice(config: Config, here: bool) -> list[str]:
+    """Return what is allowed but unwise or slow."""
+    architecture = read_architecture(read_hf_config(config.model.path, config.model.family))
+    return [*advice(config), *term_advice(config), *slow_paths(architecture, gpus_of(config, here))]
 
 
 def _check_colocated(config: Config) -> None:
     if config.rollout.engine.colocated and config.weight_sync.method.use == "distributed" and torch.cuda.is_available():
         raise ConfigError(
             'weight_sync.method = "distributed" needs different GPUs for rank 0 and the engines (NCCL), but '
-            'rollout.engine.colocated = true; set weight_sync.method = "disk", with weight_sync.folder in /dev/shm'
+            'rollout.engine.colocated = true; set weight_sync.method = "ipc"'
         )
 
 

@@ -1,14 +1,23 @@
 """Command line and environment of a server."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fiberpo_megatron.engines.client import KEEP_ALIVE_S
-from fiberpo_megatron.engines.command import CPU_STAND_INS, PLUGIN, Server, server_command, server_environment
+from fiberpo_megatron.engines.connection import KEEP_ALIVE_S
+from fiberpo_megatron.engines.command import (
+    CPU_STAND_INS,
+    ONLINE_UPDATES,
+    PLUGIN,
+    Server,
+    server_command,
+    server_environment,
+)
 from fiberpo_megatron.engines.settings import EngineConfig
+from fiberpo_megatron.subprocesses import GPU_VARIABLES
 
 
 def server(model: Path, **changes) -> Server:
@@ -69,6 +78,58 @@ def test_the_launchers_variables_do_not_reach_the_server():
     assert int(gpu["SGLANG_TIMEOUT_KEEP_ALIVE"]) > 10 * KEEP_ALIVE_S  # a reused connection must not just be closing
     assert cpu["PYTHONPATH"] == f"{PLUGIN}:{CPU_STAND_INS}:/p" and cpu["OMP_NUM_THREADS"] == "2"
     assert (CPU_STAND_INS / "triton" / "__init__.py").is_file()
+
+
+def test_engines_and_ranks_have_the_same_variables_for_nccl(monkeypatch):
+    """SGLang sets NCCL_CUMEM_ENABLE and NCCL_NVLS_ENABLE to 0 where they are unset; the ranks must not differ."""
+    from fiberpo_megatron.mcore import platform
+
+    for name in GPU_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    platform.prepare()
+    rank = {name: os.environ[name] for name in GPU_VARIABLES}
+    engine = server_environment({"NCCL_NVLS_ENABLE": "1"}, EngineConfig(), server(Path("/m"), gpu=True), key=None)
+    assert rank == {name: engine[name] for name in GPU_VARIABLES}
+    assert rank == {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "1"}
+
+
+def test_an_engine_with_a_python_of_its_own_does_not_load_the_images_torch(tmp_path):
+    image, nccl, python = tmp_path / "torch/lib", tmp_path / "nccl", tmp_path / "python"
+    image.mkdir(parents=True)
+    (image / "libc10.so").touch()
+    nccl.mkdir()
+    python.touch(mode=0o755)
+    parent = {"LD_LIBRARY_PATH": f"{image}:{nccl}:/nowhere"}
+    where = server(Path("/m"), gpu=True)
+    own = server_environment(parent, EngineConfig(python=python), where, key=None)
+    assert own["LD_LIBRARY_PATH"] == f"{nccl}:/nowhere"
+    same = server_environment(parent, EngineConfig(python=Path(sys.executable)), where, key=None)
+    assert same["LD_LIBRARY_PATH"] == parent["LD_LIBRARY_PATH"]
+
+
+def test_expandable_segments_do_not_reach_an_engine_with_the_memory_saver():
+    parent = {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_ALLOC_CONF": "max_split_size_mb:128,expandable_segments:True",
+    }
+    where = server(Path("/m"), gpu=True)
+    shared = server_environment(parent, EngineConfig(colocated=True), where, key=None)
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in shared and shared["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:128"
+    alone = server_environment(parent, EngineConfig(), where, key=None)
+    assert {name: alone[name] for name in parent} == parent
+
+
+def test_no_copy_of_old_weights_keeps_an_engine_from_taking_new_ones():
+    """SGLang's own message names these variables; each must exist there, or it would change nothing."""
+    from importlib.util import find_spec
+
+    gpu = server_environment({}, EngineConfig(), server(Path("/m"), gpu=True), key=None)
+    package = find_spec("sglang")
+    assert package is not None and package.origin is not None
+    known = (Path(package.origin).parent / "srt/environ.py").read_text()
+    for name in ONLINE_UPDATES:
+        assert gpu[name] == "0" and f"    {name} = EnvBool(True)\n" in known
 
 
 def test_the_engines_interpreter(model, tmp_path, monkeypatch):

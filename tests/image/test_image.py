@@ -42,6 +42,13 @@ def test_apptainer_builds_what_docker_builds():
         assert setting in cuda and f"export {setting}" in apptainer
 
 
+def test_the_engines_interpreter_needs_no_ensurepip():
+    """Debian's and Ubuntu's Python may lack it; then `python3 -m venv` fails, and the environment has no pip."""
+    script = (ROOT / "tools/image/cuda_sglang.sh").read_text()
+    assert "python3 -m venv --without-pip /opt/sglang" in script
+    assert "python3 -m pip --python /opt/sglang/bin/python install" in script
+
+
 def test_every_base_image_is_named_by_its_digest():
     docker = (ROOT / "Dockerfile").read_text()
     images = dict(re.findall(r"^ARG (\w+_IMAGE)=(\S+)$", docker, re.MULTILINE))
