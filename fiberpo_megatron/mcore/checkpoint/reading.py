@@ -12,7 +12,7 @@ import re
 import textwrap
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint._nested_dict import set_element
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
@@ -132,31 +132,40 @@ class _Reader(torch_checkpoint.FileSystemReader):
         return self._metadata
 
     def read_data(self, plan: torch_checkpoint.LoadPlan, planner: torch_checkpoint.LoadPlanner) -> Future[None]:
-        for item in plan.items:
-            place = self.storage_data[item.storage_index]
+        for index, items in _by_place(plan.items).items():
+            place = self.storage_data[index]
             with open(self.path / place.relative_path, "rb") as file:
                 part = io.BufferedReader(_Part(file, place.offset, place.length))
-                if item.type == LoadItemType.BYTE_IO:
-                    planner.load_bytes(item, io.BytesIO(part.read()))
+                if items[0].type == LoadItemType.BYTE_IO:
+                    planner.load_bytes(items[0], io.BytesIO(part.read()))
                 else:
-                    _fill(item, part, place.length, planner)
+                    _fill(items, part, place.length, planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
 
-def _fill(item: ReadItem, part: IO[bytes], size: int, planner: torch_checkpoint.LoadPlanner) -> None:
-    """Copy what is wanted of a stored tensor into the model's or the optimizer's tensor."""
-    name = f"the checkpoint's tensor {printable(item.dest_index.fqn)}"
+def _by_place(items: Sequence[ReadItem]) -> dict[MetadataIndex, list[ReadItem]]:
+    """Return what is read of each stored part, so that it is loaded once: a shard takes several boxes of it."""
+    found: dict[MetadataIndex, list[ReadItem]] = {}
+    for item in items:
+        found.setdefault(item.storage_index, []).append(item)
+    return found
+
+
+def _fill(items: Sequence[ReadItem], part: IO[bytes], size: int, planner: torch_checkpoint.LoadPlanner) -> None:
+    """Copy what is wanted of a stored tensor into the model's or the optimizer's tensors."""
+    name = f"the checkpoint's tensor {printable(items[0].dest_index.fqn)}"
     stored = load_plain(part, size, name)
     if not isinstance(stored, Tensor) or stored.layout != torch.strided:
         raise CheckpointError(f"{name} is no plain tensor; use another checkpoint")
-    wanted = planner.resolve_tensor(item).detach()
-    found = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
-    if wanted.shape != found.shape:
-        raise CheckpointError(f"{name} has a part of shape {tuple(found.shape)}, {tuple(wanted.shape)} is needed")
-    wanted.copy_(found)
-    planner.commit_tensor(item, wanted)
+    for item in items:
+        wanted = planner.resolve_tensor(item).detach()
+        found = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
+        if wanted.shape != found.shape:
+            raise CheckpointError(f"{name} has a part of shape {tuple(found.shape)}, {tuple(wanted.shape)} is needed")
+        wanted.copy_(found)
+        planner.commit_tensor(item, wanted)
 
 
 class _Part(io.RawIOBase):

@@ -1,24 +1,25 @@
 """This module is the distributed optimizer: each data-parallel rank has the state of its shard of every parameter.
 
-Megatron-Core's class is used for everything but checkpoints, for two reasons. It knows the names of Adam's moments
-only. And where a buffer has several buckets, as that of a model with tied embeddings on pipeline stages has, it
-mistakes the place of all parameters behind the first bucket's padding (megatron-core 0.16.1 warns that they are "padded
-with zeros"): a resumed run would go on with other weights and moments.
+Megatron-Core's class is used for everything but checkpoints, for three reasons. It gathers the whole state on one rank
+or on all of them before it is saved. It knows the names of Adam's moments only. And where a buffer has several buckets,
+as that of a model with tied embeddings on pipeline stages has, it mistakes the place of all parameters behind the first
+bucket's padding (megatron-core 0.16.1 warns that they are "padded with zeros"): a resumed run would go on with other
+weights and moments.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
-from torch import Tensor
 
 from fiberpo_megatron.mcore.optimizers.base import Optimizer
 from fiberpo_megatron.mcore.optimizers.build import optimizer_parts
-
-GATHER_BYTES = 256 * 2**20
-"""A checkpoint takes at most so many bytes of the device's memory at a time on the rank that gathers the state."""
+from fiberpo_megatron.mcore.optimizers.pieces import pieces
 
 
 def sharded(built: MegatronOptimizer, optimizer: Optimizer) -> MegatronOptimizer:
@@ -37,7 +38,8 @@ class ShardedOptimizer(DistributedOptimizer):
     """Shards any element-wise torch optimizer as Megatron's distributed optimizer does.
 
     Checkpoints have Megatron's format "fully_reshardable": whole tensors under the parameters' names, which any layout
-    can load. `built` has the torch optimizer and is not to be used afterwards. `optimizer` names its state.
+    can load. Each rank writes its own parts of them, and reads its own. `built` has the torch optimizer and is not to
+    be used afterwards. `optimizer` names its state.
     """
 
     def __init__(self, built: DistributedOptimizer, optimizer: Optimizer) -> None:
@@ -74,77 +76,43 @@ class ShardedOptimizer(DistributedOptimizer):
         if "param_state" in state_dict:
             self.load_parameter_state_from_fully_reshardable(state_dict["param_state"])
 
-    def get_parameter_state_dp_zero(
-        self, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
-    ) -> dict[int, dict[Any, dict[str, Tensor]]]:
-        """Return master weights and state of all data-parallel ranks, by buffer, type of the buffer and name.
-
-        Each is a tensor on the host with an element for each of the buffer's, padding included. The first data-parallel
-        rank gets everything, because it alone writes it. The others get tensors of the same shapes that take no memory,
-        since Megatron looks at the shapes on every rank. With `empty_data` the elements are undefined, and their memory
-        is taken where something is read into them.
-        """
-        if use_gloo_comm or not return_on_all_ranks:
-            raise NotImplementedError("this optimizer is saved in the format fully_reshardable, which asks all ranks")
-        first = self.data_parallel_group.rank() == 0
-        found: dict[int, dict[Any, dict[str, Tensor]]] = {}
-        for index, ranges in enumerate(self.gbuf_ranges):
-            ((dtype, buckets),) = ranges.items()
-            sizes = [bucket.grad_data.numel() for bucket in self.buffers[index].buckets]
-            world = {
-                name: torch.empty(sum(sizes), dtype=kind)
-                if first or empty_data
-                else torch.zeros((), dtype=kind).expand(sum(sizes))
-                for name, kind in self._types.items()
-            }
-            start = 0
-            for bucket, size in zip(buckets, sizes, strict=True):
-                for name, target in world.items() if not empty_data else ():
-                    self._gather(bucket["param_map"], name, target[start : start + size])
-                start += size
-            found[index] = {dtype: world}
-        return found
-
-    def _gather(self, shards: dict[Any, Any], name: str, target: Tensor) -> None:
-        """Bring one state of all parameters of a bucket from all data-parallel ranks into `target` on the first.
-
-        It goes in pieces: a whole bucket may be larger than the memory that is free on the device.
-        """
-        ranks, first = self.data_parallel_group.size(), self.data_parallel_group.rank() == 0
-        share = len(target) // ranks
-        mine = torch.zeros(share, dtype=target.dtype, device=self.buffers[0].grad_data.device)
-        for parameter, place in shards.items():
-            at = place["gbuf_local"]
-            mine[at.start : at.end] = self._get_main_param_and_optimizer_states(parameter)[name].detach()
-        size = max(1, GATHER_BYTES // (ranks * mine.element_size()))
-        for begin in range(0, share, size):
-            piece = mine[begin : begin + size]
-            received = [torch.empty_like(piece) for _ in range(ranks)] if first else None
-            torch.distributed.gather(piece, received, group=self.data_parallel_group, group_dst=0)
-            for rank, values in enumerate(received or ()):
-                at = rank * share + begin
-                target[at : at + len(values)] = values
-
     def sharded_param_state_fully_reshardable(
         self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
     ) -> dict[int, Any]:
-        """Return the state by number of the parameter, in Megatron's order; for loading only that of parameters of
-        which this rank has a part, so that it reads and holds no others."""
-        state: dict[int, Any] = super().sharded_param_state_fully_reshardable(
-            model_sharded_state_dict, is_loading, metadata
-        )
-        if not is_loading:
-            return state
-        maps = [bucket["param_map"] for ranges in self.gbuf_ranges for found in ranges.values() for bucket in found]
-        order = [parameter for buffer in self.buffers for parameter in buffer.param_index_map]
-        held = {number: part for number, part in state.items() if any(order[number] in map_ for map_ in maps)}
-        return held or state  # a shard of nothing but padding
+        """Return this rank's shard of the state by number of the parameter and name, for saving and for loading.
 
-    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Tensor]) -> None:
-        """Copy a loaded shard into the master weight and the state of a parameter."""
-        mine = self._get_main_param_and_optimizer_states(model_param)
-        for name in self._types:
-            mine[name].detach().copy_(tensors[name])
+        Nothing is gathered: each rank writes and reads what it has (`pieces.py`).
+        """
+        tensors, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+        described = {base.data: base for base in nested_values(tensors)}
+        state: dict[int, Any] = {}
+        for number, (parameter, begin) in enumerate(self._held()):
+            shards = self._get_main_param_and_optimizer_states(parameter)
+            state[number] = {
+                name: pieces(described[parameter], f"optimizer.state.{name}", shards[name].detach(), begin)
+                for name in self._types
+            }
+        return state
+
+    def load_parameter_state_from_fully_reshardable(self, state_dict: dict[int, Any]) -> None:
+        """Take over what was read into the pieces of `sharded_param_state_fully_reshardable`."""
+        for number, (parameter, _) in enumerate(self._held()):
+            shards = self._get_main_param_and_optimizer_states(parameter)
+            for name in self._types:
+                shard, at = shards[name].detach(), 0
+                for read in state_dict[number][name]:
+                    target = shard[at : at + read.numel()]
+                    if target.data_ptr() != read.data_ptr():  # it is read in place where nothing has moved
+                        target.copy_(read.reshape(-1))
+                    at += read.numel()
+
+    def _held(self) -> Iterator[tuple[Any, int]]:
+        """Yield the parameters of which this rank has a shard, and the element of each at which the shard begins."""
+        for ranges in self.gbuf_ranges:
+            for buckets in ranges.values():
+                for bucket in buckets:
+                    for parameter, place in bucket["param_map"].items():
+                        yield parameter, place["param"].start
 
 
 def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
