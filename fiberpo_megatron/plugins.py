@@ -51,6 +51,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "publishers": {
         "disk": "fiberpo_megatron.weight_sync.disk:DiskPublisher",
         "distributed": "fiberpo_megatron.weight_sync.distributed:DistributedPublisher",
+        "ipc": "fiberpo_megatron.weight_sync.ipc:IpcPublisher",
     },
     "alarms": {},
     "sinks": {
@@ -172,7 +173,7 @@ def parameters(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
     """
     signatures = [inspect.signature(target)]
     if inspect.isclass(target) and "__init__" in vars(target):
-        bases = [base.__init__ for base in target.__mro__[1:-1] if "__init__" in vars(base)]
+        bases = [vars(base)["__init__"] for base in target.__mro__[1:-1] if "__init__" in vars(base)]
         signatures += [inspect.signature(constructor) for constructor in bases]
     named: dict[str, inspect.Parameter] = {}
     for signature in signatures:

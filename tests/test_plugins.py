@@ -1,6 +1,7 @@
 """What options a plug-in takes is read from its constructors."""
 
 import pytest
+
 from fiberpo_megatron.environments import SingleTurn
 from fiberpo_megatron.plugins import Plugin, PluginError, check_options, find, parameters
 from fiberpo_megatron.trainer.given import environment_configs

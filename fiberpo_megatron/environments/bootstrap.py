@@ -55,6 +55,6 @@ make_package_importable()
 
 if __name__ == "__main__":
     die_with(int(sys.argv[1]))
-    from fiberpo_megatron.environments import worker
+    from fiberpo_megatron.environments.worker_main import main
 
-    worker.main(*map(int, sys.argv[2:5]))
+    main(*map(int, sys.argv[2:5]))

@@ -17,18 +17,26 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from time import monotonic, monotonic_ns
+from time import monotonic_ns
 from typing import Any
 
 from fiberpo_megatron.environments import Outcome, Split, Task, Trajectory, Turn, wire
 from fiberpo_megatron.environments.budget import StepBudget
 from fiberpo_megatron.environments.failure_log import FailureLog
-from fiberpo_megatron.environments.jobs import ConversationJob, Job, Say
-from fiberpo_megatron.environments.process import WorkerLog, interpreter
+from fiberpo_megatron.environments.jobs import BudgetedJobs, ConversationJob, Job, Say
+from fiberpo_megatron.environments.process import WorkerLog, end_in_order, interpreter
+from fiberpo_megatron.environments.requests import (
+    Request,
+    group_request,
+    run_request,
+    score_request,
+    task_request,
+    worker_settings,
+)
 from fiberpo_megatron.environments.results import Description, EnvironmentFailed, Failure, FailureKind
-from fiberpo_megatron.environments.settings import EnvironmentConfig, FormatPattern
+from fiberpo_megatron.environments.settings import EnvironmentConfig
 from fiberpo_megatron.environments.slots import Doom, Slot
-from fiberpo_megatron.environments.wire import InvalidReply, Kind
+from fiberpo_megatron.environments.wire import Kind
 from fiberpo_megatron.plugins import PluginError
 from fiberpo_megatron.printable import printable
 
@@ -68,8 +76,7 @@ class EnvironmentPool:
         self._waiting_calls: deque[Job] = deque()
         self._waiting_runs: deque[Job] = deque()
         self._counts: Counter[str] = Counter()
-        self._budgets: dict[StepBudget, set[Job]] = {}
-        """Jobs that have not ended, by the budget of their step."""
+        self._budgeted = BudgetedJobs()
         self._jobs = 0
         self._call_s = 2 * QUEUE_S
         """Running median of the time that a call takes in a worker; a mean would follow a busy machine's pauses."""
@@ -92,7 +99,7 @@ class EnvironmentPool:
         if self._slots:
             raise RuntimeError("EnvironmentPool.start() was called a second time")
         python = interpreter(self._config.python, self._config.name)
-        settings = self._worker_settings()
+        settings = worker_settings(self._config)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
         for number in range(self._config.workers):
@@ -113,28 +120,6 @@ class EnvironmentPool:
             raise
         self._description = Description(**described[0])
         return self._description
-
-    def _worker_settings(self) -> bytes:
-        config = self._config
-        try:
-            options = wire.plain(config.options, "options")
-            group = None
-            if config.group_reward is not None:
-                group = wire.plain(dict(config.group_reward), "group_reward")
-        except InvalidReply as error:
-            raise PluginError(f"environment {config.name!r}: {error}") from error
-        settings = {
-            "name": config.name,
-            "use": config.use,
-            "options": options,
-            "version": config.version,
-            "deadline_s": config.deadline_s,
-            "memory_gib": config.memory_gib,
-            "output_kib": config.output_kib,
-            "format": config.format.model_dump() if isinstance(config.format, FormatPattern) else config.format,
-            "group_reward": group,
-        }
-        return wire.encode(settings)
 
     async def _restart_worker(self, slot: Slot) -> None:
         """Start the next process of a slot; the pool ends when that keeps failing."""
@@ -159,19 +144,7 @@ class EnvironmentPool:
         if tasks:
             await asyncio.wait(tasks)
         processes = [slot.process for slot in self._slots if slot.process is not None]
-        for process in processes:
-            process.close_commands()
-        deadline = monotonic() + CLOSE_S
-        while monotonic() < deadline and None in {process.exit_code() for process in processes}:
-            for process in processes:
-                process.read_output()
-            await asyncio.sleep(0.01)
-        for process in processes:
-            process.kill()
-            while process.exit_code() is None:  # SIGKILL ends it soon, whatever it does
-                await asyncio.sleep(0.01)
-            process.read_output()
-            process.release()
+        await end_in_order(processes, CLOSE_S)
         for slot in self._slots:
             slot.process, slot.usable = None, False
 
@@ -207,17 +180,7 @@ class EnvironmentPool:
             if not 0 <= index < size:
                 raise IndexError(f"{self._config.name} has no {split} task {index}; there are {size}")
 
-        def decoder(index: int) -> Callable[[Any], Task]:
-            return lambda fields: Task(
-                fields["prompt"],
-                fields["answer"],
-                fields["metadata"],
-                fields["id"] or f"{self._config.name}/{split}/{index}",
-            )
-
-        jobs = [
-            self._job(Kind.TASK, {"split": split, "index": i}, f"{split}({i})", None, i, decoder(i)) for i in indices
-        ]
+        jobs = [self._job(task_request(self._config.name, split, index)) for index in indices]
         try:
             for job in jobs:
                 self._submit(job)
@@ -239,32 +202,13 @@ class EnvironmentPool:
 
         sample: which of the task's trajectories it is, for the record of a failure. budget: the time of its step.
         """
-        fields = {"task": wire.task_to_json(task), "turn": wire.turn_to_json(turn), "seed": seed}
-
-        def decode(value: Any) -> Outcome:
-            return _outcome(value, "score()")
-
-        what = f"score() of task {task.id}"
-        return await self._result(self._job(Kind.SCORE, fields, what, task, seed, decode, sample, budget))
+        return await self._result(self._job(score_request(task, turn, seed), sample, budget))
 
     async def score_group(
         self, task: Task, trajectories: Sequence[Trajectory], *, seed: int, budget: StepBudget | None = None
     ) -> list[Outcome] | Failure:
         """Return what the class's `score_group` says about all trajectories of a task, in their order."""
-        count = len(trajectories)
-        fields = {
-            "task": wire.task_to_json(task),
-            "trajectories": list(map(wire.trajectory_to_json, trajectories)),
-            "seed": seed,
-        }
-
-        def decode(values: Any) -> list[Outcome]:
-            if not isinstance(values, list) or len(values) != count:
-                raise InvalidReply(f"score_group() gave no list of {count} outcomes")
-            return [_outcome(value, "score_group()") for value in values]
-
-        what = f"score_group() of task {task.id}"
-        return await self._result(self._job(Kind.GROUP, fields, what, task, seed, decode, None, budget))
+        return await self._result(self._job(group_request(task, trajectories, seed), None, budget))
 
     async def run(
         self,
@@ -283,21 +227,9 @@ class EnvironmentPool:
         start again, unless the class is deterministic. A ValueError of the policy's side goes to the environment; any
         other exception leaves this method as it is.
         """
-        fields = {"task": wire.task_to_json(task), "seed": seed, "sampling": dict(sampling or {})}
-        number, kind, payload = self._next(Kind.RUN, fields)
-        job = ConversationJob(
-            number,
-            kind,
-            payload,
-            f"run() of task {task.id}",
-            task,
-            seed,
-            lambda value: _outcome(value, "run()"),
-            sample,
-            budget,
-            converse=converse,
-            deterministic=self._described().deterministic,
-        )
+        request = run_request(task, seed, sampling)
+        deterministic = self._described().deterministic
+        job = ConversationJob(self._number(), request, sample, budget, converse=converse, deterministic=deterministic)
         return await self._result(job)
 
     def _described(self) -> Description:
@@ -307,22 +239,12 @@ class EnvironmentPool:
 
     # ---- jobs ----
 
-    def _next(self, kind: Kind, fields: dict[str, Any]) -> tuple[int, Kind, bytes]:
+    def _number(self) -> int:
         self._jobs += 1
-        return self._jobs, kind, wire.encode(fields)
+        return self._jobs
 
-    def _job(
-        self,
-        kind: Kind,
-        fields: dict[str, Any],
-        what: str,
-        task: Task | None,
-        seed: int,
-        decode: Callable[[Any], Any],
-        sample: int | None = None,
-        budget: StepBudget | None = None,
-    ) -> Job:
-        return Job(*self._next(kind, fields), what, task, seed, decode, sample, budget)
+    def _job(self, request: Request, sample: int | None = None, budget: StepBudget | None = None) -> Job:
+        return Job(self._number(), request, sample, budget)
 
     async def _result(self, job: Job) -> Any:
         try:
@@ -339,7 +261,7 @@ class EnvironmentPool:
             if job.budget.exhausted:
                 self._cut(job)
                 return
-            self._budgets.setdefault(job.budget, set()).add(job)
+            self._budgeted.add(job)
         (self._waiting_runs if job.kind == Kind.RUN else self._waiting_calls).append(job)
         self._dispatch()
 
@@ -348,10 +270,7 @@ class EnvironmentPool:
         unfinished = not job.future.done()
         if job.budget is not None:
             job.budget.end_call()
-            left = self._budgets.get(job.budget, set())
-            left.discard(job)
-            if not left:
-                self._budgets.pop(job.budget, None)
+            self._budgeted.discard(job)
         job.release()
         if unfinished:
             job.future.cancel()  # where it waits for a worker, `_dispatch` skips it
@@ -393,8 +312,7 @@ class EnvironmentPool:
             del slot.calls[job.id]
             assert slot.process is not None
             slot.process.send(Kind.CANCEL, job.id, b"")
-            self._jobs += 1
-            job.id = self._jobs  # what this worker still says about the old number is about nothing
+            job.id = self._number()  # what this worker still says about the old number is about nothing
             if not job.future.done():
                 self._waiting_calls.appendleft(job)
         if behind:
@@ -462,21 +380,14 @@ class EnvironmentPool:
         for slot, found in zip(self._slots, first):
             if found is not None and found[1] > LATE_S and slot.takes_jobs:
                 self._take_back(slot, found[0])
-        for budget, jobs in list(self._budgets.items()):
-            if not any(job.works for job in jobs):
-                continue
-            budget.spend(seconds)
-            if budget.exhausted:
-                for job in [job for job in jobs if job.works]:
-                    self._cut(job)
-            elif (part_s := budget.part_s) is not None:
-                for slot, found in zip(self._slots, first):
-                    if found is None or found[0].budget is not budget or not found[0].works:
-                        continue
-                    job, taken_s = found
-                    cold_s = 0.0 if job.kind in slot.served else WARM_UP * self._first_s.get(job.kind, 0.0)
-                    if taken_s > max(part_s, LATE_S, cold_s):
-                        self._cut(job)
+        running = []
+        for slot, found in zip(self._slots, first):
+            if found is not None:
+                job, taken_s = found
+                cold_s = 0.0 if job.kind in slot.served else WARM_UP * self._first_s.get(job.kind, 0.0)
+                running.append((job, taken_s, max(LATE_S, cold_s)))
+        for job in self._budgeted.spend(seconds, running):
+            self._cut(job)
 
     async def _watch(self) -> None:
         """Look after the workers for as long as the pool lives."""
@@ -528,13 +439,6 @@ class EnvironmentPool:
                 self._waiting_runs.append(job)
             else:
                 self._waiting_calls.appendleft(job)
-
-
-def _outcome(fields: Any, method: str) -> Outcome:
-    """Return the outcome with these fields. Raises InvalidReply."""
-    if not isinstance(fields, dict) or set(fields) != {"reward", "rewards", "correct", "metrics", "answer"}:
-        raise InvalidReply(f"the reply to {method} is no Outcome")
-    return wire.checked_outcome(Outcome(**fields), method, bare=False)
 
 
 def describe(config: EnvironmentConfig) -> Description:

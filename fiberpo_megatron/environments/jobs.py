@@ -2,11 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
-from fiberpo_megatron.environments import Task, Turn, wire
+from fiberpo_megatron.environments import Turn, wire
 from fiberpo_megatron.environments.budget import StepBudget
+from fiberpo_megatron.environments.requests import Request
 from fiberpo_megatron.environments.wire import InvalidReply, Kind
 
 
@@ -34,30 +35,23 @@ class Job:
     """Holds one call of a method of the environment.
 
     future: becomes the decoded result, a Failure, or an exception that is not the environment's fault.
-    decode: turns the JSON of the result into what the caller gets; it raises InvalidReply.
     sample: which of the task's trajectories it is about. budget: the time of the step that it belongs to.
     """
 
     def __init__(
         self,
         number: int,
-        kind: Kind,
-        payload: bytes,
-        what: str,
-        task: Task | None,
-        seed: int,
-        decode: Callable[[Any], Any],
+        request: Request,
         sample: int | None = None,
         budget: StepBudget | None = None,
     ) -> None:
         self.id = number
-        self.kind = kind
-        self.payload = payload
-        self.what = what
-        """The call in words, for messages."""
-        self.task = task
-        self.seed = seed
-        self.decode = decode
+        self.kind = request.kind
+        self.payload = wire.encode(request.fields)
+        self.what = request.what
+        self.task = request.task
+        self.seed = request.seed
+        self.decode = request.decode
         self.sample = sample
         self.budget = budget
         self.cut = False
@@ -182,6 +176,46 @@ class ConversationJob(Job):
         if self._send is not None:
             self._awaited -= 1
             self._send(Kind.TURN, self.id, payload)
+
+
+class BudgetedJobs:
+    """Holds the jobs that have not ended, by the budget of their step."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[StepBudget, set[Job]] = {}
+
+    def add(self, job: Job) -> None:
+        """Count the time of a job, which has a budget."""
+        assert job.budget is not None
+        self._jobs.setdefault(job.budget, set()).add(job)
+
+    def discard(self, job: Job) -> None:
+        """Forget a job that has ended."""
+        assert job.budget is not None
+        left = self._jobs.get(job.budget, set())
+        left.discard(job)
+        if not left:
+            self._jobs.pop(job.budget, None)
+
+    def spend(self, seconds: float, running: Sequence[tuple[Job, float, float]]) -> list[Job]:
+        """Count time in which the environment has worked, and return the jobs that the budgets do not reach for.
+
+        running: the calls that workers are busy with: each with the seconds that it has taken, and with the least
+            number of seconds that it may take, whatever its part of the budget is.
+        """
+        found = []
+        for budget, jobs in self._jobs.items():
+            working = [job for job in jobs if job.works]
+            if not working:
+                continue
+            budget.spend(seconds)
+            part_s = budget.part_s
+            if budget.exhausted:
+                found += working
+            elif part_s is not None:
+                mine = [one for one in running if one[0].budget is budget and one[0].works]
+                found += [job for job, taken_s, least_s in mine if taken_s > max(part_s, least_s)]
+        return found
 
 
 def _retrieve(answer: asyncio.Task[Turn]) -> None:

@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 
 from fiberpo_megatron.environments import wire
 from fiberpo_megatron.environments.results import FailureKind
@@ -22,7 +23,6 @@ LOG_BYTES = 1 << 20
 """How much of what a worker and its successors print is kept."""
 LAST_BYTES = 2000
 """How much of what a worker printed last is quoted when it dies."""
-TRACEBACK_SIGNAL = signal.SIGUSR2
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -202,7 +202,7 @@ class WorkerProcess:
         """Have the process write where it stands into its page."""
         if self._process.returncode is None:  # a reaped process's number may belong to another one
             with suppress(ProcessLookupError):
-                os.kill(self.pid, TRACEBACK_SIGNAL)
+                os.kill(self.pid, wire.TRACEBACK_SIGNAL)
 
     def kill(self) -> None:
         """Kill the process and its group: the processes that it has started, too."""
@@ -314,3 +314,20 @@ def proportional_bytes(pid: int) -> int:
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+async def end_in_order(processes: Sequence[WorkerProcess], seconds: float) -> None:
+    """Ask workers to end, and kill those that have not ended after `seconds`, with all that they started."""
+    for process in processes:
+        process.close_commands()
+    deadline = monotonic() + seconds
+    while monotonic() < deadline and None in {process.exit_code() for process in processes}:
+        for process in processes:
+            process.read_output()
+        await asyncio.sleep(0.01)
+    for process in processes:
+        process.kill()
+        while process.exit_code() is None:  # SIGKILL ends it soon, whatever it does
+            await asyncio.sleep(0.01)
+        process.read_output()
+        process.release()

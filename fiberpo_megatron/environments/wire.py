@@ -12,6 +12,7 @@ import math
 import mmap
 import numbers
 import os
+import signal
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ ERROR_BYTES = 1 << 20
 LARGEST = (2 - 2**-23) * 2.0**127
 """The largest float32."""
 TRACEBACK_CHARACTERS = 4000
+TRACEBACK_SIGNAL = signal.SIGUSR2
+"""On this signal a worker writes into its page where all of its threads stand."""
 MESSAGE_CHARACTERS = 2000
 
 

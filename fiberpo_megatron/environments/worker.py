@@ -13,24 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import faulthandler
 import inspect
 import json
 import os
-import resource
-import signal
-import sys
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from time import monotonic_ns
 from typing import Any
 
-from fiberpo_megatron import plugins
-from fiberpo_megatron.environments import Environment, Outcome, Task, Trajectory, wire
-from fiberpo_megatron.environments.formats import COMPONENT, FormatCheck
-from fiberpo_megatron.environments.loading import load
+from fiberpo_megatron.environments import Environment, Task, wire
+from fiberpo_megatron.environments.methods import Methods
 from fiberpo_megatron.environments.randomness import RandomStates
 from fiberpo_megatron.environments.tracebacks import describe_error, trace_of, where
 from fiberpo_megatron.environments.wire import InvalidReply, Kind
@@ -41,8 +34,6 @@ THREADS = 64
 LONG_CALL_NS = 5_000_000
 GRACE_NS = 1_000_000_000
 """How long a conversation may take to end after it was cancelled at its deadline."""
-TRACEBACK_SIGNAL = signal.SIGUSR2
-"""On this signal the worker writes into its page where all of its threads stand."""
 
 CURRENT: contextvars.ContextVar[Job] = contextvars.ContextVar("job")
 """The job on whose behalf the current asyncio task runs; tasks that user code makes inherit it."""
@@ -67,7 +58,7 @@ class Worker:
         self, environment: Environment, settings: Mapping[str, Any], page: wire.Page, commands: int, replies: int
     ) -> None:
         self._environment: Any = environment
-        self._format = None if settings.get("format") is None else FormatCheck(settings["format"])
+        self._methods = Methods(environment, settings.get("format"))
         self._deadline_ns = int(settings["deadline_s"] * 1e9)
         self._deadline_s = settings["deadline_s"]
         self.output_limit = settings["output_kib"] * 1024
@@ -218,7 +209,7 @@ class Worker:
                 return
 
     def _call(self, job: Job) -> None:
-        function, arguments, finish = self._bind(job)
+        function, arguments, finish = self._methods.bind(job)
         payload, error, value = b"", None, None
         outer = self.enter(job)
         try:
@@ -235,54 +226,6 @@ class Worker:
         else:
             self._random.forget(job)
             self._report(job, payload, error)
-
-    def _bind(self, job: Job) -> tuple[Callable[..., Any], tuple[Any, ...], Callable[[Any], Any]]:
-        """Return the method to call, its arguments, and what turns its result into JSON."""
-        fields = json.loads(job.payload)
-        job.payload = b""
-        environment = self._environment
-        if job.kind == Kind.TASK:
-            split, index = fields["split"], fields["index"]
-            job.seed = index
-            method = environment.train if split == "train" else environment.held_out
-            return method, (index,), lambda value: wire.task_to_json(wire.checked_task(value, f"{split}({index})"))
-        job.seed = fields["seed"]
-        task = Task(**fields["task"])
-        if job.kind == Kind.SCORE:
-            turn = wire.turn_from_json(fields["turn"])
-            return environment.score, (task, turn), lambda value: self._outcome(value, "score()", turn.text, bare=True)
-        trajectories = [wire.trajectory_from_json(one) for one in fields["trajectories"]]
-
-        def outcomes(value: Any) -> list[dict[str, Any]]:
-            if not isinstance(value, Sequence) or len(value) != len(trajectories):
-                raise InvalidReply(
-                    f"score_group() returned {wire.short(value)}; return a list with one Outcome for each of the "
-                    f"{len(trajectories)} trajectories"
-                )
-            return [self._of_group(one, place, seen) for place, (one, seen) in enumerate(zip(value, trajectories))]
-
-        return environment.score_group, (task, trajectories), outcomes
-
-    def _outcome(self, value: Any, method: str, text: str, *, bare: bool) -> dict[str, Any]:
-        """Return the checked outcome of a trajectory whose last turn has this text, with its format, as JSON values."""
-        outcome = wire.checked_outcome(value, method, bare=bare)
-        if self._format is not None:
-            if COMPONENT in outcome.rewards:
-                raise InvalidReply(
-                    f"`rewards` of {method} has the component {COMPONENT!r}, which the setting `format` adds; rename "
-                    "it, or leave the setting out"
-                )
-            outcome = _with_format(outcome, *self._format(text))
-        return wire.outcome_to_json(outcome)
-
-    def _of_group(self, value: Any, place: int, seen: Trajectory) -> dict[str, Any]:
-        """Return the checked outcome that a group gave to the trajectory `seen`; its format stays what it was."""
-        outcome = wire.checked_outcome(value, f"score_group()[{place}]", bare=False)
-        if self._format is not None and COMPONENT not in outcome.rewards:
-            known = seen.outcome.rewards.get(COMPONENT)
-            found = self._format(seen.turns[-1].text) if known is None else ({COMPONENT: known}, {})
-            outcome = _with_format(outcome, *found)
-        return wire.outcome_to_json(outcome)
 
     def _result(self, job: Job, value: Any, finish: Callable[[Any], Any]) -> bytes:
         result = finish(value)
@@ -303,7 +246,7 @@ class Worker:
             if not inspect.isawaitable(value):
                 raise InvalidReply(f"run() returned {wire.short(value)}; it must be an `async def`")
             return self._result(
-                job, await value, lambda found: self._outcome(found, "run()", job.last_text, bare=False)
+                job, await value, lambda found: self._methods.outcome(found, "run()", job.last_text, bare=False)
             )
 
         self._start(job, converse())
@@ -426,52 +369,3 @@ class Worker:
             reply.set_exception(ValueError(fields["error"]))
         else:
             reply.set_result(wire.turn_from_json(fields))
-
-
-def _with_format(outcome: Outcome, rewards: Mapping[str, float], metrics: Mapping[str, float]) -> Outcome:
-    return replace(outcome, rewards={**outcome.rewards, **rewards}, metrics={**outcome.metrics, **metrics})
-
-
-# ---- the start ----
-
-
-def main(commands: int, replies: int, page_descriptor: int) -> None:
-    """Read the settings, make the instance, say what it offers and serve jobs."""
-    for descriptor in (commands, replies, page_descriptor):
-        os.set_inheritable(descriptor, False)
-    faulthandler.enable()
-    page = wire.Page(page_descriptor)
-    os.lseek(page_descriptor, wire.Page.TRACEBACK_AT, os.SEEK_SET)
-    faulthandler.register(TRACEBACK_SIGNAL, file=page_descriptor, all_threads=True)
-    settings = _read_settings(commands)
-    _bound(settings["memory_gib"])
-    try:
-        environment, description = load(settings)
-        kind, payload = Kind.READY, wire.encode(description)
-    except plugins.PluginError as error:
-        kind, payload = Kind.REFUSED, wire.encode({"message": str(error)})
-    rest = memoryview(wire.frame(kind, 0, payload))
-    while rest:
-        rest = rest[os.write(replies, rest) :]
-    if kind == Kind.READY:
-        asyncio.run(Worker(environment, settings, page, commands, replies).serve())
-
-
-def _read_settings(commands: int) -> dict[str, Any]:
-    """Wait for the first frame."""
-    reader = wire.FrameReader()
-    while True:
-        data = os.read(commands, wire.READ_BYTES)
-        if not data:
-            sys.exit("the trainer closed the pipe before it sent the settings")
-        for _, _, payload in reader.feed(data):
-            settings: dict[str, Any] = json.loads(payload)
-            return settings
-
-
-def _bound(memory_gib: float) -> None:
-    """Bound what this process and each of its children may allocate, and write no core dumps."""
-    size = int(memory_gib * 2**30)
-    for limit, value in ((resource.RLIMIT_DATA, size), (resource.RLIMIT_CORE, 0)):
-        hard = resource.getrlimit(limit)[1]
-        resource.setrlimit(limit, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
