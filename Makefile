@@ -35,7 +35,7 @@ $(PEERS): | env
 		--only-binary :all: --target $@ -r tools/requirements-peers.lock
 
 # Tests build and run the layers of a GPU with Transformer Engine's Python (two wheels of some 1 MB, no CUDA): a folder for
-# each version, which is on nobody's path, so that the CPU platform goes on without it.
+# each version, which is on no path, so that the CPU platform goes on without it.
 TRANSFORMER_ENGINE := .venv/transformer-engine-2.20.2 .venv/transformer-engine-2.10.0
 transformer-engine: $(TRANSFORMER_ENGINE)
 $(TRANSFORMER_ENGINE): .venv/%: tools/requirements-%.lock | env

@@ -59,6 +59,15 @@ LOCKS = (
     ),
     Lock(TOOLS / "requirements-triton.lock", (), "3.11", alone=(TOOLS / "requirements-triton.txt",)),
     Lock(TOOLS / "requirements-peers.lock", (), "3.11", alone=(TOOLS / "requirements-peers.txt",)),
+    *(
+        Lock(
+            TOOLS / f"requirements-transformer-engine-{version}.lock",
+            (),
+            "3.11",
+            alone=(TOOLS / f"requirements-transformer-engine-{version}.txt",),
+        )
+        for version in ("2.20.2", "2.10.0")
+    ),
     Lock(
         TOOLS / "requirements-reasoning-gym.lock",
         (),

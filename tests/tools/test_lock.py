@@ -13,12 +13,14 @@ from packaging.utils import canonicalize_name
 from tests.tools.setup_requirements import setup_requirements
 
 ROOT = Path(__file__).parents[2]
-CPU, TRITON, PEERS, GYM, VERIFIERS, SGLANG = (
+CPU, TRITON, PEERS, ENGINE, OLD_ENGINE, GYM, VERIFIERS, SGLANG = (
     ROOT / "tools" / name
     for name in (
         "requirements-cpu.lock",
         "requirements-triton.lock",
         "requirements-peers.lock",
+        "requirements-transformer-engine-2.20.2.lock",
+        "requirements-transformer-engine-2.10.0.lock",
         "requirements-reasoning-gym.lock",
         "requirements-verifiers.lock",
         "image/sglang.lock",
@@ -34,7 +36,9 @@ def pins(path: Path) -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in found}
 
 
-@pytest.mark.parametrize("path", [CPU, TRITON, PEERS, GYM, VERIFIERS, SGLANG], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [CPU, TRITON, PEERS, ENGINE, OLD_ENGINE, GYM, VERIFIERS, SGLANG], ids=lambda path: path.name
+)
 def test_every_package_has_one_version_and_hashes_and_no_address(path: Path):
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     assert lines
@@ -62,6 +66,9 @@ def test_the_lock_has_what_the_requirement_files_ask_for():
     assert f".venv/.reasoning-gym-{pins(GYM)['reasoning-gym']}" in (ROOT / "Makefile").read_text()
     assert pins(ROOT / "tools/requirements-verifiers.txt").items() <= pins(VERIFIERS).items()
     assert f".venv/verifiers-{pins(VERIFIERS)['verifiers']}" in (ROOT / "Makefile").read_text()
+    for lock in (ENGINE, OLD_ENGINE):
+        assert pins(lock) == pins(lock.with_suffix(".txt"))
+        assert f".venv/transformer-engine-{pins(lock)['transformer-engine']}" in (ROOT / "Makefile").read_text()
     peers = pins(PEERS)
     assert peers == pins(ROOT / "tools/requirements-peers.txt")
     folder = f".venv/peers-verl-{peers['verl']}-trl-{peers['trl']}"
