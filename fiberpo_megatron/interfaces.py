@@ -61,7 +61,13 @@ class Layout(Protocol):
         ...
 
     def gather_rollouts(self, share: RolloutBatch | None) -> RolloutBatch:
-        """Join the leaders' shares in data-parallel order. Every rank calls it, the leaders with their share."""
+        """Join the leaders' shares in data-parallel order. Every rank calls it, the leaders with their share. Leaders
+        keep the engines' routes of their share."""
+        ...
+
+    def routes(self, rollouts: RolloutBatch, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return whether the engines' routes of each flat token [m] are known (bool [m]), and those that are
+        ([known tokens, layers, top_k]), on the host. Every rank calls it, with the tokens and layers that it routes."""
         ...
 
     def gather_json(self, value: Any, root_only: bool = False) -> list[Any]:
@@ -81,6 +87,11 @@ class Layout(Protocol):
     def agree(self, error: str | None, where: str, reraise: bool = True) -> None:
         """Let all ranks fail together. Every rank calls it with its error or None. If any rank passed one, those with
         `reraise` raise one RuntimeError that names the first failing rank, `where` and the error."""
+        ...
+
+    def wait_for_all(self, where: str, deadline_s: float) -> None:
+        """Return when every rank has called this, outside of any collective. Raises TimeoutError after `deadline_s`
+        (s), which names `where` and the ranks that have not come."""
         ...
 
     def any_rank(self, flag: bool) -> bool:
@@ -349,8 +360,11 @@ class ConversationEncoder(Protocol):
         """Return the tokens between the response so far and the next turn. ValueError when nothing can follow."""
         ...
 
-    def text(self, token_ids: Sequence[int], stop: Sequence[str] = ()) -> str:
-        """Return a turn's text, without the token or character that ended it."""
+    def text(self, token_ids: Sequence[int], stop: Sequence[str] = (), special: bool = False) -> str:
+        """Return a turn's text, without the token or character that ended it.
+
+        special: keep the text of special tokens, with which many models begin their tool calls.
+        """
         ...
 
     def tokens_with(self, characters: Sequence[str]) -> tuple[int, ...]:

@@ -15,9 +15,18 @@ from fiberpo_megatron.engines.client import EngineAddress
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 10.0
-COMMON = ("/generate", "/model_info", "/server_info", "/pause_generation", "/continue_generation", "/flush_cache")
+COMMON = (
+    "/generate",
+    "/model_info",
+    "/server_info",
+    "/pause_generation",
+    "/continue_generation",
+    "/flush_cache",
+    "/weights_checker",
+)
 OF_METHOD = {
     "disk": ("/update_weights_from_disk",),
+    "ipc": ("/begin_weight_update", "/update_weights_from_tensor", "/end_weight_update"),
     "distributed": (
         "/init_weights_update_group",
         "/begin_weight_update",
@@ -26,7 +35,7 @@ OF_METHOD = {
         "/destroy_weights_update_group",
     ),
 }
-"""Endpoints that `engines/client.py` calls; a test compares them with its source."""
+"""Endpoints that the modules of `engines/` call; a test compares them with its source."""
 SCORING = ("/generate", "/server_info", "/v1/detokenize")
 """Endpoints of servers that score trajectories."""
 

@@ -76,12 +76,19 @@ class EnginePool(Closeable):
 
     def on_all(self, call: Callable[[EngineClient], Awaitable[Result]]) -> list[Result]:
         """Return the call's result from every engine. The first error is raised when all have answered."""
+        return self.run(self._all(call))
 
-        async def all_engines() -> list[Result]:
-            found = await asyncio.gather(*(call(client) for client in self.clients), return_exceptions=True)
-            return [_raised(item) for item in found]
+    def begin_on_all(self, call: Callable[[EngineClient], Awaitable[None]]) -> "Future[None]":
+        """Begin a call to every engine. The future has the first error when all have answered."""
 
-        return self.run(all_engines())
+        async def all_engines() -> None:
+            await self._all(call)
+
+        return self.submit(all_engines())
+
+    async def _all(self, call: Callable[[EngineClient], Awaitable[Result]]) -> list[Result]:
+        found = await asyncio.gather(*(call(client) for client in self.clients), return_exceptions=True)
+        return [_raised(item) for item in found]
 
     def reports(self, deadline_s: float) -> list[Report | str]:
         """Ask every engine for its load and its weights, all at once, and wait `deadline_s` at most.

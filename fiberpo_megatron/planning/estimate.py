@@ -23,7 +23,7 @@ from fiberpo_megatron.planning.states import DTYPE_BYTES, Position, StateBytes, 
 from fiberpo_megatron.planning.timing import GIGA, StepTime, step_time
 from fiberpo_megatron.planning.training import packing
 
-_PUBLICATIONS: dict[str, Publication] = {"distributed": "broadcast", "disk": "disk"}
+_PUBLICATIONS: dict[str, Publication] = {"distributed": "broadcast", "disk": "disk", "ipc": "device"}
 """The built-in ways of weight_sync.method; a custom one is planned as one that sends shards."""
 
 

@@ -33,15 +33,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from fiberpo_megatron.engines.errors import EngineError
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.interfaces import WeightSource
-from fiberpo_megatron.weight_sync.manifest import Manifest
-
-Weights = Iterator[tuple[str, Tensor]]
-"""Hugging Face names and full tensors, as `WeightSource.full` yields them."""
 
 
 class Deadline:
@@ -53,6 +47,10 @@ class Deadline:
     def left(self) -> float:
         """Return the seconds until then. It is never quite 0, so that a wait with it fails by its own rules."""
         return max(self._end - time.monotonic(), 0.001)
+
+    def passed(self) -> bool:
+        """Return whether it lies in the past."""
+        return time.monotonic() >= self._end
 
 
 @dataclass(frozen=True)
@@ -118,29 +116,21 @@ class Publisher(ABC):
                     client.address.log,
                 )
 
+    def check_alike(self, timeout_s: float) -> list[str]:
+        """Return the checksum of the weights that each engine holds.
 
-class LeaderPublisher(Publisher):
-    """Publishes full tensors from rank 0, which alone talks to the engines; subclasses define `send`."""
-
-    def __init__(self, context: PublisherContext) -> None:
-        super().__init__(context)
-        self._manifest = Manifest(context.model) if context.rank == 0 else None
-
-    def publish(self, source: WeightSource, version: str) -> None:
-        """Load the weights into every engine as `version`; running requests go on with the new weights.
-
-        Raises EngineError that names the engine, and ValueError for weights that are not the model's. Every rank
-        iterates over the weights to the end in any case, so that none waits for one that failed.
+        Raises EngineError when engines with the same number of tensor-parallel ranks hold different weights.
         """
-        weights = source.full()
-        try:
-            if self._manifest is not None:
-                self.send(self._manifest.checked(weights), version, Deadline(self.context.timeout_s))
-                self.check_version(version)
-        finally:
-            for _ in weights:
-                pass
-
-    @abstractmethod
-    def send(self, weights: Weights, version: str, deadline: Deadline) -> None:
-        """Bring full tensors to the engines. Rank 0 alone calls it. The weights are checked while they are iterated."""
+        found = self.engines.on_all(lambda client: client.checksum(timeout_s))
+        first: dict[int, int] = {}
+        for number, (client, checksum) in enumerate(zip(self.engines.clients, found)):
+            other = first.setdefault(checksum.count("-"), number)
+            if checksum != found[other]:
+                raise EngineError(
+                    client.url,
+                    f"it holds weights with checksum {checksum}, but {self.engines.clients[other].url} holds weights "
+                    f"with checksum {found[other]} after the same publication",
+                    "Check that no other run publishes to one of them, and that both run the same SGLang",
+                    client.address.log,
+                )
+        return found

@@ -1,54 +1,79 @@
-"""This module cuts a stream of named tensors into flat buckets."""
+"""This module lays named tensors one after the other into one flat buffer of bytes."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fiberpo_megatron.weight_sync.base import Weights
+from fiberpo_megatron.interfaces import NamedShape
+
+ALIGNMENT = 16
+"""A bucket takes a multiple of this many bytes, so that another bucket may follow it in the same buffer."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bucket:
-    """Holds tensors that travel as one flat uint8 tensor."""
+    """Describes tensors that travel as one flat uint8 tensor. Make one with `bucket`."""
 
-    names: list[str] = field(default_factory=list)
-    tensors: list[Tensor] = field(default_factory=list)
-    bytes: int = 0
+    tensors: Sequence[NamedShape]
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor at the end."""
-        self.names.append(name)
-        self.tensors.append(tensor)
-        self.bytes += tensor.nbytes
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
+    def padded_bytes(self) -> int:
+        return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [tensor.name for tensor in self.tensors]
+
+    @cached_property
     def dtypes(self) -> list[str]:
-        """Return the tensors' types as SGLang names them: float32, bfloat16, ..."""
+        """List the tensors' types as SGLang names them: float32, bfloat16, ..."""
         return [str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors]
 
-    @property
+    @cached_property
     def shapes(self) -> list[list[int]]:
-        """Return the tensors' shapes."""
         return [list(tensor.shape) for tensor in self.tensors]
 
-    def flat(self, device: torch.device) -> Tensor:
-        """Return the bytes of all tensors, one after the other, as uint8 [bytes] on `device`."""
-        return torch.cat([t.detach().to(device).contiguous().view(-1).view(torch.uint8) for t in self.tensors])
+    @cached_property
+    def offsets(self) -> list[int]:
+        """List where each tensor begins, in bytes."""
+        found, at = [], 0
+        for tensor in self.tensors:
+            found.append(at)
+            at += tensor.nbytes
+        return found
+
+    def in_order(self, tensors: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
+        """Return the values in the bucket's order. Raises ValueError unless they are the tensors of the bucket."""
+        found = dict(tensors)
+        for announced in self.tensors:
+            tensor = found.pop(announced.name, None)
+            if tensor is None or (tuple(tensor.shape), tensor.dtype) != (announced.shape, announced.dtype):
+                seen = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                raise ValueError(f"the policy announced {announced}, but exported {seen}; correct its export")
+        if found:
+            raise ValueError(f"the policy exported {next(iter(found))}, which it had not announced; correct its export")
+        values = dict(tensors)
+        return [values[name] for name in self.names]
+
+    def fill(self, flat: Tensor, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        """Write the tensors' bytes into `flat`, uint8 [at least nbytes] on any device. Raises ValueError for others."""
+        for offset, tensor in zip(self.offsets, self.in_order(tensors), strict=True):
+            flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+
+    def flat(self, tensors: Sequence[tuple[str, Tensor]], device: torch.device) -> Tensor:
+        """Return the bytes of all tensors as a new uint8 [nbytes] tensor on `device`."""
+        found = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        self.fill(found, tensors)
+        return found
 
 
-def buckets(weights: Weights, limit: int) -> Iterator[tuple[Bucket, bool]]:
-    """Yield pairs of a bucket and whether it is the last one. A bucket has at most `limit` bytes, or one tensor.
-
-    A tensor whose element size does not divide its offset (float32 after an odd number of bfloat16) begins a new
-    bucket, because the engine views the bytes in place.
-    """
-    bucket = Bucket()
-    for name, tensor in weights:
-        if bucket.names and (bucket.bytes + tensor.nbytes > limit or bucket.bytes % tensor.element_size()):
-            yield bucket, False
-            bucket = Bucket()
-        bucket.add(name, tensor)
-    if bucket.names:
-        yield bucket, True
+def bucket(tensors: Iterable[NamedShape]) -> Bucket:
+    """Return a bucket of these tensors: those with large elements first, so that each can be viewed in place."""
+    return Bucket(sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize))

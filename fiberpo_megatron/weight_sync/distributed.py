@@ -1,174 +1,156 @@
-"""This module publishes by broadcast from trainer rank 0 to the engines (NCCL, gloo without a GPU)."""
+"""This module publishes by broadcast from the training ranks to the engines (NCCL, gloo without a GPU).
 
-import threading
+Every rank that has a share of the weights (at least one for each pipeline stage and each shard of the experts) has a
+process group of its own with the engines, and broadcasts its share from there. Rank 0 asks the engines to receive.
+"""
+
 import uuid
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from contextlib import suppress
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
 from itertools import accumulate
 from urllib.parse import urlsplit
 
 import torch
+from torch import Tensor
 
 from fiberpo_megatron.engines.addresses import local_address
-from fiberpo_megatron.engines.errors import EngineError, EngineRefused, EngineTimeout
-from fiberpo_megatron.weight_sync.base import Deadline, LeaderPublisher, PublisherContext, Weights
-from fiberpo_megatron.weight_sync.buckets import Bucket, buckets
+from fiberpo_megatron.engines.client import EngineClient
+from fiberpo_megatron.weight_sync.base import Deadline, PublisherContext
 from fiberpo_megatron.weight_sync.group import UpdateGroup
+from fiberpo_megatron.weight_sync.rounds import Round, RoundPublisher
+from fiberpo_megatron.weight_sync.session import QUICK_S, end_quietly, open_update, quietly
+from fiberpo_megatron.weight_sync.waiting import both, in_thread, together
 
 MIB = 1024**2
-QUICK_S = 10.0
-"""Seconds that a call may take that only tidies up."""
-GRACE_S = 2.0
-"""Seconds that an engine may take to say why a collective failed."""
 
 
-class DistributedPublisher(LeaderPublisher):
-    """Broadcasts flat buckets in a process group of its own, which is made at the first publication.
+class DistributedPublisher(RoundPublisher):
+    """Broadcasts flat buckets in process groups of its own, which are made at the first publication.
 
-    `bucket_mib` is the size of one broadcast in MiB. `backend` is "nccl" or "gloo"; by default nccl where torch sees a
-    GPU, else gloo.
+    `bucket_mib` is about the size of a round, all ranks together, in MiB. `backend` is "nccl" or "gloo"; by default
+    nccl where torch sees a GPU, else gloo.
 
-    A refusal before the first bucket leaves the old weights in place; after a failure in the middle the error
-    says that the engine may hold a mixture. The group is then given up; the next publication makes a new one.
+    A refusal before the first bucket leaves the old weights in place; after a failure in the middle the error says that
+    the engines may hold a mixture. The groups are then given up; the next publication makes new ones.
     """
 
     def __init__(self, context: PublisherContext, bucket_mib: int = 256, backend: str | None = None) -> None:
-        super().__init__(context)
         if bucket_mib < 1:
             raise ValueError(f"bucket_mib = {bucket_mib} must be at least 1")
         if backend not in (None, "nccl", "gloo"):
             raise ValueError(f'backend = "{backend}" must be "nccl" or "gloo"')
-        self.bucket_bytes = bucket_mib * MIB
+        super().__init__(context, bucket_mib * MIB)
         self.backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
         self.device = torch.device("cuda" if self.backend == "nccl" else "cpu")
         self._group: UpdateGroup | None = None
+        self._names: dict[int, str] = {}
+        """Names of the groups of all sources, by rank; empty when they have to be made."""
+        self._flat: Tensor | None = None
 
-    def send(self, weights: Weights, version: str, deadline: Deadline) -> None:
-        """Broadcast all buckets; the engines take the version with the last."""
-        group = self._group or self._connect(deadline)
-        sent = 0
-        with self.paused():
-            self._begin(deadline)
-            try:
-                for bucket, last in buckets(weights, self.bucket_bytes):
-                    self._broadcast(group, bucket, version if last else None, deadline)
-                    sent += len(bucket.names)
-            except BaseException as error:
-                self._give_up(group)
-                if sent or isinstance(error, EngineError):
-                    error.add_note(f"after {sent} sent tensors: the engines may hold a mixture of weights")
-                raise
-            self.engines.on_all(lambda client: client.end_weight_update(deadline.left()))
+    def exchange(self, plan: Sequence[Round], deadline: Deadline) -> None:
+        """Make the groups at the first publication: one for each rank that has a share, with all engine ranks."""
+        if self._names:
+            return
+        what = "making the process groups for weights"
+        sizes: list[int] = []
+        with self.ranks.step(what, deadline):
+            if self.leads:
+                sizes = self.engines.on_all(lambda client: client.tensor_parallel_size(deadline.left()))
+        sizes = self.ranks.gather(sizes, what, deadline)[0]
+        mine: dict[str, str | int] | None = None
+        with self.ranks.step(what, deadline):
+            if any(this.buckets[self.context.rank].tensors for this in plan):
+                hosts = [urlsplit(client.url).hostname or "" for client in self.engines.clients]
+                host, name = local_address(hosts), f"fiberpo-{uuid.uuid4().hex[:8]}"
+                self._group = UpdateGroup(name, self.backend, host, 1 + sum(sizes), self.context.timeout_s)
+                mine = {"name": name, "host": host, "port": self._group.port}
+        groups = self.ranks.gather(mine, what, deadline)
+        with self.ranks.step(what, deadline):
+            own = None if self._group is None else in_thread(self._group.connect)
+            joined = self.engines.submit(self._join(groups, sizes, deadline)) if self.leads else None
+            self.await_sent(both(own, joined), f"the group of rank 0 and {sum(sizes)} engine ranks", deadline)
+        self._names = {rank: group["name"] for rank, group in enumerate(groups) if group}
 
-    def _begin(self, deadline: Deadline) -> None:
-        """Open the update on every engine before anything is broadcast: a refusal must not leave one waiting.
-
-        An engine refuses while an update is open, which a trainer leaves behind that was killed in the middle of one.
-        Then the update is closed on all engines and opened once more.
-        """
-        try:
-            self.engines.on_all(lambda client: client.begin_weight_update(deadline.left()))
-        except EngineRefused:
-            self._end_quietly()
-            try:
-                self.engines.on_all(lambda client: client.begin_weight_update(deadline.left()))
-            except EngineError:
-                self._end_quietly()
-                raise
-
-    def _broadcast(self, group: UpdateGroup, bucket: Bucket, version: str | None, deadline: Deadline) -> None:
-        """Send one bucket. The first failure counts: an engine that refuses leaves the broadcast waiting."""
-        calls = [
-            self.engines.submit(
-                client.update_weights_from_distributed(
-                    bucket.names, bucket.dtypes, bucket.shapes, group.name, version, deadline.left()
-                )
-            )
-            for client in self.engines.clients
-        ]
-        flat = bucket.flat(self.device)
-        self._complete(
-            _in_thread(lambda: group.broadcast(flat)),
-            calls,
-            deadline,
-            f"the broadcast of {len(bucket.names)} tensors ({bucket.bytes} bytes) to it did not complete",
-        )
-
-    def _connect(self, deadline: Deadline) -> UpdateGroup:
-        """Return a new group of this process, as rank 0, and every tensor-parallel rank of every engine."""
-        sizes = self.engines.on_all(lambda client: client.tensor_parallel_size())
+    async def _join(
+        self, groups: Sequence[dict[str, str | int] | None], sizes: Sequence[int], deadline: Deadline
+    ) -> None:
+        """Have every engine join the group of every source, one source after the other."""
         offsets = list(accumulate(sizes, initial=1))
-        host = local_address([urlsplit(client.url).hostname or "" for client in self.engines.clients])
-        name = f"fiberpo-{uuid.uuid4().hex[:8]}"
-        group = UpdateGroup(name, self.backend, host, offsets[-1], self.context.timeout_s)
-        calls = [
-            self.engines.submit(
-                client.init_weights_update_group(
-                    host, group.port, offset, group.size, name, self.backend, deadline.left()
+        for group in filter(None, groups):
+            calls = [
+                (
+                    client.init_weights_update_group,
+                    (str(group["host"]), int(group["port"]), offset, offsets[-1], str(group["name"]), self.backend),
                 )
+                for client, offset in zip(self.engines.clients, offsets)
+            ]
+            await together(call(*arguments, deadline.left()) for call, arguments in calls)
+
+    def prepare(self, this: Round, tensors: list[tuple[str, Tensor]], version: str, deadline: Deadline) -> None:
+        """Put this rank's share of the round into one flat tensor."""
+        self._flat = this.buckets[self.context.rank].flat(tensors, self.device)
+        if self._flat.is_cuda:
+            torch.cuda.synchronize(self._flat.device)  # the broadcast runs in another thread and stream
+
+    def pause(self, deadline: Deadline) -> None:
+        """Pause the engines and open an update on each."""
+        super().pause(deadline)
+        open_update(self.engines, deadline)
+
+    def send(self, this: Round, version: str, deadline: Deadline) -> "Future[None] | None":
+        """Broadcast this rank's bucket; rank 0 asks the engines to receive the buckets of all ranks, in rank order."""
+        flat, group = self._flat, self._group
+        own = None
+        if group is not None and flat is not None and len(flat):
+            own = in_thread(lambda: group.broadcast(flat))
+        received = self.engines.submit(self._receive(this, version, deadline)) if self.leads else None
+        return both(own, received)
+
+    async def _receive(self, this: Round, version: str, deadline: Deadline) -> None:
+        sources = [(rank, bucket) for rank, bucket in enumerate(this.buckets) if bucket.tensors]
+        reported = this.version(version)
+        for number, (rank, bucket) in enumerate(sources):
+            now = number == (len(sources) - 1 if this.last else 0)
+            await together(
+                client.update_weights_from_distributed(
+                    bucket.names,
+                    bucket.dtypes,
+                    bucket.shapes,
+                    self._names[rank],
+                    reported if now else None,
+                    deadline.left(),
+                )
+                for client in self.engines.clients
             )
-            for client, offset in zip(self.engines.clients, offsets)
-        ]
-        self._complete(
-            _in_thread(group.connect),
-            calls,
-            deadline,
-            f"the process group of rank 0 and {group.size - 1} engine ranks at {host}:{group.port} was not complete",
-        )
-        self._group = group
-        return group
 
-    def _complete(self, own: "Future[None]", calls: Sequence["Future[None]"], deadline: Deadline, what: str) -> None:
-        """Wait for this side's part of a collective and for the engines' answers.
+    def finish(self, version: str, deadline: Deadline) -> None:
+        """Close the update on every engine."""
+        self.engines.on_all(lambda client: client.end_weight_update(deadline.left()))
 
-        The first failure is raised. An engine's answer says more than this side's error, so it is waited for briefly.
-        """
-        wait([own, *calls], timeout=deadline.left(), return_when=FIRST_EXCEPTION)
-        if own.done() and own.exception() is not None:
-            wait(calls, timeout=GRACE_S, return_when=FIRST_EXCEPTION)
-        failed = [call for call in calls if call.done() and call.exception() is not None]
-        late = [client for client, call in zip(self.engines.clients, calls) if not call.done()]
-        cause = own.exception() if own.done() else None
-        for call in calls:
-            call.cancel()
-        if failed:
-            failed[0].result()
-        if late or cause is not None or not own.done():
-            engine = (late or self.engines.clients)[0]
-            fix = "Check the network between them, raise weight_sync.timeout_s, or use weight_sync.method = 'disk'"
-            raise EngineTimeout(engine.url, f"{what} in time", fix, engine.address.log) from cause
+    def give_up(self) -> None:
+        """Drop the groups after a failure: their state is unknown, and an update must not stay open."""
+        if self._group is not None:
+            self._group.close()
+        self._group, self._names = None, {}
+        if self.leads:
+            end_quietly(self.engines)
 
-    def _give_up(self, group: UpdateGroup) -> None:
-        """Drop the group after a failure: its state is unknown, and an update must not stay open."""
-        group.close()
-        self._group = None
-        self._end_quietly()
-
-    def _end_quietly(self) -> None:
-        with suppress(EngineError):  # the failure that led here is the one to report
-            self.engines.on_all(lambda client: client.end_weight_update(QUICK_S))
+    def released(self) -> None:
+        """Release the last flat tensor."""
+        self._flat = None
 
     def close(self) -> None:
-        """Leave the process group. A second call does nothing."""
+        """Leave the process groups. A second call does nothing."""
+        names, self._names = self._names, {}
+        if self.leads:
+            for name in names.values():
+                quietly(self.engines, partial(_leave, name=name))
         if self._group is not None:
-            name = self._group.name
-            with suppress(EngineError):  # an engine may be gone already
-                self.engines.on_all(lambda client: client.destroy_weights_update_group(name, QUICK_S))
             self._group.close()
             self._group = None
+        super().close()
 
 
-def _in_thread(work: Callable[[], None]) -> "Future[None]":
-    """Run `work` in a daemon thread, which does not keep the process alive if it hangs in a rendezvous."""
-    future: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            work()
-            future.set_result(None)
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="update-group", daemon=True).start()
-    return future
+async def _leave(client: EngineClient, name: str) -> None:
+    await client.destroy_weights_update_group(name, QUICK_S)

@@ -4,12 +4,12 @@ The trainer's side checks this, because SGLang accepts missing and unknown tenso
 process.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from fiberpo_megatron.interfaces import NamedShape
 from fiberpo_megatron.json_files import read_object
 from fiberpo_megatron.printable import printable
 
@@ -27,15 +27,14 @@ class Manifest:
         self.tied = bool(configuration.get("tie_word_embeddings", False))
         """Whether the output layer shares the embedding's weight, so that it may be left out."""
 
-    def checked(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the same weights. Raises ValueError at the first that is unknown, or at the end if one is missing."""
+    def check(self, tensors: Iterable[NamedShape]) -> None:
+        """Raise ValueError when a tensor of a publication is unknown, missing, doubled or of the wrong shape."""
         seen: dict[str, Shape] = {}
-        for name, tensor in weights:
-            if name in seen:
-                raise ValueError(f"the weight {name} was exported twice")
-            seen[name] = tuple(tensor.shape)
-            self._check(name, seen[name])
-            yield name, tensor
+        for tensor in tensors:
+            if tensor.name in seen:
+                raise ValueError(f"the weight {tensor.name} was exported twice")
+            seen[tensor.name] = tensor.shape
+            self._check(tensor.name, tensor.shape)
         if not seen:
             raise ValueError("the policy exported no weights")
         if self.shapes is None:

@@ -19,7 +19,7 @@ import pytest
 from fiberpo_megatron.config import Config, load_config
 from fiberpo_megatron.doctor import engines, inputs, machine, report, software, storage
 from fiberpo_megatron.doctor.report import Finding
-from fiberpo_megatron.engines import client
+from fiberpo_megatron.engines import client, weight_calls
 from fiberpo_megatron.engines.client import EngineAddress
 from fiberpo_megatron.engines.settings import EngineConfig
 from fiberpo_megatron.telemetry.gpu import GIB, GpuMonitor
@@ -189,7 +189,7 @@ def test_ports():
 
 
 def test_endpoints_are_those_that_the_client_calls():
-    source = Path(client.__file__).read_text()
+    source = "".join(Path(module.__file__).read_text() for module in (client, weight_calls))
     assert all(
         f'"{path}"' in source for path in (*engines.COMMON, *engines.SCORING, *sum(engines.OF_METHOD.values(), ()))
     )

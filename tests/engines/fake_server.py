@@ -45,8 +45,9 @@ class FakeServers(httpx.AsyncBaseTransport):
         self.running = self.most_running = 0
         """Responses in flight, and the largest number of them."""
         self.version: dict[str, str] = {}
+        self.checksum: dict[str, str] = {}
 
-    def paths(self, skip: tuple[str, ...] = ("/model_info", "/server_info")) -> list[str]:
+    def paths(self, skip: tuple[str, ...] = ("/model_info", "/server_info", "/weights_checker")) -> list[str]:
         return [path for _, path, _ in self.calls if path not in skip]
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -75,5 +76,7 @@ class FakeServers(httpx.AsyncBaseTransport):
             return {"model_path": "/m", "weight_version": self.version.get(host, "default")}
         if path == "/server_info":
             return {"tp_size": 1, "dp_size": 1, "enable_memory_saver": False}
+        if path == "/weights_checker":
+            return {"success": True, "ranks": [{"per_gpu_checksum": self.checksum.get(host, "same")}]}
         self.version[host] = (body or {}).get("weight_version") or self.version.get(host, "default")
         return {"success": True, "message": "Success"}

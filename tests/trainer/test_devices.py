@@ -32,8 +32,9 @@ def test_nccl_is_not_asked_to_connect_two_processes_on_one_gpu(eight_gpus: None)
     config = {"model": {"path": "m"}}
     shared = config | {"rollout": {"engine": {"colocated": True}}}
     _check_colocated(Config.model_validate(config))
-    _check_colocated(Config.model_validate(shared | {"weight_sync": {"method": "disk"}}))
-    with pytest.raises(ConfigError, match=r'set weight_sync.method = "disk"'):
+    for method in ("disk", "ipc"):
+        _check_colocated(Config.model_validate(shared | {"weight_sync": {"method": method}}))
+    with pytest.raises(ConfigError, match=r'set weight_sync.method = "ipc"'):
         _check_colocated(Config.model_validate(shared))
 
 

@@ -80,6 +80,11 @@ class SingleLayout:
         assert share is not None
         return share
 
+    def routes(self, rollouts: RolloutBatch, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        known = np.isin(tokens.numpy(), rollouts.held_rows)
+        at = np.searchsorted(rollouts.held_rows, tokens.numpy()[known])
+        return torch.from_numpy(known), torch.from_numpy(rollouts.routed_experts[at][:, list(layers)])
+
     def gather_json(self, value: Any, root_only: bool = False) -> list[Any]:
         return [json.loads(json.dumps(value))]
 
@@ -89,6 +94,9 @@ class SingleLayout:
     def share_text(self, text: str | None) -> str:
         assert text is not None
         return text
+
+    def wait_for_all(self, where: str, deadline_s: float) -> None:
+        pass
 
     def agree(self, error: str | None, where: str, reraise: bool = True) -> None:
         if error is not None and reraise:
@@ -393,7 +401,7 @@ class Words:
     ) -> tuple[int, ...]:
         return self.between
 
-    def text(self, token_ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+    def text(self, token_ids: Sequence[int], stop: Sequence[str] = (), special: bool = False) -> str:
         return " ".join(map(str, token_ids))
 
     def tokens_with(self, characters: Sequence[str]) -> tuple[int, ...]:

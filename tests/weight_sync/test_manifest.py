@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fiberpo_megatron.interfaces import NamedShape
 from fiberpo_megatron.weight_sync.manifest import Manifest
 
 WEIGHTS = {"a": torch.zeros(2, 3), "b": torch.zeros(4), "lm_head.weight": torch.zeros(5, 2)}
@@ -18,8 +19,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def check(manifest: Manifest, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return dict(manifest.checked(iter(weights.items())))
+def check(manifest: Manifest, weights: dict[str, torch.Tensor]) -> None:
+    manifest.check(NamedShape(name, tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items())
 
 
 def without(name: str) -> dict[str, torch.Tensor]:
@@ -27,7 +28,9 @@ def without(name: str) -> dict[str, torch.Tensor]:
 
 
 def test_all_of_the_folders_tensors_pass(folder):
-    assert check(Manifest(folder), WEIGHTS).keys() == WEIGHTS.keys()
+    manifest = Manifest(folder)
+    check(manifest, WEIGHTS)
+    assert manifest.shapes is not None and manifest.shapes.keys() == WEIGHTS.keys()
 
 
 def test_what_does_not_belong_is_refused(folder):
@@ -38,7 +41,7 @@ def test_what_does_not_belong_is_refused(folder):
     with pytest.raises(ValueError, match=r"weight a has shape \(3, 2\), in .* it has \(2, 3\)"):
         check(Manifest(folder), WEIGHTS | {"a": torch.zeros(3, 2)})
     with pytest.raises(ValueError, match="a was exported twice"):
-        dict(Manifest(folder).checked(iter([("a", WEIGHTS["a"])] * 2)))
+        Manifest(folder).check([NamedShape("a", (2, 3), torch.float32)] * 2)
     with pytest.raises(ValueError, match="exported no weights"):
         check(Manifest(folder), {})
 

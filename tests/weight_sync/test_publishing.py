@@ -53,25 +53,23 @@ class Counted(Tensors):
         super().__init__(WEIGHTS.items())
         self.drained = False
 
-    def full(self):
-        yield from super().full()
+    def share(self, limit):
+        yield from super().share(limit)
         self.drained = True
 
 
 @contextmanager
-def disk(model: Path, servers: FakeServers, folder: Path, rank: int = 0, **options) -> Iterator[DiskPublisher]:
+def disk(model: Path, servers: FakeServers, folder: Path, **options) -> Iterator[DiskPublisher]:
     with EnginePool(ENGINES, timeout_s=5, transport=servers) as pool:
-        made = DiskPublisher(context(pool, model, folder.parent, rank, 2, 5), folder=folder, **options)
+        made = DiskPublisher(context(pool, model, folder.parent, timeout_s=5), folder=folder, **options)
         with closing(made):
             yield made
 
 
 @contextmanager
-def distributed(
-    model: Path, servers: FakeServers, rank: int = 0, timeout_s: float = 5
-) -> Iterator[DistributedPublisher]:
+def distributed(model: Path, servers: FakeServers, timeout_s: float = 5) -> Iterator[DistributedPublisher]:
     with EnginePool(ENGINES, timeout_s=5, transport=servers) as pool:
-        made = DistributedPublisher(context(pool, model, model, rank, 2, timeout_s), bucket_mib=1, backend="gloo")
+        made = DistributedPublisher(context(pool, model, model, timeout_s=timeout_s), bucket_mib=1, backend="gloo")
         with closing(made):
             yield made
 
@@ -90,11 +88,11 @@ def test_disk_writes_a_complete_folder_and_removes_older_ones(model, tmp_path):
     servers, folder = FakeServers(), tmp_path / "published"
     folder.mkdir()
     (folder / "notes").mkdir()
-    with disk(model, servers, folder, shard_bytes=45) as publishing:
+    with disk(model, servers, folder, shard_bytes=40) as publishing:
         publishing.publish(Tensors(WEIGHTS.items()), "1")
         assert servers.paths() == [
             *["/pause_generation"] * 2,
-            *["/update_weights_from_disk"] * 2,
+            *["/update_weights_from_disk"] * 4,
             *["/continue_generation"] * 2,
         ]
         publishing.publish(Tensors(WEIGHTS.items()), "2")
@@ -109,7 +107,14 @@ def test_disk_writes_a_complete_folder_and_removes_older_ones(model, tmp_path):
     assert json.loads((written / "config.json").read_text()) == {"model_type": "x"}
     assert (written / "tokenizer.json").exists() and not (written / "model.safetensors").exists()
     bodies = [body for _, path, body in servers.calls if path == "/update_weights_from_disk"]
-    assert bodies[-1] == {"model_path": str(written), "weight_version": "2", "load_format": "auto"}
+    rounds = [str(written / "rounds" / number) for number in ("00000", "00001")]
+    assert bodies[-4:] == [
+        {"model_path": path, "weight_version": version, "load_format": "auto"}
+        for path, version in zip(rounds, ("incomplete-2", "2"))
+        for _ in ENGINES
+    ]
+    assert {path.name for path in Path(rounds[1]).iterdir()} == {"config.json", "tokenizer.json", files[1]}
+    assert all(path.is_symlink() and path.exists() for path in Path(rounds[1]).iterdir())
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
@@ -120,8 +125,8 @@ def test_an_engine_of_another_user_can_read_what_the_umask_lets_it(model, tmp_pa
             publishing.publish(Tensors(WEIGHTS.items()), "1")
     finally:
         os.umask(before)
-    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "published/1").iterdir()}
-    assert "model-00001.safetensors" in modes and set(modes.values()) == {0o666 & ~umask}, modes
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "published/1").iterdir() if path.is_file()}
+    assert "model-00000-00000.safetensors" in modes and set(modes.values()) == {0o666 & ~umask}, modes
 
 
 def test_disk_refuses_to_replace_a_folder_that_is_not_its_own(model, tmp_path):
@@ -140,7 +145,7 @@ def test_two_runs_in_one_folder_leave_each_others_weights(model, tmp_path):
     shared, published = tmp_path / "shared", []
     for run, version in (("first", "1"), ("second", "2"), ("first", "3")):
         with EnginePool(ENGINES, timeout_s=5, transport=FakeServers()) as pool, ExitStack() as stack:
-            made = DiskPublisher(context(pool, model, tmp_path / run, 0, 2, 5), folder=shared)
+            made = DiskPublisher(context(pool, model, tmp_path / run, timeout_s=5), folder=shared)
             stack.enter_context(closing(made)).publish(Tensors(WEIGHTS.items()), version)
             published.append(sorted(path.name for path in shared.iterdir()))
             if run == "second":
@@ -163,7 +168,7 @@ def test_a_link_in_the_folder_is_not_followed(model, tmp_path):
     assert (elsewhere / MARKER).exists()
 
 
-def test_a_refusal_names_the_engine_resumes_all_and_keeps_the_older_folder(model, tmp_path):
+def test_a_refusal_names_the_engine_leaves_all_paused_and_keeps_the_older_folder(model, tmp_path):
     servers = FakeServers()
     with disk(model, servers, tmp_path / "published") as publishing:
         publishing.publish(Tensors(WEIGHTS.items()), "1")
@@ -172,16 +177,23 @@ def test_a_refusal_names_the_engine_resumes_all_and_keeps_the_older_folder(model
         weights = Counted()
         with pytest.raises(EngineRefused, match=r"127.0.0.1:2: .*not now"):
             publishing.publish(weights, "2")
-    assert servers.paths()[-2:] == ["/continue_generation"] * 2 and weights.drained
-    assert (tmp_path / "published" / "1").is_dir()
+        assert "/continue_generation" not in servers.paths() and weights.drained, "engine 1 may have loaded it"
+        assert (tmp_path / "published" / "1").is_dir()
+        servers.rules.clear()
+        publishing.publish(Tensors(WEIGHTS.items()), "2")
+        assert servers.paths()[-2:] == ["/continue_generation"] * 2
+    assert [path.name for path in (tmp_path / "published").iterdir()] == ["2"]
 
 
-@pytest.mark.parametrize("way", [disk, distributed])
-def test_other_ranks_only_drain(way, model, tmp_path):
-    servers, weights = FakeServers(), Counted()
-    with way(model, servers, **({"folder": tmp_path} if way is disk else {}), rank=1) as publishing:
-        publishing.publish(weights, "1")
-    assert weights.drained and servers.calls == []
+def test_engines_that_hold_different_weights_after_a_publication_are_named(model, tmp_path):
+    servers = FakeServers()
+    servers.checksum["127.0.0.1:2"] = "other"
+    with (
+        disk(model, servers, tmp_path / "published") as publishing,
+        pytest.raises(EngineError, match=r"127.0.0.1:2: .* checksum other, but http://127.0.0.1:1 .* checksum same"),
+    ):
+        publishing.publish(Tensors(WEIGHTS.items()), "1")
+    assert "/continue_generation" not in servers.paths()
 
 
 def test_a_refused_begin_sends_nothing(model):
@@ -208,7 +220,7 @@ def test_an_engine_that_refuses_to_join_is_named_at_once(model):
 def test_engines_that_say_they_joined_but_did_not(model):
     with (
         distributed(model, FakeServers(), timeout_s=1) as publishing,
-        pytest.raises(EngineTimeout, match="rank 0 and 2 engine ranks at .* was not complete in time"),
+        pytest.raises(EngineTimeout, match="rank 0 and 2 engine ranks was not complete in time"),
     ):
         publishing.publish(Tensors(WEIGHTS.items()), "1")
 
@@ -264,14 +276,14 @@ class JoiningServers(FakeServers):
 def test_distributed_sends_buckets_to_all_engines_and_the_version_with_the_last(model):
     servers = JoiningServers()
     with distributed(model, servers) as publishing:
-        publishing.bucket_bytes = 45
+        publishing.limit = 40
         publishing.publish(Tensors(WEIGHTS.items()), "1")
         publishing.publish(Tensors(WEIGHTS.items()), "2")
     expected = torch.cat(list(WEIGHTS.values())).repeat(2)
     for host in ("127.0.0.1:1", "127.0.0.1:2"):
         assert torch.equal(torch.cat(servers.received[host]), expected)
         updates = [b for h, p, b in servers.calls if (h, p) == (host, "/update_weights_from_distributed")]
-        assert [u.get("weight_version") for u in updates] == [None, "1", None, "2"]
+        assert [u.get("weight_version") for u in updates] == ["incomplete-1", "1", "incomplete-2", "2"]
         assert [u["names"] for u in updates[:2]] == [["w0", "w1"], ["w2", "w3"]]
     joins = [body for _, path, body in servers.calls if path == "/init_weights_update_group"]
     assert [(j["rank_offset"], j["world_size"]) for j in joins] == [(1, 3), (2, 3)], "one group for both publications"
@@ -312,7 +324,7 @@ def test_an_engine_that_takes_no_part_does_not_hang_the_broadcast(model):
     with distributed(model, servers, timeout_s=60) as publishing:
         with pytest.raises(EngineRefused, match="127.0.0.1:2: /update_weights_from_distributed .*no such group"):
             publishing.publish(Tensors(WEIGHTS.items()), "1")
-        assert servers.paths()[-2:] == ["/continue_generation"] * 2
+        assert servers.paths()[-2:] == ["/end_weight_update"] * 2, "they may hold a mixture, and stay paused"
     assert time.monotonic() - began < 20
 
 
@@ -366,13 +378,13 @@ def configured(model: Path, **weight_sync: Any) -> Config:
 def test_settings_reach_the_publisher(model, tmp_path):
     with EnginePool(ENGINES, timeout_s=5, transport=FakeServers()) as pool:
         made: Any = make_publisher(configured(model), pool, 0, 1)
-        assert type(made) is DistributedPublisher and made.bucket_bytes == 256 * 2**20
+        assert type(made) is DistributedPublisher and made.limit == 256 * 2**20
         made = make_publisher(configured(model, bucket_mib=3), pool, 0, 1)
-        assert made.bucket_bytes == 3 * 2**20
+        assert made.limit == 3 * 2**20
         made = make_publisher(
             configured(model, method={"use": "distributed", "options": {"bucket_mib": 5}}), pool, 1, 2
         )
-        assert made.bucket_bytes == 5 * 2**20 and made.context.rank == 1
+        assert made.limit == 5 * 2**20 and made.context.rank == 1
         made = make_publisher(configured(model, method="disk", bucket_mib=3), pool, 0, 1)  # of the other method
         assert made.folder == model / "published"
         made = make_publisher(configured(model, method="disk", folder=tmp_path / "own"), pool, 0, 1)

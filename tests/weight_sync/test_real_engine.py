@@ -1,6 +1,7 @@
-"""Both ways of publishing against a real SGLang server."""
+"""All ways of publishing against a real SGLang server."""
 
 import asyncio
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -9,37 +10,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
-from fiberpo_megatron.engines.errors import EngineError
+from fiberpo_megatron.engines.errors import EngineError, EngineTimeout
 from fiberpo_megatron.engines.pool import EnginePool
-from fiberpo_megatron.weight_sync.base import LeaderPublisher
 from fiberpo_megatron.weight_sync.compare import WeightMismatch, compare_log_probs
 from fiberpo_megatron.weight_sync.disk import DiskPublisher
-from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
+from fiberpo_megatron.weight_sync.rounds import RoundPublisher
 from tests.tiny_model import hugging_face_weights, load, log_probs, moved
 from tests.weight_sync.per_rank import publish_from_megatron
 from tests.weight_sync.sources import Tensors, context
-from tests.weight_sync.trainer_rank import publish_as_rank
+from tests.weight_sync.trainer_rank import made_publisher, publish_and_die, publish_as_rank
 
 pytestmark = pytest.mark.sglang
 ROUNDING = 1e-4
 """float32 on both sides; other summation orders were seen to move log-probs by 5e-6."""
+IN_ROUNDS = ["disk", "distributed", "ipc"]
+"""An engine loads the first rounds while the last ones are still prepared."""
+METHODS = [*IN_ROUNDS, "delta"]
 PROBE = [5, 9, 2, 33, 12, 60, 4]
 
 
 @contextmanager
-def publisher(method: str, engine: EngineAddress, checkpoint: Path, folder: Path) -> Iterator[LeaderPublisher]:
-    made: LeaderPublisher
-    with EnginePool([engine], timeout_s=30) as pool:
-        given = context(pool, checkpoint, folder)
-        if method == "disk":
-            made = DiskPublisher(given, folder=folder, shard_bytes=40_000)
-        else:
-            made = DistributedPublisher(given, backend="gloo")
-        with closing(made):
-            yield made
+def publisher(method: str, engine: EngineAddress, checkpoint: Path, folder: Path) -> Iterator[RoundPublisher]:
+    with (
+        EnginePool([engine], timeout_s=30) as pool,
+        closing(made_publisher(method, context(pool, checkpoint, folder))) as made,
+    ):
+        yield made
 
 
 def scores(engine: EngineAddress) -> np.ndarray:
@@ -47,7 +48,16 @@ def scores(engine: EngineAddress) -> np.ndarray:
         return pool.run(pool.clients[0].score(PROBE))
 
 
-@pytest.mark.parametrize("method", ["disk", "distributed"])
+def after_a_full_load(engine: EngineAddress, model: PreTrainedModel, folder: Path) -> str:
+    """Return the checksum of what the engine holds after it has loaded the model from a folder of transformers."""
+    model.save_pretrained(folder / "reference")
+    with EnginePool([engine], timeout_s=30) as pool:
+        version = pool.run(pool.clients[0].model_info()).weight_version
+        pool.run(pool.clients[0].update_weights_from_disk(folder / "reference", version, 30))
+        return pool.run(pool.clients[0].checksum())
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_engine_computes_with_the_published_weights(method, engine, checkpoint, tmp_path):
     old = log_probs(load(checkpoint), PROBE)
     np.testing.assert_allclose(scores(engine), old, atol=ROUNDING)
@@ -55,6 +65,7 @@ def test_the_engine_computes_with_the_published_weights(method, engine, checkpoi
         for seed in (1, 2):
             model = moved(checkpoint, seed)
             publishing.publish(Tensors(hugging_face_weights(model)), str(seed))
+            assert len(publishing.plan) > 2 and publishing.checksums == [after_a_full_load(engine, model, tmp_path)]
             new = log_probs(model, PROBE)
             assert np.abs(new - old).mean() > 100 * ROUNDING
             np.testing.assert_allclose(scores(engine), new, atol=ROUNDING)
@@ -62,20 +73,12 @@ def test_the_engine_computes_with_the_published_weights(method, engine, checkpoi
             with pytest.raises(WeightMismatch, match="mean .* max"):
                 compare_log_probs(old, scores(engine), tolerance=ROUNDING, engine="it", version=str(seed))
     if method == "disk":
-        assert [folder.name for folder in (tmp_path / "published").iterdir()] == ["2"]
-        assert len(list((tmp_path / "published" / "2").glob("*.safetensors"))) > 1
+        assert [folder.name for folder in (tmp_path / "published/published").iterdir()] == ["2"]
+        assert len(list((tmp_path / "published/published/2").glob("*.safetensors"))) > 1
 
 
-def test_many_small_buckets_carry_the_same_weights(engine, checkpoint):
-    model = moved(checkpoint)
-    with publisher("distributed", engine, checkpoint, Path()) as publishing:
-        assert isinstance(publishing, DistributedPublisher)
-        publishing.bucket_bytes = 20_000
-        publishing.publish(Tensors(hugging_face_weights(model)), "1")
-    np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
-
-
-def test_what_a_killed_trainer_left_behind_does_not_stop_the_next(engine, checkpoint):
+@pytest.mark.parametrize("method", ["distributed", "ipc"])
+def test_what_a_killed_trainer_left_behind_does_not_stop_the_next(method, engine, checkpoint):
     async def leave_behind() -> None:
         async with EngineClient(engine, timeout_s=60) as client:
             await client.pause()
@@ -83,12 +86,12 @@ def test_what_a_killed_trainer_left_behind_does_not_stop_the_next(engine, checkp
 
     asyncio.run(leave_behind())
     model = moved(checkpoint)
-    with publisher("distributed", engine, checkpoint, Path()) as publishing:
+    with publisher(method, engine, checkpoint, Path()) as publishing:
         publishing.publish(Tensors(hugging_face_weights(model)), "1")
     np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
 
 
-@pytest.mark.parametrize("method", ["disk", "distributed"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_response_across_a_publication_names_both_versions(method, engine, checkpoint, tmp_path):
     model = moved(checkpoint)
     with (
@@ -112,53 +115,79 @@ def test_a_response_across_a_publication_names_both_versions(method, engine, che
         )
 
 
-@pytest.mark.parametrize("method", ["disk", "distributed"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_bad_export_leaves_the_old_weights(method, engine, checkpoint, tmp_path):
-    def wrong_shape():
-        for name, tensor in hugging_face_weights(moved(checkpoint)):
-            yield name, tensor[:3] if name == "model.norm.weight" else tensor
+    class Dies(Tensors):
+        def share(self, limit):
+            for number, tensors in enumerate(super().share(limit)):
+                if number == 0:
+                    raise FloatingPointError("the trainer's own failure")
+                yield tensors
 
-    def dies():
-        for index, item in enumerate(hugging_face_weights(moved(checkpoint))):
-            if index == 9:
-                raise FloatingPointError("the trainer's own failure")
-            yield item
-
+    wrong = [
+        (name, tensor[:3] if name == "model.norm.weight" else tensor)
+        for name, tensor in hugging_face_weights(moved(checkpoint))
+    ]
     model = moved(checkpoint)
     with publisher(method, engine, checkpoint, tmp_path) as publishing:
         with pytest.raises(ValueError, match=r"model.norm.weight has shape \(3,\), .* \(64,\)"):
-            publishing.publish(Tensors(wrong_shape()), "bad")
+            publishing.publish(Tensors(wrong), "bad")
         with pytest.raises(FloatingPointError, match="own failure"):
-            publishing.publish(Tensors(dies()), "bad")
+            publishing.publish(Dies(hugging_face_weights(moved(checkpoint))), "bad")
         np.testing.assert_allclose(scores(engine), log_probs(load(checkpoint), PROBE), atol=ROUNDING)
         publishing.publish(Tensors(hugging_face_weights(model)), "good")
     np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
 
 
-def test_a_half_loaded_publication_says_so_and_can_be_repeated(engine, checkpoint):
-    """SGLang itself fails at the second bucket: this side's check of shapes is taken out."""
-
-    def transposed():
-        for name, tensor in hugging_face_weights(moved(checkpoint)):
-            yield name, torch.zeros(7) if name == "model.norm.weight" else tensor
-
+@pytest.mark.parametrize("method", ["distributed", "ipc"])
+def test_a_half_loaded_publication_is_never_served_and_can_be_repeated(method, engine, checkpoint):
+    """SGLang itself fails in a later round: this side's check of shapes is taken out."""
+    wrong = [
+        (name, torch.zeros(7) if name == "model.norm.weight" else tensor)
+        for name, tensor in hugging_face_weights(moved(checkpoint))
+    ]
     model = moved(checkpoint)
-    with publisher("distributed", engine, checkpoint, Path()) as publishing:
-        assert isinstance(publishing, DistributedPublisher) and publishing._manifest is not None
-        publishing._manifest.shapes = None
-        publishing.bucket_bytes = 20_000
+    with publisher(method, engine, checkpoint, Path()) as publishing, EnginePool([engine], timeout_s=1) as pool:
+        manifest, publishing._manifest = publishing._manifest, None
         with pytest.raises(EngineError, match="Attempted to load weight") as raised:
-            publishing.publish(Tensors(transposed()), "1")
+            publishing.publish(Tensors(wrong), "1")
         assert "mixture of weights" in str(raised.value.__notes__)
-        publishing._manifest.shapes = None
+        assert pool.run(pool.clients[0].model_info()).weight_version == "incomplete-1"
+        with pytest.raises(EngineTimeout):
+            pool.run(pool.clients[0].generate([[3, 4, 5]], Sampling(1)))
+        publishing._manifest, publishing.plan = manifest, []
         publishing.publish(Tensors(hugging_face_weights(model)), "2")
+        assert pool.run(pool.clients[0].model_info()).weight_version == "2"
+    np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
+
+
+@pytest.mark.parametrize("method", IN_ROUNDS)
+def test_a_trainer_that_is_killed_in_the_middle_leaves_a_paused_engine_and_the_next_publishes(
+    method, engine, checkpoint, tmp_path
+):
+    model = moved(checkpoint)
+    context = torch.multiprocessing.get_context("spawn")
+    killed = context.Process(target=publish_and_die, args=(method, engine, checkpoint, tmp_path))
+    killed.start()
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
+    with EnginePool([engine], timeout_s=1) as pool:
+        assert pool.run(pool.clients[0].model_info()).weight_version == "incomplete-killed"
+        with pytest.raises(EngineTimeout):
+            pool.run(pool.clients[0].generate([[3, 4, 5]], Sampling(1)))
+    with publisher(method, engine, checkpoint, tmp_path) as publishing:
+        publishing.publish(Tensors(hugging_face_weights(model)), "next")
+        assert publishing.checksums == [after_a_full_load(engine, model, tmp_path)]
     np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
 
 
 def test_a_publication_under_another_version_is_noticed(engine, checkpoint, tmp_path):
     class Forgetful(DiskPublisher):
-        def send(self, weights, version, deadline):
-            super().send(weights, "other", deadline)
+        def send(self, this, version, deadline):
+            folder = self.folder / version
+            return self.engines.begin_on_all(
+                lambda client: client.update_weights_from_disk(folder, "other", deadline.left())
+            )
 
     with (
         EnginePool([engine], timeout_s=30) as pool,
@@ -168,11 +197,42 @@ def test_a_publication_under_another_version_is_noticed(engine, checkpoint, tmp_
         publishing.publish(Tensors(hugging_face_weights(load(checkpoint))), "1")
 
 
-def test_a_trainer_of_two_ranks_publishes_beside_its_own_group(engine, checkpoint, tmp_path):
+def test_an_engine_that_lost_its_copy_gets_all_weights_again(engine, checkpoint, tmp_path):
+    """As after a restart of the engine, or when it was killed while it changed its copy."""
+    model, folder = moved(checkpoint, 2), tmp_path / "published"
+    with publisher("delta", engine, checkpoint, tmp_path) as publishing:
+        publishing.publish(Tensors(hugging_face_weights(moved(checkpoint))), "1")
+        with EnginePool([engine], timeout_s=30) as pool:
+            copy = Path(pool.run(pool.clients[0].model_info()).model_path)
+        (copy / "fiberpo-state.json").unlink()
+        publishing.publish(Tensors(hugging_face_weights(model)), "2")
+        assert (folder / "2/model.safetensors.index.json").exists()
+        few = slightly_changed(model)
+        publishing.publish(Tensors(hugging_face_weights(few)), "3")
+        assert not (folder / "3/model.safetensors.index.json").exists()
+        size = sum(path.stat().st_size for path in (folder / "3").glob("*.safetensors"))
+        assert 0 < size < sum(p.stat().st_size for p in copy.glob("*.safetensors")) / 20
+        assert publishing.checksums == [after_a_full_load(engine, few, tmp_path)]
+    np.testing.assert_allclose(scores(engine), log_probs(few, PROBE), atol=ROUNDING)
+
+
+def slightly_changed(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model after a change of every 500th element of each weight."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.view(-1)[::500] += 0.5
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_publish_their_shares_beside_a_group_of_their_own(method, engine, checkpoint, tmp_path):
     model = moved(checkpoint)
-    torch.save([(name, tensor.clone()) for name, tensor in hugging_face_weights(model)], tmp_path / "weights.pt")
-    torch.multiprocessing.spawn(publish_as_rank, args=(str(tmp_path), engine, checkpoint), nprocs=2)
-    np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
+    save_file({name: tensor.contiguous() for name, tensor in hugging_face_weights(model)}, tmp_path / "weights")
+    torch.multiprocessing.spawn(publish_as_rank, args=(method, str(tmp_path), engine, checkpoint), nprocs=2)
+    with EnginePool([engine], timeout_s=30) as pool:
+        checksum = pool.run(pool.clients[0].checksum())
+        assert pool.run(pool.clients[0].model_info()).weight_version == "2"
+    assert checksum == after_a_full_load(engine, model, tmp_path)
 
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"expert": 2}, {"pipeline": 2}], ids=str)

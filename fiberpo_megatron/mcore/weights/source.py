@@ -1,12 +1,13 @@
 """This module gives out a policy's current weights under Hugging Face names, as full tensors or as local shards."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 
 from torch import Tensor, nn
 
-from fiberpo_megatron.interfaces import LocalShard
+from fiberpo_megatron.interfaces import LocalShard, NamedShape
 from fiberpo_megatron.mcore.families import Architecture, GateUp, Qkv, Split, Vocabulary, Whole, family_of
-from fiberpo_megatron.mcore.weights.export import export_hf
+from fiberpo_megatron.mcore.weights.export import Export
 from fiberpo_megatron.mcore.weights.local import LocalWeight, WeightLayout, local_weights
 
 
@@ -14,20 +15,43 @@ class MegatronWeights:
     """Gives out the weights of a Megatron model. This is the `interfaces.WeightSource` of `MegatronPolicy`.
 
     `model_chunks` are this rank's parts of the model, `hf_config` the values of config.json. Each call yields the
-    weights as they are at that moment, so that one source serves a whole run.
+    weights as they are at that moment, so that one source serves a whole run. `ready` waits until the parameters of
+    the last optimiser step are all here, where they travel beside other work.
     """
 
     def __init__(
-        self, model_chunks: Sequence[nn.Module], hf_config: Mapping[str, object], layout: WeightLayout
+        self,
+        model_chunks: Sequence[nn.Module],
+        hf_config: Mapping[str, object],
+        layout: WeightLayout,
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
-        self._chunks, self._hf_config, self._layout = model_chunks, hf_config, layout
+        self._chunks, self._hf_config, self._layout, self._ready = model_chunks, hf_config, layout, ready
+
+    @cached_property
+    def _export(self) -> Export:
+        """What the ranks have to know of each other's shards; every rank builds it at its first export."""
+        return Export(self._chunks, self._hf_config, self._layout)
 
     def full(self) -> Iterator[tuple[str, Tensor]]:
         """Yield names and full tensors, one at a time. Every rank must iterate to the end.
 
         Rank 0 gets the tensors, on the model's device and in its type; the others get empty ones.
         """
-        return export_hf(self._chunks, self._hf_config, self._layout)
+        self._ready()
+        return self._export.full()
+
+    def rounds(self, limit: int) -> list[list[list[NamedShape]]]:
+        """List by round and rank the full tensors that `share` yields. Every rank makes the first call."""
+        return self._export.rounds(limit)
+
+    def share(self, limit: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield in each round the names and full tensors that fall to this rank, in the model's type, on its device.
+
+        Every rank must iterate to the end; the ranks of a tensor-parallel group exchange what they hold.
+        """
+        self._ready()
+        return self._export.share(limit)
 
     def local(self) -> Iterator[LocalShard]:
         """Yield the parts of Hugging Face tensors that this rank holds, without communication.
@@ -40,6 +64,7 @@ class MegatronWeights:
         that a part may have no rows. Raises ValueError for a tensor-parallel model whose family has transforms of its
         own, because the blocks that these cut are not known.
         """
+        self._ready()
         family = family_of(self._hf_config)
         model = family.read_architecture(self._hf_config)
         for weight in local_weights(self._chunks, family.weights.for_model(model), self._layout):

@@ -43,14 +43,20 @@ def _rendezvous_on_loopback(server_args: Any) -> None:
     listener.bind(("127.0.0.1", server_args.nccl_port))
     listener.listen(1024)
     port = listener.getsockname()[1]
-    _kept.append(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()))
+    _kept.append(
+        TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    )
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # all ranks are clients
 
 
 def register() -> None:
     """Register the hooks; SGLang calls this entry point."""
+    import fiberpo_delta
+    import fiberpo_weights
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    fiberpo_delta.register()
+    fiberpo_weights.register()
     if KEY_FD in os.environ:
         HookRegistry.register("sglang.srt.server_args.prepare_server_args", _with_key, HookType.AFTER)
         HookRegistry.register("sglang.srt.entrypoints.engine._server_args_for_logging", _without_key, HookType.AFTER)

@@ -1,0 +1,190 @@
+"""This module holds the base of the built-in publishers, which carry the weights in rounds.
+
+In a round every rank contributes a few full tensors, its share. While the engines take one round, the ranks export the
+next one, so that a publication takes as long as the slower of the two.
+"""
+
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fiberpo_megatron.engines.errors import EngineError, EngineTimeout
+from fiberpo_megatron.interfaces import WeightSource
+from fiberpo_megatron.weight_sync.base import Deadline, Publisher, PublisherContext
+from fiberpo_megatron.weight_sync.buckets import Bucket, bucket
+from fiberpo_megatron.weight_sync.manifest import Manifest
+from fiberpo_megatron.weight_sync.ranks import Ranks
+
+POLL_S = 0.2
+"""How often a rank that waits for the engines looks whether another rank has failed."""
+INCOMPLETE = "incomplete-"
+"""An engine reports this and the version while it holds a part of a publication."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """Describes a round: the bucket that each rank contributes."""
+
+    number: int
+    last: bool
+    buckets: Sequence[Bucket]
+
+    def version(self, version: str) -> str | None:
+        """Return the version that engines have to report after this round; None where it does not change."""
+        if self.last:
+            return version
+        return f"{INCOMPLETE}{version}" if self.number == 0 else None
+
+
+class RoundPublisher(Publisher):
+    """Carries the weights in rounds of about `limit` bytes; subclasses say how a round travels.
+
+    Rank 0 talks to the engines: it pauses them before the first round and lets them go on after the last, when each
+    reports the version and all hold the same weights. When a publication fails in between, or the trainer is killed,
+    an engine may hold a mixture of weights: it then reports "incomplete-<version>" and stays paused, so that nothing is
+    sampled from it, until a publication succeeds.
+    """
+
+    def __init__(self, context: PublisherContext, limit: int) -> None:
+        super().__init__(context)
+        self.limit = limit
+        self.ranks = Ranks(context.rank, context.world_size, context.timeout_s)
+        self.leads = context.rank == 0
+        self.sent = False
+        """Whether the engines may have loaded something of the publication in progress."""
+        self.checksums: list[str] = []
+        """What each engine holds since the last publication (rank 0)."""
+        self.seconds: dict[str, float] = {}
+        """How long the parts of the last publication took."""
+        self._manifest = Manifest(context.model) if self.leads else None
+        self.plan: list[Round] = []
+
+    def publish(self, source: WeightSource, version: str) -> None:
+        """Load the weights into every engine as `version`; running requests go on with the new weights.
+
+        Raises EngineError that names the engine, and ValueError for weights that are not the model's.
+        """
+        deadline = Deadline(self.context.timeout_s)
+        self.ranks.begin()
+        plan = self._planned(source, deadline)
+        share = source.share(self.limit)
+        sending: Future[None] | None = None
+        began = time.perf_counter()
+        paused, self.sent = False, False
+        what = f"publishing weights {version}"
+        try:
+            with self.ranks.step(f"{what}: beginning", deadline):
+                self.begin(plan, version, deadline)
+            self.exchange(plan, deadline)
+            for this in plan:
+                with self.ranks.step(f"{what}: round {this.number + 1} of {len(plan)}", deadline):
+                    tensors = next(share, None)
+                    if tensors is None:
+                        raise ValueError(f"the policy announced {len(plan)} rounds, but exported {this.number}")
+                    self.prepare(this, tensors, version, deadline)
+                    if self.leads and not this.number:
+                        paused = True
+                        self.pause(deadline)
+                    self.await_sent(sending, what, deadline)
+                    sending = None
+                sending = self.send(this, version, deadline)
+                self.sent = self.sent or sending is not None
+            self.conclude(version, deadline)
+            with self.ranks.step(f"{what}: loading", deadline):
+                self.await_sent(sending, what, deadline)
+                self.seconds["carried"] = time.perf_counter() - began
+                if self.leads:
+                    self.finish(version, deadline)
+                    self.check_version(version)
+                    self.checksums = self.check_alike(deadline.left())
+                    self.resume()
+        except BaseException as error:
+            self._abandon(error, paused)
+            raise
+        finally:
+            self.released()
+            for _ in share:  # other ranks still need what this one holds
+                pass
+        self.seconds["all"] = time.perf_counter() - began
+
+    def _planned(self, source: WeightSource, deadline: Deadline) -> list[Round]:
+        """Return the rounds of a publication, which stay the same for a run; rank 0 checks them against the model."""
+        if self.plan:
+            return self.plan
+        rounds = source.rounds(self.limit)
+        with self.ranks.step("comparing the exported weights with the model's", deadline):
+            if self._manifest is not None:
+                self._manifest.check(tensor for of_ranks in rounds for mine in of_ranks for tensor in mine)
+        last = len(rounds) - 1
+        self.plan = [Round(i, i == last, [bucket(mine) for mine in of_ranks]) for i, of_ranks in enumerate(rounds)]
+        return self.plan
+
+    # What a way of carrying the weights consists of
+
+    def begin(self, plan: Sequence[Round], version: str, deadline: Deadline) -> None:  # noqa: B027 - optional
+        """Make what a publication needs, on every rank. The engines still generate."""
+
+    def exchange(self, plan: Sequence[Round], deadline: Deadline) -> None:  # noqa: B027 - optional
+        """Tell the other ranks of it. Every rank makes the same collective calls."""
+
+    @abstractmethod
+    def prepare(self, this: Round, tensors: list[tuple[str, Tensor]], version: str, deadline: Deadline) -> None:
+        """Take this rank's share of a round, while the round before it travels. The round two before has arrived."""
+
+    def pause(self, deadline: Deadline) -> None:
+        """Make the engines ready for the first round (rank 0)."""
+        self.engines.on_all(lambda client: client.pause("retract"))
+
+    @abstractmethod
+    def send(self, this: Round, version: str, deadline: Deadline) -> "Future[None] | None":
+        """Begin to carry a round that every rank has prepared. The future ends when the engines have loaded it."""
+
+    def conclude(self, version: str, deadline: Deadline) -> None:  # noqa: B027 - optional
+        """Exchange what the ranks found out in all rounds. Every rank makes the same collective calls."""
+
+    def finish(self, version: str, deadline: Deadline) -> None:  # noqa: B027 - optional
+        """End the publication on the engines, before they generate again (rank 0)."""
+
+    def give_up(self) -> None:  # noqa: B027 - optional
+        """Undo what `exchange` and `pause` did, after a failure, on every rank. It must not raise."""
+
+    def released(self) -> None:  # noqa: B027 - optional
+        """Release what `begin` made, on every rank, also after a failure."""
+
+    def resume(self) -> None:
+        """Let the engines generate again (rank 0)."""
+        self.engines.on_all(lambda client: client.resume())
+
+    def _abandon(self, error: BaseException, paused: bool) -> None:
+        self.give_up()
+        if self.sent:
+            error.add_note("the engines may hold a mixture of weights; they stay paused until a publication succeeds")
+        elif self.leads and paused:
+            with suppress(EngineError):  # the first error is the one to raise
+                self.resume()
+
+    def await_sent(self, sending: "Future[None] | None", what: str, deadline: Deadline) -> None:
+        """Wait until the engines have taken what was sent. Raises its error, EngineTimeout, or RankFailed."""
+        if sending is None:
+            return
+        while not wait([sending], timeout=min(POLL_S, deadline.left())).done:
+            self.ranks.check(what)
+            if deadline.passed():
+                sending.cancel()
+                client = self.engines.clients[0]
+                raise EngineTimeout(
+                    client.url,
+                    f"{what} was not complete in time, with this engine or one after it",
+                    "Check the network between them, raise weight_sync.timeout_s, or use weight_sync.method = 'disk'",
+                    client.address.log,
+                )
+        sending.result()
+
+    def close(self) -> None:
+        """Leave the ranks' group. A second call does nothing."""
+        self.ranks.close()

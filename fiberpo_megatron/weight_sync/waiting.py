@@ -1,0 +1,71 @@
+"""This module waits for work of this process and of the engines at the same time."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import Future
+from typing import Any
+
+GRACE_S = 2.0
+"""Seconds that an engine may take to say why a collective failed."""
+
+
+async def together(calls: Iterable[Awaitable[Any]]) -> None:
+    """Await all calls; the first failure is raised at once, because the other engines may then wait in vain."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def in_thread(work: Callable[[], None]) -> "Future[None]":
+    """Run `work` in a daemon thread, which does not keep the process alive if it hangs in a collective."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=run, name="weights", daemon=True).start()
+    return future
+
+
+def both(own: "Future[None] | None", engines: "Future[None] | None") -> "Future[None] | None":
+    """Return a future that ends when this side and the engines have done their parts of a collective.
+
+    The first failure ends it. An engine's answer says more than this side's error, so it is waited for briefly.
+    """
+    if own is None or engines is None:
+        return own or engines
+    result: Future[None] = Future()
+    lock = threading.Lock()
+
+    def settle(error: BaseException | None) -> None:
+        with lock:
+            if not result.done():
+                if error is None:
+                    result.set_result(None)
+                else:
+                    result.set_exception(error)
+
+    def of_engines(done: "Future[None]") -> None:
+        error = done.exception() if not done.cancelled() else TimeoutError("the request was cancelled")
+        if error is not None or own.done() and own.exception() is None:
+            settle(error)
+
+    def of_own(done: "Future[None]") -> None:
+        error = done.exception()
+        if error is not None:
+            threading.Timer(GRACE_S, settle, (error,)).start()
+        elif engines.done() and not engines.cancelled() and engines.exception() is None:
+            settle(None)
+
+    engines.add_done_callback(of_engines)
+    own.add_done_callback(of_own)
+    return result

@@ -1,0 +1,86 @@
+"""What the engines' plugin reads out of memory that this process shares; an engine would be another process."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from fiberpo_megatron.engines.command import PLUGIN
+from fiberpo_megatron.weight_sync.ipc import MAGIC
+from fiberpo_megatron.weight_sync.shared_memory import SharedBuffer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(PLUGIN)
+    import fiberpo_weights
+
+    fiberpo_weights._open.clear()
+    yield fiberpo_weights
+    fiberpo_weights._open.clear()
+
+
+def described(buffer: SharedBuffer, *tensors, **changes) -> bytes:
+    handle = {**buffer.handle, **changes}
+    return MAGIC + json.dumps({"buffers": [[handle]], "tensors": tensors, "keep": []}).encode()
+
+
+def test_tensors_are_views_of_the_memory(plugin):
+    buffer = SharedBuffer(64, CPU)
+    buffer.bytes.copy_(torch.arange(64))
+    payload = described(buffer, ["a", "int32", [2, 3], 0, 8], ["b", "bfloat16", [], 0, 6])
+    (a_name, a), (b_name, b) = plugin.tensors(payload, CPU)
+    assert (a_name, b_name) == ("a", "b") and plugin.MAGIC == MAGIC
+    assert torch.equal(a, buffer.bytes[8:32].view(torch.int32).view(2, 3)) and b.shape == ()
+    buffer.bytes.zero_()
+    assert not a.any(), "a later round is written into the same memory"
+    buffer.close()
+    buffer.close()
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (["a", "int32", [3], 0, 60], "12 bytes from 60 on are not in a buffer of 64"),
+        (["a", "int32", [1], 0, 2], "4 bytes from 2 on"),
+        (["a", "int32", [-1], 0, 0], "is no whole number in range"),
+        (["a", "int32", [1], 1, 0], "is no whole number in range"),
+        (["a", "int32", [1], 0, -4], "is no whole number in range"),
+        (["a", "load", [1], 0, 0], "the type 'load' is not one of"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(plugin, entry, said):
+    buffer = SharedBuffer(64, CPU)
+    with pytest.raises(plugin.BadDescription, match=said):
+        plugin.tensors(described(buffer, entry), CPU)
+
+
+def test_other_memory_is_not_opened(plugin):
+    buffer = SharedBuffer(64, CPU)
+    with pytest.raises(plugin.BadDescription, match="is not the memory that was announced"):
+        plugin.tensors(described(buffer, token="another"), CPU)
+    with pytest.raises(plugin.BadDescription, match="is not the memory that was announced"):
+        plugin.tensors(described(buffer, descriptor=0), CPU)
+    with pytest.raises(plugin.BadDescription, match="has 64 bytes"):
+        plugin.tensors(described(buffer, bytes=65), CPU)
+    with pytest.raises(plugin.BadDescription, match=r"no training rank shares memory of cpu \(cpu\)"):
+        plugin.tensors(described(buffer, device="GPU-1"), CPU)
+
+
+def test_memory_of_an_earlier_publication_is_released(plugin):
+    first, second = SharedBuffer(64, CPU), SharedBuffer(64, CPU)
+    plugin.tensors(described(first, ["a", "uint8", [64], 0, 0]), CPU)
+    plugin.tensors(described(second, ["a", "uint8", [64], 0, 0]), CPU)
+    assert set(plugin._open) == {second.token}
+
+
+def test_the_memory_has_no_name_in_a_file_system():
+    """So that it ends with its process, however that ends."""
+    buffer = SharedBuffer(4096, CPU)
+    where = os.readlink(f"/proc/self/fd/{buffer.handle['descriptor']}")
+    assert where.startswith("/memfd:fiberpo-") and where.endswith(" (deleted)")
+    buffer.close()
+    assert not os.path.exists(f"/proc/self/fd/{buffer.handle['descriptor']}")

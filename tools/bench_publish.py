@@ -1,0 +1,316 @@
+"""Time every way of publishing weights beside its floor: the same bytes over the same link with nothing else.
+
+    OMP_NUM_THREADS=1 .venv/bin/python tools/bench_publish.py --mib 1024 --engines 2
+
+The link is memory that processes share (ipc), gloo's broadcast over the loopback device (distributed), or files (disk).
+Its speed is measured with as many readers as there are engines, in rounds of the same size: the writer fills a round
+while the readers take the one before. The engines are stand-ins (tools/bench_publish_engine.py) that copy every tensor
+as a model's loader does, or with --real SGLang servers. With a GPU, --real times the GPU's links, and the floor is that
+of copies on it. The last line is a JSON object with `ratio`, the time of a way over its floor.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fiberpo_megatron.engines.addresses import free_ports
+from fiberpo_megatron.engines.client import EngineAddress
+from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.engines.servers import engines as real_engines
+from fiberpo_megatron.engines.settings import EngineConfig
+from fiberpo_megatron.interfaces import LocalShard, NamedShape
+from fiberpo_megatron.weight_sync.base import PublisherContext
+from fiberpo_megatron.weight_sync.disk import DiskPublisher
+from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
+from fiberpo_megatron.weight_sync.ipc import IpcPublisher
+from fiberpo_megatron.weight_sync.rounds import RoundPublisher
+
+MIB = 2**20
+ENGINE = Path(__file__).parent / "bench_publish_engine.py"
+WAYS = ("ipc", "distributed", "disk")
+HIDDEN, INNER, HEADS, HEAD_DIM, VOCABULARY = 1024, 3072, 16, 64, 16384
+DEADLINE_S = 300.0
+
+
+def model(mib: int, dtype: torch.dtype) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Return the config.json and random weights of a dense Qwen3 of about `mib` MiB."""
+    generator = torch.Generator().manual_seed(0)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    of_layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (HIDDEN,),
+        "self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
+        "self_attn.k_proj.weight": (HEADS // 2 * HEAD_DIM, HIDDEN),
+        "self_attn.v_proj.weight": (HEADS // 2 * HEAD_DIM, HIDDEN),
+        "self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
+        "self_attn.q_norm.weight": (HEAD_DIM,),
+        "self_attn.k_norm.weight": (HEAD_DIM,),
+        "post_attention_layernorm.weight": (HIDDEN,),
+        "mlp.gate_proj.weight": (INNER, HIDDEN),
+        "mlp.up_proj.weight": (INNER, HIDDEN),
+        "mlp.down_proj.weight": (HIDDEN, INNER),
+    }
+    bytes_of_layer = sum(torch.Size(shape).numel() for shape in of_layer.values()) * dtype.itemsize
+    layers = max(1, (mib * MIB - 2 * VOCABULARY * HIDDEN * dtype.itemsize) // bytes_of_layer)
+    for layer in range(layers):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    config: dict[str, object] = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": VOCABULARY, "hidden_size": HIDDEN,
+        "intermediate_size": INNER, "num_hidden_layers": layers, "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS // 2, "head_dim": HEAD_DIM, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 512, "rope_theta": 1e4, "tie_word_embeddings": False, "bos_token_id": 0,
+        "eos_token_id": 1, "dtype": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+    return config, {name: torch.rand(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
+
+
+class Source:
+    """Gives tensors out as a policy's weight source does; each export copies them, as Megatron's does."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def rounds(self, limit: int) -> list[list[list[NamedShape]]]:
+        found: list[list[list[NamedShape]]] = []
+        size = limit
+        for name, tensor in self.tensors.items():
+            if size + tensor.nbytes > limit:
+                found.append([[]])
+                size = 0
+            found[-1][0].append(NamedShape(name, tuple(tensor.shape), tensor.dtype))
+            size += tensor.nbytes
+        return found
+
+    def share(self, limit: int) -> Iterator[list[tuple[str, Tensor]]]:
+        for ((*shapes,),) in self.rounds(limit):
+            yield [(one.name, self.tensors[one.name]) for one in shapes]
+
+    def full(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.tensors.items())
+
+    def local(self) -> Iterator[LocalShard]:
+        for name, tensor in self.tensors.items():
+            yield LocalShard(name, tensor, tuple(tensor.shape), (0,) * tensor.dim())
+
+
+# The floor
+
+
+def _link_process(way: str, index: int, readers: int, sizes: list[int], folder: str, barrier: Any, report: Any) -> None:
+    """Take part in moving rounds of these sizes over a link: process 0 writes, the others read."""
+    torch.set_num_threads(1)
+    own = [torch.ones(size, dtype=torch.uint8) for size in sizes]
+    group: Any = None
+    slots: list[Tensor] = []
+    if way == "distributed":
+        store = dist.FileStore(f"{folder}/store", readers + 1)
+        group = dist.ProcessGroupGloo(store, index, readers + 1, timedelta(seconds=DEADLINE_S))
+    if way == "ipc":
+        slots = [torch.from_file(f"{folder}/{i}", True, max(sizes), dtype=torch.uint8) for i in range(2)]
+    took = []
+    for _ in range(3):
+        barrier.wait(DEADLINE_S)
+        began = time.perf_counter()
+        for number in range(len(sizes) + (way != "distributed")):
+            at = number if index == 0 or way == "distributed" else number - 1
+            if 0 <= at < len(sizes):
+                _move(way, index, own[at], slots, group, at, folder)
+            if way != "distributed":
+                barrier.wait(DEADLINE_S)
+        barrier.wait(DEADLINE_S)
+        took.append(time.perf_counter() - began)
+    if index == 0:
+        report.put(min(took))
+
+
+def _move(way: str, index: int, own: Tensor, slots: list[Tensor], group: Any, number: int, folder: str) -> None:
+    if way == "distributed":
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        group.broadcast([own], options).wait()
+    elif way == "ipc":
+        slot = slots[number % 2][: len(own)]
+        (slot.copy_(own) if index == 0 else own.copy_(slot))
+    elif index == 0:
+        with open(f"{folder}/round-{number}", "wb", buffering=0) as file:
+            file.write(own.numpy())
+    else:
+        with open(f"{folder}/round-{number}", "rb", buffering=0) as file:
+            file.readinto(own.numpy())
+
+
+def floor(way: str, readers: int, sizes: list[int], folder: str) -> float:
+    """Return the least seconds of three attempts in which the bytes of all rounds pass over the link of a way."""
+    context = multiprocessing.get_context("spawn")
+    barrier, report = context.Barrier(readers + 1), context.Queue()
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if way == "ipc" else folder) as place:
+        for slot in range(2):
+            os.truncate(os.open(f"{place}/{slot}", os.O_CREAT | os.O_RDWR), max(sizes))
+        processes = [
+            context.Process(target=_link_process, args=(way, i, readers, sizes, place, barrier, report), daemon=True)
+            for i in range(readers + 1)
+        ]
+        for process in processes:
+            process.start()
+        took = float(report.get(timeout=DEADLINE_S))
+        for process in processes:
+            process.join(DEADLINE_S)
+    return took
+
+
+# The ways
+
+
+@contextmanager
+def stand_ins(count: int) -> Iterator[list[EngineAddress]]:
+    """Start stand-ins and yield their addresses."""
+    ports = free_ports(count, "127.0.0.1")
+    processes = [subprocess.Popen([sys.executable, str(ENGINE), str(port)]) for port in ports]
+    try:
+        addresses = [EngineAddress(f"http://127.0.0.1:{port}") for port in ports]
+        deadline = time.monotonic() + DEADLINE_S
+        with EnginePool(addresses, timeout_s=5) as pool:
+            while any(isinstance(found, str) for found in pool.on_all(_answers)):
+                if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
+                    raise RuntimeError("a stand-in for an engine did not start; its message stands above")
+                time.sleep(0.5)
+        yield addresses
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+async def _answers(client: Any) -> str | None:
+    try:
+        await client.model_info(5)
+    except Exception as error:
+        return str(error)
+    return None
+
+
+def publisher(way: str, context: PublisherContext, round_mib: int, folder: Path) -> RoundPublisher:
+    """Return the publisher of a way, with rounds of the same size for all."""
+    if way == "ipc":
+        return IpcPublisher(context, bucket_mib=round_mib)
+    if way == "distributed":
+        return DistributedPublisher(context, bucket_mib=round_mib)
+    return DiskPublisher(context, folder, round_mib * MIB, delta=way == "delta")
+
+
+def changed(tensors: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Return tensors of which `share` of the elements differ."""
+    found = {name: tensor.clone() for name, tensor in tensors.items()}
+    for tensor in found.values():
+        tensor.view(-1)[:: max(1, round(1 / share))] += 1
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=1024, help="size of the weights")
+    parser.add_argument("--engines", type=int, default=2)
+    parser.add_argument("--round-mib", type=int, default=64)
+    parser.add_argument("--attempts", type=int, default=3, help="publications of each way; the fastest counts")
+    parser.add_argument("--ways", nargs="+", choices=(*WAYS, "delta"), default=[*WAYS, "delta"])
+    parser.add_argument("--real", action="store_true", help="start SGLang servers instead of stand-ins")
+    parser.add_argument("--changed", type=float, default=0.02, help="share of elements that change for `delta`")
+    parser.add_argument("--folder", type=Path, default=None, help="where `disk` and its floor write")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    gpu = options.real and torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu else torch.float32
+    config, tensors = model(options.mib, dtype)
+    if gpu:
+        tensors = {name: tensor.cuda() for name, tensor in tensors.items()}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    what = torch.cuda.get_device_name() if gpu else "CPU"
+    kind = "SGLang servers" if options.real else "stand-ins for engines"
+    print(f"{total / MIB:.0f} MiB in {len(tensors)} tensors to {options.engines} {kind} on {what}")
+    result: dict[str, Any] = {"bytes": total, "engines": options.engines, "real": options.real, "device": what}
+    result |= {"seconds": {}, "floor": {}, "ratio": {}, "check_seconds": {}}
+    with tempfile.TemporaryDirectory(dir=options.folder) as name, ExitStack() as stack:
+        folder = Path(name)
+        (folder / "model").mkdir()
+        (folder / "model/config.json").write_text(json.dumps(config))
+        if options.real:
+            settings = EngineConfig(
+                count=options.engines, start_timeout_s=600, colocated=gpu, memory_fraction=0.9 / (options.engines + 1)
+            )
+            kwargs: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "gpu": gpu}
+            addresses = stack.enter_context(real_engines(settings, folder / "model", folder / "logs", **kwargs))
+        else:
+            addresses = stack.enter_context(stand_ins(options.engines))
+        pool = stack.enter_context(EnginePool(addresses, timeout_s=60))
+        for way in options.ways:
+            context = PublisherContext(pool, folder / "model", 0, 1, folder / f"run-{way}", DEADLINE_S)
+            with closing(publisher(way, context, options.round_mib, folder / way)) as made:
+                _time(way, made, tensors, options, result, folder, gpu)
+    print(json.dumps(result))
+
+
+def _time(
+    way: str,
+    made: RoundPublisher,
+    tensors: dict[str, Tensor],
+    options: argparse.Namespace,
+    result: dict[str, Any],
+    folder: Path,
+    gpu: bool,
+) -> None:
+    source, carried, checks = Source(tensors), [], []
+    for attempt in range(options.attempts + 1):  # the first one connects, and is not counted
+        if way == "delta" and attempt:
+            source = Source(changed(source.tensors, options.changed))
+        made.publish(source, str(attempt))
+        if attempt:
+            part = made.seconds["all"] if way == "delta" else made.seconds["carried"]
+            carried.append(part)
+            checks.append(made.seconds["all"] - made.seconds["carried"])
+    seconds = min(carried)
+    result["seconds"][way] = round(seconds, 3)
+    if way == "delta":
+        written = sum(path.stat().st_size for path in (folder / way).rglob("*.safetensors"))
+        result["delta_share"] = round(written / result["bytes"], 4)
+        print(f"{way:12} {seconds:6.2f} s, and {result['delta_share']:.1%} of the bytes were written")
+        return
+    result["check_seconds"][way] = round(min(checks), 3)
+    sizes = [sum(bucket.nbytes for bucket in this.buckets) for this in made.plan]
+    least = _floor_on_gpu(tensors) if gpu and way == "ipc" else floor(way, options.engines, sizes, str(folder))
+    result["floor"][way] = round(least, 3)
+    result["ratio"][way] = round(seconds / least, 3)
+    rate = result["bytes"] / least / 1e9
+    print(
+        f"{way:12} {seconds:6.2f} s, floor {least:6.2f} s ({rate:.2f} GB/s to each engine), ratio "
+        f"{seconds / least:.2f}; comparing the engines' checksums took {min(checks):.2f} s more"
+    )
+
+
+def _floor_on_gpu(tensors: dict[str, Tensor]) -> float:
+    """Return the seconds in which a GPU copies all tensors twice: into a buffer, and out of it."""
+    buffers = [torch.empty_like(tensor) for tensor in tensors.values()]
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for buffer, tensor in zip(buffers, tensors.values(), strict=True):
+        buffer.copy_(tensor)
+        tensor.copy_(buffer)
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
