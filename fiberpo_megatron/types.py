@@ -469,13 +469,13 @@ class MicroBatch:
     """
 
     tokens: Tensor
-    """int64 [t] input tokens (0 at padding)."""
+    """int32 [t] input tokens (0 at padding)."""
     position_ids: Tensor
-    """int64 [t] position inside its sequence."""
+    """int32 [t] position inside its sequence."""
     labels: Tensor
-    """int64 [t] next token (0 where there is none)."""
+    """int32 [t] next token (0 where there is none)."""
     response_positions: Tensor
-    """int64 [n] local positions whose label is a response token, ascending."""
+    """int32 [n] local positions whose label is a response token, ascending."""
     response_tokens: Tensor
     """int64 [n] index of that label in the RolloutBatch's flat arrays."""
     source_tokens: Tensor

@@ -195,10 +195,10 @@ def _pack_row(
     labels = np.where(real, batch.tokens[np.where(real, source + 1, 0)], 0)
     response = np.flatnonzero(real & batch.response_mask[np.where(real, source + 1, 0)])
     return MicroBatch(
-        tokens=torch.from_numpy(tokens),
-        position_ids=torch.from_numpy(position),
-        labels=torch.from_numpy(labels),
-        response_positions=torch.from_numpy(response),
+        tokens=torch.from_numpy(tokens.astype(np.int32)),
+        position_ids=torch.from_numpy(position.astype(np.int32)),
+        labels=torch.from_numpy(labels.astype(np.int32)),
+        response_positions=torch.from_numpy(response.astype(np.int32)),
         response_tokens=torch.from_numpy(source[response] + 1),
         source_tokens=torch.from_numpy(source),
         cu_seqlens=torch.tensor([0, *np.cumsum(padded)], dtype=torch.int32),

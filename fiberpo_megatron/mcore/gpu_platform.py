@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fiberpo_megatron.mcore.weight_gradient import fused_kernel
+
 
 class GpuPlatform:
     """Uses CUDA with Transformer Engine (README.md, "On GPUs")."""
@@ -30,6 +32,9 @@ class GpuPlatform:
         return {
             "moe_grouped_gemm": True,
             "moe_permute_fusion": True,
+            # Linear layers add weight gradients to the main gradients inside the product. Transformer Engine's could
+            # without apex, but Megatron refuses the output layer without it.
+            "gradient_accumulation_fusion": fused_kernel() is not None,
             "apply_rope_fusion": True,
             "bias_activation_fusion": True,
             "masked_softmax_fusion": True,

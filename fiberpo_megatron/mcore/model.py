@@ -15,11 +15,13 @@ from torch import Tensor
 
 from fiberpo_megatron.mcore.families import Architecture, Rope
 from fiberpo_megatron.mcore.parallel.checks import check_routers
+from fiberpo_megatron.mcore.parallel.dispatcher import check_dispatcher
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 from fiberpo_megatron.mcore.platform import activate
 from fiberpo_megatron.mcore.router import Router
 from fiberpo_megatron.mcore.settings import ModelConfig
 from fiberpo_megatron.mcore.transformer_config import transformer_config
+from fiberpo_megatron.mcore.versions import set_router
 from fiberpo_megatron.mcore.weights.global_tensors import global_shards
 
 _LATENT_NORM_EPS = 1e-6
@@ -52,11 +54,11 @@ class PolicyModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states
 
-    def output_weight(self) -> Tensor:
-        """Return the [vocabulary / tensor, hidden] rows of the output layer that belong to tokens."""
+    def output_parameter(self) -> Tensor:
+        """Return the [output_rows, hidden] parameter of the output layer, the rows that pad the vocabulary included."""
         tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return weight[: self.vocab_rows]
+        weight: Tensor = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return weight
 
 
 def build_model(
@@ -66,9 +68,12 @@ def build_model(
 
     Routers are frozen unless `model.train_router`. Every expert parameter is marked `allreduce = False`, so that its
     gradient is summed over the expert-data-parallel group in every layout (Megatron marks it only when expert > 1,
-    which is wrong when expert_tensor differs from tensor).
+    which is wrong when expert_tensor differs from tensor). It is also marked as cut over ranks: Transformer Engine's
+    grouped layers have no such mark, and the norm of the gradient would leave out the experts of every tensor-parallel
+    rank except the first, so that ranks clip differently.
     """
     check_routers(architecture, model, layout.parallel)
+    check_dispatcher(architecture, layout.parallel)
     config = transformer_config(architecture, model, layout, dtype)
     chunks = []
     for index in range(layout.chunks):
@@ -76,6 +81,7 @@ def build_model(
         for name, parameter in chunk.named_parameters():
             if ".experts." in name:
                 parameter.allreduce = False
+                parameter.tensor_model_parallel = True
             if ".router." in name and not model.train_router:
                 parameter.requires_grad_(False)
         chunks.append(chunk.to(layout.device))
@@ -129,7 +135,7 @@ def _layer_spec(architecture: Architecture, layer: int) -> Any:
         latent=architecture.latent is not None,
     )
     if routed:
-        spec.submodules.mlp.submodules.router = Router
+        set_router(spec, Router)
     return spec
 
 

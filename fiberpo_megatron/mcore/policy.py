@@ -1,7 +1,8 @@
 """This module is the trainer's view of the model: it implements `interfaces.Policy` on Megatron-Core."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from fiberpo_megatron.mcore.model import PolicyModel, build_model, draw_weights
 from fiberpo_megatron.mcore.optimizers import Optimizer, make_optimizer
 from fiberpo_megatron.mcore.optimizers.build import build_optimizer, non_finite_gradient, wrap_data_parallel
 from fiberpo_megatron.mcore.optimizers.choose import check_layout
+from fiberpo_megatron.mcore.optimizers.gather import ParameterGather
 from fiberpo_megatron.mcore.optimizers.offload import TrainingMemory
 from fiberpo_megatron.mcore.parallel.layout import FP8_ROW_MULTIPLE, ParallelLayout
 from fiberpo_megatron.mcore.reference import ReferenceWeights
@@ -65,7 +67,7 @@ class MegatronPolicy:
         self.hf_config = hf_config
         self.models = models
         distributed = config.parallel.distributed_optimizer
-        self.chunks = wrap_data_parallel(models, distributed)
+        self.chunks = wrap_data_parallel(models, config.parallel)
         self.optimizer_kind = optimizer or make_optimizer(config.optimizer)
         check_layout(self.optimizer_kind, config.parallel)
         self.optimizer, self.scheduler = build_optimizer(
@@ -76,26 +78,36 @@ class MegatronPolicy:
             distributed=distributed,
             total_steps=total_steps,
         )
+        self.gather = ParameterGather(self.chunks)
         self.memory = TrainingMemory(self.chunks, self.optimizer, config.optimizer.cpu_offload)
         self.routing = Routing(models, layout)
         self._replay = config.algorithm.routing_replay != "none"
         chunk = config.model.log_prob_chunk_tokens
         self.schedule = Schedule(self.chunks, models, layout, chunk, self.routing)
         self._aux_loss = config.model.router_aux_loss
+        # A pass with gradient counts the load of experts for these, and FP8 takes scales from it: one that is followed
+        # by an error must not have been.
+        self._keeps_first = not (self._aux_loss or config.model.router_bias_update_rate or config.model.fp8 != "none")
         self._trust_others = config.checkpoint.trust_others
         self._reference: ReferenceWeights | None = None
 
     def log_probs(
-        self, micro_batches: Sequence[MicroBatch], temperature: float, *, routing: RoutingMode = "off"
+        self,
+        micro_batches: Sequence[MicroBatch],
+        temperature: float,
+        *,
+        routing: RoutingMode = "off",
+        entropy: bool = True,
     ) -> TokenScores | None:
         """Run a forward pass without gradient. The last stage returns the scores of this rank's response tokens.
 
-        `routing`: "record" adds the experts of every token to `self.routing`, "replay" takes them from there.
+        `routing`: "record" adds the experts of every token to `self.routing`, "replay" takes them from there. Without
+        `entropy` the entropies are zeros, which saves their computation.
         Raises ValueError on every rank when a token to be replayed has no route.
         """
         self._require_routes(routing, micro_batches)
         with self.routing.use(routing):
-            scores = self.schedule.forward(micro_batches, temperature)
+            scores = self.schedule.forward(micro_batches, temperature, entropy=entropy)
         if not self.layout.is_last_stage:
             return None
         return TokenScores(torch.cat([s.log_probs for s in scores]), torch.cat([s.entropy for s in scores]))
@@ -107,6 +119,7 @@ class MegatronPolicy:
         """
         from fiberpo_megatron.mcore import weights
 
+        self.gather.finish()
         self._reference = ReferenceWeights(self.models)
         if folder is not None:
             with self._reference.exchanged():
@@ -117,6 +130,7 @@ class MegatronPolicy:
         """Let `log_probs` compute with the reference's weights inside the block (see `mcore/reference.py`)."""
         if self._reference is None:
             raise RuntimeError("no reference weights are kept; call keep_reference() before the first optimiser step")
+        self.gather.finish()
         with self._reference.exchanged():
             yield
 
@@ -141,12 +155,14 @@ class MegatronPolicy:
         """Take one optimiser step that maximises the gate's objective (see `interfaces.Passes.step`)."""
         with kept_on_error(correction_biases(self.models)):
             gradient = self.accumulate(micro_batches, gate, temperature, log_probs=log_probs, single_pass=single_pass)
-            self._require_finite(gradient.error)
+            norm = self.optimizer.begin_step()
+            self._require_finite(gradient.error, norm)
         self.scheduler.step(1)
         with self.memory.state("an optimiser step"), span("optimizer"):
-            _, norm, _ = self.optimizer.step()
+            self.optimizer.step()
+        self.gather.begin()
         return OptimizerStep(
-            gradient_norm=float(norm),
+            gradient_norm=norm,
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             coefficients=gradient.coefficients,
             extra_forward=log_probs is None and not single_pass,
@@ -166,13 +182,24 @@ class MegatronPolicy:
         With `model.router_bias_update_rate` Megatron moves the correction biases here, by the load of this pass.
         With the distributed optimizer each data-parallel rank's buffer is whole only in that rank's shard.
         """
+        with self.schedule.first_kept() if self._keeps_first else nullcontext():
+            return self._accumulate(micro_batches, gate, temperature, log_probs, single_pass)
+
+    def _accumulate(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        gate: Gate,
+        temperature: float,
+        log_probs: Tensor | None,
+        single_pass: bool,
+    ) -> "AccumulatedGradient":
         self.memory.require("an optimiser step")
         calls = _GateCalls(gate, response_slices(micro_batches))
         routing: RoutingMode = "replay" if self._replay else "off"
         self._require_routes(routing, micro_batches)
         if not single_pass:
             if log_probs is None:
-                scores = self.log_probs(micro_batches, temperature, routing=routing)
+                scores = self.log_probs(micro_batches, temperature, routing=routing, entropy=False)
                 log_probs = scores.log_probs if scores else None
             last = self.layout.is_last_stage
             self.layout.agree(calls.check(log_probs) if last else None, _UNCHANGED, raises=FloatingPointError)
@@ -197,10 +224,19 @@ class MegatronPolicy:
         for model in self.models:
             model.config.moe_aux_loss_coeff = self._aux_loss / tokens
 
-    def _require_finite(self, error: str | None) -> None:
+    def _require_finite(self, error: str | None, norm: float) -> None:
+        """Raise FloatingPointError on every rank where the gradient or what it was made of is not finite.
+
+        `norm` is that of the whole gradient, which the optimizer needs anyway: it is not finite where any element is
+        not.
+        """
         self.layout.agree(error, _UNCHANGED, raises=FloatingPointError)  # the cause, where a rank knows it
+        if not self.layout.any_rank(not math.isfinite(norm)):
+            return
         parameter = non_finite_gradient(self.chunks)
         error = f"the gradient of {parameter} is not finite" if parameter is not None else None
+        self.layout.agree(error, _UNCHANGED, raises=FloatingPointError)
+        error = f"the norm of the gradient is {norm}: its elements are finite, but their squares overflow"
         self.layout.agree(error, _UNCHANGED, raises=FloatingPointError)
 
     @property
@@ -208,10 +244,11 @@ class MegatronPolicy:
         """Return the source of the current weights under their Hugging Face names."""
         from fiberpo_megatron.mcore.weights.source import MegatronWeights
 
-        return MegatronWeights(self.models, self.hf_config, self.layout)
+        return MegatronWeights(self.models, self.hf_config, self.layout, self.gather.finish)
 
     def release_memory(self) -> None:
         """Drop the gradients and park the optimizer's state in host memory; log-probs and exports still work."""
+        self.gather.finish()
         self.memory.release()
 
     def restore_memory(self) -> None:
@@ -222,6 +259,7 @@ class MegatronPolicy:
         """Write model, optimizer, schedule and the trainer's state as a distributed checkpoint."""
         from fiberpo_megatron.mcore import checkpoint
 
+        self.gather.finish()
         with self.memory.state("saving a checkpoint"):
             checkpoint.save(self, folder, state)
 
@@ -229,6 +267,7 @@ class MegatronPolicy:
         """Write a checkpoint as `save` does, but in a thread beside the training until `finish` is called."""
         from fiberpo_megatron.mcore import checkpoint
 
+        self.gather.finish()
         with self.memory.state("saving a checkpoint"):  # what the thread writes are copies
             return checkpoint.begin_save(self, folder, state)
 
@@ -236,6 +275,7 @@ class MegatronPolicy:
         """Read a checkpoint that was written under any layout, and return the trainer's state."""
         from fiberpo_megatron.mcore import checkpoint
 
+        self.gather.finish()
         with self.memory.state("loading a checkpoint"):
             return checkpoint.load(self, folder, trust_others=self._trust_others)
 

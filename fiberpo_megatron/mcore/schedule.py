@@ -1,24 +1,57 @@
 """This module passes micro-batches through Megatron's pipeline schedules."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from fiberpo_megatron.mcore.log_probs import VocabShard, response_log_probs
 from fiberpo_megatron.mcore.model import PolicyModel
+from fiberpo_megatron.mcore.optimizers.gather import wait_for
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 from fiberpo_megatron.mcore.platform import activate
 from fiberpo_megatron.mcore.routing import Routing
 from fiberpo_megatron.mcore.schedule_spans import named_passes
+from fiberpo_megatron.mcore.weight_gradient import MainGradient
 from fiberpo_megatron.types import MicroBatch, TokenScores
 
 TokenLoss = Callable[[int, Tensor, Tensor], Tensor]
 """Maps (index of the micro-batch, its log-probs [n] and entropies [n], both with gradient) to a scalar that is
-minimised."""
+minimised. The entropies have their gradient, but not their values (`response_log_probs`)."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """This is a micro-batch as the passes need it, on the model's device. All ids are int32."""
+
+    index: int
+    tokens: Tensor
+    """[1, t]"""
+    position_ids: Tensor
+    """[1, t]"""
+    response_positions: Tensor
+    """[n] local positions that predict a response token."""
+    labels: Tensor
+    """[n] those response tokens."""
+    packed: Any
+    """Megatron's description of the packed row."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """This is a finished forward pass of a row whose backward pass is still to come."""
+
+    row: _Row
+    hidden: Tensor
+    """What the model returned."""
+    scores: tuple[Tensor, Tensor]
+    """Log-probs and entropies with their gradients."""
 
 
 class Schedule:
@@ -38,33 +71,54 @@ class Schedule:
         self.log_prob_chunk = log_prob_chunk
         self.routing = routing
         self._platform = activate()
+        self._wrapped = isinstance(self.chunks[-1], DistributedDataParallel)
+        self._last: tuple[list[MicroBatch], list[_Row]] = [], []
+        self._keeping = False
+        self._kept: _Kept | None = None
 
-    def forward(self, micro_batches: Sequence[MicroBatch], temperature: float) -> list[TokenScores]:
+    def forward(
+        self, micro_batches: Sequence[MicroBatch], temperature: float, *, entropy: bool = True
+    ) -> list[TokenScores]:
         """Return the scores of every micro-batch without gradient, in order; none if the last stage is on another
-        rank."""
+        rank. Without `entropy` the entropies are zeros, and their computation is saved."""
         for chunk in self.chunks:
             chunk.eval()
+        rows = self._prepared(micro_batches)
+        if self._keeping:
+            rows = [*rows[1:], rows[0]]  # what is kept takes memory: it is computed last here, and used first later
         with torch.no_grad():
-            return self._run(micro_batches, partial(self._scores, temperature), forward_only=True)
+            scores = self._run(rows, partial(self._scores, temperature, entropy), forward_only=True)
+        return [*scores[-1:], *scores[:-1]] if self._keeping else scores
+
+    @contextmanager
+    def first_kept(self) -> Iterator[None]:
+        """Let a pass with gradients in this block go on with the first micro-batch's forward pass from a pass without
+        gradients in this block, over the same micro-batches with the same weights.
+
+        One of the forward passes is then saved. The activations of one micro-batch are kept, which the pass with
+        gradients takes anyway, later. Nothing is kept where other stages of a pipeline take part.
+        """
+        self._keeping = self.layout.pipeline_size == 1 and len(self.chunks) == 1
+        try:
+            yield
+        finally:
+            self._keeping, self._kept = False, None
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], temperature: float, loss: TokenLoss) -> None:
         """Add the gradient of the summed losses to the gradient buffers and reduce them over ranks."""
         for chunk in self.chunks:
             chunk.train()
-        self._run(micro_batches, partial(self._minimise, temperature, loss), forward_only=False)
+        rows = self._prepared(micro_batches)
+        self._run(rows, partial(self._minimise, temperature, loss), forward_only=False)
 
-    def _run(self, micro_batches: Sequence[MicroBatch], head: Callable[..., Any], forward_only: bool) -> list[Any]:
-        prepared = [self._prepare(index, batch) for index, batch in enumerate(micro_batches)]
-        filling = self._prepare(len(micro_batches), self._empty())
-        # Packing makes the number a multiple; a single row (a probe) does not.
-        prepared += [filling] * (-len(prepared) % self.layout.micro_batch_multiple)
+    def _run(self, rows: Sequence[_Row], head: Callable[..., Any], forward_only: bool) -> list[Any]:
         run = get_forward_backward_func()
-        with named_passes(self.chunks, len(prepared)):
+        with named_passes(self.chunks, [row.index for row in rows]):
             return run(
                 forward_step_func=partial(self._forward_step, head),
-                data_iterator=[iter(prepared) for _ in self.chunks],
+                data_iterator=[iter(rows) for _ in self.chunks],
                 model=self.chunks,
-                num_microbatches=len(prepared),
+                num_microbatches=len(rows),
                 seq_length=1,  # unused: rows differ in length, which stages exchange (variable_seq_lengths)
                 micro_batch_size=1,
                 forward_only=forward_only,
@@ -78,54 +132,90 @@ class Schedule:
         bounds = torch.tensor([0, size], dtype=torch.int32)
         return MicroBatch(zero, zero, zero, none, none, zero - 1, bounds, size)
 
-    def _prepare(self, index: int, batch: MicroBatch) -> tuple[int, MicroBatch, Any]:
-        layout = self.layout
-        packed = self._platform.packed_sequences(
-            batch.cu_seqlens, batch.max_seqlen, layout.context_rank, layout.context_size
-        )
-        packed.micro_batch = index  # travels with every forward of the row, recomputed ones too
+    def _prepared(self, micro_batches: Sequence[MicroBatch]) -> list[_Row]:
+        """Return the rows of a pass, and announce them to the routing.
+
+        Their ids are on the way to the device before the first micro-batch begins. Passes over the same micro-batches
+        that follow each other, as those of an optimiser step do, share the rows.
+        """
+        # Packing makes the number a multiple; a single row (a probe) does not.
+        batches = list(micro_batches)
+        batches += [self._empty()] * (-len(batches) % self.layout.micro_batch_multiple)
+        known, rows = self._last
+        if [id(batch) for batch in known] != [id(batch) for batch in micro_batches]:
+            rows = [self._row(index, batch) for index, batch in enumerate(batches)]
+            self._last = list(micro_batches), rows
         if self.routing is not None:
-            self.routing.begin(index, batch)
-        return index, batch, packed
+            for index, batch in enumerate(batches):
+                self.routing.begin(index, batch)
+        return rows
+
+    def _row(self, index: int, batch: MicroBatch) -> _Row:
+        layout, positions = self.layout, batch.response_positions
+        parts = [batch.tokens, batch.position_ids, positions, batch.labels[positions], batch.cu_seqlens]
+        ids = torch.cat([part.to(torch.int32) for part in parts])
+        if layout.device.type == "cuda":  # one copy, for which the host does not wait
+            ids = ids.pin_memory().to(layout.device, non_blocking=True)
+        tokens, position_ids, positions, labels, bounds = ids.split([len(part) for part in parts])
+        packed = self._platform.packed_sequences(bounds, batch.max_seqlen, layout.context_rank, layout.context_size)
+        packed.micro_batch = index  # travels with every forward of the row, recomputed ones too
+        return _Row(index, tokens[None], position_ids[None], positions, labels, packed)
 
     def _forward_step(
-        self, head: Callable[..., Any], data: Iterator[tuple[int, MicroBatch, Any]], chunk: torch.nn.Module
+        self, head: Callable[..., Any], data: Iterator[_Row], chunk: torch.nn.Module
     ) -> tuple[Tensor, Callable[..., Any]]:
-        index, batch, packed = next(data)
-        device = self.layout.device
-        hidden = chunk(
-            batch.tokens.to(device)[None],
-            batch.position_ids.to(device)[None],
-            attention_mask=None,
-            packed_seq_params=packed,
-        )
-        return hidden, partial(head, index, batch)
+        row = next(data)
+        if self._kept is not None and self._kept.row is row:
+            return self._kept.hidden, partial(head, row)
+        if self._keeps(row):
+            chunk.train()
+        with torch.enable_grad() if self._keeps(row) else nullcontext():
+            hidden = chunk(row.tokens, row.position_ids, attention_mask=None, packed_seq_params=row.packed)
+        return hidden, partial(head, row)
 
-    def log_probs_of(self, batch: MicroBatch, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return log-probs and entropy [n] of the micro-batch's response tokens."""
+    def _keeps(self, row: _Row) -> bool:
+        return self._keeping and row.index == 0
+
+    def log_probs_of(self, row: _Row, hidden: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
+        """Return log-probs and entropy [n] of the row's response tokens; see `response_log_probs`."""
         model, layout = self.models[-1], self.layout
-        positions = batch.response_positions.to(layout.device)
         shard = VocabShard(
             start=layout.tensor_rank * model.output_rows, group=layout.tensor_group, size=layout.tensor_size
         )
+        weight = model.output_parameter()
+        wait_for(self.chunks[-1], weight)
+        main = None
+        if self._wrapped and weight.requires_grad and torch.is_grad_enabled():
+            embedded = model.share_embeddings_and_output_weights and model.pre_process
+            main = MainGradient(weight, model.vocab_rows, only_use=not embedded)
         return response_log_probs(
             hidden,
-            model.output_weight(),
-            batch.labels.to(layout.device)[positions],
-            positions,
+            weight[: model.vocab_rows],
+            row.labels,
+            row.response_positions,
             temperature=temperature,
             shard=shard,
             chunk=self.log_prob_chunk,
+            entropy_values=entropy,
+            main_gradient=main,
         )
 
     def _scores(
-        self, temperature: float, index: int, batch: MicroBatch, hidden: Tensor, non_loss_data: bool = True
+        self, temperature: float, entropy: bool, row: _Row, hidden: Tensor, non_loss_data: bool = True
     ) -> TokenScores:
-        return TokenScores(*self.log_probs_of(batch, hidden, temperature))
+        if not self._keeps(row):
+            return TokenScores(*self.log_probs_of(row, hidden, temperature, entropy))
+        with torch.enable_grad():
+            scores = self.log_probs_of(row, hidden, temperature, entropy)
+        self._kept = _Kept(row, hidden, scores)
+        return TokenScores(scores[0].detach(), scores[1].detach())
 
     def _minimise(
-        self, temperature: float, loss: TokenLoss, index: int, batch: MicroBatch, hidden: Tensor
+        self, temperature: float, loss: TokenLoss, row: _Row, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        log_probs, entropy = self.log_probs_of(batch, hidden, temperature)
+        if self._kept is not None and self._kept.row is row:
+            (log_probs, entropy), self._kept = self._kept.scores, None
+        else:
+            log_probs, entropy = self.log_probs_of(row, hidden, temperature, entropy=False)
         # With three outputs Megatron does not divide the loss (calculate_per_token_loss).
-        return loss(index, log_probs, entropy), torch.tensor(0, dtype=torch.int, device=hidden.device), {}
+        return loss(row.index, log_probs, entropy), torch.zeros((), dtype=torch.int, device=hidden.device), {}

@@ -20,8 +20,9 @@ PASSES = {"forward-compute": "forward", "backward-compute": "backward"}
 
 
 @contextmanager
-def named_passes(chunks: Sequence[torch.nn.Module], micro_batches: int) -> Iterator[None]:
-    """Name the passes of one schedule over `micro_batches` of the model's chunks, if a profile runs."""
+def named_passes(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[int]) -> Iterator[None]:
+    """Name the passes of one schedule over the model's chunks, if a profile runs. `micro_batches` are the numbers of
+    its micro-batches in their order."""
     if not marking():
         yield
         return
@@ -33,12 +34,12 @@ def named_passes(chunks: Sequence[torch.nn.Module], micro_batches: int) -> Itera
         config.timers = before
 
 
-def _order(chunks: int, micro_batches: int, config: object) -> list[tuple[int, int]]:
+def _order(chunks: int, micro_batches: Sequence[int], config: object) -> list[tuple[int, int]]:
     """Return (micro-batch, chunk) of every forward pass of this rank, in the order of the schedule."""
     if chunks == 1:
-        return [(index, 0) for index in range(micro_batches)]
+        return [(index, 0) for index in micro_batches]
     group = config.microbatch_group_size_per_vp_stage  # type: ignore[attr-defined]
-    return list(get_schedule_table(micro_batches, chunks, group))
+    return list(get_schedule_table(len(micro_batches), chunks, group))
 
 
 class _Timers:

@@ -75,6 +75,25 @@ class ParallelConfig(Section):
     number that the expert layout allows."""
     distributed_optimizer: bool = True
     """Shard optimizer state and master weights over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Sum the gradients of a bucket of parameters over the data-parallel ranks while the backward pass of the last
+    micro-batch computes those of the next, instead of all after it. Off by default, because no GPU has run it yet."""
+    overlap_param_gather: bool = False
+    """Collect the updated parameters of the other data-parallel ranks while the next forward pass begins, instead of
+    right after the optimizer's step. Needs `distributed_optimizer` and `overlap_grad_reduce`."""
+    moe_dispatcher: Literal["alltoall", "flex"] = "alltoall"
+    """How tokens travel to the ranks of their experts: by all-to-all collectives, or (flex) by DeepEP's kernels, which
+    have to be installed. flex needs a GPU, and tensor x expert above 1."""
+
+    @model_validator(mode="after")
+    def gather_overlaps_with_shards(self) -> "ParallelConfig":
+        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
+            raise ValueError(
+                "parallel.overlap_param_gather = true needs parallel.distributed_optimizer = true (it is "
+                f"{str(self.distributed_optimizer).lower()}) and parallel.overlap_grad_reduce = true (it is "
+                f"{str(self.overlap_grad_reduce).lower()}); set both, or leave it out"
+            )
+        return self
 
     @property
     def model_ranks(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fiberpo_megatron.mcore.families import Architecture, LatentAttention, Rope
 from fiberpo_megatron.mcore.parallel.checks import layers_per_chunk
+from fiberpo_megatron.mcore.parallel.dispatcher import dispatcher_options
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 from fiberpo_megatron.mcore.platform import activate
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig, RecomputeModule
@@ -56,7 +57,6 @@ def transformer_config(
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.tensor > 1,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, in dense models too
         # The interleaved schedule of 0.16.1 frees an output before it has waited for its send: other data may arrive,
         # without an error.
         deallocate_pipeline_outputs=parallel.pipeline > 1 and not interleaved,
@@ -64,6 +64,7 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         calculate_per_token_loss=True,  # gradients are sums: nothing divides them by ranks or micro-batches
+        **dispatcher_options(parallel),
         **_recompute_options(architecture, model),
         **_expert_options(architecture, model, dtype),
         **_fp8_options(architecture, model),

@@ -9,6 +9,7 @@ import torch
 from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.mcore.families import read_architecture, read_hf_config
 from fiberpo_megatron.mcore.parallel.checks import check_layout, check_routers
+from fiberpo_megatron.mcore.parallel.dispatcher import check_dispatcher
 from fiberpo_megatron.mcore.weights.files import stored_tensors
 from fiberpo_megatron.rollout.dump import RolloutDump
 from fiberpo_megatron.sources.stored import DUMP, dump_of
@@ -32,7 +33,7 @@ def preflight(config: Config, command: str, resume: bool, world_size: int, here:
     `world_size`: training ranks that run or are about to be started; `here`: on this machine, not from a login node."""
     config = with_recorded_recipe(config, resume)
     _check_model(config, command)
-    _check_layout(config, world_size)
+    _check_layout(config, world_size, here)
     check_gpus(config, command, world_size, here)
     if here:
         _check_fp8(config)
@@ -94,12 +95,13 @@ def _check_model(config: Config, command: str) -> None:
         )
 
 
-def _check_layout(config: Config, world_size: int) -> None:
+def _check_layout(config: Config, world_size: int, here: bool) -> None:
     path = config.model.path / "config.json"
     try:
         hf_config = read_hf_config(config.model.path, config.model.family)
         check_layout(hf_config, config.parallel, world_size)
         check_routers(read_architecture(hf_config), config.model, config.parallel)
+        check_dispatcher(read_architecture(hf_config), config.parallel, here)
     except json.JSONDecodeError as error:
         raise ConfigError(f"model.path: {path} is not JSON ({error})") from error
     except ValueError as error:

@@ -19,6 +19,7 @@ from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.data.packing import assign_rows, pack, padded_lengths
 from fiberpo_megatron.mcore import policy as policy_module
 from fiberpo_megatron.mcore.model import PolicyModel
+from fiberpo_megatron.mcore.optimizers import build
 from fiberpo_megatron.mcore.parallel.checks import check_layout
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout, start_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
@@ -249,6 +250,7 @@ def run_case(case: Case, folder: Path, parallel: dict[str, int], layout: Paralle
         whole_gradients(policy)
         gradients[name] = pieces(gradient_shards(policy.models))
     norms = [policy.step(batches, gates["coupled"], TEMPERATURE).gradient_norm for _ in range(3)]
+    policy.gather.finish()
     return Run(
         log_probs=dict(zip(index, scores.log_probs.tolist())) if scores else {},
         entropy=dict(zip(index, scores.entropy.tolist())) if scores else {},
@@ -270,6 +272,12 @@ def run_without_expert_marks(cases: list[Case], folder: Path, parallel: dict[str
         return models
 
     policy_module.build_model = unmarked  # in this process alone, which ends with the run
+    return run_cases(cases, folder, parallel)
+
+
+def run_in_small_buckets(cases: list[Case], folder: Path, parallel: dict[str, int]) -> list[Run]:
+    """As `run_cases`, but where communication overlaps with computation each model has many buckets."""
+    build.BUCKET_ELEMENTS = 2000  # in this process alone, which ends with the run
     return run_cases(cases, folder, parallel)
 
 

@@ -21,6 +21,7 @@ from tests.distributed.parity import (
     Run,
     assemble,
     run_cases,
+    run_in_small_buckets,
     run_with_late_receives,
     run_without_expert_marks,
     write_checkpoints,
@@ -219,6 +220,30 @@ def test_memory_options_do_not_matter(reference: Reference):
     split = [Case("dense tied", options=mlp), Case("moe", options={"log_prob_chunk_tokens": 7})]
     reference.compare(pipelined, LAYOUTS["PP2"])
     reference.compare(split, LAYOUTS["TP2"])
+
+
+OVERLAPPED: dict[str, dict[str, int]] = {
+    "DP2": {"data": 2},
+    "DP2 EP2": {"data": 2, "expert": 2},
+    "TP2 DP2": {"tensor": 2, "data": 2},
+    "PP2 DP2": {"pipeline": 2, "data": 2},
+    "PP2 VPP2 DP2": {"pipeline": 2, "virtual_pipeline": 2, "data": 2},
+    "CP2 DP2 EP4": {"context": 2, "data": 2, "expert": 4},
+}
+
+
+@pytest.mark.parametrize("name", varied(OVERLAPPED, ["DP2 EP2"]))
+def test_overlapping_communication_does_not_matter(name: str, reference: Reference):
+    parallel = OVERLAPPED[name] | {"overlap_grad_reduce": True}
+    experts = [Case("moe tied"), Case("deepseek", distributed_optimizer=True)]
+    cases = experts + ([] if "expert" in parallel else [Case("dense", distributed_optimizer=True), Case("dense tied")])
+    with_gather = [replace(case, distributed_optimizer=True) for case in cases]
+    for found, of in (
+        (reference.run(cases, parallel, run_in_small_buckets), cases),
+        (reference.run(with_gather, parallel | {"overlap_param_gather": True}, run_in_small_buckets), with_gather),
+    ):
+        for case, whole in zip(of, found, strict=True):
+            assert_same(case, whole, reference.of(case))
 
 
 def test_balanced_routers(reference: Reference):
