@@ -1,4 +1,6 @@
-"""A stand-in for an SGLang server, for tools/bench_publish.py: it takes weights as a server does, and has no model.
+"""This is a stand-in for an SGLang server, which takes weights as a server does and has no model.
+
+tools/bench_publish.py starts it.
 
 It loads with the code of our SGLang plugin and copies every tensor into memory of its own, as a model's loader does.
 usage: bench_publish_engine.py PORT

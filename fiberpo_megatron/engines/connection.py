@@ -63,12 +63,13 @@ class Connection:
         self,
         address: EngineAddress,
         timeout_s: float,
+        max_connections: int = 256,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.address = address
         self.url = address.url.rstrip("/")
         self.timeout_s = timeout_s
-        limits = httpx.Limits(keepalive_expiry=KEEP_ALIVE_S)  # callers bound how much is in flight
+        limits = httpx.Limits(max_connections=max_connections, keepalive_expiry=KEEP_ALIVE_S)
         # trust_env=False: a proxy of the environment must not stand between trainer and engines
         self._http = httpx.AsyncClient(
             base_url=self.url,

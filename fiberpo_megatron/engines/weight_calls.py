@@ -14,7 +14,7 @@ class WeightCalls(Connection):
     async def update_weights_from_disk(self, folder: Path, version: str | None, timeout_s: float) -> None:
         """Load the safetensors of `folder` (a path on the server's machine) in place; what they lack stays as it is.
 
-        `version` is None where it does not change.
+        `version` is None if it does not change.
 
         A folder that cannot be read leaves the old weights. A tensor of the wrong shape kills the server: its
         rollback reads the same folder.
@@ -86,7 +86,7 @@ class WeightCalls(Connection):
         """Make the server load the tensors that `payloads` describe, one for each of its tensor-parallel ranks.
 
         The payloads are those of `weight_sync/ipc.py`, which only servers with our plugin understand
-        (engines/sglang_plugin); `version` is None where it does not change.
+        (engines/sglang_plugin); `version` is None if it does not change.
         """
         request: dict[str, object] = {
             "serialized_named_tensors": [base64.b64encode(payload).decode() for payload in payloads],

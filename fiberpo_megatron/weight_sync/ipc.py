@@ -28,7 +28,7 @@ MAGIC = b"fiberpo-weights-1\n"
 
 
 class IpcPublisher(RoundPublisher):
-    """Hands the weights to colocated engines in two flat buffers that take turns: CUDA IPC, or shared host memory.
+    """Publishes to colocated engines through two flat buffers that take turns: CUDA IPC, or shared host memory.
 
     `bucket_mib` is about the size of a round, all ranks together, in MiB; a rank holds two buffers of it on a GPU, and
     two buffers of its own share of it in host memory. The engines must run on the machines of the training ranks, as

@@ -35,7 +35,7 @@ class Round:
     buckets: Sequence[Bucket]
 
     def version(self, version: str) -> str | None:
-        """Return the version that engines have to report after this round; None where it does not change."""
+        """Return the version that engines have to report after this round; None if it does not change."""
         if self.last:
             return version
         return f"{INCOMPLETE}{version}" if self.number == 0 else None

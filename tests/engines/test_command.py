@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from fiberpo_megatron.engines.connection import KEEP_ALIVE_S
 from fiberpo_megatron.engines.command import (
     CPU_STAND_INS,
     ONLINE_UPDATES,
@@ -16,6 +15,7 @@ from fiberpo_megatron.engines.command import (
     server_command,
     server_environment,
 )
+from fiberpo_megatron.engines.connection import KEEP_ALIVE_S
 from fiberpo_megatron.engines.settings import EngineConfig
 from fiberpo_megatron.subprocesses import GPU_VARIABLES
 

@@ -108,7 +108,7 @@ class Export:
                     yield from ((name, torch.empty(0, dtype=parameter[0].dtype)) for name in names)
 
     def share(self, limit: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """Yield in each round the names and full tensors that fall to this rank; each tensor falls to exactly one rank.
+        """Yield the names and full tensors that fall to this rank, a list for each round; no tensor falls to two ranks.
 
         Every rank must iterate to the end, a round at a time. Only ranks that hold parts of the same tensor
         communicate: those of one tensor-parallel group. A round has about `limit` bytes, all ranks together. The
@@ -123,7 +123,7 @@ class Export:
             yield mine
 
     def rounds(self, limit: int) -> list[list[list[NamedShape]]]:
-        """List by round and rank the tensors that `share` yields, in order."""
+        """Return the tensors that `share` yields, by round and rank, in order."""
         if limit not in self._rounds:
             found: list[list[list[NamedShape]]] = []
             for buckets in self._spread(limit):

@@ -42,11 +42,11 @@ class MegatronWeights:
         return self._export.full()
 
     def rounds(self, limit: int) -> list[list[list[NamedShape]]]:
-        """List by round and rank the full tensors that `share` yields. Every rank makes the first call."""
+        """Return the full tensors that `share` yields, by round and rank. Every rank makes the first call."""
         return self._export.rounds(limit)
 
     def share(self, limit: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """Yield in each round the names and full tensors that fall to this rank, in the model's type, on its device.
+        """Yield the names and full tensors that fall to this rank, a list for each round, on the model's device.
 
         Every rank must iterate to the end; the ranks of a tensor-parallel group exchange what they hold.
         """

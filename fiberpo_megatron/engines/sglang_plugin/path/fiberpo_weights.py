@@ -107,7 +107,7 @@ def update(original: Callable[..., Any], manager: Any, request: Any) -> Any:
     from sglang.srt.runtime_context import get_parallel
 
     payloads = request.serialized_named_tensors
-    if not payloads or not bytes(payloads[0][: len(MAGIC)]) == MAGIC:
+    if not payloads or bytes(payloads[0][: len(MAGIC)]) != MAGIC:
         return original(manager, request)
     import torch
 
