@@ -160,7 +160,7 @@ def ranks_times(job: Job, ranks: int, folder: Path, threads: int) -> RankTimes |
 
 def engine_times(config: Config, hf_config: dict[str, Any], folder: Path) -> EngineTimes:
     """Time one engine with the config's settings, on a cache of the size that a run has."""
-    settings = config.rollout.engine.model_copy(update={"count": 1})
+    settings = config.rollout.engine.model_copy(update={"count": 1, "max_running_requests": config.running_requests})
     longest = min(4096, int(hf_config.get("max_position_embeddings", 4096)))
     cache = settings.max_total_tokens or (10**6 if torch.cuda.is_available() else CPU_KV_TOKENS)
     return time_engine(

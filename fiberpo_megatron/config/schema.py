@@ -74,6 +74,19 @@ class Config(Section):
         return self.rollout.return_routing or "rollout" in (algorithm.expert_routing, algorithm.routing_replay)
 
     @property
+    def running_requests(self) -> int:
+        """This is the number of responses that one engine decodes together: `rollout.engine.max_running_requests`, or if
+        that is 0, one engine's share of the responses that the leaders keep in flight in a step."""
+        engine, batch = self.rollout.engine, self.batch
+        if engine.max_running_requests:
+            return engine.max_running_requests
+        in_flight = batch.prompts * batch.samples_per_prompt
+        if self.parallel.data is not None:
+            in_flight = min(in_flight, self.parallel.data * self.rollout.max_concurrent_requests)
+        servers = len(engine.urls) or engine.count * max(1, self.slurm.engine_nodes)
+        return max(1, -(-in_flight // servers))
+
+    @property
     def scoring_servers(self) -> dict[str, tuple[str, ScoringServers]]:
         """These are the servers that score trajectories, by the fact of `RolloutBatch` that they give, with the section
         that names them."""

@@ -75,7 +75,7 @@ def server_command(server: Server, config: EngineConfig) -> list[str]:
     if not any(server.model.glob("*.safetensors")):
         command += ["--load-format", "dummy"]
     command += ["--nccl-port", str(server.internal_port), "--dtype", server.dtype]
-    command += ["--random-seed", str(server.seed), "--max-running-requests", str(config.max_running_requests)]
+    command += ["--random-seed", str(server.seed), "--max-running-requests", str(config.max_running_requests or 64)]
     # token ids go in and come out, so no tokenizer and no grammar is needed
     command += [
         "--skip-tokenizer-init",

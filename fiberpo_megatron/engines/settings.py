@@ -74,18 +74,20 @@ class EngineConfig(Section):
     """CPU threads of a server (platform without GPU)."""
     max_total_tokens: int | None = Field(None, ge=1)
     """Size of the KV cache in tokens. Unset on a GPU: it follows from `memory_fraction`; unset without a GPU: 16384."""
-    max_running_requests: int = Field(64, ge=1)
-    """Requests that are decoded together."""
+    max_running_requests: int = Field(0, ge=0)
+    """Requests that an engine decodes together. 0: its share of a step's responses, which the run prints when it starts
+    the engines."""
     colocated: bool = False
     """Run the engines on the training ranks' GPUs. While they generate, gradients are dropped and the optimizer's state
     waits in host memory; while the trainer learns, they release weights and KV cache. On GPUs this needs
-    weight_sync.method = "disk"; servers given by URL need --enable-memory-saver."""
+    weight_sync.method = "ipc" or "disk"; servers given by URL need --enable-memory-saver."""
     memory_fraction: float = Field(0.8, gt=0, le=1)
     """Share of GPU memory for weights and KV cache; colocated engines share it with the trainer's parameters."""
-    start_timeout_s: float = Field(300.0, gt=0)
-    """Seconds a server may take to become healthy."""
-    request_timeout_s: float = Field(600.0, gt=0)
-    """Seconds one generation request may take."""
+    start_timeout_s: float = Field(1800.0, gt=0)
+    """Seconds a server may take to become healthy: reading weights, compiling kernels and capturing CUDA graphs take
+    many minutes for a large model. A server process that ends is noticed at once."""
+    request_timeout_s: float = Field(3600.0, gt=0)
+    """Seconds one generation request may take, its wait in the server's queue included."""
     python: Path | None = None
     """Interpreter that has SGLang, for cases where SGLang's pinned versions disagree with the trainer's. Unset: the
     environment variable FIBERPO_SGLANG_PYTHON (set in the CUDA image), else the trainer's own."""

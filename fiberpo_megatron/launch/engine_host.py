@@ -6,11 +6,14 @@ import time
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.engines.addresses import local_address
 from fiberpo_megatron.engines.errors import EngineError
 from fiberpo_megatron.engines.registry import Registry
 from fiberpo_megatron.engines.servers import check_reachable, engines
+from fiberpo_megatron.engines.sizing import sized_engine
 from fiberpo_megatron.printable import printable
 
 WATCH_S = 5.0
@@ -29,9 +32,12 @@ def serve(config: Config, folder: Path, host: str, clients: list[str], first_gpu
     registry = Registry(folder)
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, _end)
+    engine, reasons = sized_engine(config, torch.cuda.is_available())
+    for reason in reasons:
+        print(f"{host}: {reason}", flush=True)
     try:
         with engines(
-            config.rollout.engine.model_copy(update={"urls": []}),
+            engine.model_copy(update={"urls": []}),
             config.model.path,
             folder.parent / f"engines_{host}",
             dtype=config.model.dtype,

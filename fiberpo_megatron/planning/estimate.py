@@ -241,7 +241,7 @@ def make_scenario(
         reference=reference_in_memory(config),
         reference_copies=4,
         cpu_offload=config.optimizer.cpu_offload,
-        running_limit=max(1, min(engine.max_running_requests, in_flight)),
+        running_limit=max(1, min(config.running_requests, in_flight)),
         graph_limit=graph_limit,
         draft_tokens=_number(arguments, "--speculative-num-steps") or 0,
         publication="device" if engine.colocated else _PUBLICATIONS.get(config.weight_sync.method.use, "shards"),

@@ -231,7 +231,7 @@ class Search:
             drain=staleness == 0,
             cache_gb=plan_engine(config, self.architecture, self.memory, taken).cache / GIGA,
             publication="device" if colocated else scenario.publication,
-            running_limit=self.config.rollout.engine.max_running_requests,
+            running_limit=self.config.running_requests,
         )
         time = step_time(scenario, self.assumptions, fast=True)
         return Candidate(gpus, trainer, colocated, engines, tensor, staleness, time.total)
@@ -239,7 +239,7 @@ class Search:
     def _requests(self, trainer: Trainer, engines: int) -> int:
         """Return how many requests a leader has to keep in flight, so that the engines can run as many as they may."""
         rollout = self.config.rollout
-        needed = -(-engines * rollout.engine.max_running_requests // (trainer.parallel.data or 1))
+        needed = -(-engines * self.config.running_requests // (trainer.parallel.data or 1))
         return max(rollout.max_concurrent_requests, needed)
 
     def _trainers(self, gpus: int) -> list[Trainer]:

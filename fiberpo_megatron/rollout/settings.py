@@ -22,6 +22,9 @@ class RolloutConfig(Section):
     the last (trained on like the others), and the verifier sees the text before the character."""
     max_concurrent_requests: int = Field(256, ge=1)
     """Requests that one data-parallel leader keeps in flight."""
+    step_timeout_s: float = Field(14400.0, gt=0)
+    """Seconds that the trajectories of a step, or of an evaluation, may take. The other ranks wait so long for those
+    that ask the engines; they enter no collective meanwhile, so that run.distributed_timeout_s does not limit it."""
     tool_call_parser: str | None = None
     """Name of SGLang's parser for the model's tool calls, such as `qwen25`. An environment that passes tools to the
     policy needs it."""

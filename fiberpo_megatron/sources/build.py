@@ -22,6 +22,7 @@ from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.engines.registry import SLACK_S, Registry
 from fiberpo_megatron.engines.servers import check_reachable, engines
 from fiberpo_megatron.engines.settings import EngineConfig, ScoringServers
+from fiberpo_megatron.engines.sizing import sized_engine
 from fiberpo_megatron.interfaces import Policy, Recorder, RolloutSource
 from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
@@ -111,6 +112,7 @@ def rollout_source(
             recorder=recorder,
             timers=parts.timers,
             weight_sync=config.weight_sync,
+            patience_s=config.rollout.step_timeout_s,
             seed=config.run.seed,
             prompts_per_step=config.batch.prompts,
             samples_per_prompt=config.batch.samples_per_prompt,
@@ -248,19 +250,23 @@ def engine_pool(parts: SourceParts) -> Iterator[EnginePool]:
     """Yield the pool of the run's engines on every rank. Rank 0 waits for those of the job, or starts servers when no
     addresses are given; they end with the pool."""
     config, layout = parts.config, parts.layout
+    engine, reasons = sized_engine(config, layout.device.type == "cuda")
     with ExitStack() as stack:
         addresses: list[EngineAddress] = []
         if parts.registry is not None:
             parts.say(f"Waiting for the engines of {', '.join(parts.registry.hosts())} ...")
         elif not config.rollout.engine.urls:
+            for reason in reasons:
+                parts.say(f"Engines: {reason}")
             parts.say(f"Starting SGLang (log: {config.run.folder / 'engines'}/engine_0.log) ...")
-        with together(layout, "starting the rollout engines"):
+        patience_s = config.rollout.engine.start_timeout_s + SLACK_S
+        with together(layout, "starting the rollout engines", patience_s + SLACK_S):
             if layout.rank == 0 and parts.registry is not None:
-                addresses = parts.registry.wait(config.rollout.engine.start_timeout_s + SLACK_S)
+                addresses = parts.registry.wait(patience_s)
                 for address in addresses:
                     check_reachable(address)
             elif layout.rank == 0:
-                addresses = stack.enter_context(_started(config, layout))
+                addresses = stack.enter_context(_started(config, engine, layout))
         shared = layout.share_text(json.dumps([[a.url, a.api_key] for a in addresses]) if layout.rank == 0 else None)
         addresses = addresses or [EngineAddress(url, api_key=key) for url, key in json.loads(shared)]
         yield stack.enter_context(
@@ -273,9 +279,8 @@ def engine_pool(parts: SourceParts) -> Iterator[EnginePool]:
         )
 
 
-def _started(config: Config, layout: ParallelLayout) -> Any:
+def _started(config: Config, engine: EngineConfig, layout: ParallelLayout) -> Any:
     """Servers on this machine, or the given ones; a context manager."""
-    engine = config.rollout.engine
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
     return engines(
         engine,

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from fiberpo_megatron.data.prompts import Place, PromptSets
 from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.engines.registry import SLACK_S
 from fiberpo_megatron.evaluation.results import prompt_result
 from fiberpo_megatron.evaluation.settings import EvaluationSet
 from fiberpo_megatron.interfaces import Evaluated, Policy, Publisher, Recorder, Sampler, SamplingChange
@@ -71,6 +72,8 @@ class EngineSource:
     seed: int
     prompts_per_step: int
     samples_per_prompt: int
+    patience_s: float = 14400.0
+    """Seconds for which ranks wait for those that generate a step's trajectories (`rollout.step_timeout_s`)."""
     held_out_prompts: int = 0
     held_out_samples: int = 1
     sets: Mapping[str, Sequence[Place]] = field(default_factory=dict)
@@ -114,8 +117,12 @@ class EngineSource:
     def publish(self, version: int) -> None:
         """Send the weights to the engines as `version`; then compare what the engines say about a trajectory of the
         last step with what the trainer says."""
-        layout, every = self.policy.layout, self.weight_sync.verify_every
-        with self.timers("publish"), together(layout, f"publishing weights {version}"):
+        layout, every, patience = (
+            self.policy.layout,
+            self.weight_sync.verify_every,
+            self.weight_sync.timeout_s + SLACK_S,
+        )
+        with self.timers("publish"), together(layout, f"publishing weights {version}", patience):
             self.publisher.publish(self.policy.weights, str(version))
         self._published = version
         if self._probe is not None and every and version % every == 0:
@@ -131,7 +138,7 @@ class EngineSource:
         mine = share(range(len(places)), layout.data_rank, layout.data_size)
         with self.timers("evaluate"):
             prompts = self._read(places, "reading the held-out tasks")
-            with self.timers("evaluate_generate"), together(layout, "generating rollouts"):
+            with self.timers("evaluate_generate"), together(layout, "generating rollouts", self.patience_s):
                 if self.generator is not None:
                     generator = self.generator if of is None else _for_set(self.generator, of)
                     asked = [prompts[index] for index in mine]
@@ -172,7 +179,7 @@ class EngineSource:
         layout = self.policy.layout
         mine = share(range(total), layout.data_rank, layout.data_size)
         groups: list[RolloutGroup | None] = []
-        with self.timers("generate"), together(layout, "generating rollouts"):
+        with self.timers("generate"), together(layout, "generating rollouts", self.patience_s):
             if layout.is_leader:
                 groups = self._groups(prompts, version, mine, step)
         complete = [group for group in groups if group is not None]

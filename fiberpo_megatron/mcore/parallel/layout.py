@@ -18,6 +18,7 @@ from torch import Tensor
 from fiberpo_megatron.config.schema import RunConfig
 from fiberpo_megatron.mcore.parallel import exchange
 from fiberpo_megatron.mcore.parallel.checks import check_layout
+from fiberpo_megatron.mcore.parallel.patience import Patience
 from fiberpo_megatron.mcore.platform import activate
 from fiberpo_megatron.mcore.settings import ParallelConfig
 from fiberpo_megatron.rendezvous import ranks_store
@@ -98,6 +99,7 @@ class ParallelLayout:
         """Seconds for which this rank has waited for others in the methods of this object. Waiting inside a pass of the
         model is not in it: Megatron's own collectives, and those on a GPU, which the host does not wait for."""
         self._waits = 0
+        self._patience = Patience(self.rank, self.world_size)
         self._writers: dict[tuple[tuple[int, ...], bool], Any] = {}
         self._make_groups(platform.backend)
 
@@ -224,6 +226,11 @@ class ParallelLayout:
         more = f" (and on {len(failures) - 1} other ranks)" if len(failures) > 1 else ""
         if reraise:
             raise raises(f"{where} failed on {failures[0] if failures else 'an unnamed rank'}{more}")
+
+    @_waiting
+    def wait_for_all(self, where: str, deadline_s: float) -> None:
+        """Return when every rank has called this; see `patience.Patience.wait`."""
+        self._patience.wait(where, deadline_s)
 
     @_waiting
     def any_rank(self, flag: bool) -> bool:

@@ -175,7 +175,9 @@ def _queue(facts: Facts) -> str | None:
         1, facts.setting("slurm", "engine_nodes", default=1)
     )
     asked = facts.setting("batch", "prompts", default=0) * facts.setting("batch", "samples_per_prompt", default=0)
-    places = engine.get("max_running_requests", 64)
+    places = engine.get("max_running_requests", 0)
+    if not places:  # the engines were sized from the batch
+        return None
     waiting = asked / count - places
     if waiting <= 0:
         return None
@@ -187,7 +189,7 @@ def _queue(facts: Facts) -> str | None:
 
 def _in_flight(facts: Facts) -> str | None:
     engine = facts.setting("rollout", "engine", default={})
-    places = engine.get("max_running_requests", 64) * (len(engine.get("urls", [])) or engine.get("count", 1))
+    places = engine.get("max_running_requests", 0) * (len(engine.get("urls", [])) or engine.get("count", 1))
     allowed = facts.setting("rollout", "max_concurrent_requests", default=256) * (
         facts.setting("parallel", "data", default=1)
     )
