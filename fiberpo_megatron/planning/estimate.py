@@ -11,11 +11,18 @@ from fiberpo_megatron.mcore.families import Architecture, read_architecture
 from fiberpo_megatron.mcore.optimizers import Optimizer, make_optimizer
 from fiberpo_megatron.mcore.optimizers.settings import OptimizerConfig
 from fiberpo_megatron.mcore.parallel.checks import check_layout
-from fiberpo_megatron.planning.activations import Implementation, Row, activation_bytes, log_prob_bytes
+from fiberpo_megatron.planning.activations import (
+    Implementation,
+    Row,
+    activation_bytes,
+    layer_bytes,
+    log_prob_bytes,
+)
 from fiberpo_megatron.planning.engines import EnginePlan, engine_count, engine_dtype_bytes, plan_engine
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu
 from fiberpo_megatron.planning.lengths import Lengths
-from fiberpo_megatron.planning.parameters import model_parameters
+from fiberpo_megatron.planning.parameters import chunk_weights, model_parameters, stage_layers
+from fiberpo_megatron.planning.phases import Routes, route_bytes
 from fiberpo_megatron.planning.reductions import gate_bytes, spans_micro_batches
 from fiberpo_megatron.planning.scenario import Publication, Scenario
 from fiberpo_megatron.planning.shapes import shape_of
@@ -59,16 +66,23 @@ class StagePlan:
     """Optimizer state is in host memory except during the optimizer's own step (`optimizer.cpu_offload`)."""
     reference: int = 0
     """Bytes in host memory that hold the reference of [algorithm.kl], or the policy while the reference computes."""
+    routes: Routes = Routes()
+    """Expert routing that is recorded or came from the engines."""
+    forward: int = 0
+    """What a pass without gradient holds at a time: one layer."""
+    saving: int = 0
+    """Bytes of host memory that a checkpoint takes: copies of what the rank writes where it is asynchronous, else the
+    largest tensor."""
 
     @property
     def host(self) -> int:
-        """Return the bytes that a rank keeps in host memory: an offloaded optimizer's state, and the reference."""
-        return self.reference + (self.states.optimizer if self.offloaded else 0)
+        """Return the bytes that a rank keeps in host memory: an offloaded optimizer's state, the reference, routes."""
+        return self.reference + self.routes.host + (self.states.optimizer if self.offloaded else 0)
 
     @property
     def total(self) -> int:
         """Return the peak of a step; with offloading, optimizer state and activations are never on the GPU together."""
-        passes = self.activations + self.log_probs
+        passes = self.activations + self.log_probs + self.routes.device
         moving = max(passes, self.states.optimizer) if self.offloaded else passes + self.states.optimizer
         return self.states.parameters + self.states.gradients + moving + self.reserved
 
@@ -274,7 +288,12 @@ def plan_stage(
 ) -> StagePlan:
     """Plan the rank of the first optimizer shard, which holds the most, because padding lies at the end of a buffer."""
     optimizer = _optimizer(config.optimizer.model_dump_json(), type(config.optimizer))
+    parallel, model = config.parallel, config.model
     activations, log_probs = passing_bytes(config, architecture, stage, work, assumptions, implementation)
+    chunks = range(parallel.virtual_pipeline)
+    weights = [weight for chunk in chunks for weight in chunk_weights(architecture, parallel, stage, chunk)]
+    layers = [layer for chunk in chunks for layer in stage_layers(architecture, parallel, stage, chunk)]
+    row = Row(config.batch.micro_batch_tokens, 0, assumptions.expert_imbalance)
     states = state_bytes(architecture, config.model, config.parallel, world_size, Position(stage), optimizer)
     return StagePlan(
         stage=stage,
@@ -284,7 +303,18 @@ def plan_stage(
         reserved=int(assumptions.reserved_gb * GIGA),
         offloaded=config.optimizer.cpu_offload,
         reference=states.parameters if reference_in_memory(config) else 0,
+        routes=route_bytes(config, architecture, stage, work.tokens),
+        forward=max(layer_bytes(architecture, model, parallel, row, layer, implementation) for layer in layers),
+        saving=_saving_bytes(config, states, max(weight.numel for weight in weights)),
     )
+
+
+def _saving_bytes(config: Config, states: StateBytes, largest: int) -> int:
+    """Return the host memory that a checkpoint takes on the rank that writes most, which also writes the parameters."""
+    if not config.checkpoint.asynchronous:
+        return 4 * largest
+    masters = states.optimizer // 2 if config.model.dtype == "float32" else 0  # two moments lie beside each of them
+    return states.parameters + states.optimizer + masters
 
 
 @lru_cache(maxsize=16)  # a search asks for the same one beside every layout

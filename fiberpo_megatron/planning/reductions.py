@@ -69,6 +69,11 @@ def spans_micro_batches(config: Config) -> bool:
     return _objective(config.algorithm, _domains(config)).spans_micro_batches
 
 
+def uses_experts(config: Config) -> bool:
+    """Return whether the objective has a level of expert partitions, so that a run records expert routing."""
+    return _objective(config.algorithm, _domains(config)).uses_experts
+
+
 def _domains(config: Config) -> tuple[str, ...]:
     return tuple(environment.name for environment in config.environments)
 

@@ -6,7 +6,7 @@ counted from their code: `tools/scale_costs.py` measures what they cost.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from math import ceil, log2
 from typing import Any
 
@@ -16,10 +16,12 @@ from fiberpo_megatron.planning.decoding import make_decoder
 from fiberpo_megatron.planning.estimate import Plan
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu
 from fiberpo_megatron.planning.lengths import longest
+from fiberpo_megatron.planning.phases import LEADER_COPIES, token_bytes
 from fiberpo_megatron.planning.roofline import bounds
 from fiberpo_megatron.planning.search import Goal, Search
 from fiberpo_megatron.planning.show import engines_text, layout_text, table
-from fiberpo_megatron.types import TOKEN, RolloutBatch
+from fiberpo_megatron.planning.training import optimizer_state_bytes
+from fiberpo_megatron.types import expert_dtype
 
 SIZES = (8, 32, 128, 512, 1024, 4096, 10240)
 TRAJECTORIES_PER_GPU = 8
@@ -29,8 +31,6 @@ AGREEMENTS_STEP, AGREEMENTS_OPTIMISER = 8, 4
 """Times that all ranks agree in a step (`Layout.any_rank`, `agree`, `together`), and in each optimiser step besides."""
 MESSAGE_S = 1e-4
 """Seconds of a small message between two hosts over Gloo (TCP), wake-up of the receiver included."""
-LEADER_COPIES = 5
-"""Copies of the batch that a leader holds while it joins the shares (measured)."""
 GATHER_S, PACK_S = 0.17e-6, 0.07e-6
 """CPU seconds of a token in joining the shares on a leader, and in packing on every rank (measured)."""
 
@@ -44,7 +44,8 @@ class Traffic:
     rollouts: float
     """The step's trajectories, which every rank gets, without routing."""
     routing: float
-    """The engines' experts of every token, if they are asked for; 0 for a dense model."""
+    """The engines' experts, if they are asked for, on the rank that gets most: a leader takes in those of its replica's
+    tokens, and every token has a number. 0 for a dense model."""
     publication: float
     """Weights that leave rank 0, or with colocated engines the GPU's own copy."""
     agreement: float
@@ -65,15 +66,10 @@ class ScaleRow:
     machine: float
     """Bytes of host memory that rollouts take on the fullest machine."""
     checkpoint: float
-    """Bytes of host memory in which the fullest machine gathers optimizer state for a checkpoint."""
+    """Bytes of host memory that the fullest machine copies for an asynchronous checkpoint: its ranks' parameters and
+    their shards of the optimizer's state. A synchronous one takes one tensor of each rank at a time."""
     stops: tuple[tuple[str, float], ...]
     """What more GPUs do not make faster, with its seconds of a step, the largest first."""
-
-
-def token_bytes() -> int:
-    """Return the bytes of one token in a batch of rollouts, without what a run may ask for (routing, scores)."""
-    kept = [fact for fact in fields(RolloutBatch) if fact.metadata["per"] == TOKEN and fact.metadata["empty"] is None]
-    return sum(fact.metadata["dtype"].itemsize for fact in kept)
 
 
 def sized(config: Config, gpus: int, assumptions: Assumptions) -> Config:
@@ -120,19 +116,19 @@ def _row(gpus: int, plan: Plan | None, assumptions: Assumptions) -> ScaleRow:
         traffic=_traffic(plan),
         leader=LEADER_COPIES * held,
         machine=ranks * held + leaders * (LEADER_COPIES - 1) * held,
-        checkpoint=ranks * 12 * sum(scenario.rank_parameters),
+        checkpoint=ranks * (optimizer_state_bytes(scenario) + scenario.width * sum(scenario.rank_parameters)),
         stops=tuple(stops),
     )
 
 
 def _traffic(plan: Plan) -> Traffic:
     scenario, shape = plan.scenario, plan.scenario.shape
-    routed = shape.moe_layers * shape.experts_per_token * 2
+    routed = shape.moe_layers * shape.experts_per_token * expert_dtype(shape.experts).itemsize
     agreements = AGREEMENTS_STEP + AGREEMENTS_OPTIMISER * scenario.optimiser_steps
     return Traffic(
         gates=2.0 * scenario.optimiser_steps * sum(plan.gates),
         rollouts=scenario.tokens * token_bytes(),
-        routing=scenario.tokens * routed,
+        routing=scenario.tokens * (4 + routed / scenario.data) if routed else 0.0,
         publication=float(plan.publish),
         agreement=8.0 * agreements * ceil(log2(max(2, plan.training_gpus))),
     )

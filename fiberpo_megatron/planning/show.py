@@ -6,6 +6,7 @@ from typing import Any
 
 from fiberpo_megatron.planning.estimate import Plan
 from fiberpo_megatron.planning.parameters import active_parameters, model_parameters
+from fiberpo_megatron.planning.phases import PHASES, phase_bytes
 from fiberpo_megatron.planning.timing import GIGA
 
 LAYOUT_HEADINGS = ("layout of the trainer", "engines", "recompute", "training GB", "KV cache tokens", "step s")
@@ -82,6 +83,7 @@ def plan_text(plan: Plan) -> str:
             f"engine, per GPU: {gigabytes(plan.engine.weights)} GB of weights, {gigabytes(plan.engine.cache)} GB of KV "
             f"cache = {plan.engine.cache_tokens:,} tokens (longest trajectory: {plan.engine.longest:,})",
             *_host_line(plan),
+            *_phase_lines(plan),
             f"publication: {gigabytes(plan.publish)} GB to every engine; gates: "
             f"{' + '.join(f'{size:,}' for size in plan.gates)} bytes all-reduced in an optimiser step",
             "",
@@ -103,6 +105,19 @@ def _host_line(plan: Plan) -> list[str]:
     reference = max(stage.reference for stage in plan.stages)
     beside = f" ({gigabytes(reference)} GB of it for the reference of [algorithm.kl])" if reference else ""
     return [f"host memory: {gigabytes(largest)} GB for each training GPU of the fullest stage{beside}"]
+
+
+def _phase_lines(plan: Plan) -> list[str]:
+    """Return a table with the peaks of every phase: GB on the GPU, and in host memory of a rank and of a leader."""
+    peaks = phase_bytes(plan)
+    rows = []
+    for stage in plan.stages:
+        found = [peak for peak in peaks if peak.stage == stage.stage]
+        rows.append([f"{stage.stage}: GPU", *(gigabytes(peak.device) for peak in found)])
+        rows.append([f"{stage.stage}: host", *(gigabytes(peak.host) for peak in found)])
+        if stage.stage == 0:
+            rows.append(["0: host of a leader", *(gigabytes(peak.leader) for peak in found)])
+    return ["", "GB of a training rank at the peak of each phase:", "", table(("stage", *PHASES), rows), ""]
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -130,6 +145,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "engine_gpus": plan.engine_gpus,
         "colocated": plan.config.rollout.engine.colocated,
         "stages": [asdict(stage) | {"total": stage.total, "host": stage.host} for stage in plan.stages],
+        "phases": [asdict(peak) for peak in phase_bytes(plan)],
         "engine": asdict(plan.engine) | {"cache_tokens": plan.engine.cache_tokens},
         "publish_bytes": plan.publish,
         "gate_bytes": list(plan.gates),

@@ -1,0 +1,101 @@
+"""What a rank holds in each phase: on its GPU and in host memory, expert routing and saving included."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from fiberpo_megatron.cli.main import main
+from fiberpo_megatron.mcore.families import read_architecture
+from fiberpo_megatron.planning.estimate import Plan
+from fiberpo_megatron.planning.phases import PHASES, PhaseBytes, batch_bytes, phase_bytes, route_bytes
+from tests.planning.test_estimate import MODELS, ROOT, config, hf_config, plan
+
+ROUTES = ("--algorithm.routing_replay", "rollout")
+
+
+def peaks(of: Plan, stage: int = 0) -> dict[str, PhaseBytes]:
+    return {peak.phase: peak for peak in phase_bytes(of) if peak.stage == stage}
+
+
+def test_routes_take_one_byte_a_slot_and_are_spread_over_all_ranks():
+    """2^20 tokens, 48 layers, 8 of 128 experts a token."""
+    whole = 2**20 * 48 * 8
+
+    def routes(stage: int = 0, *words: str, **parallel: int) -> tuple[int, int]:
+        sizes = [word for name, size in parallel.items() for word in (f"--parallel.{name}", str(size))]
+        run = config(
+            *ROUTES, "--parallel.tensor", "1", "--parallel.expert", "1", "--parallel.data", "1", *sizes, *words
+        )
+        found = route_bytes(run, read_architecture(hf_config("qwen3_30b_a3b")), stage, 2**20)
+        return found.host, found.answers
+
+    assert routes() == (whole, whole)
+    assert routes(data=8) == (whole // 8, whole // 8)
+    assert routes(1, data=2, pipeline=2, context=2, tensor=2) == (whole // 16, whole // 2)
+    assert routes(0, "--algorithm.routing_replay", "old") == (whole, 0)  # recorded, and no engine was asked
+    returned = ("--algorithm.routing_replay", "none", "--rollout.return_routing", "true")
+    assert routes(0, *returned) == (2 * whole, whole)  # recorded as well, to be compared
+    assert routes(0, "--algorithm.routing_replay", "none") == (0, 0)
+    many = replace(read_architecture(hf_config("qwen3_30b_a3b")))
+    many = replace(many, experts=replace(many.experts, count=512))  # type: ignore[type-var]
+    assert route_bytes(config(*ROUTES, "--parallel.data", "1"), many, 0, 2**20).answers == 2 * whole
+
+
+def test_every_phase_has_its_peak():
+    found = peaks(plan(*ROUTES))
+    assert tuple(found) == PHASES
+    stage = plan(*ROUTES).stages[0]
+    assert found["train"].device == stage.total == max(peak.device for peak in found.values())
+    assert stage.total - plan().stages[0].total == stage.routes.device > 0
+    assert found["log-probs"].host == batch_bytes(config(*ROUTES), plan().work.tokens) + stage.routes.host
+    assert found["exchange"].leader > found["exchange"].host + stage.routes.answers
+    assert all(peak.leader >= peak.host for peak in found.values())
+
+
+def test_saving_copies_what_a_rank_writes_only_beside_the_training():
+    held, copied = (
+        peaks(plan("--checkpoint.asynchronous", value))["save"].host - peaks(plan())["train"].host
+        for value in ("false", "true")
+    )
+    states = plan().stages[0].states
+    assert copied == states.parameters + states.optimizer
+    assert held < 0.03 * copied, "one tensor at a time"
+
+
+def test_colocated_engines_leave_the_trainer_its_parameters():
+    words = ("--rollout.engine.colocated", "true", "--rollout.engine.count", "8", "--weight_sync.method", "ipc")
+    shared = plan(*words, gpus=16)
+    found, stage = peaks(shared), shared.stages[0]
+    assert found["generate"].device == stage.states.parameters + stage.reserved
+    assert found["generate"].host == stage.states.optimizer and found["train"].host < stage.states.optimizer
+
+
+def test_more_ranks_hold_less():
+    few, many = (plan(*ROUTES, "--parallel.data", str(data), gpus=16 + 2 * data) for data in (8, 16))
+    for phase in PHASES:
+        one, other = peaks(few)[phase], peaks(many)[phase]
+        assert other.device <= one.device and other.leader <= one.leader, phase
+    assert peaks(many)["train"].host < peaks(few)["train"].host
+
+
+@pytest.mark.parametrize(
+    ("example", "gpus"),
+    [
+        ("qwen3_30b_a3b/train.toml", 32),
+        ("slurm/one_node.toml", 8),
+        ("slurm/four_nodes.toml", 32),
+        ("slurm/thirty_two_nodes.toml", 256),
+    ],
+)
+def test_the_command_says_the_peaks_of_the_cluster_examples(
+    example: str, gpus: int, capsys: pytest.CaptureFixture[str]
+):
+    words = ["plan", str(ROOT / "examples" / example), "--model.path", str(MODELS / "qwen3_30b_a3b")]
+    words += ["--gpus", str(gpus)]
+    main(words)
+    said = capsys.readouterr().out
+    assert "GB of a training rank at the peak of each phase:" in said and "| 0: host of a leader |" in said
+    main([*words, "--json"])
+    phases = json.loads(capsys.readouterr().out)["phases"]
+    assert [one["phase"] for one in phases][: len(PHASES)] == list(PHASES)
