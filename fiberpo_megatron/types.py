@@ -6,7 +6,7 @@ chose and that is trained on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -76,8 +76,9 @@ class Completion:
     """stop, length or abort."""
     weight_spans: tuple[WeightSpan, ...]
     """Versions of the weights that produced the response, in token order."""
-    routed_experts: NDArray[np.int32] | None = None
-    """[prompt + T - 1, layers, top_k] experts of every position but the last; None when not asked for."""
+    routed_experts: NDArray[Any] | None = None
+    """[prompt + T - 1, layers, top_k] uint8 or int16, the experts of every position but the last; None when not asked
+    for."""
     loss_mask: NDArray[np.bool_] | None = None
     """[T] True at the tokens that the policy sampled, False at those that an environment wrote between turns. None:
     all were sampled."""
@@ -158,9 +159,10 @@ class RolloutGroup:
     trajectories: tuple[Trajectory, ...]
 
 
-TRAJECTORY, SEQUENCE, TOKEN, NAMED = "trajectory", "sequence", "token", "named"
-"""What an array of a RolloutBatch is a fact of. All but TOKEN have one entry per sequence: facts of a TRAJECTORY are
-equal in all of its sequences, and NAMED ones are such facts in a mapping from names to arrays."""
+TRAJECTORY, SEQUENCE, TOKEN, NAMED, HELD = "trajectory", "sequence", "token", "named", "held"
+"""What an array of a RolloutBatch is a fact of. TRAJECTORY, SEQUENCE and NAMED ones have one entry per sequence: facts
+of a TRAJECTORY are equal in all of its sequences, and NAMED ones are such facts in a mapping from names to arrays. HELD
+ones belong to the process that holds them, whatever part of the batch is looked at."""
 NUMBERED = ("groups", "trajectories")
 """Arrays of dense numbers, which begin at 0 again wherever batches are joined or thinned out."""
 
@@ -205,11 +207,20 @@ def _versions(sequence: TokenSequence) -> NDArray[np.int64]:
     return versions
 
 
-def _experts(sequence: TokenSequence) -> NDArray[np.int16] | None:
-    experts = sequence.completion.routed_experts
-    if experts is None:
-        return None
-    return np.concatenate([experts.astype(np.int16), np.full((1, *experts.shape[1:]), -1, np.int16)])
+def _routes(sequences: Sequence[TokenSequence]) -> dict[str, NDArray[Any]]:
+    """Return the arrays of the engines' routes; none unless every sequence has its own."""
+    found = [sequence.completion.routed_experts for sequence in sequences]
+    given = [experts for experts in found if experts is not None]
+    if not given or len(given) < len(found):
+        return {}
+    lengths = np.array([len(_tokens(sequence)) for sequence in sequences])
+    starts = np.cumsum(lengths) - lengths
+    rows = [np.arange(start, start + len(experts)) for start, experts in zip(starts, given, strict=True)]
+    return {
+        "routing_rows": np.arange(lengths.sum()),
+        "held_rows": np.concatenate(rows),
+        "routed_experts": np.concatenate(given),
+    }
 
 
 def _scores(name: str) -> Callable[[TokenSequence], NDArray[np.float32] | None]:
@@ -228,7 +239,7 @@ def _truncated(trajectory: Trajectory) -> bool:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """These are all trajectories of one training step as flat arrays, equal on every rank.
+    """These are all trajectories of one training step as flat arrays, equal on every rank but for the routes.
 
     There is one entry [B] for each token sequence; those of a trajectory are contiguous, and so are the trajectories of
     a group. What counts or compares trajectories takes `per_trajectory()`, which is the batch itself where no
@@ -270,9 +281,15 @@ class RolloutBatch:
     """[B] by name: components of the reward, nan where a trajectory has none of that name."""
     environment_metrics: Mapping[str, NDArray[np.float32]] = _array(np.float32, NAMED, np.nan, lambda t: t.metrics)
     """[B] by name: further numbers of the environments, nan where a trajectory has none of that name."""
-    routed_experts: NDArray[np.int16] = _array(np.int16, TOKEN, None, _experts, empty=(0, 0, 0))
-    """[N, MoE layers, top_k] the engine's experts of each token, -1 where it gave none (the last token of a
-    sequence); empty when it was not asked."""
+    routing_rows: NDArray[np.int32] = _array(np.int32, TOKEN, empty=(0,))
+    """[N] the number of each token among all tokens of the step, by which `held_rows` name it; empty when the engines
+    were not asked for their routes."""
+    held_rows: NDArray[np.int64] = _array(np.int64, HELD, empty=(0,))
+    """[H] which tokens `routed_experts` belong to. The last token of a sequence is not among them: an engine has not
+    read it."""
+    routed_experts: NDArray[Any] = _array(np.uint8, HELD, empty=(0, 0, 0))
+    """[H, MoE layers, top_k] uint8 or int16, the engines' experts of those tokens whose routes this process has: the
+    ones that it generated itself. `Layout.routes` brings them to the ranks that need them."""
     teacher_log_probs: NDArray[np.float32] = _array(np.float32, TOKEN, np.nan, _scores("teacher_log_probs"), empty=(0,))
     """[N] the teacher's log-probs at response tokens, at temperature 1; nan elsewhere and where it gave none; empty
     when no teacher was asked."""
@@ -292,6 +309,9 @@ class RolloutBatch:
             dtype, per, fill = (fact.metadata[key] for key in ("dtype", "per", "fill"))
             if per == NAMED:
                 values[fact.name] = {n: np.asarray(v, dtype) for n, v in arrays.get(fact.name, {}).items()}
+            elif per == HELD and fact.name in arrays:
+                given = np.asarray(arrays[fact.name])
+                values[fact.name] = given if given.dtype in (dtype, np.int16) else given.astype(dtype)
             elif fact.name in arrays:
                 values[fact.name] = np.asarray(arrays[fact.name], dtype)
             elif fact.metadata["empty"] is not None:
@@ -310,6 +330,8 @@ class RolloutBatch:
             value, per = getattr(self, fact.name), fact.metadata["per"]
             if per == NAMED:
                 arrays[fact.name] = {name: values[first:last] for name, values in value.items()}
+            elif per == HELD:
+                arrays[fact.name] = value
             else:
                 arrays[fact.name] = value[begin:end] if per == TOKEN else value[first:last]
         return RolloutBatch(**arrays)
@@ -323,6 +345,8 @@ class RolloutBatch:
             value, per = getattr(self, fact.name), fact.metadata["per"]
             if per == NAMED:
                 arrays[fact.name] = {name: values[kept] for name, values in value.items()}
+            elif per == HELD:
+                arrays[fact.name] = value
             elif per == TOKEN:
                 arrays[fact.name] = value[tokens] if len(value) == len(tokens) else value  # one that was not asked for
             else:
@@ -346,8 +370,13 @@ class RolloutBatch:
             if per == NAMED:
                 arrays[fact.name] = {name: values[first] for name, values in value.items()}
             else:
-                arrays[fact.name] = value if per == TOKEN else value[first]
+                arrays[fact.name] = value if per in (TOKEN, HELD) else value[first]
         return RolloutBatch(**arrays | {"lengths": np.add.reduceat(self.lengths, first)})
+
+    def without_held(self) -> "RolloutBatch":
+        """Return the batch without the routes that this process holds; which tokens have any stays known."""
+        none = {fact.name: np.zeros(fact.metadata["empty"], fact.metadata["dtype"]) for fact in _HELD_FACTS}
+        return replace(self, **none)
 
     @property
     def sequences(self) -> NDArray[np.int64]:
@@ -376,6 +405,9 @@ class RolloutBatch:
     def turns(self) -> NDArray[np.int64]:
         """This is [B], the turns of the policy in each sequence: runs of response tokens."""
         return np.add.reduceat(self.turn_begins, self.offsets[:-1], dtype=np.int64)
+
+
+_HELD_FACTS = [fact for fact in fields(RolloutBatch) if fact.metadata["per"] == HELD]
 
 
 def flatten(groups: Sequence[RolloutGroup]) -> RolloutBatch:
@@ -407,7 +439,7 @@ def flatten(groups: Sequence[RolloutGroup]) -> RolloutBatch:
             arrays[fact.name] = np.concatenate([np.asarray(value, dtype) for value in values])
         elif fact.metadata["empty"] is None:
             arrays[fact.name] = np.zeros(0, dtype)
-    return RolloutBatch.filled(**arrays)
+    return RolloutBatch.filled(**arrays | _routes(sequences))
 
 
 def named_arrays(batch: RolloutBatch) -> dict[str, NDArray[Any]]:
@@ -439,6 +471,8 @@ def join_batches(shares: Sequence[RolloutBatch]) -> RolloutBatch:
     arrays: dict[str, Any] = {}
     for fact in fields(RolloutBatch):
         parts = [getattr(share, fact.name) for share in filled]
+        if fact.metadata["per"] == HELD:
+            parts = [part for part in parts if len(part)] or parts[:1]
         if fact.metadata["per"] != NAMED:
             arrays[fact.name] = np.concatenate(parts)
             continue
@@ -447,6 +481,11 @@ def join_batches(shares: Sequence[RolloutBatch]) -> RolloutBatch:
         arrays[fact.name] = {n: np.concatenate([p.get(n, m) for p, m in zip(parts, missing)]) for n in names}
     for name in NUMBERED:
         arrays[name] = _numbered([getattr(share, name) for share in shares])
+    for name in ("routing_rows", "held_rows"):
+        sizes = [int(share.routing_rows.max(initial=-1)) + 1 for share in filled]
+        begins = np.cumsum(sizes) - sizes
+        found = [getattr(share, name) for share in filled]
+        arrays[name] = np.concatenate([rows + begin for rows, begin in zip(found, begins, strict=True)])
     return RolloutBatch.filled(**arrays)
 
 

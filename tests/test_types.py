@@ -100,11 +100,16 @@ def test_every_array_has_the_type_that_it_declares():
 
 
 def test_experts_of_a_trajectory_lack_its_last_token():
-    experts = np.arange(4 * 2 * 2, dtype=np.int32).reshape(4, 2, 2)
+    experts = np.arange(4 * 2 * 2, dtype=np.uint8).reshape(4, 2, 2)
     with_experts = replace(PLAIN, completion=replace(PLAIN.completion, routed_experts=experts))
     batch = flatten([RolloutGroup(PLAIN.prompt, (with_experts, with_experts))])
-    np.testing.assert_array_equal(batch.routed_experts[:4], experts)
-    assert (batch.routed_experts[[4, 9]] == -1).all() and batch.routed_experts.shape == (10, 2, 2)
+    np.testing.assert_array_equal(batch.routed_experts, np.concatenate([experts, experts]))
+    assert batch.held_rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8] and batch.routing_rows.tolist() == list(range(10))
+    joined = join_batches([batch, flatten(GROUPS[:0]), batch])
+    assert joined.held_rows.tolist() == [*batch.held_rows, *(batch.held_rows + 10)] and len(joined.routed_experts) == 16
+    second = batch.select(np.array([False, True]))
+    assert second.routing_rows.tolist() == list(range(5, 10)) and second.held_rows is batch.held_rows
+    assert batch.part(1, 2).routing_rows.tolist() == list(range(5, 10)) and not len(batch.without_held().held_rows)
     none = flatten([RolloutGroup(PLAIN.prompt, (with_experts, PLAIN))])
     assert none.routed_experts.shape == (0, 0, 0)
 

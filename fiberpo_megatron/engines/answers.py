@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fiberpo_megatron.environments import ToolCall
 from fiberpo_megatron.printable import printable
-from fiberpo_megatron.types import Completion, WeightSpan
+from fiberpo_megatron.types import Completion, WeightSpan, expert_dtype
 
 CONTROL_BYTES = 32 << 20
 """Largest answer to a call that generates nothing; the longest known one names a checksum for every tensor."""
@@ -225,8 +225,8 @@ def preferences(answer: object) -> list[str]:
     ]
 
 
-def experts_array(encoded: str, rows: int, shape: RoutingShape) -> NDArray[np.int32]:
-    """Return [rows, layers, top_k] from base64 of little-endian int32."""
+def experts_array(encoded: str, rows: int, shape: RoutingShape) -> NDArray[Any]:
+    """Return [rows, layers, top_k] uint8 or int16 from base64 of little-endian int32."""
     raw = base64.b64decode(encoded, validate=True)
     wanted = 4 * rows * shape.layers * shape.top_k
     if len(raw) != wanted:
@@ -234,12 +234,12 @@ def experts_array(encoded: str, rows: int, shape: RoutingShape) -> NDArray[np.in
             f"routed_experts has {len(raw)} bytes, {wanted} were expected for {rows} "
             f"positions x {shape.layers} layers x top-{shape.top_k}"
         )
-    experts = np.frombuffer(raw, dtype="<i4").astype(np.int32).reshape(rows, shape.layers, shape.top_k)
+    experts = np.frombuffer(raw, dtype="<i4").reshape(rows, shape.layers, shape.top_k)
     if experts.size and not 0 <= experts.min() <= experts.max() < shape.experts:
         raise ValueError(
             f"routed_experts names experts {experts.min()} .. {experts.max()}, but a layer has {shape.experts}"
         )
-    return experts
+    return experts.astype(expert_dtype(shape.experts))
 
 
 def _token_ids(values: Sequence[Any], asked: Asked) -> Sequence[int]:

@@ -86,7 +86,7 @@ class Routing:
         if not self.layers:
             raise ValueError("the model has no experts whose routing could be replayed")
         wanted = (len(tokens), len(self.layers), self.top_k)
-        if tuple(experts.shape) != wanted:
+        if len(tokens) and tuple(experts.shape) != wanted:
             raise ValueError(
                 f"routing of shape {tuple(experts.shape)} does not fit the model: {wanted} is needed ([tokens, MoE "
                 f"layers of the stage, experts of a token])"
@@ -97,7 +97,8 @@ class Routing:
                 f"{self.num_experts}; check that the engine serves this model"
             )
         self._engine = self._table()
-        self._engine.add(tokens, experts)
+        if len(tokens):
+            self._engine.add(tokens, experts)
         self._replays_engine = replay
         self._slices.clear()
 
@@ -223,15 +224,15 @@ class Routing:
     def _counts(self, batch: MicroBatch, table: RoutingTable) -> Tensor:
         rows, device = self._share(batch), self._layout.device
         counts = torch.zeros(len(rows), self.num_experts, device=device)
-        chosen = table.rows(table.find(rows)).to(device)
-        real = (rows >= 0).to(device)[:, None].float().expand(len(rows), self.top_k).contiguous()
+        chosen = table.rows(table.find(rows)).to(device, non_blocking=True)
+        real = (rows >= 0).to(device, non_blocking=True)[:, None].float().expand(len(rows), self.top_k).contiguous()
         for position in self._position.values():
             counts.scatter_add_(1, chosen[:, position].long(), real)
         if self._layout.tensor_size > 1:
             parts = [torch.empty_like(counts) for _ in range(self._layout.tensor_size)]
             dist.all_gather(parts, counts, group=self._layout.tensor_group)
             counts = torch.cat(parts)
-        return counts[batch.response_positions.to(device)]
+        return counts[batch.response_positions.to(device, non_blocking=True)]
 
     def agreement(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Return float64 [layers of the model, 2]: (tokens whose expert set in the record equals the engine's, tokens

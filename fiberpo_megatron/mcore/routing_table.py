@@ -55,6 +55,7 @@ class RoutingTable:
         self._index()
         if not len(self._tokens):
             return torch.full((len(tokens),), -1)
+        tokens = tokens.long()
         at = torch.searchsorted(self._tokens, tokens).clamp(max=len(self._tokens) - 1)
         return torch.where(self._tokens[at] == tokens, self._slots[at], -1)
 

@@ -199,7 +199,7 @@ def join_turns(turns: Sequence[Completion], between: Sequence[Sequence[int]]) ->
     )
 
 
-def _join_experts(answers: Sequence[NDArray[np.int32] | None]) -> NDArray[np.int32] | None:
+def _join_experts(answers: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
     joined = answers[-1]
     if joined is None:
         return None

@@ -1,6 +1,7 @@
 """This module keeps the whole RolloutBatch of each step on disk, to train on it again without an engine.
 
 <folder>/step_000012.npz          every array of the batch, and what says where it comes from
+<folder>/step_000012.routes-00003.npz  the engines' expert routing of one leader's share, where it was asked for
 <folder>/step_000013.unfinished/  the groups of a step that is being generated, see rollout/finished.py
 <folder>/index.jsonl              one readable line a step
 """
@@ -19,13 +20,14 @@ import numpy as np
 
 from fiberpo_megatron import durable
 from fiberpo_megatron.printable import json_line, printable
-from fiberpo_megatron.types import Prompt, RolloutBatch, batch_of, named_arrays
+from fiberpo_megatron.types import Prompt, RolloutBatch, batch_of, expert_dtype, named_arrays
 
 FORMAT = 1
 INDEX = "index.jsonl"
 _STEP = re.compile(r"step_(\d+)\.npz")
 _UNFINISHED = re.compile(r"step_(\d+)\.unfinished")
-_ORIGIN, _NAMES = "origin", "names"
+_ORIGIN, _NAMES, _ROUTES = "origin", "names", "routes"
+_HELD = ("held_rows", "routed_experts")
 _REQUIRED = {"tokens", "response_mask", "rollout_log_probs", "lengths", "rewards", "correct", "groups", "domains"}
 _log = logging.getLogger(__name__)
 
@@ -86,27 +88,64 @@ class RolloutDump:
             return []
         return sorted(int(found[1]) for path in self.folder.iterdir() if (found := name.fullmatch(path.name)))
 
-    def write(self, batch: RolloutBatch, origin: Origin) -> None:
-        """Write one step in one move; a file of the same step is replaced, its unfinished groups are deleted."""
+    def write_routes(self, batch: RolloutBatch, origin: Origin, leader: int) -> None:
+        """Write the routes that a leader holds. All leaders do, before one of them calls `write`."""
         with durable.explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        described = np.frombuffer(json.dumps(asdict(origin)).encode(), np.uint8)
+        arrays = {name: getattr(batch, name) for name in _HELD}
+        with durable.replaced(self._routes(origin.step, leader)) as file:
+            np.savez(file, allow_pickle=False, **{_ORIGIN: _described(origin)}, **arrays)
+
+    def read_routes(self, step: int, leader: int, leaders: int) -> dict[str, Any]:
+        """Return `held_rows` and `routed_experts`, ascending by row, of a share of the files: every `leaders`th from
+        that of `leader` on. It is empty where the step has none. Raises DumpError for a missing or damaged file.
+        """
+        with self._open(self.path(step)) as file:
+            _origin(file)
+            count = int(file[_ROUTES]) if _ROUTES in file.files else 0
+            origin = file[_ORIGIN].tobytes()
+        found = []
+        for number in range(leader, count, leaders):
+            with self._open(self._routes(step, number)) as file:
+                if file[_ORIGIN].tobytes() != origin:
+                    raise DumpError(f"{self._routes(step, number)} is of other rollouts; make the dump again")
+                if len(file["held_rows"]):  # a leader all of whose trajectories were dropped has none
+                    found.append([file[name] for name in _HELD])
+        if not found:
+            return {}
+        return {name: np.concatenate(arrays) for name, arrays in zip(_HELD, zip(*found), strict=True)}
+
+    def _routes(self, step: int, leader: int) -> Path:
+        return self.folder / f"step_{step:06d}.routes-{leader:05d}.npz"
+
+    def write(self, batch: RolloutBatch, origin: Origin, routes: int = 0) -> None:
+        """Write one step in one move; a file of the same step is replaced, its unfinished groups are deleted.
+
+        `routes` is the number of files with routes, if they are already written; else those that `batch` holds are in
+        the step's own file.
+        """
+        with durable.explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        elsewhere = (*_HELD, "routing_rows") if routes else ()
+        arrays = {name: array for name, array in named_arrays(batch).items() if name not in elsewhere}
+        about = {_ORIGIN: _described(origin)} | ({_ROUTES: np.array(routes)} if routes else {})
         with durable.replaced(self.path(origin.step)) as file:
-            np.savez(file, allow_pickle=False, **{_ORIGIN: described}, **_numbered(named_arrays(batch)))
+            np.savez(file, allow_pickle=False, **about, **_numbered(arrays))
         self._index({origin.step: _summary(batch, origin)})
         durable.remove_tree(self.unfinished(origin.step))
 
     def origin(self, step: int) -> Origin:
         """Return where a stored step comes from; raises DumpError."""
-        with self._open(step) as file:
+        with self._open(self.path(step)) as file:
             return _origin(file)
 
     def read(self, step: int) -> RolloutBatch:
         """Return the trajectories of a stored step; raises DumpError when it is missing, damaged or of another
-        version."""
-        with self._open(step) as file:
+        version. The routes of a step that this version wrote are read by `read_routes`."""
+        with self._open(self.path(step)) as file:
             _origin(file)
             stored = _named(file)
+            routes = int(stored.pop(_ROUTES, 0))
             known = {fact.name for fact in fields(RolloutBatch)}
             unknown = sorted({name.partition("/")[0] for name in stored} - known)
             missing = sorted(_REQUIRED - stored.keys())
@@ -115,7 +154,9 @@ class RolloutDump:
                     f"{self.path(step)} was written by another version of fiberpo-megatron: it lacks {missing} and has "
                     f"unknown {unknown}; make the dump again"
                 )
-            return batch_of(stored)
+            if routes:
+                stored["routing_rows"] = np.arange(len(stored["tokens"]))
+            return batch_of(stored | _earlier_routes(stored))
 
     def drop(self, before: int) -> None:
         """Delete the steps that come before step `before`, finished or not."""
@@ -126,15 +167,18 @@ class RolloutDump:
         for step in steps:
             with durable.explained(self.path(step)):
                 self.path(step).unlink(missing_ok=True)
+                for path in self.folder.glob(f"step_{step:06d}.routes-*.npz"):
+                    path.unlink(missing_ok=True)
             durable.remove_tree(self.unfinished(step))
         if steps:
             self._index(dict.fromkeys(steps))
 
     @contextmanager
-    def _open(self, step: int) -> Iterator[Any]:
-        path = self.path(step)
+    def _open(self, path: Path) -> Iterator[Any]:
         if not path.is_file():
-            raise DumpError(f"{self.folder} has no rollouts of step {step}; {self._content()}")
+            step, _, part = path.name.removeprefix("step_").removesuffix(".npz").partition(".")
+            what = f"rollouts of step {int(step)}" + (f" ({part} is missing)" if part else "")
+            raise DumpError(f"{self.folder} has no {what}; {self._content()}")
         try:
             with np.load(path, allow_pickle=False) as file:
                 yield file
@@ -171,6 +215,24 @@ class RolloutDump:
         lines |= changed
         with durable.replaced(path, text=True) as file:
             file.writelines(json_line(lines[step]) + "\n" for step in sorted(lines) if lines[step] is not None)
+
+
+def _described(origin: Origin) -> Any:
+    return np.frombuffer(json.dumps(asdict(origin)).encode(), np.uint8)
+
+
+def _earlier_routes(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The routes in a step's own file, as earlier versions wrote them: of all tokens, -1 where an engine gave none."""
+    experts = stored.get("routed_experts")
+    if experts is None or not len(experts) or "held_rows" in stored:
+        return {}
+    rows = np.flatnonzero((experts >= 0).all((1, 2)))
+    dtype = expert_dtype(int(experts.max()) + 1)
+    return {
+        "routing_rows": np.arange(len(experts)),
+        "held_rows": rows,
+        "routed_experts": experts[rows].astype(dtype),
+    }
 
 
 def _origin(file: Any) -> Origin:

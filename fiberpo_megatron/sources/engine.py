@@ -108,7 +108,7 @@ class EngineSource:
                 return None
             with self.timers("stored_rollouts"):
                 self.store.save(step, prompts, str(version), rollouts)
-        self._probe = rollouts
+        self._probe = rollouts.without_held()
         return rollouts
 
     def training(self, *, publishes: bool) -> AbstractContextManager[None]:
@@ -146,7 +146,7 @@ class EngineSource:
                     groups = [found[index] for index in range(len(asked))]
             if of is None:
                 self.recorder.rollouts(version, groups, "eval")
-            rollouts = self._joined(groups, len(places) * count)
+            rollouts = self._joined(groups, len(places) * count).without_held()
             results = layout.gather_json([prompt_result(group, self._names) for group in groups], root_only=True)
         return Evaluated(rollouts, [result for of_rank in results for result in of_rank])
 
@@ -192,7 +192,8 @@ class EngineSource:
         """All leaders' groups on every rank. `asked`: trajectories that were asked for, all ranks together."""
         layout = self.policy.layout
         with self.timers("exchange"):
-            rollouts = layout.gather_rollouts(flatten(groups) if layout.is_leader else None)
+            share = flatten(groups) if layout.is_leader else None
+            rollouts = layout.gather_rollouts(share)
         if not len(rollouts.lengths):
             raise RuntimeError(
                 f"all {asked} trajectories were dropped, because their environments failed; see the files in "

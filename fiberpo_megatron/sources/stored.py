@@ -81,16 +81,30 @@ class StoredRollouts:
             elif self._reads:
                 batch = self._reuse(step, prompts, weights)
         share = batch if batch is not None else flatten([])
-        joined = self._layout.gather_rollouts(share if self._layout.is_leader else None)
-        return joined if len(joined.lengths) else None
+        layout = self._layout
+        joined = layout.gather_rollouts(share if layout.is_leader else None)
+        if not len(joined.lengths):
+            return None
+        if len(joined.routing_rows):
+            with together(layout, f"reading the expert routing of step {step}"):
+                dump = self._replayed or self._own
+                held = dump.read_routes(step, layout.data_rank, layout.data_size) if layout.is_leader else {}
+            joined = replace(joined, **held)
+        return joined
 
     def save(self, step: int, prompts: Sequence[Prompt], weights: str, batch: RolloutBatch) -> None:
         """Keep trajectories that were just generated."""
         if not self._writes:
             return
+        origin, routes = self._origin(step, prompts, weights), 0
+        if len(batch.routing_rows):
+            routes = self._layout.data_size
+            with together(self._layout, f"writing the expert routing of step {step} to {self._own.folder}"):
+                if self._layout.is_leader:
+                    self._own.write_routes(batch, origin, self._layout.data_rank)
         with together(self._layout, f"writing the rollouts of step {step} to {self._own.folder}"):
             if self._reads:
-                self._own.write(batch, self._origin(step, prompts, weights))
+                self._own.write(batch, origin, routes)
 
     def unfinished(
         self, step: int, prompts: Sequence[Prompt], weights: str, mine: Sequence[int]
@@ -126,7 +140,7 @@ class StoredRollouts:
                 "tokenizer or the curriculum differ; replay with those of the run that made the dump"
             )
         batch = dump.read(step)
-        if self._needs_routing and not len(batch.routed_experts):
+        if self._needs_routing and not len(batch.routing_rows):
             raise DumpError(
                 f"{dump.path(step)} has no expert routing, which this run's [algorithm] needs; make the dump with "
                 "rollout.return_routing = true"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.interfaces import Passes
+from fiberpo_megatron.together import together
 from fiberpo_megatron.trainer.batch import MiniBatch
 from fiberpo_megatron.trainer.settings import AlgorithmConfig
 from fiberpo_megatron.types import RolloutBatch, RoutingMode
@@ -26,7 +27,7 @@ class StepRouting:
     @property
     def returned(self) -> bool:
         """This says whether the engine returned its routing."""
-        return len(self.rollouts.routed_experts) > 0
+        return len(self.rollouts.routing_rows) > 0
 
     @property
     def mode(self) -> RoutingMode:
@@ -44,10 +45,11 @@ class StepRouting:
         routing.clear()
         if not self.returned:
             return
+        layout = self.policy.layout
         tokens = routing.tokens([batch for part in parts for batch in part.micro_batches])
-        experts = torch.from_numpy(self.rollouts.routed_experts[tokens.numpy()])[:, routing.layers]
-        known = (experts >= 0).all(-1).all(-1)
-        routing.fill(tokens[known], experts[known], replay=self.mode == "replay")
+        known, experts = layout.routes(self.rollouts, tokens, routing.layers)
+        with together(layout, "taking the engines' expert routing"):
+            routing.fill(tokens[known], experts, replay=self.mode == "replay")
 
     def attach(self, parts: Sequence[MiniBatch]) -> list[MiniBatch]:
         """Return the parts with their tokens' expert shares, for an objective with an expert level."""

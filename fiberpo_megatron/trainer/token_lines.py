@@ -98,7 +98,7 @@ def lines(
             for row, values in zip(target, rows):
                 _put(row, note["at"], values)
     figures: list[str] = next((note["figures"] for _, note in notes if note["figures"]), [])
-    experts = _experts(facts, trajectories, [one["experts"] for one in everyone], count)
+    experts = _experts(everyone, count)
     found, start = [], 0
     for one in trajectories:
         own = slice(start, start + one.end - one.first)
@@ -201,31 +201,34 @@ def _levels_of(
 
 
 def _experts(
-    facts: StepFacts,
-    trajectories: Sequence[RecordedTrajectory],
-    ranks: Sequence[Mapping[str, Any]],
+    everyone: Sequence[Mapping[str, Any]],
     count: int,
 ) -> tuple[list[int], NDArray[np.int16], NDArray[np.uint8] | None] | None:
     """The layers, the experts [tokens, layers, top_k] of training, and whether the engine chose the same set: 1, 0, or
     255 where one of the two is not known."""
+    ranks = [rank["experts"] for rank in everyone]
     layers = sorted({int(layer) for rank in ranks for layer in rank})
     if not layers:
         return None
     top_k = next(rank[str(layers[0])][0] for rank in ranks if str(layers[0]) in rank)
-    chosen = np.full((count, len(layers), top_k), -1, "<i2")
+    chosen = _joined(ranks, layers, top_k, count)
+    theirs = _joined([rank["engine"] for rank in everyone], layers, top_k, count)
+    if (theirs < 0).all():
+        return layers, chosen, None
+    same = (np.sort(theirs, -1) == np.sort(chosen, -1)).all(-1).astype(np.uint8)
+    same[(theirs < 0).any(-1) | (chosen < 0).any(-1)] = 255
+    return layers, chosen, same
+
+
+def _joined(ranks: Sequence[Mapping[str, Any]], layers: Sequence[int], top_k: int, count: int) -> NDArray[np.int16]:
+    """What all ranks know of the experts [tokens, layers, top_k]; -1 where none does."""
+    found = np.full((count, len(layers), top_k), -1, "<i2")
     for rank in ranks:
         for layer, (_, text) in rank.items():
             theirs = np.frombuffer(base64.b64decode(text), "<i2").reshape(count, top_k)
             at = layers.index(int(layer))
-            chosen[:, at] = np.where(theirs >= 0, theirs, chosen[:, at])
-    engine = facts.rollouts.routed_experts
-    if not len(engine) or engine.shape[1] <= layers[-1] or engine.shape[2] != top_k:
-        return layers, chosen, None
-    flat = np.concatenate([np.arange(one.first, one.end) for one in trajectories]) - 1
-    theirs = engine[flat][:, layers]
-    same = (np.sort(theirs, -1) == np.sort(chosen, -1)).all(-1).astype(np.uint8)
-    same[(theirs < 0).any(-1) | (chosen < 0).any(-1)] = 255
-    return layers, chosen, same
+            found[:, at] = np.where(theirs >= 0, theirs, found[:, at])
+    return found
 
 
 def _base64(array: NDArray[Any]) -> str:

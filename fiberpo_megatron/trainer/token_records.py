@@ -202,13 +202,15 @@ class StepTokens:
         """
         began = time.perf_counter()
         experts: dict[str, Any] = {}
+        engine: dict[str, Any] = {}
         try:
             if routing is not None:
                 experts = packed(routing.chosen(self._flat - 1))
+                engine = packed(routing.chosen(self._flat - 1, engine=True))
         except Exception as error:
             self._error = self._error or f"{type(error).__name__}: {error}"
         notes = [one.json() for one in self._parts] if self._takes_notes else []
-        mine = {"error": self._error, "notes": [] if self._error else notes, "experts": experts}
+        mine = {"error": self._error, "notes": [] if self._error else notes, "experts": experts, "engine": engine}
         everyone = self._layout.gather_json(mine, root_only=True)
         if self._layout.rank == 0:
             errors = [f"rank {rank}: {one['error']}" for rank, one in enumerate(everyone) if one["error"]]

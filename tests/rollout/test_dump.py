@@ -23,7 +23,9 @@ def batch_with_everything() -> RolloutBatch:
     count = len(batch.lengths)
     return replace(
         batch,
-        routed_experts=rng.integers(-1, 8, (len(batch.tokens), 2, 2)).astype(np.int16),
+        routing_rows=np.arange(len(batch.tokens), dtype=np.int32),
+        held_rows=np.arange(1, len(batch.tokens)),
+        routed_experts=rng.integers(0, 8, (len(batch.tokens) - 1, 2, 2)).astype(np.uint8),
         weight_versions=rng.integers(-1, 9, len(batch.tokens)),
         engines=rng.integers(-1, 3, len(batch.tokens)).astype(np.int16),
         failed=rng.random(count) < 0.5,
@@ -104,7 +106,8 @@ def test_files_without_what_was_added_later_are_read(tmp_path: Path) -> None:
     """Those of the first version know neither engines nor versions of weights by token, nor failures or rewards."""
     dump, batch = RolloutDump(tmp_path), batch_with_everything()
     dump.write(batch, ORIGIN)
-    added = ("weight_versions", "engines", "failed", "reward_parts", "environment_metrics", "routed_experts")
+    added = ("weight_versions", "engines", "failed", "reward_parts", "environment_metrics")
+    added += ("routing_rows", "held_rows", "routed_experts")
     with np.load(dump.path(3)) as file:
         arrays = {name: file[name] for name in file.files if name.partition("/")[0] not in added}
     np.savez(dump.path(3), **arrays)
@@ -112,6 +115,46 @@ def test_files_without_what_was_added_later_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.tokens, batch.tokens)
     assert (read.weight_versions == -1).all() and (read.engines == -1).all() and not read.failed.any()
     assert read.reward_parts == read.environment_metrics == {} and read.routed_experts.shape == (0, 0, 0)
+
+
+def test_leaders_write_their_routes_and_any_number_of_them_reads_all(tmp_path: Path) -> None:
+    dump, batch = RolloutDump(tmp_path), batch_with_everything()
+    for leader, rows in enumerate((slice(0, 20), slice(20, 50), slice(50, None))):
+        held = {"held_rows": batch.held_rows[rows], "routed_experts": batch.routed_experts[rows]}
+        dump.write_routes(replace(batch, **held), ORIGIN, leader)
+    dump.write(batch, ORIGIN, routes=3)
+    read = dump.read(3)
+    assert not len(read.held_rows) and np.array_equal(read.routing_rows, batch.routing_rows)
+    for leaders in (1, 2, 3):
+        parts = [dump.read_routes(3, leader, leaders) for leader in range(leaders)]
+        rows = np.concatenate([part["held_rows"] for part in parts])
+        experts = np.concatenate([part["routed_experts"] for part in parts])
+        order = rows.argsort()
+        assert np.array_equal(rows[order], batch.held_rows) and np.array_equal(experts[order], batch.routed_experts)
+    assert dump.read_routes(3, 3, 4) == {}
+    dump.write_routes(batch, replace(ORIGIN, run="other"), 1)
+    with pytest.raises(DumpError, match=r"routes-00001\.npz is of other rollouts"):
+        dump.read_routes(3, 0, 1)
+    (tmp_path / "step_000003.routes-00001.npz").unlink()
+    with pytest.raises(DumpError, match=r"no rollouts of step 3 \(routes-00001 is missing\)"):
+        dump.read_routes(3, 0, 1)
+    dump.drop(before=4)
+    assert [path.name for path in tmp_path.iterdir()] == [INDEX]
+
+
+def test_routes_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """They stood in the step's own file, for all tokens, in two bytes and with -1 where an engine gave none."""
+    dump, batch = RolloutDump(tmp_path), make_batch()
+    dump.write(batch, ORIGIN)
+    experts = np.random.default_rng(0).integers(0, 8, (len(batch.tokens), 2, 2)).astype(np.int16)
+    experts[[3, 7]] = -1
+    with np.load(dump.path(3)) as file:
+        arrays = {name: file[name] for name in file.files if name not in ("routing_rows", "held_rows")}
+    np.savez(dump.path(3), **arrays | {"routed_experts": experts})
+    read = dump.read(3)
+    assert read.routed_experts.dtype == np.uint8 and len(read.routing_rows) == len(batch.tokens)
+    assert set(range(len(batch.tokens))) - set(read.held_rows.tolist()) == {3, 7}
+    assert np.array_equal(read.routed_experts, experts[read.held_rows])
 
 
 NAMES = ("", "\x00", "a\x00b", "a\x00c", "\ud83d", "x", "x.npy", "../x", "/etc/passwd", "\u202e\x1b[2J", "é" * 40_000)

@@ -4,19 +4,20 @@ import datetime
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import count
 from math import lcm
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
 from fiberpo_megatron.config.schema import RunConfig
-from fiberpo_megatron.mcore.parallel import exchange
+from fiberpo_megatron.mcore.parallel import exchange, routes
 from fiberpo_megatron.mcore.parallel.checks import check_layout
 from fiberpo_megatron.mcore.parallel.patience import Patience
 from fiberpo_megatron.mcore.platform import activate
@@ -176,15 +177,35 @@ class ParallelLayout:
     def gather_rollouts(self, share: RolloutBatch | None) -> RolloutBatch:
         """Join the leaders' shares in data-parallel order, groups renumbered; every rank calls it.
 
-        No trajectory group may span two shares.
+        No trajectory group may span two shares. The engines' routes stay with the leader that brought them: `routes`
+        brings them to the ranks that route the tokens.
         """
-        joined: Tensor | None = None
+        message: Tensor | None = None
+        before = 0
         if self.is_leader:
             assert share is not None, "the leader of a data-parallel replica brings its share"
-            parts = exchange.all_gather_bytes(exchange.encode(share), self._leader_group)
-            joined = exchange.encode(join_batches([exchange.decode(part) for part in parts]))
+            parts = exchange.all_gather_bytes(exchange.encode(share.without_held()), self._leader_group)
+            shares = [exchange.decode(part) for part in parts]
+            message = exchange.encode(join_batches(shares))
+            before = sum(len(earlier.tokens) for earlier in shares[: dist.get_rank(self._leader_group)])
         leader = self._leaders[self.data_rank]
-        return exchange.decode(exchange.broadcast_bytes(joined, leader, self._replica_group))
+        joined = exchange.decode(exchange.broadcast_bytes(message, leader, self._replica_group))
+        if share is None or not len(share.held_rows):
+            return joined
+        first = int(joined.routing_rows[before] - share.routing_rows[0])
+        return replace(joined, held_rows=share.held_rows + first, routed_experts=share.routed_experts)
+
+    @_waiting
+    def routes(self, rollouts: RolloutBatch, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return what the engines said about the flat tokens [m] that this rank routes, in its layers.
+
+        These are bool [m], whether a token's routes are known, and uint8 or int16 [known tokens, layers, top_k], on the
+        host. Every rank calls it; each gets its own tokens and layers alone.
+        """
+        leaders = self._leader_group if self.is_leader else None
+        leader = self._leaders[self.data_rank]
+        found = routes.collect(rollouts, tokens, layers, replica=self._replica_group, leader=leader, leaders=leaders)
+        return torch.from_numpy(found.known), torch.from_numpy(np.ascontiguousarray(found.experts))
 
     @_waiting
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:

@@ -23,7 +23,9 @@ def everything() -> RolloutBatch:
     count, tokens = len(batch.lengths), len(batch.tokens)
     return replace(
         batch,
-        routed_experts=rng.integers(-1, 8, (tokens, 3, 2)).astype(np.int16),
+        routing_rows=np.arange(tokens, dtype=np.int32),
+        held_rows=np.arange(1, tokens),
+        routed_experts=rng.integers(0, 300, (tokens - 1, 3, 2)).astype(np.int16),
         weight_versions=rng.integers(-1, 9, tokens),
         engines=rng.integers(-1, 3, tokens).astype(np.int16),
         failed=rng.random(count) < 0.5,
