@@ -15,19 +15,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from strict_devices import FREE, WAITS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from fiberpo_megatron.fibration.kernels import device_tree, fused, run_plan
-
-FREE = {
-    *("alias", "as_strided", "detach", "diagonal", "expand", "permute", "select", "slice", "split"),
-    *("split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view"),
-    *("empty", "empty_like", "empty_strided", "new_empty"),
-}
-"""aten operations that start nothing on a device."""
-WAITS = {"_local_scalar_dense", "bincount", "equal", "is_nonzero", "masked_select", "nonzero", "unique_dim", "_unique2"}
-"""aten operations whose result's value or shape the host waits for."""
 
 
 @dataclass
