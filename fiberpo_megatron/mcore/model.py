@@ -68,9 +68,10 @@ def build_model(
 
     Routers are frozen unless `model.train_router`. Every expert parameter is marked `allreduce = False`, so that its
     gradient is summed over the expert-data-parallel group in every layout (Megatron marks it only when expert > 1,
-    which is wrong when expert_tensor differs from tensor). It is also marked as cut over ranks: Transformer Engine's
-    grouped layers have no such mark, and the norm of the gradient would leave out the experts of every tensor-parallel
-    rank except the first, so that ranks clip differently.
+    which is wrong when expert_tensor differs from tensor). The norm of the gradient counts what is marked as cut over
+    ranks on each of them, and everything else on the first alone. Transformer Engine leaves the mark out of grouped
+    experts, of which each rank then has another norm, and gives it to the down projections of latent attention, which
+    every tensor-parallel rank holds whole: `_mark_cuts` puts that right.
     """
     check_routers(architecture, model, layout.parallel)
     check_dispatcher(architecture, layout.parallel)
@@ -79,13 +80,20 @@ def build_model(
     for index in range(layout.chunks):
         chunk = _build_chunk(architecture, config, layout, index)
         for name, parameter in chunk.named_parameters():
+            _mark_cuts(name, parameter)
             if ".experts." in name:
                 parameter.allreduce = False
-                parameter.tensor_model_parallel = True
             if ".router." in name and not model.train_router:
                 parameter.requires_grad_(False)
         chunks.append(chunk.to(layout.device))
     return chunks
+
+
+def _mark_cuts(name: str, parameter: Any) -> None:
+    if ".experts." in name:
+        parameter.tensor_model_parallel = True
+    elif ".linear_q_down_proj." in name or ".linear_kv_down_proj." in name:
+        parameter.tensor_model_parallel = False
 
 
 def _build_chunk(

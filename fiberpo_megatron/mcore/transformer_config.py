@@ -1,5 +1,6 @@
 """This module describes an architecture in a layout as Megatron's TransformerConfig."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -16,6 +17,8 @@ from fiberpo_megatron.mcore.platform import activate
 from fiberpo_megatron.mcore.settings import ModelConfig, ParallelConfig, RecomputeModule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_ANGLES = 4096
+"""Positions of which latent attention with the plain embedding prepares cosines and sines when it is built."""
 
 
 def transformer_config(
@@ -154,7 +157,11 @@ def _fp8_options(architecture: Architecture, model: ModelConfig) -> dict[str, An
 
 
 def _latent_options(latent: LatentAttention, rope: Rope, options: Mapping[str, Any]) -> dict[str, Any]:
-    yarn = rope.kind == "yarn"
+    # Megatron's fused kernel takes sizes that are powers of two, and YaRN alone; YaRN that stretches by 1 is the plain
+    # embedding.
+    sizes = (latent.plain_size, latent.rotary_size, latent.value_size)
+    fused = options["apply_rope_fusion"] and all(size & (size - 1) == 0 for size in sizes)
+    yarn = rope.kind == "yarn" or fused
     return {
         "q_lora_rank": latent.query_rank,
         "kv_lora_rank": latent.key_value_rank,
@@ -165,13 +172,14 @@ def _latent_options(latent: LatentAttention, rope: Rope, options: Mapping[str, A
         "rope_type": "yarn" if yarn else "rope",
         "rotary_base": rope.theta,
         "rotary_scaling_factor": rope.factor,
-        "original_max_position_embeddings": rope.original_positions,
+        # Each layer keeps the angles of so many positions, and of more once a row has them.
+        "original_max_position_embeddings": rope.original_positions or _ANGLES,
         "beta_fast": rope.beta_fast,
         "beta_slow": rope.beta_slow,
         # Megatron's way to say that cosines and sines alone are scaled, by the factor's own concentration
         "mscale": 1.0 if rope.mscale is None else rope.mscale,
         "mscale_all_dim": 0.0 if rope.mscale_all_dim is None else rope.mscale_all_dim,
-        "apply_rope_fusion": options["apply_rope_fusion"] and yarn,  # Megatron has no fused kernel for the other
+        "apply_rope_fusion": fused,
     }
 
 
@@ -184,4 +192,20 @@ def _set_yarn(config: TransformerConfig, rope: Rope) -> None:
     config.yarn_mscale = rope.mscale
     config.yarn_mscale_all_dim = rope.mscale_all_dim
     config.yarn_correction_range_round_to_int = rope.truncate
-    config.apply_rope_fusion = False  # the fused kernel leaves out the scale of cosines and sines
+    if config.apply_rope_fusion:
+        # The fused kernel leaves out YaRN's scale of cosines and sines. All elements of queries and keys are rotated,
+        # so that the square of the scale belongs to every score: the softmax takes it, and the scale becomes 1.
+        assert config.kv_channels is not None
+        config.softmax_scale = _concentration(rope) ** 2 / math.sqrt(config.kv_channels)
+        config.yarn_mscale = config.yarn_mscale_all_dim = 1.0
+
+
+def _concentration(rope: Rope) -> float:
+    """Return YaRN's scale of cosines and sines (arXiv 2309.00071, section 3.4)."""
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if rope.mscale is None or rope.mscale_all_dim is None:
+        return scale(1.0)
+    return scale(rope.mscale) / scale(rope.mscale_all_dim)

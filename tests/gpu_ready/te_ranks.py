@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing.context import ForkContext
+from types import SimpleNamespace
 from typing import Any
 
 PATCHES = (
@@ -84,6 +85,8 @@ def prepare(version: str) -> None:
     import fiberpo_megatron.mcore.policy  # noqa: F401
 
     emulate_megatron()
+    card = SimpleNamespace(major=9, minor=0, name="an H100 that is made up")
+    torch.cuda.get_device_properties = lambda device=None: card
     fakes = {"is_available": lambda: True, "device_count": lambda: 8, "set_device": lambda device: None}
     stock = {name: getattr(torch.cuda, name) for name in fakes}
     vars(torch.cuda).update(fakes)

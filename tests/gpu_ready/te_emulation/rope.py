@@ -70,6 +70,7 @@ def latent_key_value(
 ) -> tuple[Tensor, Tensor]:
     """Return keys [t, h, plain + rotary], values [t, h, v] from kv [t, h, plain + v] and k_pos_emb [t, 1, rotary]."""
     assert not rotary_interleaved and kv.size(-1) == plain + v_size and k_pos_emb.size(-1) == rotary
+    assert all(size & (size - 1) == 0 for size in (rotary, plain, v_size)), "arange's range must be a power of 2"
     turned = _rotated(k_pos_emb, cos, sin, cu_seqlens_kv, cp_rank, cp_size)
     key = torch.cat([kv[..., :plain], turned.expand(-1, kv.size(1), -1)], dim=-1)
     return key, kv[..., plain:]
