@@ -155,7 +155,7 @@ def _move(way: str, index: int, own: Tensor, slots: list[Tensor], group: Any, nu
 
 def floor(way: str, readers: int, sizes: list[int], folder: str) -> float:
     """Return the least seconds of three attempts in which the bytes of all rounds pass over the link of a way."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # its children need not import torch, and copy host memory alone
     barrier, report = context.Barrier(readers + 1), context.Queue()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if way == "ipc" else folder) as place:
         for slot in range(2):

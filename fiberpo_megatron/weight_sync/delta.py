@@ -35,7 +35,7 @@ class Differences:
             new = tensor.detach().cpu().contiguous().clone().view(-1)
             self._coming[name] = new
             bits = new.view(_INTEGERS[new.itemsize])
-            self.checksums[name] = hashlib.sha256(memoryview(bits.view(torch.uint8).numpy())).hexdigest()
+            self.checksums[name] = hashlib.sha256(bits.view(torch.uint8).numpy().data).hexdigest()
             old = self._kept.get(name)
             if old is None:
                 found[name] = tensor

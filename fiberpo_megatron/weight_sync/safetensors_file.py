@@ -43,6 +43,6 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     with path.open("wb", buffering=0) as file:
-        for left in (memoryview(len(text).to_bytes(8, "little") + text), *(memoryview(part.numpy()) for part in parts)):
+        for left in (memoryview(len(text).to_bytes(8, "little") + text), *(part.numpy().data for part in parts)):
             while left:
                 left = left[file.write(left) :]

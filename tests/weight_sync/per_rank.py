@@ -63,7 +63,12 @@ class PerRankFiles(Publisher):
         return folder.resolve()
 
 
-def publish_from_megatron(parallel: dict[str, int], engine: EngineAddress, model: Path, run_folder: Path) -> None:
+OWN = {"use": f"{__name__}:PerRankFiles", "options": {"folder": "parts"}}
+
+
+def publish_from_megatron(
+    method: str | dict[str, object], parallel: dict[str, int], engine: EngineAddress, model: Path, run_folder: Path
+) -> None:
     """Load `model` into two Megatron ranks and publish it as a run would."""
     from fiberpo_megatron.mcore.families import read_hf_config
     from fiberpo_megatron.mcore.parallel.layout import start_layout
@@ -74,7 +79,7 @@ def publish_from_megatron(parallel: dict[str, int], engine: EngineAddress, model
         parallel=parallel,
         model={"path": model, "random_init": False},
         run={"folder": run_folder},
-        weight_sync={"method": {"use": f"{__name__}:PerRankFiles", "options": {"folder": "parts"}}},
+        weight_sync={"method": method},
     )
     hf_config = read_hf_config(model)
     layout = start_layout(hf_config, config.parallel, config.run)

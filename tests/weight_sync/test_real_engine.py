@@ -21,7 +21,7 @@ from fiberpo_megatron.weight_sync.compare import WeightMismatch, compare_log_pro
 from fiberpo_megatron.weight_sync.disk import DiskPublisher
 from fiberpo_megatron.weight_sync.rounds import RoundPublisher
 from tests.tiny_model import hugging_face_weights, load, log_probs, moved
-from tests.weight_sync.per_rank import publish_from_megatron
+from tests.weight_sync.per_rank import OWN, publish_from_megatron
 from tests.weight_sync.sources import Tensors, context
 from tests.weight_sync.trainer_rank import made_publisher, publish_and_die, publish_as_rank
 
@@ -242,5 +242,18 @@ def test_a_publisher_from_outside_the_package_carries_the_shards_of_two_megatron
     model = moved(checkpoint)
     new = tmp_path / "new"
     model.save_pretrained(new)
-    run_ranks(2, publish_from_megatron, parallel, engine, new, tmp_path / "run")
+    run_ranks(2, publish_from_megatron, OWN, parallel, engine, new, tmp_path / "run")
     np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"expert": 2}, {"pipeline": 2}], ids=str)
+@pytest.mark.parametrize("method", IN_ROUNDS)
+def test_two_megatron_ranks_publish(method, parallel, engine, checkpoint, tmp_path):
+    model = moved(checkpoint)
+    new = tmp_path / "new"
+    model.save_pretrained(new)
+    run_ranks(2, publish_from_megatron, method, parallel, engine, new, tmp_path / "run")
+    with EnginePool([engine], timeout_s=30) as pool:
+        checksum = pool.run(pool.clients[0].checksum())
+    assert checksum == after_a_full_load(engine, model, tmp_path)
