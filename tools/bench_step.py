@@ -281,8 +281,8 @@ def main() -> None:
         "experts": (0, "experts of each layer, 0 for a dense model"),
         "rows": (4, "packed rows of each data-parallel rank"),
         "row-tokens": (1024, "tokens of a row"),
-        "rounds": (12, "timed rounds"),
-        "warm-up": (2, "rounds before them"),
+        "rounds": (8, "timed rounds"),
+        "warm-up": (1, "rounds before them"),
     }
     for name, (usual, meaning) in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=usual, help=f"{meaning} (default {usual})")

@@ -119,6 +119,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 probabilities = everything.exp()
                 slope = everything.add_(entropy[:, None]).mul_(of_entropies[at, None]).add_(gradient[:, None])
                 logits_grad = probabilities.mul_(slope.neg_())
+                del probabilities, slope
             everything = None
             _add_at_labels(logits_grad, labels[at], how.shard.start, gradient)
             logits_grad = (logits_grad if how.scale == 1.0 else logits_grad.mul_(how.scale)).to(rows.dtype)

@@ -17,6 +17,10 @@ from fiberpo_megatron.planning.states import DTYPE_BYTES
 
 Implementation = Literal["local", "te"]
 
+SLICE_BYTES = 64 * 2**20
+"""Bytes of the product that is added to the output layer's main gradient at a time, where their types differ; the
+constant of `mcore/weight_gradient.py`, which needs torch."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -170,7 +174,7 @@ def head_bytes(architecture: Architecture, model: ModelConfig, parallel: Paralle
     """Return what the final norm and the log-probs keep on the last stage."""
     width = DTYPE_BYTES[model.dtype]
     sequence = row.tokens // (parallel.context * parallel.tensor)
-    return _norm(sequence, architecture.hidden_size) + row.responses * (architecture.hidden_size * width + 8 + 8 + 4)
+    return _norm(sequence, architecture.hidden_size) + row.responses * (architecture.hidden_size * width + 4 + 8 + 4)
 
 
 def log_prob_bytes(
@@ -178,17 +182,15 @@ def log_prob_bytes(
 ) -> int:
     """Return the bytes of the short-lived buffers of `mcore/log_probs.py`, in the larger of its two passes.
 
-    The forward pass holds a chunk's logits in the model's type and in float32, their exponentials and one product. The
-    backward pass holds the logits in both types, and the output layer's gradient in float32 with one chunk's share of
-    it. With the gradient of the entropy it holds two float32 tensors of a chunk's logits.
+    A pass without gradient holds a chunk's logits in float32 and their exponentials. The backward pass holds the logits
+    in float32 (twice with the gradient of the entropy) and in the model's type; it adds the output layer's gradient to
+    the main gradient, where the types differ in slices of at most `SLICE_BYTES`.
     """
     width, hidden = DTYPE_BYTES[model.dtype], architecture.hidden_size
     rows = vocabulary_rows(architecture, parallel)
     chunk = min(model.log_prob_chunk_tokens, row.responses)
-    cast = width if width != 4 else 0
-    forward = chunk * rows * (3 * 4 + cast)
-    backward = chunk * rows * (4 + 4 * entropy + cast) + rows * hidden * (4 + width)
-    return max(forward, backward)
+    cast, product = (0, 0) if width == 4 else (width, min(SLICE_BYTES, rows * hidden * width))
+    return max(chunk * rows * 8, chunk * rows * (4 + 4 * entropy + cast) + product)
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> int:

@@ -131,12 +131,12 @@ def _mini_batch(
     return MiniBatch(
         micro_batches=micro_batches,
         packing=efficiency,
-        advantages=torch.from_numpy(advantages[sequence]),
-        weights=torch.from_numpy(weights[rollouts.trajectories[sequence] - rollouts.trajectories[first]]),
-        keys={name: torch.from_numpy(ids) for name, (ids, _) in keys.items()},
+        advantages=_tensor(advantages[sequence]),
+        weights=_tensor(weights[rollouts.trajectories[sequence] - rollouts.trajectories[first]]),
+        keys={name: _tensor(ids) for name, (ids, _) in keys.items()},
         counts={name: count for name, (_, count) in keys.items()},
         labels={name: torch.from_numpy(of) for name, of in token_labels(rollouts, first, last, version).items()},
-        rollout_log_probs=torch.from_numpy(rollouts.rollout_log_probs[tokens]),
+        rollout_log_probs=_tensor(rollouts.rollout_log_probs[tokens]),
         reference_log_probs=_served(rollouts.reference_log_probs, tokens),
         teacher_log_probs=_served(rollouts.teacher_log_probs, tokens),
     )
@@ -144,7 +144,13 @@ def _mini_batch(
 
 def _served(log_probs: NDArray[np.float32], tokens: NDArray[np.int64]) -> Tensor | None:
     """What servers said about these tokens; None if none was asked."""
-    return torch.from_numpy(log_probs[tokens]) if len(log_probs) else None
+    return _tensor(log_probs[tokens]) if len(log_probs) else None
+
+
+def _tensor(values: NDArray[Any]) -> Tensor:
+    """Return the values on the host, in pinned memory where a GPU is to read them: no copy then waits for another."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def token_keys(

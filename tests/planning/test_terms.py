@@ -1,5 +1,7 @@
 """What terms of an objective cost in a plan."""
 
+from fiberpo_megatron.mcore import weight_gradient
+from fiberpo_megatron.planning import activations
 from tests.planning.test_estimate import plan
 
 
@@ -24,3 +26,7 @@ def test_the_entropy_takes_a_chunk_of_logits():
     assert without <= bonus
     rows = 151936 // plan().config.parallel.tensor
     assert bonus >= 8192 * rows * 8
+
+
+def test_slices_of_the_output_layers_gradient():
+    assert activations.SLICE_BYTES == weight_gradient.SLICE_BYTES
