@@ -45,10 +45,14 @@ class IpcPublisher(RoundPublisher):
         self._handles: list[list[dict[str, Any]]] = []
         self._asked = False
         self._sizes: list[int] = []
+        self._described: Sequence[Round] = ()
         self._tensors: dict[int, list[Any]] = {}
+        """Where the tensors of each round of `_described` lie."""
 
     def begin(self, plan: Sequence[Round], version: str, deadline: Deadline) -> None:
         """Allocate the two buffers."""
+        if plan is not self._described:
+            self._described, self._tensors = plan, {}
         sizes = [
             sum(one.padded_bytes for one in this.buckets)
             if self.device is not None
