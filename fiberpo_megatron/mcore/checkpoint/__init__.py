@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -29,7 +28,7 @@ from fiberpo_megatron.mcore.checkpoint.folders import (
     step_of,
 )
 from fiberpo_megatron.mcore.checkpoint.owners import untrusted
-from fiberpo_megatron.mcore.checkpoint.reading import CommonStrategy, Contents, TensorStrategy, read_contents
+from fiberpo_megatron.mcore.checkpoint.reading import Contents, TensorStrategy, read_contents
 from fiberpo_megatron.mcore.checkpoint.save import Saving, cause
 from fiberpo_megatron.mcore.checkpoint.state import (
     random_state,
@@ -40,6 +39,7 @@ from fiberpo_megatron.mcore.checkpoint.state import (
 from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.mcore.optimizers import Optimizer, optimizer_name
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
+from fiberpo_megatron.mcore.versions import load_checkpoint
 
 __all__ = [
     "CheckpointError",
@@ -122,13 +122,12 @@ def load(policy: CheckpointedPolicy, folder: str | Path, *, trust_others: bool =
     if same_layout:
         wanted["random_state"] = random_state(layout.rank, layout.world_size)
     try:
-        loaded = dist_checkpointing.load(
+        loaded = load_checkpoint(
             wanted,
             str(folder),
-            sharded_strategy=TensorStrategy(contents),
-            common_strategy=CommonStrategy(contents),
+            common=contents.common,
+            tensors=TensorStrategy(contents),
             strict=StrictHandling.RAISE_UNEXPECTED,
-            validate_access_integrity=False,  # it would bring every rank's list of tensors to every rank
         )
         restore_state(policy, loaded)
         if same_layout:

@@ -22,7 +22,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
     TorchDistLoadShardedStrategy,
@@ -215,16 +215,6 @@ def _without_pickle(state: Any) -> Any:
     return torch.empty(0, dtype=torch.uint8) if isinstance(state, Tensor) and state.numel() else state
 
 
-class CommonStrategy(TorchCommonLoadStrategy):
-    """Gives Megatron the common state that was read before."""
-
-    def __init__(self, contents: Contents) -> None:
-        self._common = contents.common
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        return self._common
-
-
 class TensorStrategy(TorchDistLoadShardedStrategy):
     """Reads tensors and objects as Megatron's own strategy does, through the reader and the planner above."""
 
@@ -232,7 +222,9 @@ class TensorStrategy(TorchDistLoadShardedStrategy):
         super().__init__()
         self._metadata = contents.metadata
 
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
+    def load(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, async_strategy: str = ""
+    ) -> dict[str, Any]:
         wanted = [value for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)]
         by_key, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         state = mcore_to_pyt_state_dict(by_key, True)

@@ -20,7 +20,6 @@ import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -34,6 +33,7 @@ from fiberpo_megatron.mcore.checkpoint.owners import keep_to_owner
 from fiberpo_megatron.mcore.checkpoint.state import random_states, sharded_state
 from fiberpo_megatron.mcore.parallel import exchange
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
+from fiberpo_megatron.mcore.versions import save_common
 
 Marks = dict[str, FileMark]
 Describe = Callable[[Mapping[str, FileMark]], Description]
@@ -55,7 +55,7 @@ class Saving:
         sharded = sharded_state(policy, is_loading=False)
         sharded |= random_states(self._layout.host_group)
         tensors, common = save_preprocess(sharded)
-        self._run(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, partial), only_first=True)
+        self._run(lambda: save_common(common, partial), only_first=True)
         if background:
             tensors = _copied(tensors)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)

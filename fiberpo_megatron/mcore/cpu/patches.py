@@ -199,10 +199,26 @@ def _uneven_gloo() -> Undo:
 
 
 def _recompute_without_transformer_engine() -> Undo:
-    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+    import megatron.core.tensor_parallel.random as random
 
     # its callers would pass None without fp8; the default (False) counts as fp8
-    return _replace(CheckpointWithoutOutput.__init__, __defaults__=(None,))
+    undo_default = _replace(random.CheckpointWithoutOutput.__init__, __defaults__=(None,))
+    # 0.19 compiles a C++ function at the first backward pass, which needs a compiler and ninja
+    later = {"_get_share_storage": lambda: _copy_storage} if hasattr(random, "_get_share_storage") else {}
+    undo_storage = _replace(random, **later)
+
+    def undo() -> None:
+        undo_default()
+        undo_storage()
+
+    return undo
+
+
+def _copy_storage(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Give a tensor, and all views of it, the bytes of another one."""
+    storage, wanted = target.untyped_storage(), source.untyped_storage()
+    storage.resize_(wanted.nbytes())
+    storage.copy_(wanted)
 
 
 def _dispatcher_splits() -> Undo:

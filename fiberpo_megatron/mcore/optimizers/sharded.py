@@ -15,11 +15,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
 from fiberpo_megatron.mcore.optimizers.base import Optimizer
 from fiberpo_megatron.mcore.optimizers.build import optimizer_parts
 from fiberpo_megatron.mcore.optimizers.pieces import pieces
+from fiberpo_megatron.mcore.versions import group_identity
 
 
 def sharded(built: MegatronOptimizer, optimizer: Optimizer) -> MegatronOptimizer:
@@ -63,9 +63,9 @@ class ShardedOptimizer(DistributedOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over parameter groups, number of steps and, where it is included, the parameters' state."""
-        saved = {_identity(group): group for group in state_dict["optimizer"]["param_groups"]}
+        saved = {group_identity(group): group for group in state_dict["optimizer"]["param_groups"]}
         for group in self.optimizer.param_groups:
-            found = saved[_identity(group)]
+            found = saved[group_identity(group)]
             group.update({k: v for k, v in found.items() if k not in ("params", "step")})
             if "step" not in found:
                 continue
@@ -113,8 +113,3 @@ class ShardedOptimizer(DistributedOptimizer):
                 for bucket in buckets:
                     for parameter, place in bucket["param_map"].items():
                         yield parameter, place["param"].start
-
-
-def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what tells a parameter group from the others, in every layout."""
-    return tuple(group[key] for key in param_group_identifier_keys)

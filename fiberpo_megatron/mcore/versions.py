@@ -1,0 +1,76 @@
+"""This module holds everything in which the supported versions of Megatron-Core differ for this package.
+
+0.16.1 is the newest version for Python 3.11, and what CI runs; 0.19.2 needs Python 3.12. All other names that the
+package imports from Megatron-Core exist in both. `tests/mcore/test_versions.py` tests both shapes of each difference.
+"""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import common as common_strategies
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+
+def set_router(layer_spec: Any, router: type) -> None:
+    """Put a router class into the specification of a layer with experts.
+
+    0.16.1 describes the experts' part by a ModuleSpec, 0.19.2 by a `functools.partial` of the module's class.
+    """
+    experts = layer_spec.submodules.mlp
+    parts = experts.keywords["submodules"] if isinstance(experts, functools.partial) else experts.submodules
+    parts.router = router
+
+
+def group_identity(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what tells a parameter group of an optimizer from the others, in every layout.
+
+    0.16.1 sets all of the keys that it names; 0.19.2 leaves out those that have no value.
+    """
+    return tuple(group.get(key) for key in param_group_identifier_keys)
+
+
+def save_common(state: Mapping[str, Any], folder: str) -> None:
+    """Write what is no tensor of a checkpoint into its folder; rank 0 alone calls it.
+
+    0.16.1 has a strategy object for it, 0.19.2 a function.
+    """
+    strategy = getattr(common_strategies, "TorchCommonSaveStrategy", None)
+    if strategy is not None:
+        strategy("torch", 1).save_common(state, folder)
+    else:
+        common_strategies.save_common(state, folder)
+
+
+def load_checkpoint(
+    wanted: dict[str, Any], folder: str, *, common: dict[str, Any], tensors: Any, strict: Any
+) -> dict[str, Any]:
+    """Read a distributed checkpoint whose common state has been read before, and return the loaded state.
+
+    `tensors` is the strategy that reads tensors, `strict` what is done about names that do not fit. 0.16.1 takes a
+    strategy for the common state; 0.19.2 always reads the file, which this package does not unpickle freely.
+    """
+    options = {"sharded_strategy": tensors, "strict": strict}
+    options["validate_access_integrity"] = False  # it would bring every rank's list of tensors to every rank
+    if "common_strategy" in inspect.signature(serialization.load).parameters:
+        loaded: dict[str, Any] = serialization.load(wanted, folder, common_strategy=_read_before(common), **options)
+        return loaded
+    reads = serialization.load_common_state_dict
+    serialization.load_common_state_dict = lambda folder: common
+    try:
+        loaded = serialization.load(wanted, folder, **options)
+    finally:
+        serialization.load_common_state_dict = reads
+    return loaded
+
+
+def _read_before(common: dict[str, Any]) -> Any:
+    """Return a strategy of 0.16.1 that gives out this common state."""
+
+    class Known(common_strategies.TorchCommonLoadStrategy):  # type: ignore[misc, name-defined]
+        def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
+            return common
+
+    return Known()
