@@ -166,10 +166,13 @@ class Encoder:
             self._tokens_with[wanted] = tokens_with(self.tokenizer, wanted, self.vocabulary)
         return self._tokens_with[wanted]
 
-    def text(self, token_ids: Sequence[int], stop: Sequence[str] = ()) -> str:
-        """Return a response's text for the environment, without the token or character that ended it."""
+    def text(self, token_ids: Sequence[int], stop: Sequence[str] = (), special: bool = False) -> str:
+        """Return a response's text for the environment, without the token or character that ended it.
+
+        special: keep the text of special tokens, with which many models begin their tool calls.
+        """
         ends = (*self._ends_of_text, *self.ends_of_turn)
-        return response_text(self.tokenizer, token_ids, stop_ids=ends, stop=(*self._stop, *stop))
+        return response_text(self.tokenizer, token_ids, stop_ids=ends, stop=(*self._stop, *stop), special=special)
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text of each token, for people.

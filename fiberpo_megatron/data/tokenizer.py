@@ -108,14 +108,19 @@ def tokens_with(tokenizer: Tokenizer, characters: Collection[str], vocabulary: i
 
 
 def response_text(
-    tokenizer: Tokenizer, token_ids: Sequence[int], stop_ids: Collection[int], stop: Collection[str] = ()
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    stop_ids: Collection[int],
+    stop: Collection[str] = (),
+    special: bool = False,
 ) -> str:
     """Return the text of a response for the verifier.
 
-    A final stop token, all special tokens, and everything from the first character of `stop` on are left out.
+    A final stop token, all special tokens unless `special` is true, and everything from the first character of `stop`
+    on are left out.
     """
     ids = list(token_ids)
     if ids and ids[-1] in stop_ids:
         ids.pop()
-    text = tokenizer.decode(ids, skip_special_tokens=True)
+    text = tokenizer.decode(ids, skip_special_tokens=not special)
     return text[: min((at for character in stop if (at := text.find(character)) >= 0), default=len(text))]

@@ -93,11 +93,12 @@ class PolicyConversation:
             self.between.append(tokens)
             self.said.append(_readable(words))
         self.turns.append(completion)
-        text = self.encoder.text(completion.token_ids, stop or ())
+        parse = self.parse_tools if self.tools else None
+        text = self.encoder.text(completion.token_ids, stop or (), special=parse is not None)
         self.texts.append(text)
         calls: tuple[ToolCall, ...] = ()
-        if self.tools and self.parse_tools is not None:
-            text, calls = await self.parse_tools(text, self.tools)
+        if parse is not None:
+            text, calls = await parse(text, self.tools or ())
         return Turn(text, completion.finish_reason, completion.token_ids, calls, len(prefix))
 
     def _limit(self, prefix: int, max_tokens: int | None) -> int | None:

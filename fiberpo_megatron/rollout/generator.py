@@ -118,8 +118,10 @@ class Generator:
         """Return the `count` scored trajectories of one prompt. `budget` bounds the time of its environment."""
         environment = self.environments[prompt.domain]
         if environment.description.single_turn:
-            single = await self._single_turns(environment, prompt, count, version, budget)
-            samples = await _together(map(self._with_scores, single))
+            seeds = response_seeds(self._seed(prompt, version), count)
+            samples = await _together(
+                self._single_turn(environment, prompt, i, seeds[i], version, budget) for i in range(count)
+            )
         else:
             samples = await _together(self._conversation(environment, prompt, i, version, budget) for i in range(count))
         if environment.description.scores_groups:
@@ -127,26 +129,28 @@ class Generator:
         trajectories = [self._trajectory(environment, sample, i) for i, sample in enumerate(samples)]
         return RolloutGroup(prompt, tuple(t for t in trajectories if t is not None))
 
-    async def _single_turns(
-        self, environment: RunningEnvironment, prompt: Prompt, count: int, version: str, budget: StepBudget | None
-    ) -> list[_Sample]:
-        """One request for all answers, as engines share the work on a prompt; then the scores."""
-        completions = await self.sampler.sample(prompt.token_ids, response_seeds(self._seed(prompt, version), count))
-        if len(completions) != count:
-            raise ValueError(f"the engine gave {len(completions)} answers to prompt {prompt.text!r}, not {count}")
-        turns = []
-        for completion in completions:
-            self._check(version, prompt, completion)
-            turns.append(Turn(self.encoder.text(completion.token_ids), completion.finish_reason, completion.token_ids))
-        scored: Sequence[Outcome | Failure] = [Outcome(0.0)] * count
+    async def _single_turn(
+        self,
+        environment: RunningEnvironment,
+        prompt: Prompt,
+        sample: int,
+        seed: int,
+        version: str,
+        budget: StepBudget | None,
+    ) -> _Sample:
+        """Return one answer, which is scored as soon as it is there, whatever the other answers to the prompt do."""
+        completions = await self.sampler.sample(prompt.token_ids, [seed])
+        if len(completions) != 1:
+            raise ValueError(f"the engine gave {len(completions)} answers to prompt {prompt.text!r}, not 1")
+        completion = completions[0]
+        self._check(version, prompt, completion)
+        turn = Turn(self.encoder.text(completion.token_ids), completion.finish_reason, completion.token_ids)
+        result: Outcome | Failure = Outcome(0.0)
         if environment.description.scores:
-            scored = await _together(
-                environment.pool.score(
-                    prompt.task, turn, seed=self._environment_seed(prompt, i), sample=i, budget=budget
-                )
-                for i, turn in enumerate(turns)
+            result = await environment.pool.score(
+                prompt.task, turn, seed=self._environment_seed(prompt, sample), sample=sample, budget=budget
             )
-        return [_Sample(prompt, c, t.text, (t,), r) for c, t, r in zip(completions, turns, scored)]
+        return await self._with_scores(_Sample(prompt, completion, turn.text, (turn,), result))
 
     async def _conversation(
         self, environment: RunningEnvironment, prompt: Prompt, sample: int, version: str, budget: StepBudget | None

@@ -1,7 +1,7 @@
 """Spreads the requests of generation over the engines."""
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +14,10 @@ from fiberpo_megatron.engines.client import Sampling
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.interfaces import Sampler, SamplingChange
 from fiberpo_megatron.types import Completion
+
+
+MOST_AHEAD = 32
+"""Responses that an engine may have in flight beyond the least busy one, and still get more of a prompt's."""
 
 
 class EngineSampler:
@@ -39,6 +43,8 @@ class EngineSampler:
         self.engines, self.sampling, self.vocabulary, self.routing = engines, sampling, vocabulary, routing
         self._slots = _Slots(max_concurrent)
         self._in_flight = [0] * len(engines.clients)
+        self._prompts: list[Counter[tuple[int, ...]]] = [Counter() for _ in engines.clients]
+        """Responses in flight of each engine, by their prompt."""
 
     async def sample(
         self,
@@ -49,7 +55,10 @@ class EngineSampler:
         stop_token_ids: Sequence[int] = (),
         change: SamplingChange | None = None,
     ) -> list[Completion]:
-        """Return one response to the prompt for each seed, all from the engine with the fewest responses in flight.
+        """Return one response to the prompt for each seed, all from one engine.
+
+        It is the one that works on the same prompt already, because engines share the work on a prompt, unless that one
+        has far more responses in flight than the others; otherwise the one with the fewest.
 
         The same seed, weights and sampling give the same response, whatever else the engines do, where the servers
         honour seeds. `change` is how an evaluation samples differently from the run; `max_tokens` and `stop_token_ids`
@@ -62,15 +71,26 @@ class EngineSampler:
             ends = (*sampling.stop_token_ids, *stop_token_ids)
             sampling = replace(sampling, max_response_tokens=limit, stop_token_ids=ends)
         async with self._slots.taken(len(seeds)):
-            engine = self._in_flight.index(min(self._in_flight))
+            engine = self._engine_for(tuple(prompt))
             self._in_flight[engine] += len(seeds)
+            self._prompts[engine][tuple(prompt)] += len(seeds)
             try:
                 completions = await self.engines.clients[engine].generate(
                     [prompt] * len(seeds), sampling, seeds=seeds, vocabulary=self.vocabulary, routing=self.routing
                 )
             finally:
                 self._in_flight[engine] -= len(seeds)
+                self._prompts[engine][tuple(prompt)] -= len(seeds)
+                self._prompts[engine] += Counter()  # forgets prompts of which nothing is in flight
         return [replace(c, engines=np.full(len(c.token_ids), engine, np.int16)) for c in completions]
+
+    def _engine_for(self, prompt: tuple[int, ...]) -> int:
+        """Return the engine that gets the next response to a prompt."""
+        least = min(self._in_flight)
+        for engine, prompts in enumerate(self._prompts):
+            if prompts[prompt] and self._in_flight[engine] <= least + MOST_AHEAD:
+                return engine
+        return self._in_flight.index(least)
 
     def score(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
         """Return per engine [len - 1] log-probs of token_ids[1:] at temperature 1."""

@@ -56,3 +56,12 @@ def test_response_text_keeps_a_stop_token_inside():
     comma = ord(",") + 10
     assert response_text(tokenizer, [*tokenizer.encode("a", add_special_tokens=False), comma], [comma]) == "a"
     assert response_text(tokenizer, [comma, *tokenizer.encode("a")], [comma]) == ",a"
+
+
+def test_response_text_can_keep_the_special_tokens_that_tool_calls_begin_with():
+    """Many models begin a call with a special token; without its text the engine's parser would not see the call."""
+    tokenizer = CharacterTokenizer()
+    special, comma = 2, ord(",") + 10
+    ids = [special, *tokenizer.encode("a", add_special_tokens=False), comma]
+    assert response_text(tokenizer, ids, [comma]) == "a"
+    assert response_text(tokenizer, ids, [comma], special=True) == tokenizer.decode([special]) + "a" != "a"

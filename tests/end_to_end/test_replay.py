@@ -107,6 +107,7 @@ def test_six_steps_straight_and_three_kill_three_are_bitwise_the_same(model: Pat
     assert not (replayed / "engines").exists() and not (replayed / "published").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.sglang
 def test_dump_without_training_and_another_objective_on_it(model: Path, engine: Any, tmp_path: Path):
     options = ["--trainer.steps", "2", "--evaluation.prompts", "0", "--weight_sync.method", "disk"]

@@ -73,7 +73,7 @@ class Numbers:
         said = new if isinstance(new, str) else new[-1]["content"]
         return 50, int(said.split()[-1]), 51
 
-    def text(self, token_ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+    def text(self, token_ids: Sequence[int], stop: Sequence[str] = (), special: bool = False) -> str:
         return " ".join(str(i) for i in token_ids if i not in (END, OTHER_END))
 
     def tokens_with(self, characters: Sequence[str]) -> tuple[int, ...]:
@@ -158,7 +158,7 @@ def test_limits_of_a_turn_reach_the_engine_and_its_text():
 
 def test_the_text_ends_before_the_character_that_stopped_the_turn():
     class Letters(Numbers):
-        def text(self, token_ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+        def text(self, token_ids: Sequence[int], stop: Sequence[str] = (), special: bool = False) -> str:
             return "".join(map(chr, token_ids)).split(stop[0])[0] if stop else "".join(map(chr, token_ids))
 
     engine = Scripted(turn(*map(ord, "12;3")))
@@ -209,6 +209,19 @@ def test_what_cannot_be_said_later_is_refused(words, options, message):
     assert len(engine.prefixes) == 1 and found.response_ids == [5, END]
     said(found, "again 6")
     assert found.response_ids == [5, END, 50, 6, 51, 6, END]
+
+
+def test_the_parser_of_tool_calls_sees_special_tokens():
+    class Marked(Numbers):
+        def text(self, token_ids: Sequence[int], stop: Sequence[str] = (), special: bool = False) -> str:
+            return ("[TOOL_CALLS] " if special else "") + super().text(token_ids)
+
+    async def parse(text: str, tools: Any) -> tuple[str, tuple[ToolCall, ...]]:
+        return text.removeprefix("[TOOL_CALLS] "), (ToolCall("add", "{}"),) if "[TOOL_CALLS]" in text else ()
+
+    (called,) = said(conversation(Scripted(turn(5, END)), encoder=Marked(), parse_tools=parse), "p0", tools=TOOLS)
+    (said_only,) = said(conversation(Scripted(turn(5, END)), encoder=Marked(), parse_tools=parse), "p0")
+    assert (called.text, len(called.tool_calls)) == ("5", 1) and (said_only.text, said_only.tool_calls) == ("5", ())
 
 
 def test_a_prompt_may_hold_an_answer_of_its_own():

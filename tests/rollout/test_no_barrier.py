@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fiberpo_megatron.environments import Conversation, Environment, Outcome, Task, ToolCall
+from fiberpo_megatron.environments import Conversation, Environment, Outcome, SingleTurn, Task, ToolCall, Turn
 from fiberpo_megatron.environments.builtin.tools import Tools
 from fiberpo_megatron.fibration import build_objective
 from fiberpo_megatron.rollout.generator import Generator
 from fiberpo_megatron.trainer.batch import mini_batches
 from fiberpo_megatron.trainer.optimise import ObjectiveGate
 from fiberpo_megatron.trainer.settings import BatchConfig
-from fiberpo_megatron.types import RolloutGroup, flatten
+from fiberpo_megatron.types import Completion, RolloutGroup, flatten
 from tests.rollout.test_generator import Seeded, never
 from tests.trainer.toy import LOOP, SingleLayout, Words, generator, one_prompt, running
 
@@ -61,6 +61,38 @@ def test_a_slow_tool_holds_up_neither_the_turns_of_others_nor_other_groups():
     environment.go_on.set()
     (rest,) = groups
     assert {index, rest[0]} == {0, 1} and [t.reward for t in rest[1].trajectories].count(1.0) == 1
+
+
+class ScoresWhileOthersAreSampled(SingleTurn):
+    """Sets an event when it has scored two answers."""
+
+    train_size = 10
+
+    def __init__(self) -> None:
+        self.scored = 0
+        self.two = threading.Event()
+
+    def score(self, task: Task, turn: Turn) -> float:
+        self.scored += 1
+        if self.scored == 2:
+            self.two.set()
+        return 1.0
+
+
+def test_an_answer_is_scored_while_others_to_the_same_prompt_are_sampled():
+    environment = ScoresWhileOthersAreSampled()
+
+    class LastIsSlow(Seeded):
+        requests = 0
+
+        async def sample(self, prompt: Sequence[int], seeds: Sequence[int], **options: Any) -> list[Completion]:
+            self.requests += 1
+            if self.requests == 3:
+                assert await asyncio.to_thread(environment.two.wait, WAIT_S), "the other answers waited for this one"
+            return await super().sample(prompt, seeds, **options)
+
+    ((_, group),) = generator(LastIsSlow(), environment).groups([one_prompt(0)], 3, "0", never)
+    assert [t.reward for t in group.trajectories] == [1.0] * 3
 
 
 def hold(name: str) -> str:

@@ -1,6 +1,7 @@
 """Balance, the limit on concurrency, seeds and limits of the sampler, against fake servers."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ from fiberpo_megatron.engines.client import EngineAddress, Sampling
 from fiberpo_megatron.engines.errors import EngineRefused
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.rollout.conversation import response_seeds
-from fiberpo_megatron.rollout.sampler import EngineSampler, _Slots
+from fiberpo_megatron.rollout.sampler import MOST_AHEAD, EngineSampler, _Slots
 from tests.engines.fake_server import FakeServers, response
 from tests.rollout.in_order import in_order
 
@@ -50,12 +51,32 @@ def test_each_prompt_goes_to_the_engine_with_the_fewest_responses_in_flight():
     assert abs(hosts.count("a:1") - hosts.count("b:2")) <= 1
 
 
+def test_responses_to_one_prompt_share_an_engine_unless_it_has_far_more_to_do():
+    servers = FakeServers(delay_s=0.05)
+
+    async def ask(engines: EngineSampler) -> None:
+        alternating = [prompt for _ in range(4) for prompt in ([1], [2], [3])]
+        await asyncio.gather(*(engines.sample(prompt, [i]) for i, prompt in enumerate(alternating)))
+        await asyncio.gather(*(engines.sample([4], [i]) for i in range(2 * MOST_AHEAD)))
+        await engines.sample([2], [0])  # nothing is known of prompts that are no longer in flight
+
+    with sampler(servers, 1000) as engines:
+        engines.engines.run(ask(engines))
+        assert not any(engines._prompts)
+    hosts = [(body["input_ids"][0][0], host) for host, _, body in servers.calls]
+    assert hosts[:3] == [(1, "a:1"), (2, "b:2"), (3, "a:1")] and len(set(hosts[:12])) == 3
+    late = Counter(host for prompt, host in hosts if prompt == 4)
+    assert late == {"a:1": MOST_AHEAD + 1 + (MOST_AHEAD - 1) // 2, "b:2": MOST_AHEAD - 1 - (MOST_AHEAD - 1) // 2}
+    assert hosts[-1] == (2, "a:1")
+
+
 def test_responses_are_counted_not_requests():
     """While one engine works on four responses, two requests of two fit on the other."""
     servers = FakeServers(delay_s=0.05)
 
     async def ask(engines: EngineSampler) -> None:
-        await asyncio.gather(*(engines.sample([1], list(range(count))) for count in (4, 2, 1, 1, 4)))
+        counts = (4, 2, 1, 1, 4)
+        await asyncio.gather(*(engines.sample([i + 1], list(range(count))) for i, count in enumerate(counts)))
 
     with sampler(servers, 100) as engines:
         engines.engines.run(ask(engines))
