@@ -71,8 +71,8 @@ class StagePlan:
     forward: int = 0
     """What a pass without gradient holds at a time: one layer."""
     saving: int = 0
-    """Bytes of host memory that a checkpoint takes: copies of what the rank writes where it is asynchronous, else the
-    largest tensor."""
+    """Bytes of host memory that a checkpoint takes: copies of what the rank writes where it is asynchronous, else three
+    times its largest tensor (measured by `tools/rank_memory.py`)."""
 
     @property
     def host(self) -> int:
@@ -312,7 +312,7 @@ def plan_stage(
 def _saving_bytes(config: Config, states: StateBytes, largest: int) -> int:
     """Return the host memory that a checkpoint takes on the rank that writes most, which also writes the parameters."""
     if not config.checkpoint.asynchronous:
-        return 4 * largest
+        return 3 * 4 * largest  # one that is written, its bytes, and the next one
     masters = states.optimizer // 2 if config.model.dtype == "float32" else 0  # two moments lie beside each of them
     return states.parameters + states.optimizer + masters
 

@@ -60,7 +60,7 @@ def test_saving_copies_what_a_rank_writes_only_beside_the_training():
     )
     states = plan().stages[0].states
     assert copied == states.parameters + states.optimizer
-    assert held < 0.03 * copied, "one tensor at a time"
+    assert held < 0.1 * copied, "a few tensors at a time"
 
 
 def test_colocated_engines_leave_the_trainer_its_parameters():
