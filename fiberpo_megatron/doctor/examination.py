@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fiberpo_megatron.config import Config
-from fiberpo_megatron.doctor import engines, inputs, machine, software, storage
+from fiberpo_megatron.doctor import engines, gpu_software, inputs, machine, software, storage
 from fiberpo_megatron.doctor.report import Check, Finding, examine
 from fiberpo_megatron.engines.settings import EngineConfig
 
@@ -43,6 +43,8 @@ def full(config: Config | None) -> list[Finding]:
     if os.environ.get("RANK", "0") != "0":
         return []
     checks = [*_software(config), *(_of_config(config) if config else [])]
+    if machine.gpu_count():
+        checks.append(("GPU software", lambda: gpu_software.every(config)))
     return [finding for name, check in checks for finding in examine(name, check, CHECK_S)] + talked
 
 

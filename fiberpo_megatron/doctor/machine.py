@@ -5,6 +5,7 @@ import resource
 import shutil
 from pathlib import Path
 
+from fiberpo_megatron.doctor.gpu_software import driver
 from fiberpo_megatron.doctor.report import Finding
 from fiberpo_megatron.telemetry.gpu import GpuMonitor, GpuReading
 
@@ -29,7 +30,7 @@ def gpus(monitor: GpuMonitor | None = None) -> list[Finding]:
     readings = monitor.read()
     if not readings:
         return [Finding("GPU", "pass", "none was found: runs use the CPU platform, which is for tests and demos")]
-    found = [Finding("GPU driver", "pass", monitor.driver())]
+    found = driver(monitor.driver())
     for reading in readings:
         found += _gpu(reading)
     return found

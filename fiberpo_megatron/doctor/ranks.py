@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from fiberpo_megatron.doctor import machine
+from fiberpo_megatron.doctor.gpu_software import shared_variables
 from fiberpo_megatron.doctor.report import Finding
 from fiberpo_megatron.rendezvous import ranks_store, start_key
 
@@ -45,7 +46,7 @@ def meet(deadline_s: float = DEADLINE_S) -> list[Finding]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=deadline_s)
     store = ranks_store(timeout)
-    said: dict[str, Any] = {"host": socket.gethostname(), "gpus": None, "findings": []}
+    said: dict[str, Any] = {"host": socket.gethostname(), "gpus": None, "findings": [], "variables": shared_variables()}
     if os.environ.get("LOCAL_RANK", "0") == "0":
         said["gpus"], said["findings"] = machine.gpu_count(), [asdict(finding) for finding in machine_findings()]
     present, missing = gather(store, rank, size, deadline_s, said)
@@ -98,12 +99,30 @@ def _of_machines(present: dict[int, dict[str, Any]]) -> list[Finding]:
         for finding in (Finding(**values) for values in said["findings"]):
             name = f"{said['host']}: {finding.check}" if several else finding.check
             found.append(Finding(name, finding.status, finding.seen, finding.fix))
+    found += _of_variables(present)
     gpus = {said["host"]: said["gpus"] for said in present.values() if said["gpus"] is not None}
     most = max(gpus.values(), default=0)
     if short := {host: count for host, count in gpus.items() if count < most}:
         seen = f"{', '.join(f'{host} has {count}' for host, count in short.items())}, the others have {most}"
         fix = "Leave those nodes out (slurm.options, --exclude=NODE) until nvidia-smi shows all of their GPUs again"
         found.append(Finding("GPU count", "fail", seen, fix))
+    return found
+
+
+def _of_variables(present: Mapping[int, Mapping[str, Any]]) -> list[Finding]:
+    """Return a failure if ranks have different variables of NCCL or CUDA: they would hang, or share no communicator."""
+    values: dict[str, dict[str | None, list[int]]] = {}
+    names = {name for said in present.values() for name in said.get("variables", {})}
+    for name in sorted(names):
+        for rank, said in present.items():
+            values.setdefault(name, {}).setdefault(said["variables"].get(name), []).append(rank)
+    found = []
+    for name, ranks in values.items():
+        if len(ranks) == 1:
+            continue
+        few, *_, most = sorted(ranks, key=lambda value: len(ranks[value]))
+        seen = f"{name} is {few or 'unset'} on {_ranks(ranks[few][:8])}, and {most or 'unset'} on the others"
+        found.append(Finding("variables", "fail", seen, f"Set {name} alike on all nodes, in the job's script"))
     return found
 
 

@@ -113,6 +113,7 @@ def rollout_source(
             timers=parts.timers,
             weight_sync=config.weight_sync,
             patience_s=config.rollout.step_timeout_s,
+            exact="bfloat16" not in (config.model.dtype, config.rollout.engine.dtype),
             seed=config.run.seed,
             prompts_per_step=config.batch.prompts,
             samples_per_prompt=config.batch.samples_per_prompt,

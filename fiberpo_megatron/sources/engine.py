@@ -15,7 +15,7 @@ from fiberpo_megatron.interfaces import Evaluated, Policy, Publisher, Recorder, 
 from fiberpo_megatron.rollout.generator import Generator, share
 from fiberpo_megatron.rollout.sampler import ChangedSampler
 from fiberpo_megatron.sources.device_sharing import DeviceSharing, SeparateDevices
-from fiberpo_megatron.sources.publication_check import verify_publication
+from fiberpo_megatron.sources.publication_check import Tolerance, verify_publication
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.together import together
 from fiberpo_megatron.types import Prompt, RolloutBatch, RolloutGroup, flatten
@@ -87,8 +87,13 @@ class EngineSource:
     """Counts of this rank's environments since the last call, by metric."""
     watch: Callable[[int], Mapping[str, float]] = unwatched
     """Asks the engines how they are after a step, on the rank that logs; returns metrics."""
+    exact: bool = True
+    """Whether trainer and engines compute in float32, so that their log-probs agree."""
     _published: int = field(default=0, init=False)
     _probe: RolloutBatch | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._tolerance = Tolerance(self.weight_sync, self.exact)
 
     @property
     def domains(self) -> Sequence[str]:
@@ -127,7 +132,9 @@ class EngineSource:
         self._published = version
         if self._probe is not None and every and version % every == 0:
             with self.timers("verify"):
-                verify_publication(self.policy, self.sampler, self._probe, self.weight_sync, version)
+                bound = self._tolerance.bound()
+                mean = verify_publication(self.policy, self.sampler, self._probe, self.weight_sync, version, bound)
+            self._tolerance.measured(mean, version)
 
     def held_out(self, version: int, of: EvaluationSet | None = None) -> Evaluated | None:
         places = self.prompts.held_out(self.held_out_prompts) if of is None else self.sets[of.name]

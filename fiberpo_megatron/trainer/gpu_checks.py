@@ -7,7 +7,6 @@ import torch
 
 from fiberpo_megatron.config import Config, ConfigError
 from fiberpo_megatron.engines.command import interpreter, torch_libraries
-from fiberpo_megatron.mcore.families import Architecture
 
 ENGINE_COMMANDS = ("train", "dump", "eval")
 
@@ -89,20 +88,3 @@ def _check_nccl(config: Config) -> None:
             "the same version in both, let both load one libnccl.so.2 through LD_LIBRARY_PATH, or set "
             'weight_sync.method = "disk"'
         )
-
-
-def slow_paths(architecture: Architecture, gpus: int) -> list[str]:
-    """Return what is right but slow on GPUs, each with its reason, for the console."""
-    if not gpus:
-        return []
-    plain_latent = architecture.latent is not None and architecture.rope.kind != "yarn"
-    if plain_latent:
-        kind = "latent attention with plain rotary embeddings"
-    elif architecture.rope.kind == "yarn" and architecture.latent is None:
-        kind = "YaRN's rotary embeddings"
-    else:
-        return []
-    return [
-        f"a {architecture.model_type} model has {kind}, for which Megatron-Core has no fused kernel that computes the "
-        "same: that part of attention runs unfused, which is slower"
-    ]

@@ -15,7 +15,7 @@ from fiberpo_megatron.rollout.dump import RolloutDump
 from fiberpo_megatron.sources.stored import DUMP, dump_of
 from fiberpo_megatron.trainer.batch import SUPPLIED_KEYS
 from fiberpo_megatron.trainer.fp8 import missing_for_fp8
-from fiberpo_megatron.trainer.gpu_checks import check_gpus, gpus_of, slow_paths
+from fiberpo_megatron.trainer.gpu_checks import check_gpus
 from fiberpo_megatron.trainer.plugin_checks import (
     advantage_config,
     advice,
@@ -54,14 +54,8 @@ def preflight(config: Config, command: str, resume: bool, world_size: int, here:
         _check_keys(config)
         check_reference(config)
     check_plugins(config, resume, environments=here)
-    for line in _advice(config, here) if command == "train" else ():
+    for line in (*advice(config), *term_advice(config)) if command == "train" else ():
         on_console(line)
-
-
-def _advice(config: Config, here: bool) -> list[str]:
-    """Return what is allowed but unwise or slow."""
-    architecture = read_architecture(read_hf_config(config.model.path, config.model.family))
-    return [*advice(config), *term_advice(config), *slow_paths(architecture, gpus_of(config, here))]
 
 
 def _check_colocated(config: Config) -> None:

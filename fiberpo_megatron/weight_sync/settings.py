@@ -30,7 +30,8 @@ class WeightSyncConfig(Section):
     verify_every: int = Field(1, ge=0)
     """After every so many publications an engine scores a probe, compared with the trainer's log-probs; 0 never."""
     verify_tolerance: float = Field(0.05, gt=0)
-    """Largest mean |log-prob difference| of the probe; 1e-3 is right in float32."""
+    """Largest mean |log-prob difference| of the probe; 1e-3 is right in float32. In bfloat16 a first difference above
+    it is a warning, unless it is ten times as large, and later ones may be twice the smallest that was measured."""
 
     @field_validator("method", mode="before")
     @classmethod

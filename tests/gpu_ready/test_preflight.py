@@ -1,6 +1,5 @@
 """What cannot work on GPUs is refused before anything starts; the GPUs are pretended, the checks are the run's own."""
 
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +13,6 @@ from fiberpo_megatron.cli.main import local_world_size
 from fiberpo_megatron.config import Config, ConfigError, load_config
 from fiberpo_megatron.engines import command
 from fiberpo_megatron.engines.command import TorchLibraries, torch_libraries
-from fiberpo_megatron.mcore.families import read_architecture
 from fiberpo_megatron.trainer import gpu_checks
 from fiberpo_megatron.trainer.preflight import preflight
 
@@ -160,17 +158,3 @@ def test_an_interpreters_libraries_are_those_that_it_loads(tmp_path: Path, capsy
     other.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     with pytest.raises(RuntimeError, match="cannot import torch"):
         torch_libraries(str(other))
-
-
-def test_what_is_slow_on_a_gpu_is_said(tmp_path: Path):
-    deepseek = json.loads((ROOT / "fiberpo_megatron/planning/data/models/deepseek_v3/config.json").read_text())
-    qwen = json.loads((ROOT / "examples/planning/qwen3_30b_a3b/config.json").read_text())
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    assert gpu_checks.slow_paths(read_architecture(deepseek | {"rope_scaling": yarn}), 8) == []
-    assert gpu_checks.slow_paths(read_architecture(qwen), 8) == []
-    (line,) = gpu_checks.slow_paths(read_architecture(deepseek), 8)
-    assert "latent attention with plain rotary embeddings" in line and "slower" in line
-    stretched = qwen | {"rope_scaling": yarn}
-    (line,) = gpu_checks.slow_paths(read_architecture(stretched), 8)
-    assert "YaRN" in line
-    assert gpu_checks.slow_paths(read_architecture(stretched), 0) == []
