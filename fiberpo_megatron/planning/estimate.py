@@ -21,7 +21,7 @@ from fiberpo_megatron.planning.activations import (
 from fiberpo_megatron.planning.engines import EnginePlan, engine_count, engine_dtype_bytes, plan_engine
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu
 from fiberpo_megatron.planning.lengths import Lengths
-from fiberpo_megatron.planning.parameters import chunk_weights, model_parameters, stage_layers
+from fiberpo_megatron.planning.parameters import model_parameters, stage_layers
 from fiberpo_megatron.planning.phases import Routes, route_bytes
 from fiberpo_megatron.planning.reductions import gate_bytes, spans_micro_batches
 from fiberpo_megatron.planning.scenario import Publication, Scenario
@@ -70,9 +70,6 @@ class StagePlan:
     """Expert routing that is recorded or came from the engines."""
     forward: int = 0
     """What a pass without gradient holds at a time: one layer."""
-    saving: int = 0
-    """Bytes of host memory that a checkpoint takes: copies of what the rank writes where it is asynchronous, else three
-    times its largest tensor (measured by `tools/rank_memory.py`)."""
 
     @property
     def host(self) -> int:
@@ -291,7 +288,6 @@ def plan_stage(
     parallel, model = config.parallel, config.model
     activations, log_probs = passing_bytes(config, architecture, stage, work, assumptions, implementation)
     chunks = range(parallel.virtual_pipeline)
-    weights = [weight for chunk in chunks for weight in chunk_weights(architecture, parallel, stage, chunk)]
     layers = [layer for chunk in chunks for layer in stage_layers(architecture, parallel, stage, chunk)]
     row = Row(config.batch.micro_batch_tokens, 0, assumptions.expert_imbalance)
     states = state_bytes(architecture, config.model, config.parallel, world_size, Position(stage), optimizer)
@@ -304,17 +300,10 @@ def plan_stage(
         offloaded=config.optimizer.cpu_offload,
         reference=states.parameters if reference_in_memory(config) else 0,
         routes=route_bytes(config, architecture, stage, work.tokens),
-        forward=max(layer_bytes(architecture, model, parallel, row, layer, implementation) for layer in layers),
-        saving=_saving_bytes(config, states, max(weight.numel for weight in weights)),
+        forward=max(
+            layer_bytes(architecture, model, parallel, row, layer, implementation) for layer in (layers[0], layers[-1])
+        ),
     )
-
-
-def _saving_bytes(config: Config, states: StateBytes, largest: int) -> int:
-    """Return the host memory that a checkpoint takes on the rank that writes most, which also writes the parameters."""
-    if not config.checkpoint.asynchronous:
-        return 3 * 4 * largest  # one that is written, its bytes, and the next one
-    masters = states.optimizer // 2 if config.model.dtype == "float32" else 0  # two moments lie beside each of them
-    return states.parameters + states.optimizer + masters
 
 
 @lru_cache(maxsize=16)  # a search asks for the same one beside every layout

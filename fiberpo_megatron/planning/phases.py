@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fiberpo_megatron.config.schema import Config
 from fiberpo_megatron.mcore.families import Architecture
-from fiberpo_megatron.planning.parameters import experts_of, stage_layers
+from fiberpo_megatron.planning.parameters import chunk_weights, experts_of, stage_layers
 from fiberpo_megatron.planning.reductions import uses_experts
 from fiberpo_megatron.types import TOKEN, RolloutBatch, expert_dtype
 
@@ -95,6 +95,21 @@ def phase_bytes(plan: "Plan") -> list[PhaseBytes]:
     return [found for stage in plan.stages for found in _of_stage(plan, stage)]
 
 
+def saving_bytes(plan: "Plan", stage: "StagePlan") -> int:
+    """Return the host memory that a checkpoint takes on the rank that writes most, which also writes the parameters.
+
+    An asynchronous one copies all that the rank writes. Another one holds three times the largest float32 tensor: one
+    that is written, its bytes, and the next one (measured by `tools/rank_memory.py`).
+    """
+    config, states, parallel = plan.config, stage.states, plan.config.parallel
+    if config.checkpoint.asynchronous:
+        masters = states.optimizer // 2 if config.model.dtype == "float32" else 0  # two moments lie beside each of them
+        return states.parameters + states.optimizer + masters
+    chunks = range(parallel.virtual_pipeline)
+    weights = (chunk_weights(plan.architecture, parallel, stage.stage, chunk) for chunk in chunks)
+    return 3 * 4 * max(weight.numel for of_chunk in weights for weight in of_chunk)
+
+
 def _of_stage(plan: "Plan", stage: "StagePlan") -> list[PhaseBytes]:
     config, states = plan.config, stage.states
     colocated = config.rollout.engine.colocated
@@ -124,7 +139,7 @@ def _of_stage(plan: "Plan", stage: "StagePlan") -> list[PhaseBytes]:
         "train": kept,
         "optimizer": kept,
         "publish": kept + parked - stage.reference - away,
-        "save": kept + stage.saving,
+        "save": kept + saving_bytes(plan, stage),
     }
     share = int(batch / (config.parallel.data or 1)) + stage.routes.answers
     first = stage.stage == 0

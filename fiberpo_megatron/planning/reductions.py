@@ -71,7 +71,12 @@ def spans_micro_batches(config: Config) -> bool:
 
 def uses_experts(config: Config) -> bool:
     """Return whether the objective has a level of expert partitions, so that a run records expert routing."""
-    return _objective(config.algorithm, _domains(config)).uses_experts
+    return _uses_experts(config.algorithm.model_dump_json(), _domains(config))
+
+
+@cache
+def _uses_experts(algorithm: str, domains: tuple[str, ...]) -> bool:
+    return _objective(AlgorithmConfig.model_validate_json(algorithm), domains).uses_experts
 
 
 def _domains(config: Config) -> tuple[str, ...]:
