@@ -36,10 +36,7 @@ def choose(asked: list[Attention]) -> list[str]:
         utils.get_device_compute_capability = lambda capability=one.capability: capability
         utils.get_cudnn_version = lambda: CUDNN
         extension.get_fused_attn_backend = _extension(utils, one.capability)
-        for known in vars(utils).values():  # remembers an answer for arguments that look the same
-            if hasattr(known, "cache_clear"):
-                known.cache_clear()
-        flash, fused, _, unfused, _ = utils.get_attention_backend(_params(utils, one))[:5]
+        flash, _, fused, _, unfused = utils.get_attention_backend(_params(utils, one))[:5]
         found.append("flash" if flash else "fused" if fused else "unfused" if unfused else "none")
     return found
 
