@@ -110,8 +110,10 @@ class Routing(Protocol):
     num_experts: int
     """Experts of a MoE layer; 0 in a dense model."""
 
-    layers: Sequence[int]
-    """Global numbers, from 0, of this rank's MoE layers."""
+    @property
+    def layers(self) -> Sequence[int]:
+        """These are the global numbers, from 0, of this rank's MoE layers."""
+        ...
 
     def clear(self) -> None:
         """Forget all routes."""

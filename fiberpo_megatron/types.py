@@ -375,7 +375,9 @@ class RolloutBatch:
 
     def without_held(self) -> "RolloutBatch":
         """Return the batch without the routes that this process holds; which tokens have any stays known."""
-        none = {fact.name: np.zeros(fact.metadata["empty"], fact.metadata["dtype"]) for fact in _HELD_FACTS}
+        none: dict[str, Any] = {
+            fact.name: np.zeros(fact.metadata["empty"], fact.metadata["dtype"]) for fact in _HELD_FACTS
+        }
         return replace(self, **none)
 
     @property
