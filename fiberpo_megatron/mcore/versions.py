@@ -69,7 +69,7 @@ def load_checkpoint(
 def _read_before(common: dict[str, Any]) -> Any:
     """Return a strategy of 0.16.1 that gives out this common state."""
 
-    class Known(common_strategies.TorchCommonLoadStrategy):  # type: ignore[misc, name-defined]
+    class Known(common_strategies.TorchCommonLoadStrategy):
         def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
             return common
 

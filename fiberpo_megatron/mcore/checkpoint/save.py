@@ -55,7 +55,7 @@ class Saving:
         sharded = sharded_state(policy, is_loading=False)
         sharded |= random_states(self._layout.host_group)
         tensors, common = save_preprocess(sharded)
-        self._run(lambda: save_common(common, partial), only_first=True)
+        self._run(lambda: save_common(common, str(partial)), only_first=True)
         if background:
             tensors = _copied(tensors)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
