@@ -179,7 +179,11 @@ def floor(way: str, readers: int, sizes: list[int], folder: str) -> float:
 def stand_ins(count: int) -> Iterator[list[EngineAddress]]:
     """Start stand-ins and yield their addresses."""
     ports = free_ports(count, "127.0.0.1")
-    processes = [subprocess.Popen([sys.executable, str(ENGINE), str(port)]) for port in ports]
+    places = [tempfile.TemporaryDirectory() for _ in ports]  # each keeps its copy of the weights in its own
+    processes = [
+        subprocess.Popen([sys.executable, str(ENGINE), str(port)], env={**os.environ, "TMPDIR": place.name})
+        for port, place in zip(ports, places, strict=True)
+    ]
     try:
         addresses = [EngineAddress(f"http://127.0.0.1:{port}") for port in ports]
         deadline = time.monotonic() + DEADLINE_S
@@ -193,6 +197,8 @@ def stand_ins(count: int) -> Iterator[list[EngineAddress]]:
         for process in processes:
             process.kill()
             process.wait()
+        for place in places:
+            place.cleanup()
 
 
 async def _answers(client: Any) -> str | None:

@@ -31,6 +31,8 @@ ROUNDING = 1e-4
 IN_ROUNDS = ["disk", "distributed", "ipc"]
 """An engine loads the first rounds while the last ones are still prepared."""
 METHODS = [*IN_ROUNDS, "delta"]
+SLOW = pytest.mark.exhaustive
+"""For ways whose processes would take too long in `make test`; one way stays there."""
 PROBE = [5, 9, 2, 33, 12, 60, 4]
 
 
@@ -161,7 +163,7 @@ def test_a_half_loaded_publication_is_never_served_and_can_be_repeated(method, e
     np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
 
 
-@pytest.mark.parametrize("method", IN_ROUNDS)
+@pytest.mark.parametrize("method", ["ipc", *(pytest.param(way, marks=SLOW) for way in ("disk", "distributed"))])
 def test_a_trainer_that_is_killed_in_the_middle_leaves_a_paused_engine_and_the_next_publishes(
     method, engine, checkpoint, tmp_path
 ):
@@ -224,7 +226,7 @@ def slightly_changed(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["ipc", *(pytest.param(way, marks=SLOW) for way in METHODS if way != "ipc")])
 def test_two_ranks_publish_their_shares_beside_a_group_of_their_own(method, engine, checkpoint, tmp_path):
     model = moved(checkpoint)
     save_file({name: tensor.contiguous() for name, tensor in hugging_face_weights(model)}, tmp_path / "weights")
