@@ -67,6 +67,7 @@ class Case:
 
 BF16 = {"model": {"dtype": "bfloat16"}}
 PLAIN = {"parallel": {"distributed_optimizer": False}}
+OVERLAPPED = {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}}
 BALANCED = {"model": {"router_bias_update_rate": 0.01}}
 """The routers' correction bias moves, so that it has to be saved: a buffer, which no optimizer knows."""
 CASES = [
@@ -77,6 +78,7 @@ CASES = [
     Case("TP2xEP2", "DP2", 1e-6, exhaustive=True),
     Case("EP2", "EP2", sections=BF16),
     Case("TP2", "TP2", sections=PLAIN),
+    Case("EP2", "EP2", sections=OVERLAPPED, exhaustive=True),
     Case("EP2", "TP2", 1e-6, PLAIN, exhaustive=True),
     Case("TP2xPP2", "EP4", 1e-6, BALANCED, model="deepseek"),
     Case("1", "TP2xPP2", 1e-6, exhaustive=True),
@@ -130,6 +132,7 @@ def uninterrupted(
     if not background:
         policy.save(str(folder), STATE)
         rates = [step()]
+        policy.gather.finish()
         return Outcome(pieces(global_shards(policy.models)), rates, draws())
     stepped, write_data = threading.Event(), FileSystemWriter.write_data
 
@@ -142,6 +145,7 @@ def uninterrupted(
     rates = [step()]
     stepped.set()
     pending.finish()  # what was saved is the state before that step
+    policy.gather.finish()
     return Outcome(pieces(global_shards(policy.models)), rates, draws())
 
 
@@ -152,6 +156,7 @@ def resumed(config: Config, layout: ParallelLayout, model: str, folder: Path) ->
     state = policy.load(str(folder))
     assert state == STATE
     rates = [step()]
+    policy.gather.finish()
     return Outcome(pieces(global_shards(policy.models)), rates, draws())
 
 
