@@ -65,7 +65,7 @@ class Collectives:
     check_devices: bool = True
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Check, record and run one operation of the namespace c10d."""
+        """Run one operation of the namespace c10d after a check, and record it."""
         given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
         group = dist.ProcessGroup.unbox(given["process_group"])
         call = self._describe(func.overloadpacket.__name__, group, given)
@@ -137,7 +137,7 @@ def disagreements(ranks: dict[int, Sequence[Call]], complete: bool = True) -> li
     """Return what ranks disagree about, as text; empty when all fit.
 
     `ranks` holds the calls of each rank, by its global number. With `complete` every rank of every group is among them;
-    without, only the ranks that are there are compared, and not how many rows they exchange in an all-to-all.
+    without, only the given ranks are compared, and not how many rows they exchange in an all-to-all.
     """
     by_group: dict[str, dict[int, list[Call]]] = defaultdict(dict)
     for rank, calls in ranks.items():

@@ -123,7 +123,7 @@ def _tensors(values: object) -> list[Tensor]:
 
 
 def _side(device: object) -> bool | None:
-    """Return True for a CUDA device, False for the host, None where no device is named."""
+    """Return True for a CUDA device, False for the host, None if no device is named."""
     if device is None:
         return None
     if isinstance(device, int):
@@ -151,7 +151,7 @@ class _Operations(TorchDispatchMode):
             self._check(name, func, given, device, args)
             self._count(name, given, device, args, kwargs)
         result = func(*args, **kwargs)
-        # Autograd makes zeros for gradients that nobody gave, on the device of what they belong to.
+        # Autograd makes zeros for gradients that are missing, on the device of what they belong to.
         if any(device) or (not given and torch._C._current_autograd_node() is not None):
             inputs = {id(_storage(tensor)) for tensor in given}
             for made in _tensors(result):
@@ -329,7 +329,7 @@ def _record_stream(tensor: Tensor, stream: object) -> None:
 
 @contextmanager
 def strict_devices(collectives: Any = None) -> Iterator[Found]:
-    """Tag, check and count inside this block; `collectives` sees every operation of torch.distributed.
+    """Follow tensors of both sides inside this block; `collectives` sees every operation of torch.distributed.
 
     Raises DeviceError where a GPU would refuse an operation.
     """
