@@ -190,8 +190,10 @@ def _splits_fit(a: Call, b: Call, rank: int, other: int) -> bool:
     """Return whether the rows that two ranks exchange in an all-to-all are as many on either side."""
     if a.name != "alltoall_base_":
         return True
-    here, there = a.ranks.index(rank), a.ranks.index(other)
-    return _rows(a, "input", there) == _rows(b, "output", here) and _rows(b, "input", here) == _rows(a, "output", there)
+    at, other_at = a.ranks.index(rank), a.ranks.index(other)
+    return _rows(a, "input", other_at) == _rows(b, "output", at) and _rows(b, "input", at) == _rows(
+        a, "output", other_at
+    )
 
 
 def _rows(call: Call, side: str, peer: int) -> int:
