@@ -243,7 +243,7 @@ class WeightSource(Protocol):
         ...
 
     def share(self, limit: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """Yield in each round the names and full tensors that fall to this rank, perhaps none.
+        """Yield the names and full tensors of each round that this rank has; a round may have none.
 
         Ranks that hold parts of one tensor exchange them: every rank iterates to the end, a round at a time."""
         ...

@@ -239,7 +239,7 @@ def _truncated(trajectory: Trajectory) -> bool:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """These are all trajectories of one training step as flat arrays, equal on every rank but for the routes.
+    """These are all trajectories of one training step as flat arrays, equal on every rank except for the routes.
 
     There is one entry [B] for each token sequence; those of a trajectory are contiguous, and so are the trajectories of
     a group. What counts or compares trajectories takes `per_trajectory()`, which is the batch itself where no

@@ -75,7 +75,7 @@ class Config(Section):
 
     @property
     def running_requests(self) -> int:
-        """This is the number of responses that one engine decodes together: `rollout.engine.max_running_requests`, or if
+        """This is the number of responses that one engine decodes at once: `rollout.engine.max_running_requests`, or if
         that is 0, one engine's share of the responses that the leaders keep in flight in a step."""
         engine, batch = self.rollout.engine, self.batch
         if engine.max_running_requests:

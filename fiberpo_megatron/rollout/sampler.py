@@ -15,7 +15,6 @@ from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.interfaces import Sampler, SamplingChange
 from fiberpo_megatron.types import Completion
 
-
 MOST_AHEAD = 32
 """Responses that an engine may have in flight beyond the least busy one, and still get more of a prompt's."""
 

@@ -13,7 +13,7 @@ def missing_for_fp8(recipe: str) -> str | None:
     if not torch.cuda.is_available():
         return "no NVIDIA GPU is visible here; FP8 runs on GPUs only"
     if importlib.util.find_spec("transformer_engine") is None:
-        return "Transformer Engine is not installed; see README.md, \"On GPUs\""
+        return 'Transformer Engine is not installed; see README.md, "On GPUs"'
     found, needed = torch.cuda.get_device_capability(), _CAPABILITY[recipe]
     if found < needed:
         return (

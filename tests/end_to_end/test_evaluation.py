@@ -27,11 +27,8 @@ def fiberpo(*words: str) -> subprocess.CompletedProcess[str]:
 def test_checkpoints_are_evaluated_beside_a_run(model: Path, engine: EngineAddress, tmp_path: Path):
     """What the run measured itself and what is measured on its checkpoints afterwards are equal answers of a greedy
     policy. The second process touches no file of the run, and measures each checkpoint once."""
-    key = tmp_path / "key"
-    key.write_text(engine.api_key or "")
-    key.chmod(0o600)
     folder = tmp_path / "run"
-    words = ["--rollout.engine.urls", f'["{engine.url}"]', "--rollout.engine.api_key_file", str(key)]
+    words = ["--rollout.engine.urls", f'["{engine.url}"]']
     words += ["--trainer.steps", "2", "--evaluation.every_steps", "1", "--evaluation.sets", " ".join(SETS.split())]
     words += ["--checkpoint.keep", "2", "--checkpoint.keep_best_metric", "eval/greedy/pass@2"]
     words += ["--weight_sync.method", "disk"]

@@ -109,19 +109,23 @@ class Killed(Exception):
     """Stands for a kill: nothing after it happens."""
 
 
-class CountingEngine(FakeEngine):
-    """Counts prompts; its randomness is not that of an earlier engine."""
+SAMPLES = 4
+"""Answers to each prompt."""
 
-    prompts = 0
+
+class CountingEngine(FakeEngine):
+    """Counts answers; its randomness is not that of an earlier engine."""
+
+    answers = 0
 
     async def sample(self, prompt: Sequence[int], seeds: Sequence[int], **limits: object) -> list[Completion]:
-        self.prompts += 1
+        self.answers += len(seeds)
         return await super().sample(prompt, seeds)
 
 
 class SeededEngine(FakeEngine):
     """What it samples depends on the weights and the prompt's seed alone; the last prompt ends first. After `survives`
-    prompts, once their answers are scored, it dies; with `hangs` it falls silent instead, and asks for a stop."""
+    answers, once they are scored, it dies; with `hangs` it falls silent instead, and asks for a stop."""
 
     survives = 10**6
     hangs = False
@@ -133,20 +137,20 @@ class SeededEngine(FakeEngine):
         self._waiting: list[object] = []
 
     @property
-    def asked(self) -> list[int]:
-        """Prompts that were asked for between two publications, where there were any."""
-        return [count for count in self._asked if count]
+    def asked(self) -> list[float]:
+        """Prompts, all of their answers, that were asked for between two publications, where there were any."""
+        return [count / SAMPLES for count in self._asked if count]
 
     def publish(self, source: WeightSource, version: str) -> None:
         super().publish(source, version)
         self._asked.append(0)
 
     async def sample(self, prompt: Sequence[int], seeds: Sequence[int], **limits: object) -> list[Completion]:
-        self._asked[-1] += 1
+        self._asked[-1] += len(seeds)
         me = object()
         self._waiting.append(me)
         try:
-            await asyncio.sleep(0)  # all prompts of the step come before the first is answered
+            await asyncio.sleep(0)  # all requests of the step come before the first is answered
             while self._waiting[-1] is not me:
                 await asyncio.sleep(0)
             if self.survives == 0:
@@ -169,7 +173,7 @@ class SeededEngine(FakeEngine):
 def cut_while_generating(folder: Path) -> TablePolicy:
     """Of step 1's four prompts three are generated; the policy that would have sampled the fourth."""
     engine = SeededEngine(seed=0)
-    engine.survives = 4 + 3
+    engine.survives = (4 + 3) * SAMPLES
     run, _ = run_in(folder, engine=engine)
     with pytest.raises(Killed):
         train(run)
@@ -200,7 +204,7 @@ def test_an_interrupted_step_is_not_generated_again(tmp_path: Path) -> None:
     engine = CountingEngine(seed=5)
     run, memory = run_in(tmp_path, resume=True, start=1, engine=engine)
     train(run, start=1)
-    assert engine.prompts == 4  # step 2 only
+    assert engine.answers == 4 * SAMPLES  # step 2 only
     assert memory.values("train", "reward/mean")[0] == float(kept.rewards.mean())
     assert dump_of(tmp_path).steps() == []
 
@@ -211,7 +215,7 @@ def test_loaded_weights_are_the_same_whatever_happens_to_them_now(tmp_path: Path
     layout.world_size = 2
     change = {"optimizer": {"learning_rate": 1.0}, "parallel": {"data": 2}}
     train(run_in(tmp_path, resume=True, start=1, engine=engine, layout=layout, **change)[0], start=1)
-    assert engine.prompts == 4
+    assert engine.answers == 4 * SAMPLES
 
 
 @pytest.mark.parametrize("change", [{"rollout": {"top_p": 0.9}}, {"storage": {"unfinished": False}}], ids=str)
@@ -222,7 +226,7 @@ def test_an_interrupted_step_of_other_sampling_is_generated_again(
     engine = CountingEngine(seed=5)
     with caplog.at_level(logging.WARNING):
         train(run_in(tmp_path, resume=True, start=1, engine=engine, **change)[0], start=1)
-    assert engine.prompts == 8
+    assert engine.answers == 8 * SAMPLES
     if "rollout" in change:
         assert "step 1 is generated again" in caplog.text and "by another configuration" in caplog.text
 
@@ -265,7 +269,7 @@ def test_a_request_to_stop_cuts_generation_short(tmp_path: Path) -> None:
     """The last checkpoint is of step 0, so step 1 is saved before the run stops; nothing that was finished is lost, and
     an engine that never answers holds nothing up."""
     engine = SeededEngine(seed=0)
-    engine.survives, engine.hangs = 4 + 2, True
+    engine.survives, engine.hangs = (4 + 2) * SAMPLES, True
     run, memory = run_in(tmp_path, engine=engine, checkpoint={"every_steps": 0})
     run.source.stop = lambda: engine.asks_to_stop
     with pytest.raises(Stopped, match="after 1 steps"):
@@ -291,14 +295,14 @@ def test_damaged_leftovers_are_generated_again(tmp_path: Path, caplog: pytest.Lo
     dump_of(tmp_path).path(1).write_bytes(b"")
     engine = CountingEngine(seed=5)
     train(run_in(tmp_path, resume=True, start=1, engine=engine)[0], start=1)
-    assert engine.prompts == 8 and "is damaged" in caplog.text
+    assert engine.answers == 8 * SAMPLES and "is damaged" in caplog.text
 
 
 def test_a_fresh_start_forgets_leftovers(tmp_path: Path) -> None:
     interrupted(tmp_path)
     engine = CountingEngine(seed=5)
     train(run_in(tmp_path, engine=engine)[0])
-    assert engine.prompts == 12
+    assert engine.answers == 12 * SAMPLES
 
 
 def test_rollouts_that_an_earlier_version_stored_are_replayed(tmp_path: Path) -> None:

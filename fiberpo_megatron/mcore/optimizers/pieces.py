@@ -19,7 +19,7 @@ Numbers = tuple[int, ...]
 
 
 def boxes(shape: Numbers, begin: int, end: int) -> Iterator[tuple[Numbers, Numbers]]:
-    """Yield (offsets, sizes) of boxes that hold the elements [begin, end) of a flattened tensor, in their order."""
+    """Yield the boxes, as (offsets, sizes), that hold elements [begin, end) of a flattened tensor, in order."""
     if begin >= end:
         return
     if not shape:

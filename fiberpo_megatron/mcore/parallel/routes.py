@@ -2,7 +2,7 @@
 
 A leader has the routes of what it has generated. Which rank routes a token is known once the batch is packed. So each
 rank names its tokens and layers to the leader of its replica, leaders ask each other for the tokens of their replicas,
-and each rank gets its own tokens and layers: nobody but a leader ever holds another rank's.
+and each rank gets its own tokens and layers: no rank but a leader holds another rank's.
 """
 
 import json
