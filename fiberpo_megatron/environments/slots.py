@@ -15,7 +15,7 @@ from fiberpo_megatron.environments.settings import EnvironmentConfig
 from fiberpo_megatron.environments.wire import Kind
 from fiberpo_megatron.plugins import PluginError
 
-TRACEBACK_S = 0.1
+TRACEBACK_S = 0.3
 """How long a worker that is to be killed may take to write where it stands."""
 
 

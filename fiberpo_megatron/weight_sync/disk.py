@@ -83,8 +83,9 @@ class DiskPublisher(RoundPublisher):
         with durable.explained(self.folder):
             folder = self.folder / version
             self._make_room(folder)
-            (folder / ROUNDS).mkdir(parents=True)
-            (folder / MARKER).write_text(self._run)
+            folder.mkdir(parents=True)
+            (folder / MARKER).write_text(self._run)  # before anything else, so that a resumed run knows its folder
+            (folder / ROUNDS).mkdir()
             copy_configuration(self.context.model, folder)
 
     def prepare(self, this: Round, tensors: list[tuple[str, Tensor]], version: str, deadline: Deadline) -> None:

@@ -39,9 +39,13 @@ def test_a_resolved_config_means_what_it_meant():
     assert earlier.algorithm.weighting == "seq-mean" and today.algorithm.weighting is None  # the objective's own
     assert earlier.algorithm.preset == "paper" and today.algorithm.preset == "recommended"
     assert earlier.algorithm.unclip_positive is False  # the default of then and of the bare form
+    engine = earlier.rollout.engine
+    timeouts = (earlier.weight_sync.timeout_s, engine.start_timeout_s, engine.request_timeout_s)
+    assert timeouts == (300.0, 300.0, 600.0)  # as it had written them out
     rest = {
         "optimizer": True,
-        "weight_sync": {"bucket_mib"},
+        "weight_sync": {"bucket_mib", "timeout_s"},
+        "rollout": {"engine": {"start_timeout_s", "request_timeout_s", "max_running_requests"}},
         "algorithm": {"weighting", "preset", "unclip_positive"},
     }
     assert earlier.model_dump(exclude=rest) == today.model_dump(exclude=rest)

@@ -56,7 +56,7 @@ def test_shards_of_all_ranks_make_the_full_tensors(model: str) -> None:
         shares = [rank[layout][3] for rank in ranks]
         for number, announced in enumerate(ranks[0][layout][4]):
             assert announced == [[(name, values.shape) for name, values in share[number]] for share in shares]
-        assert ranks[0][layout][4] == ranks[1][layout][4] and len(shares[0]) > 2
+        assert ranks[0][layout][4] == ranks[1][layout][4] and len(shares[0]) > 1
         every = [[tensor for mine in share for tensor in mine] for share in shares]
         assert sorted(name for mine in every for name, _ in mine) == sorted(full), "each tensor falls to one rank"
         for name, values in (tensor for mine in every for tensor in mine):

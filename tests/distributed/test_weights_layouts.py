@@ -37,6 +37,7 @@ from tests.mcore.weights.weights_reference import (
     write_model,
 )
 
+pytestmark = pytest.mark.timeout(900)  # transformers runs every model once, which takes minutes on a busy machine
 LAYOUTS: dict[str, tuple[int, dict[str, int], list[str]]] = {
     "one process": (1, {}, list(MODELS)),
     "TP2": (2, {"tensor": 2}, [*DENSE, *MOE, "qwen3-yarn"]),

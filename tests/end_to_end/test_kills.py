@@ -19,6 +19,8 @@ from tests.end_to_end.test_replay import assert_same_weights, metrics
 from tests.end_to_end.test_training import ROOT, command, processes_of, run
 from tests.rollout.finished_indices import finished_indices
 
+INDEX = "model.safetensors.index.json"
+"""The last file of a publication."""
 ENDLESS = 1000  # steps; the disturbed run must not end before its kills, on however fast a machine
 PHASES = ["generate", "forward", "save", "publish"]
 SEED = 20260401
@@ -55,7 +57,8 @@ class Watch:
         if done < self._step:
             return False
         if phase == "publish":
-            return (self.folder / "published" / f"{done + 1}.partial").exists()
+            folder = self.folder / "published" / str(done + 1)
+            return folder.exists() and not (folder / INDEX).exists()
         if phase == "save":
             return (self.folder / "checkpoints" / f".step-{done + 1:08d}.partial").exists()
         if phase == "forward":
@@ -68,7 +71,7 @@ class Watch:
     def published(self, step: int) -> bool:
         """Whether this start of the run has published the weights of `step`; rollouts may be an earlier one's."""
         try:
-            return (self.folder / "published" / str(step)).stat().st_mtime >= self._started
+            return (self.folder / "published" / str(step) / INDEX).stat().st_mtime >= self._started
         except FileNotFoundError:
             return False
 

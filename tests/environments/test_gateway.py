@@ -233,7 +233,7 @@ def run_programs(folder: Path, *deeds: str, idle_s: float = 45.0, **options: Any
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("programs")
     deeds = ("reports", "fails", "forgets", f"lingers {folder / 'pid'}")
-    return SimpleNamespace(results=run_programs(folder, *deeds, idle_s=1.0), pid=folder / "pid")
+    return SimpleNamespace(results=run_programs(folder, *deeds, idle_s=4.0), pid=folder / "pid")
 
 
 def test_a_program_reports_its_reward_in_its_last_line_of_json(programs: Any) -> None:
@@ -246,7 +246,7 @@ def test_a_program_reports_its_reward_in_its_last_line_of_json(programs: Any) ->
     [
         ("fails", "ended with exit code 1; its last errors:\nno luck"),
         ("forgets", "reported no reward.*Its output ends with:\ndone"),
-        ("lingers", "asked nothing for idle_s = 1 s"),
+        ("lingers", "asked nothing for idle_s = 4 s"),
     ],
 )
 def test_a_program_that_fails_says_how(programs: Any, deed: str, message: str) -> None:

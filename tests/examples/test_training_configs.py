@@ -8,18 +8,20 @@ import torch
 from safetensors.torch import save_file
 
 from examples.demo import make_model as demo
+from examples.reasoning_gym import make_model as reasoning_gym
 from examples.tools import make_model as tools
 from examples.tools.problems import write_files
 from fiberpo_megatron.config import load_config
 from fiberpo_megatron.trainer.preflight import preflight
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ("domains", "reasoning_gym", "tools")
+MODELS = {"domains": demo, "reasoning_gym": reasoning_gym, "tools": tools}
+EXAMPLES = tuple(MODELS)
 FIBERPO = ["--algorithm.objective", "fiberpo", "--algorithm.budgets", "{}"]
 
 
 def check(file: str, command: str, tmp_path: Path, *options: str) -> None:
-    (tools if file.startswith("tools/") else demo).write_model(tmp_path / "model")
+    MODELS[file.split("/")[0]].write_model(tmp_path / "model")
     save_file({"weight": torch.zeros(1)}, tmp_path / "model/model.safetensors")  # weights are there, and not yet read
     words = ["--model.path", str(tmp_path / "model"), "--run.folder", str(tmp_path / "run"), *options]
     preflight(load_config(ROOT / "examples" / file, words), command, resume=False, world_size=1)
@@ -53,7 +55,7 @@ def test_training_begins_with_the_weights_of_the_warmup(example):
     assert train.model.path == warmup.run.folder / "hf"
 
 
-@pytest.mark.parametrize("example", ["domains"])
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_the_results_have_the_runs_and_their_control(example):
     lines = (ROOT / "examples" / example / "results/results.jsonl").read_text().splitlines()
     evaluations = [record for record in map(json.loads, lines) if record["kind"] == "eval"]

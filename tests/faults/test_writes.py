@@ -35,8 +35,8 @@ IMPORTANT = [
     Site("write", "checkpoints/.step-N.partial/table.pt"),
     Site("rename", "checkpoints/step-N"),
     Site("remove", "checkpoints/.step-N.partial"),
-    Site("write", "published/N.partial/model.safetensors.index.json"),
-    Site("open", "published/N.partial/.published"),
+    Site("write", "published/N/model.safetensors.index.json"),
+    Site("open", "published/N/.published"),
     Site("remove", "published/N"),
     Site("write", "tensorboard/events.out.tfevents.N.HOST.N.N"),
 ]
