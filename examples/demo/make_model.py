@@ -92,8 +92,12 @@ TOKENIZER_CONFIG: dict[str, Any] = {
 
 def write_model(folder: Path) -> None:
     """Write config.json, tokenizer.json and tokenizer_config.json into `folder`."""
+    write_files(folder, {"config": CONFIG, "tokenizer": TOKENIZER, "tokenizer_config": TOKENIZER_CONFIG})
+
+
+def write_files(folder: Path, files: dict[str, Any]) -> None:
+    """Write each of `files` as JSON into `folder`, under its name and the ending .json."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"config": CONFIG, "tokenizer": TOKENIZER, "tokenizer_config": TOKENIZER_CONFIG}
     for name, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (folder / f"{name}.json").write_text(text, encoding="utf-8")

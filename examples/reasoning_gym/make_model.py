@@ -6,11 +6,10 @@ It writes a config and a tokenizer, no weights. The demo's own vocabulary has no
 are written with them.
 """
 
-import json
 import sys
 from pathlib import Path
 
-from examples.demo.make_model import CONFIG, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
+from examples.demo.make_model import CONFIG, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY, write_files
 
 
 def write_model(folder: Path) -> None:
@@ -23,10 +22,7 @@ def write_model(folder: Path) -> None:
         "tokenizer": TOKENIZER | {"model": TOKENIZER["model"] | {"vocab": numbers}},
         "tokenizer_config": TOKENIZER_CONFIG,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    write_files(folder, files)
 
 
 if __name__ == "__main__":

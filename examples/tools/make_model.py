@@ -6,11 +6,10 @@ It writes a config and a tokenizer, no weights. As in the vocabularies of larger
 are tokens of their own; everything else, such as the expression in it, is written character by character.
 """
 
-import json
 import sys
 from pathlib import Path
 
-from examples.demo.make_model import CONFIG, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
+from examples.demo.make_model import CONFIG, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY, write_files
 
 PIECES = ("<tool_call>", "</tool_call>", '{"name": "', "calculator", '", "arguments": {"expression": "', '"}}')
 TEMPLATE = """\
@@ -39,10 +38,7 @@ def write_model(folder: Path) -> None:
         },
         "tokenizer_config": TOKENIZER_CONFIG | {"chat_template": TEMPLATE},
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    write_files(folder, files)
 
 
 if __name__ == "__main__":
