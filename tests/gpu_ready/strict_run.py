@@ -9,10 +9,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 
 from fiberpo_megatron.certify.batch import VERSION
 from fiberpo_megatron.certify.models import MODELS
 from fiberpo_megatron.certify.training_step import TEMPERATURE
+from fiberpo_megatron.mcore.cpu.packed import Bucket
 from fiberpo_megatron.types import RolloutBatch
 from tools.checked_collectives import Call, recorded_collectives
 from tools.strict_devices import DEVICE, Found, host_copy, on_device, put_on_device, strict_devices
@@ -60,6 +62,14 @@ class Steps:
         )
 
 
+def with_causal_mask(bucket: Bucket) -> Bucket:
+    """Return the bucket with the mask of causal attention. Torch makes one itself where values are narrower than keys
+    (latent attention), on the host, because the modes that tag tensors do not see what an operation makes inside."""
+    queries, keys = (len(rows) // bucket.sequences for rows in (bucket.queries, bucket.keys))
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril().expand(bucket.sequences, 1, queries, keys)
+    return replace(bucket, mask=mask.contiguous())
+
+
 @contextmanager
 def device_platform() -> Iterator[None]:
     """Let `activate` return the CPU platform, with a device that calls itself a GPU and groups that call themselves
@@ -74,10 +84,11 @@ def device_platform() -> Iterator[None]:
         @property
         def layout(self) -> Any:
             buckets, place = super().layout
+            buckets = [bucket if bucket.mask is not None else with_causal_mask(bucket) for bucket in buckets]
             for bucket in buckets:
                 for tensor in (bucket.queries, bucket.keys, bucket.mask):
-                    if tensor is not None:
-                        put_on_device(tensor)
+                    assert tensor is not None
+                    put_on_device(tensor)
             return buckets, put_on_device(place)
 
         @property
@@ -158,7 +169,15 @@ def train(case: Steps, config: Any, layout: Any, policy: Any) -> None:
         experts = np.random.default_rng(1).permuted(
             np.tile(np.arange(8), (len(rollouts.tokens), case.layers, 1)), axis=2
         )
-        rollouts = replace(rollouts, routed_experts=experts[..., :2])
+        numbers = np.arange(len(rollouts.tokens))
+        own = numbers // (len(numbers) // layout.data_size) == layout.data_rank  # every leader brings its share
+        held = numbers[own & (numbers % LENGTH != LENGTH - 1) & layout.is_leader]  # no engine has read a last token
+        rollouts = replace(
+            rollouts,
+            routing_rows=numbers.astype(np.int32),
+            held_rows=held,
+            routed_experts=experts[held, :, :2].astype(np.uint8),
+        )
     objective = build_objective(case.objective)
     parts = mini_batches(
         rollouts,
