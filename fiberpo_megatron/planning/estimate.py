@@ -22,7 +22,7 @@ from fiberpo_megatron.planning.engines import EnginePlan, engine_count, engine_d
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu
 from fiberpo_megatron.planning.lengths import Lengths
 from fiberpo_megatron.planning.parameters import model_parameters, stage_layers
-from fiberpo_megatron.planning.phases import Routes, route_bytes
+from fiberpo_megatron.planning.phases import Routes, kept_buffers, route_bytes
 from fiberpo_megatron.planning.reductions import gate_bytes, spans_micro_batches
 from fiberpo_megatron.planning.scenario import Publication, Scenario
 from fiberpo_megatron.planning.shapes import shape_of
@@ -61,7 +61,7 @@ class StagePlan:
     log_probs: int
     """Short-lived buffers of the log-probs; 0 except on the last stage."""
     reserved: int
-
+    """CUDA's context, NCCL, fragments, and buffers that are kept for publications."""
     offloaded: bool
     """Optimizer state is in host memory except during the optimizer's own step (`optimizer.cpu_offload`)."""
     reference: int = 0
@@ -296,7 +296,7 @@ def plan_stage(
         states=states,
         activations=activations,
         log_probs=log_probs,
-        reserved=int(assumptions.reserved_gb * GIGA),
+        reserved=int(assumptions.reserved_gb * GIGA) + kept_buffers(config),
         offloaded=config.optimizer.cpu_offload,
         reference=states.parameters if reference_in_memory(config) else 0,
         routes=route_bytes(config, architecture, stage, work.tokens),

@@ -90,6 +90,17 @@ def route_bytes(config: Config, architecture: Architecture, stage: int, tokens: 
     )
 
 
+def publication_buffers(config: Config) -> int:
+    """Return the bytes of the GPU's buffers that carry a publication: one is sent while the next is made."""
+    sync = config.weight_sync
+    return 2 * (sync.bucket_mib or (0 if sync.method.use == "disk" else 256)) * 2**20
+
+
+def kept_buffers(config: Config) -> int:
+    """Return the bytes of those buffers that a rank keeps between publications: `ipc` shares the same ones always."""
+    return publication_buffers(config) if config.weight_sync.method.use == "ipc" else 0
+
+
 def phase_bytes(plan: "Plan") -> list[PhaseBytes]:
     """Return the peaks of every phase on every stage, in the order of a step."""
     return [found for stage in plan.stages for found in _of_stage(plan, stage)]
@@ -118,7 +129,7 @@ def _of_stage(plan: "Plan", stage: "StagePlan") -> list[PhaseBytes]:
     generating = states.parameters + stage.reserved if colocated else resident
     passing = stage.forward + stage.log_probs + stage.routes.device
     sync = config.weight_sync
-    bucket = 2 * (sync.bucket_mib or (0 if sync.method.use == "disk" else 256)) * 2**20  # one is sent, one is made
+    bucket = publication_buffers(config) - kept_buffers(config)  # those that are kept are reserved
     device = {
         "generate": generating,
         "exchange": generating,

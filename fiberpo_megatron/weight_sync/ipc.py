@@ -30,10 +30,14 @@ MAGIC = b"fiberpo-weights-1\n"
 class IpcPublisher(RoundPublisher):
     """Publishes to colocated engines through two flat buffers that take turns: CUDA IPC, or shared host memory.
 
-    `bucket_mib` is about the size of a round, all ranks together, in MiB; a rank holds two buffers of it on a GPU, and
-    two buffers of its own share of it in host memory. The engines must run on the machines of the training ranks, as
-    the same user, and must have been started by this package (`rollout.engine`, or `fiberpo engine`), whose plugin
-    reads the buffers.
+    `bucket_mib` is about the size of a round, all ranks together, in MiB; a rank holds two buffers of it on a GPU, for
+    the whole run, and two buffers of its own share of it in host memory while it publishes. The engines must run on the
+    machines of the training ranks, as the same user, and must have been started by this package (`rollout.engine`, or
+    `fiberpo engine`), whose plugin reads the buffers.
+
+    A GPU's buffers are kept because torch takes back memory that it has shared only when it was opened exactly as often
+    as it was shared. Engines open a buffer as often as a publication needs, and an engine that fails never does. What
+    was opened twice, or never, was seen to stay allocated until the process ends.
     """
 
     def __init__(self, context: PublisherContext, bucket_mib: int = 256) -> None:
@@ -50,9 +54,11 @@ class IpcPublisher(RoundPublisher):
         """Where the tensors of each round of `_described` lie."""
 
     def begin(self, plan: Sequence[Round], version: str, deadline: Deadline) -> None:
-        """Allocate the two buffers."""
+        """Allocate the two buffers, unless a GPU has them from the publication before."""
         if plan is not self._described:
             self._described, self._tensors = plan, {}
+        elif self._slots:
+            return
         sizes = [
             sum(one.padded_bytes for one in this.buckets)
             if self.device is not None
@@ -60,6 +66,7 @@ class IpcPublisher(RoundPublisher):
             for this in plan
         ]
         device = self.device or torch.device("cpu")
+        self._free()
         self._slots = [SharedBuffer(max(sizes[i::2], default=0), device) for i in range(min(2, len(plan)))]
 
     def exchange(self, plan: Sequence[Round], deadline: Deadline) -> None:
@@ -119,12 +126,19 @@ class IpcPublisher(RoundPublisher):
             end_quietly(self.engines)
 
     def released(self) -> None:
-        """Release the buffers."""
+        """Release buffers in host memory."""
+        if self.device is None:
+            self._free()
+
+    def close(self) -> None:
+        """Release the buffers and leave the ranks' group. A second call does nothing."""
+        self._free()
+        super().close()
+
+    def _free(self) -> None:
         for slot in self._slots:
             slot.close()
         self._slots = []
-        if self.device is not None:
-            torch.cuda.ipc_collect()  # gives back what the engines have closed
 
     def _payload(self, description: dict[str, Any]) -> bytes:
         return MAGIC + json.dumps(description).encode()

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 
 from fiberpo_megatron.fibration import build_objective
 from fiberpo_megatron.fibration.kernels import device_tree, fused, run_kernels, run_plan
+from fiberpo_megatron.fibration.kernels.launch import OPTIONS
 from tests.fibration.oracle import random_case
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32"}
@@ -45,7 +46,7 @@ def compiled(
             if isinstance(types[key], tuple):
                 fixed |= {(place, i): 1 for i, kind in enumerate(types[key]) if kind == "constexpr"}
         source = ASTSource(kernel, {key: types[key] for key in kernel.arg_names}, fixed)
-        done[kernel.__name__] = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        done[kernel.__name__] = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(OPTIONS))
         if kernel is run_kernels.find_cuts:
             given["found_ptr"][:2] = 1  # one run, as if out of order; no kernel runs here
 

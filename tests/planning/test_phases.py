@@ -99,3 +99,11 @@ def test_the_command_says_the_peaks_of_the_cluster_examples(
     main([*words, "--json"])
     phases = json.loads(capsys.readouterr().out)["phases"]
     assert [one["phase"] for one in phases][: len(PHASES)] == list(PHASES)
+
+
+def test_buffers_that_publish_by_ipc_are_kept_in_every_phase():
+    both = [plan("--weight_sync.bucket_mib", "128", "--weight_sync.method", way) for way in ("distributed", "ipc")]
+    sent, kept = map(peaks, both)
+    more = {phase: kept[phase].device - sent[phase].device for phase in PHASES}
+    assert more.pop("publish") == 0 and set(more.values()) == {2 * 128 * 2**20}
+    assert both[1].stages[0].total - both[0].stages[0].total == 2 * 128 * 2**20
