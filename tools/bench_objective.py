@@ -2,7 +2,8 @@
 
 Each objective runs beside
   (a) padded: the same formula on [B, T] tensors with plain torch and autograd, on inputs that are already padded,
-  (b) the memory floor: bytes in and out of one call over this machine's measured copy bandwidth.
+  (b) the memory floor: bytes in and out of one call over this machine's measured copy bandwidth,
+  (c) on a GPU, the same objective in torch operations (`kernels=False`) in place of the fused kernels.
 Response lengths are log-normal, capped at four times their mean; (a) works on [B, longest].
 
     python tools/bench_objective.py --sizes 65536 1048576 --objectives fiberpo grpo --json bench.json
@@ -25,13 +26,14 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fiberpo_megatron.fibration import PRESET_LEVELS, build_objective
+from fiberpo_megatron.fibration import PRESET_LEVELS, Objective, build_objective
 
 MEAN_LENGTH = 1024
 LOG_SIGMA = 0.8
@@ -76,6 +78,10 @@ class Result:
     """Peak memory of a call beyond its inputs, outputs included."""
     padded_peak_mb: float
     peak_ratio: float
+    no_metrics_over_floor: float
+    torch_ms: float | None = None
+    """Times of the torch operations on a GPU, with and without metrics; None on a CPU, where `ours` is they."""
+    torch_no_metrics_ms: float | None = None
 
 
 SHARED_PREFIX = 8
@@ -257,14 +263,19 @@ def row_chain(name: str, batch: Packed) -> list[Tensor]:
     return [by_partition(group), by_partition(domain_of_group), p.repeat(int(domain_of_group.max()) + 1)]
 
 
-def ours(
-    name: str, batch: Packed, *, metrics: bool, kernels: bool | None = None, exact_sums: bool = True
-) -> Callable[[], Any]:
+def objective_of(name: str, *, kernels: bool | None = None, exact_sums: bool = True) -> Objective:
+    """Return the objective with this file's budgets."""
     options: dict[str, Any] = {}
     if name in PRESET_LEVELS:
         names = ["+".join(level) for level in PRESET_LEVELS[name]]
         options = {"epsilon": EPSILON, "budgets": dict.fromkeys(names, BUDGET)}
-    objective = build_objective(name, kernels=kernels, exact_sums=exact_sums, **options)
+    return build_objective(name, kernels=kernels, exact_sums=exact_sums, **options)
+
+
+def ours(
+    name: str, batch: Packed, *, metrics: bool, kernels: bool | None = None, exact_sums: bool = True
+) -> Callable[[], Any]:
+    objective = objective_of(name, kernels=kernels, exact_sums=exact_sums)
     counts = {key: int(ids.max()) + 1 for key, ids in batch.keys.items()}
 
     def call() -> Any:
@@ -371,8 +382,12 @@ def bytes_in_out(name: str, batch: Packed) -> int:
 
 def drawn(name: str, tokens: int, options: argparse.Namespace, device: str) -> Packed:
     """Return the batch of one objective."""
-    experts = "expert" in name
-    return make_packed(tokens, experts=experts, scale=options.scale, device=device, shares=options.shares)
+    return _packed(tokens, "expert" in name, options.scale, device, options.shares)
+
+
+@lru_cache(maxsize=2)  # drawing a large one takes longer than all that is measured on it
+def _packed(tokens: int, experts: bool, scale: float, device: str, shares: str) -> Packed:
+    return make_packed(tokens, experts=experts, scale=scale, device=device, shares=shares)
 
 
 def measure_one(name: str, tokens: int, kind: str, options: argparse.Namespace) -> tuple[float, float]:
@@ -380,7 +395,11 @@ def measure_one(name: str, tokens: int, kind: str, options: argparse.Namespace) 
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     batch = drawn(name, tokens, options, options.device)
-    call = padded(name, batch) if kind == "padded" else ours(name, batch, metrics=kind == "ours")
+    if kind == "padded":
+        call: Callable[[], Any] = padded(name, batch)
+    else:
+        kernels = False if kind.startswith("torch") else None
+        call = ours(name, batch, metrics="no_metrics" not in kind, kernels=kernels)
     call()
     peak = peak_mb(call, options.device)
     return best_ms(call, options.repeats, options.device), peak
@@ -395,12 +414,16 @@ def isolated(name: str, tokens: int, kind: str, options: argparse.Namespace) -> 
 
 
 def bench(name: str, tokens: int, bandwidth: float, options: argparse.Namespace) -> Result:
-    batch = drawn(name, tokens, options, "cpu")
+    batch = drawn(name, tokens, options, options.device)
     floor = 1e3 * bytes_in_out(name, batch) / bandwidth
     padding = batch.lengths.numel() * int(batch.lengths.max()) / batch.log_ratio.numel()
     full, peak = isolated(name, tokens, "ours", options)
     bare, _ = isolated(name, tokens, "ours_no_metrics", options)
     slow, slow_peak = isolated(name, tokens, "padded", options)
+    in_torch = {}
+    if options.device == "cuda":
+        for kind in ("torch", "torch_no_metrics"):
+            in_torch[f"{kind}_ms"], _ = isolated(name, tokens, kind, options)
     return Result(
         name,
         batch.log_ratio.numel(),
@@ -416,15 +439,19 @@ def bench(name: str, tokens: int, bandwidth: float, options: argparse.Namespace)
         peak,
         slow_peak,
         peak / max(slow_peak, 1e-9),
+        bare / floor,
+        **in_torch,
     )
 
 
-def table_line(result: Result | None) -> str:
+def table_line(result: Result | None, device: str) -> str:
+    """Return a line of the table, or its head for None."""
     if result is None:
         cells = ["objective", "tokens", "ours ms", "no metrics ms", "padded ms", "floor ms"]
         cells += ["speedup", "no metrics", "peak MB", "padded MB"]
+        cells += ["torch ms", "no metrics ms", "over floor", "no metrics"] if device == "cuda" else []
     else:
-        numbers = (
+        numbers: tuple[float, ...] = (
             result.ours_ms,
             result.ours_no_metrics_ms,
             result.padded_ms,
@@ -434,7 +461,10 @@ def table_line(result: Result | None) -> str:
             result.ours_peak_mb,
             result.padded_peak_mb,
         )
-        cells = [result.objective, str(result.tokens), *(f"{number:.1f}" for number in numbers)]
+        if result.torch_ms is not None and result.torch_no_metrics_ms is not None:
+            numbers += (result.torch_ms, result.torch_no_metrics_ms, result.over_floor, result.no_metrics_over_floor)
+        digits = 3 if device == "cuda" else 1
+        cells = [result.objective, str(result.tokens), *(f"{number:.{digits}f}" for number in numbers)]
     return f"{cells[0]:<22}" + "".join(f"{cell:>15}" for cell in cells[1:])
 
 
@@ -490,23 +520,27 @@ def main() -> None:
         return
     bandwidth = copy_bandwidth(options.device)
     print(f"{options.device}, {options.threads} threads, copy bandwidth {bandwidth / 1e9:.1f} GB/s")
-    print(table_line(None))
+    print(table_line(None, options.device))
     results = []
     for tokens in options.sizes:
         for name in options.objectives:
             results.append(bench(name, tokens, bandwidth, options))
-            print(table_line(results[-1]), flush=True)
-    if options.json is not None:
-        report = {
-            "device": options.device,
-            "threads": options.threads,
-            "torch": torch.__version__,
-            "copy_bandwidth": bandwidth,
-            "scale": options.scale,
-            "shares": options.shares,
-            "results": [asdict(result) for result in results],
-        }
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+            print(table_line(results[-1], options.device), flush=True)
+            if options.json is not None:  # after each, so that a run that is cut short leaves what it has measured
+                _write(options, bandwidth, results)
+
+
+def _write(options: argparse.Namespace, bandwidth: float, results: list[Result]) -> None:
+    report = {
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else options.device,
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "copy_bandwidth": bandwidth,
+        "scale": options.scale,
+        "shares": options.shares,
+        "results": [asdict(result) for result in results],
+    }
+    options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,13 @@
 The link is memory that processes share (ipc), gloo's broadcast over the loopback device (distributed), or files (disk).
 Its speed is measured with as many readers as there are engines, in rounds of the same size: the writer fills a round
 while the readers take the one before. The engines are stand-ins (tools/bench_publish_engine.py) that copy every tensor
-as a model's loader does, or with --real SGLang servers. With a GPU, --real times the GPU's links, and the floor is that
-of copies on it. The last line is a JSON object with `ratio`, the time of a way over its floor.
+as a model's loader does, or with --real SGLang servers. Where torch sees a GPU, weights and engines lie on the first
+one, and the floor of ipc is that of copies on it; an empty CUDA_VISIBLE_DEVICES keeps everything in host memory.
+
+The last line is a JSON object with `ratio`, the time of a way over its floor; `bitwise`, whether every stand-in holds
+exactly the bytes that were published; and on a GPU `growth`, the bytes that torch's allocator in the trainer, and the
+whole device, have in use after the last publication beyond those after the first. The exit code is 1 when the bytes
+differ, or when the trainer's allocator did not get its buffers back.
 """
 
 import argparse
@@ -25,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bench_publish_engine import checksum
 from torch import Tensor
 
 from fiberpo_megatron.engines.addresses import free_ports
@@ -46,9 +52,9 @@ HIDDEN, INNER, HEADS, HEAD_DIM, VOCABULARY = 1024, 3072, 16, 64, 16384
 DEADLINE_S = 300.0
 
 
-def model(mib: int, dtype: torch.dtype) -> tuple[dict[str, object], dict[str, Tensor]]:
+def model(mib: int, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Return the config.json and random weights of a dense Qwen3 of about `mib` MiB."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     of_layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (HIDDEN,),
@@ -75,7 +81,8 @@ def model(mib: int, dtype: torch.dtype) -> tuple[dict[str, object], dict[str, Te
         "max_position_embeddings": 512, "rope_theta": 1e4, "tie_word_embeddings": False, "bos_token_id": 0,
         "eos_token_id": 1, "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
-    return config, {name: torch.rand(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
+    drawn: dict[str, Any] = {"generator": generator, "dtype": dtype, "device": device}
+    return config, {name: torch.rand(shape, **drawn) for name, shape in shapes.items()}
 
 
 class Source:
@@ -226,29 +233,49 @@ def changed(tensors: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     return found
 
 
-def main() -> None:
+def chosen_ways(asked: list[str] | None, gpu: bool) -> list[str]:
+    """Return the ways to time. Raises ValueError for `distributed` on a GPU: NCCL takes one rank for each GPU, and the
+    engines of this tool are on the trainer's own."""
+    if gpu and "distributed" in (asked or ()):
+        raise ValueError(
+            "--ways distributed: trainer and engines of this tool share one GPU, and NCCL refuses two ranks on one; "
+            "leave it out, or empty CUDA_VISIBLE_DEVICES to time gloo in host memory"
+        )
+    return asked or [way for way in (*WAYS, "delta") if not (gpu and way == "distributed")]
+
+
+def in_use() -> list[int]:
+    """Return the bytes that torch's allocator has given out in this process, and those in use on the whole GPU."""
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return [torch.cuda.memory_allocated(), total - free]
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=1024, help="size of the weights")
     parser.add_argument("--engines", type=int, default=2)
     parser.add_argument("--round-mib", type=int, default=64)
     parser.add_argument("--attempts", type=int, default=3, help="publications of each way; the fastest counts")
-    parser.add_argument("--ways", nargs="+", choices=(*WAYS, "delta"), default=[*WAYS, "delta"])
+    parser.add_argument("--ways", nargs="+", choices=(*WAYS, "delta"), help="default: all that can run here")
     parser.add_argument("--real", action="store_true", help="start SGLang servers instead of stand-ins")
     parser.add_argument("--changed", type=float, default=0.02, help="share of elements that change for `delta`")
     parser.add_argument("--folder", type=Path, default=None, help="where `disk` and its floor write")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    gpu = options.real and torch.cuda.is_available()
-    dtype = torch.bfloat16 if gpu else torch.float32
-    config, tensors = model(options.mib, dtype)
-    if gpu:
-        tensors = {name: tensor.cuda() for name, tensor in tensors.items()}
+    gpu = torch.cuda.is_available()
+    try:
+        options.ways = chosen_ways(options.ways, gpu)
+    except ValueError as error:
+        parser.error(str(error))
+    dtype, device = (torch.bfloat16, torch.device("cuda", 0)) if gpu else (torch.float32, torch.device("cpu"))
+    config, tensors = model(options.mib, dtype, device)
     total = sum(tensor.nbytes for tensor in tensors.values())
     what = torch.cuda.get_device_name() if gpu else "CPU"
     kind = "SGLang servers" if options.real else "stand-ins for engines"
     print(f"{total / MIB:.0f} MiB in {len(tensors)} tensors to {options.engines} {kind} on {what}")
     result: dict[str, Any] = {"bytes": total, "engines": options.engines, "real": options.real, "device": what}
-    result |= {"seconds": {}, "floor": {}, "ratio": {}, "check_seconds": {}}
+    result |= {name: {} for name in ("seconds", "floor", "ratio", "rounds", "check_seconds", "bitwise", "growth")}
     with tempfile.TemporaryDirectory(dir=options.folder) as name, ExitStack() as stack:
         folder = Path(name)
         (folder / "model").mkdir()
@@ -267,6 +294,25 @@ def main() -> None:
             with closing(publisher(way, context, options.round_mib, folder / way)) as made:
                 _time(way, made, tensors, options, result, folder, gpu)
     print(json.dumps(result))
+    faults = faults_of(result)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return 1 if faults else 0
+
+
+def faults_of(result: dict[str, Any]) -> list[str]:
+    """Return what is wrong with the publications of a result, in words; nothing of it is a matter of speed."""
+    found = [
+        f"{way}: an engine holds other bytes than those that were published, so that no figure of this run counts"
+        for way, equal in result["bitwise"].items()
+        if not equal
+    ]
+    return found + [
+        f"{way}: torch's allocator has {trainer} bytes more in use after the last publication than after the first; "
+        "an engine keeps a buffer open, or none has opened it"
+        for way, (trainer, _) in result["growth"].items()
+        if trainer > 0
+    ]
 
 
 def _time(
@@ -278,45 +324,61 @@ def _time(
     folder: Path,
     gpu: bool,
 ) -> None:
-    source, carried, checks = Source(tensors), [], []
+    source, carried, checks, used = Source(tensors), [], [], []
     for attempt in range(options.attempts + 1):  # the first one connects, and is not counted
         if way == "delta" and attempt:
             source = Source(changed(source.tensors, options.changed))
         made.publish(source, str(attempt))
+        if gpu:
+            used.append(in_use())
         if attempt:
             part = made.seconds["all"] if way == "delta" else made.seconds["carried"]
             carried.append(part)
             checks.append(made.seconds["all"] - made.seconds["carried"])
     seconds = min(carried)
-    result["seconds"][way] = round(seconds, 3)
-    if way == "delta":
+    result["seconds"][way] = round(seconds, 4)
+    if not options.real:  # SGLang's checksum is one of its own
+        result["bitwise"][way] = set(made.checksums) == {checksum(source.tensors)}
+    if way == "delta":  # each attempt makes new weights on the GPU, so that its use says nothing about buffers
         written = sum(path.stat().st_size for path in (folder / way).rglob("*.safetensors"))
         result["delta_share"] = round(written / result["bytes"], 4)
         print(f"{way:12} {seconds:6.2f} s, and {result['delta_share']:.1%} of the bytes were written")
         return
+    if gpu:
+        result["growth"][way] = [last - first for first, last in zip(used[0], used[-1], strict=True)]
     result["check_seconds"][way] = round(min(checks), 3)
+    result["rounds"][way] = len(made.plan)
     sizes = [sum(bucket.nbytes for bucket in this.buckets) for this in made.plan]
-    least = _floor_on_gpu(tensors) if gpu and way == "ipc" else floor(way, options.engines, sizes, str(folder))
-    result["floor"][way] = round(least, 3)
+    on_gpu = gpu and way == "ipc"
+    least = floor_on_gpu(sizes, options.engines) if on_gpu else floor(way, options.engines, sizes, str(folder))
+    result["floor"][way] = round(least, 5)
     result["ratio"][way] = round(seconds / least, 3)
-    rate = result["bytes"] / least / 1e9
+    rate = result["bytes"] / 1e9
     print(
-        f"{way:12} {seconds:6.2f} s, floor {least:6.2f} s ({rate:.2f} GB/s to each engine), ratio "
-        f"{seconds / least:.2f}; comparing the engines' checksums took {min(checks):.2f} s more"
+        f"{way:12} {seconds:8.4f} s ({rate / seconds:.1f} GB/s to each engine), floor {least:8.4f} s "
+        f"({rate / least:.1f} GB/s), ratio {seconds / least:.2f}, {(seconds - least) / len(sizes) * 1e3:.1f} ms more a "
+        f"round than the floor; comparing the engines' checksums took {min(checks):.2f} s more"
     )
 
 
-def _floor_on_gpu(tensors: dict[str, Tensor]) -> float:
-    """Return the seconds in which a GPU copies all tensors twice: into a buffer, and out of it."""
-    buffers = [torch.empty_like(tensor) for tensor in tensors.values()]
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for buffer, tensor in zip(buffers, tensors.values(), strict=True):
-        buffer.copy_(tensor)
-        tensor.copy_(buffer)
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
+def floor_on_gpu(sizes: list[int], engines: int) -> float:
+    """Return the least seconds of three attempts in which a GPU moves rounds of these sizes: each byte once into a
+    buffer, and once out of it for every engine, since all are on this GPU and share its memory's bandwidth."""
+    weights = torch.ones(max(sizes), dtype=torch.uint8, device="cuda")
+    buffer = torch.empty_like(weights)
+    held = [torch.empty_like(weights) for _ in range(engines)]
+    took = []
+    for _ in range(4):  # the first one lets the clocks of the GPU rise
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for size in sizes:
+            buffer[:size].copy_(weights[:size])
+            for own in held:
+                own[:size].copy_(buffer[:size])
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - began)
+    return min(took[1:])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,8 @@
 
 tools/bench_publish.py starts it.
 
-It loads with the code of our SGLang plugin and copies every tensor into memory of its own, as a model's loader does.
+It loads with the code of our SGLang plugin and copies every tensor into memory of its own, as a model's loader does: on
+the first GPU where torch sees one, else in host memory.
 usage: bench_publish_engine.py PORT
 """
 
@@ -11,6 +12,7 @@ import base64
 import hashlib
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,20 +29,38 @@ sys.path.append(str(PLUGIN))
 import fiberpo_delta  # noqa: E402
 import fiberpo_weights  # noqa: E402
 
+HASHING = 8
+"""Threads that hash tensors; weights of gigabytes would otherwise take longer to compare than to publish."""
+
+
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """Return the SHA-256 checksum of the names and all bytes of the tensors, on any device, whatever their order."""
+
+    def one(name: str) -> str:
+        content = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        return f"{name} {hashlib.sha256(memoryview(content)).hexdigest()}"
+
+    with ThreadPoolExecutor(HASHING) as threads:
+        return hashlib.sha256("\n".join(threads.map(one, sorted(tensors))).encode()).hexdigest()
+
 
 class Weights:
     """Holds the parameters, and takes updates by the name of SGLang's endpoint."""
 
     def __init__(self) -> None:
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.held: dict[str, torch.Tensor] = {}
         self.version = "default"
         self.groups: dict[str, Any] = {}
+        self.received = torch.empty(0, dtype=torch.uint8)
 
     def load(self, tensors: Any) -> None:
         for name, tensor in tensors:
             if name not in self.held:
-                self.held[name] = torch.empty_like(tensor)
+                self.held[name] = torch.empty_like(tensor, device=self.device)
             self.held[name].copy_(tensor)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the trainer writes into the same memory again
 
     def handle(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = {"success": True, "message": ""}
@@ -50,13 +70,14 @@ class Weights:
             case "/server_info":
                 return {"tp_size": 1, "dp_size": 1}
             case "/weights_checker":
-                found = hashlib.sha256()
-                for name in sorted(self.held):
-                    found.update(memoryview(self.held[name].view(-1).view(torch.uint8).numpy()))
-                return {**answer, "ranks": [{"per_gpu_checksum": found.hexdigest()}]}
+                return {**answer, "ranks": [{"per_gpu_checksum": checksum(self.held)}]}
             case "/update_weights_from_tensor":
                 payload = base64.b64decode(body["serialized_named_tensors"][0])
-                self.load(fiberpo_weights.tensors(payload, torch.device("cpu")))
+                try:
+                    self.load(fiberpo_weights.tensors(payload, self.device))
+                finally:
+                    if body.get("weight_version") is not None:  # as the plugin does in `fiberpo_weights.update`
+                        fiberpo_weights._open.clear()
             case "/update_weights_from_disk":
                 request = SimpleNamespace(model_path=body["model_path"])
                 found = asyncio.run(fiberpo_delta.update_from_disk(self._files, None, request))
@@ -85,7 +106,9 @@ class Weights:
         kinds = [getattr(torch, name) for name in body["dtypes"]]
         shapes = [torch.Size(shape) for shape in body["shapes"]]
         sizes = [shape.numel() * kind.itemsize for shape, kind in zip(shapes, kinds, strict=True)]
-        flat = torch.empty(sum(sizes), dtype=torch.uint8)
+        if sum(sizes) > len(self.received):  # as a GPU's allocator does, it keeps the memory for the next round
+            self.received = torch.empty(sum(sizes), dtype=torch.uint8)
+        flat = self.received[: sum(sizes)]
         options = dist.BroadcastOptions()
         options.rootRank = 0
         self.groups[body["group_name"]].broadcast([flat], options).wait()
@@ -100,6 +123,9 @@ def main() -> None:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # An answer in two small packets would wait 40 ms for the client's delayed acknowledgement of the first.
+        wbufsize = -1
+        disable_nagle_algorithm = True
 
         def _answer(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)

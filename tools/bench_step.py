@@ -1,17 +1,22 @@
 """This tool times an optimiser step of the policy beside what Megatron-Core alone takes for the same rows.
 
     python tools/bench_step.py --ranks 2
+    python tools/bench_step.py --ranks 1 --dtype bfloat16 --layers 8 --hidden 2048 --heads 16 --vocabulary 151936 \
+        --rows 4 --row-tokens 8192 --fused-loss te
 
 Both use the same model in the same process groups, the same packed rows and the same optimizer. The bare step is
 Megatron's: a forward and a backward pass over all rows with its own output layer and cross-entropy on every token, the
-reduction of the gradients, and the optimizer. Beside it run `MegatronPolicy.step` with a real objective in a single
+reduction of the gradients, and the optimizer. With `--fused-loss` it is timed with a fused loss of Megatron's as well.
+Beside it run `MegatronPolicy.step` with a real objective in a single
 pass, and the same in two passes. Every token but the first of a sequence is a response token, so that all of them pass
 the output layer in either case.
 
 The three are timed in turn, in an order that changes from round to round. A machine that is also used by others only
 ever adds time, so that the figures are those of the fastest round of each; beside the time on the clock stands the
 time of the processors, of all ranks together. A further round says where the difference goes. The last line is a JSON
-object with the ratios to the bare step.
+object with the ratios to the bare step, the tokens of all ranks in a second of each step, and the peak of the memory
+that rank 0 has allocated on a GPU. A single rank runs in this process, where Megatron may compile its fused functions;
+several run with `TORCH_COMPILE_DISABLE=1` unless it is set.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fiberpo_megatron.certify.processes import run_ranks
 
-BARE, SINGLE, TWO = "bare Megatron", "single pass", "two passes"
+BARE, FUSED, SINGLE, TWO = "bare Megatron", "fused loss", "single pass", "two passes"
 TEMPERATURE = 1.0
 
 
@@ -70,6 +75,7 @@ class Bench:
         self.old = torch.zeros(0) if scores is None else scores.log_probs + 0.05 * torch.randn_like(scores.log_probs)
         self.steps: dict[str, Callable[[], object]] = {
             BARE: self.bare_step,
+            **({FUSED: partial(self.bare_step, options.fused_loss)} if options.fused_loss else {}),
             SINGLE: partial(self.step, True),
             TWO: partial(self.step, False),
         }
@@ -81,11 +87,14 @@ class Bench:
         gate = ObjectiveGate(self.objective, self.part, self.old, None if single else self.layout.sum_over_tokens)
         self.policy.step(self.part.micro_batches, gate, TEMPERATURE, single_pass=single)
 
-    def bare_step(self) -> None:
-        """Take an optimiser step with Megatron-Core alone."""
+    def bare_step(self, fused_loss: str | None = None) -> None:
+        """Take an optimiser step with Megatron-Core alone, with its usual loss or with a fused one of its own."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         policy = self.policy
+        for model in policy.models:
+            model.config.cross_entropy_loss_fusion = fused_loss is not None
+            model.config.cross_entropy_fusion_impl = fused_loss or "native"
         for chunk in policy.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -116,7 +125,8 @@ class Bench:
         )
         model = self.policy.models[-1]
         logits, _ = model.output_layer(hidden)
-        losses = model.compute_language_model_loss(batch.labels.to(device)[None], logits)
+        # Transformer Engine's fused cross-entropy takes int64 alone
+        losses = model.compute_language_model_loss(batch.labels.to(device, torch.int64)[None], logits)
         return losses, _summed
 
 
@@ -139,9 +149,9 @@ def architecture(options: argparse.Namespace) -> dict[str, Any]:
         "hidden_size": options.hidden,
         "intermediate_size": 4 * options.hidden,
         "num_hidden_layers": options.layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": options.hidden // 4,
+        "num_attention_heads": options.heads,
+        "num_key_value_heads": options.heads,
+        "head_dim": options.hidden // options.heads,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "initializer_range": 0.02,
@@ -167,11 +177,16 @@ def run_rank(options: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds of every round of each step on this rank, by the clock and of the processors."""
     bench = Bench(options)
     names = list(bench.steps)
+    on_gpu = bench.layout.device.type == "cuda"
+    peak: dict[str, int] = dict.fromkeys(names, 0)
     clock: dict[str, list[float]] = {name: [] for name in names}
     processor: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(options.rounds + options.warm_up):
-        for name in [*names[round_ % 3 :], *names[: round_ % 3]]:
+        first = round_ % len(names)
+        for name in [*names[first:], *names[:first]]:
             _synchronise(bench.layout)
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
             began, used = time.perf_counter(), time.process_time()
             bench.steps[name]()
             used = time.process_time() - used
@@ -179,8 +194,17 @@ def run_rank(options: argparse.Namespace) -> dict[str, Any]:
             if round_ >= options.warm_up:
                 clock[name].append(time.perf_counter() - began)
                 processor[name].append(used)
+            if on_gpu:
+                peak[name] = torch.cuda.max_memory_allocated()
     parts = {name: _parts(bench, name) for name in names}
-    return {"clock": clock, "processor": processor, "parts": parts, "device": bench.layout.device.type}
+    return {
+        "clock": clock,
+        "processor": processor,
+        "parts": parts,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "tokens": 4 * (options.row_tokens // 4) * options.rows * bench.layout.data_size,
+        "peak_gib": {name: round(size / 2**30, 2) for name, size in peak.items()} if on_gpu else None,
+    }
 
 
 def _synchronise(layout: Any) -> None:
@@ -246,9 +270,9 @@ def _timed(seconds: dict[str, float], part: str, owner: Any, method: str) -> Ite
             delattr(owner, method)
 
 
-def report(found: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Print the times and where they go, and return the ratios to the bare step."""
-    clock = {name: min(found[0]["clock"][name]) for name in (BARE, SINGLE, TWO)}
+def report(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Print the times and where they go, and return the ratios to the bare step, with tokens per second and memory."""
+    clock = {name: min(seconds) for name, seconds in found[0]["clock"].items()}
     processor = {
         name: min(sum(seconds) for seconds in zip(*(rank["processor"][name] for rank in found))) for name in clock
     }
@@ -256,16 +280,27 @@ def report(found: Sequence[dict[str, Any]]) -> dict[str, float]:
     for name in clock:
         times = f"{clock[name] * 1e3:>16.1f}{clock[name] / clock[BARE]:>8.3f}"
         print(f"{name:<34}{times}{processor[name] * 1e3:>18.1f}{processor[name] / processor[BARE]:>8.3f}")
-    parts = [rank["parts"] for rank in found][0]
+    parts = found[0]["parts"]
     print(f"\n{'where it goes on rank 0, ms':<34}" + "".join(f"{name:>16}" for name in parts))
     for part in dict.fromkeys(part for seconds in parts.values() for part in seconds):
         values = [seconds.get(part) for seconds in parts.values()]
         print(f"{part:<34}" + "".join(f"{'-' if v is None else f'{v * 1e3:.1f}':>16}" for v in values))
+    fused = (
+        {}
+        if FUSED not in clock
+        else {
+            "single_pass_ratio_to_fused": clock[SINGLE] / clock[FUSED],
+            "two_pass_ratio_to_fused": clock[TWO] / clock[FUSED],
+        }
+    )
     return {
         "single_pass_ratio": clock[SINGLE] / clock[BARE],
         "two_pass_ratio": clock[TWO] / clock[BARE],
         "single_pass_processor_ratio": processor[SINGLE] / processor[BARE],
         "two_pass_processor_ratio": processor[TWO] / processor[BARE],
+        **fused,
+        "tokens_per_second": {name: round(found[0]["tokens"] / seconds) for name, seconds in clock.items()},
+        "peak_gib": found[0]["peak_gib"],
     }
 
 
@@ -277,6 +312,7 @@ def main() -> None:
         "tensor": (1, "tensor-parallel ranks among them; the rest is data-parallel"),
         "layers": (4, "layers of the model"),
         "hidden": (256, "hidden size"),
+        "heads": (4, "attention heads"),
         "vocabulary": (8192, "tokens of the vocabulary"),
         "experts": (0, "experts of each layer, 0 for a dense model"),
         "rows": (4, "packed rows of each data-parallel rank"),
@@ -288,9 +324,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=usual, help=f"{meaning} (default {usual})")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--objective", default="fiberpo", help="short name or import path of the objective")
+    parser.add_argument(
+        "--fused-loss", choices=("native", "te"), help="time the bare step with this fused loss of Megatron's as well"
+    )
     parser.add_argument("--whole-optimizer", action="store_true", help="do not shard the optimizer's state")
     options = parser.parse_args()
-    found = run_ranks(options.ranks, run_rank, options)
+    found = [run_rank(options)] if options.ranks == 1 else run_ranks(options.ranks, run_rank, options)
     ratios = report(found)
     print(json.dumps({"device": found[0]["device"], "ranks": options.ranks, **ratios}))
 

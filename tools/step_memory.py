@@ -1,12 +1,18 @@
 """This tool measures the peak memory of an optimiser step with and without each option that saves memory.
 
     python tools/step_memory.py [--layers 4 --hidden 128 --vocabulary 16384 --row-tokens 1024 --rows 2]
+    python tools/step_memory.py --phases --cases "log-probs in chunks of 256" [--experts 0]
 
 A small MoE trains for two steps, each case in a separate process; the second step is measured, when Adam's moments
 exist. On a GPU the figures are torch.cuda.max_memory_allocated(). Without one they are the bytes of all live torch
 storages, which a dispatch mode counts in the process; host copies of parked state are left out, because on a device
 they would not be counted either. The last line is a JSON object: MiB by case, `step` (peak) and `generating` (what
 stays while engines generate).
+
+With `--phases` it measures each phase of the second step instead, and prints the planner's figure for it beside: what
+stays between steps, and the peaks of the old log-probs, of the forward and backward passes, and of the optimizer. The
+ratio is what was measured over what was planned. CUDA's context and what the allocator reserves beyond the tensors are
+in neither.
 """
 
 import argparse
@@ -41,6 +47,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 MIB = 2**20
+RESIDENT, OLD, PASSES, UPDATE = "between steps", "old log-probs", "forward and backward", "optimizer"
 
 
 class LiveStorages(TorchDispatchMode):
@@ -84,24 +91,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, usual in (("layers", 4), ("hidden", 128), ("vocabulary", 16384), ("row-tokens", 1024), ("rows", 2)):
         parser.add_argument(f"--{name}", type=int, default=usual)
+    parser.add_argument("--experts", type=int, default=8, help="experts of each layer, 0 for a dense model (default 8)")
+    parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--phases", action="store_true", help="measure phases beside the planner's figures")
     parser.add_argument("--here", action="store_true", help="measure the one case in this process")
     options = parser.parse_args()
     if options.here:
-        print(json.dumps(measure(options.cases[0], options)))
+        measured: Any = measure_phases if options.phases else measure
+        print(json.dumps(measured(options.cases[0], options)))
         return
     found = {}
-    sizes = [
-        f"--{name}={getattr(options, name.replace('-', '_'))}"
-        for name in ("layers", "hidden", "vocabulary", "row-tokens", "rows")
-    ]
-    print(f"{'MiB':<34} {'step, peak':>10} {'generating':>10}")
+    names = ("layers", "hidden", "vocabulary", "row-tokens", "rows", "experts", "heads")
+    sizes = [f"--{name}={getattr(options, name.replace('-', '_'))}" for name in names]
+    columns = ("measured", "planned", "ratio") if options.phases else ("step, peak", "generating")
+    print(f"{'MiB':<34}" + "".join(f" {column:>10}" for column in columns))
     for case in options.cases:
         command = [sys.executable, __file__, *sizes, "--here", "--cases", case]
+        command += ["--phases"] if options.phases else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=900)
         found[case] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{case:<34} {found[case]['step']:>10.1f} {found[case]['generating']:>10.1f}", flush=True)
-    print(json.dumps({"device": "cuda" if torch.cuda.is_available() else "cpu", "mib": found}))
+        if not options.phases:
+            print(f"{case:<34} {found[case]['step']:>10.1f} {found[case]['generating']:>10.1f}", flush=True)
+            continue
+        print(case)
+        for phase, row in found[case].items():
+            print(f"  {phase:<32} {row['measured']:>10.1f} {row['planned']:>10.1f} {row['ratio']:>10.3f}", flush=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    print(json.dumps({"device": device, "mib": found}))
 
 
 def measure(case: str, options: argparse.Namespace) -> dict[str, float]:
@@ -128,21 +145,111 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, float]:
         return {"step": peak / MIB, "generating": storages.live() / MIB}
 
 
-def prepare(case: str, options: argparse.Namespace) -> tuple[Any, Callable[[], Any]]:
-    """Return a policy, and one optimiser step of it on random trajectories."""
+def measure_phases(case: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return what a phase took in MiB, what was planned for it, and their ratio, by phase."""
+    from fiberpo_megatron.mcore.platform import activate
+
+    activate()
+    if torch.cuda.is_available():
+        found = _peaks(case, options, torch.cuda.memory_allocated, _cuda_peak)
+    else:
+        with LiveStorages() as storages:
+
+            def peak() -> int:
+                highest, storages.peak = storages.peak, 0
+                return highest
+
+            found = _peaks(case, options, storages.live, peak)
+    planned = plan_phases(case, options)
+    return {
+        phase: {"measured": taken / MIB, "planned": planned[phase] / MIB, "ratio": taken / planned[phase]}
+        for phase, taken in found.items()
+    }
+
+
+def _cuda_peak() -> int:
+    """Return the largest number of bytes that were allocated since the last call."""
+    highest = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return highest
+
+
+def _peaks(case: str, options: argparse.Namespace, live: Callable[[], int], peak: Callable[[], int]) -> dict[str, int]:
+    """Return the bytes of each phase of the second of two steps; `peak` gives the largest number since its last
+    call."""
+    from fiberpo_megatron.types import Coefficients
+
+    policy, micro_batches = build(case, options)
+
+    def gate(log_probs: Tensor, part: slice) -> Coefficients:
+        return Coefficients(torch.full_like(log_probs, 1e-3))
+
+    found: dict[str, int] = {}
+    for _ in range(2):
+        found[RESIDENT] = live()
+        peak()
+        old = policy.log_probs(micro_batches, 1.0).log_probs
+        found[OLD] = peak()
+        policy.accumulate(micro_batches, gate, 1.0, log_probs=old)
+        found[PASSES] = peak()
+        policy.optimizer.begin_step()
+        with policy.memory.state("an optimiser step"):
+            policy.optimizer.step()
+        found[UPDATE] = peak()
+        del old
+    return found
+
+
+def plan_phases(case: str, options: argparse.Namespace) -> dict[str, int]:
+    """Return the planner's bytes of each phase, without what it reserves for the allocator and CUDA."""
+    from fiberpo_megatron.mcore.families import read_architecture
+    from fiberpo_megatron.planning.estimate import Workload, plan_stage
+    from fiberpo_megatron.planning.hardware import assume
+
+    config = configure(case, options)
+    length = options.row_tokens // 4
+    prompt = (length + 1) // 4 - 1  # the first response token is predicted by the last of the prompt
+    work = Workload(4 * options.rows, prompt, length - prompt, 1, options.rows)
+    assumptions = assume(["expert_imbalance=1.0"])  # a single rank has all experts
+    implementation = "te" if torch.cuda.is_available() else "local"
+    stage = plan_stage(config, read_architecture(architecture(options)), 1, 0, work, assumptions, implementation)
+    states, away = stage.states.total, stage.states.optimizer if stage.offloaded else 0
+    return {
+        RESIDENT: states - away,
+        OLD: states - away + stage.forward + stage.log_probs,
+        PASSES: states - away + stage.activations + stage.log_probs,
+        UPDATE: states,
+    }
+
+
+def configure(case: str, options: argparse.Namespace) -> Any:
+    """Return the config of a case."""
     from fiberpo_megatron.config import Config
+
+    sections: dict[str, dict[str, Any]] = {name: {**BASE[name], **CASES[case].get(name, {})} for name in BASE}
+    sections["model"] |= {"path": "unused", "random_init": True}
+    sections["batch"] = {"micro_batch_tokens": options.row_tokens}
+    return Config.model_validate(sections)
+
+
+def build(case: str, options: argparse.Namespace) -> tuple[Any, Any]:
+    """Return a policy and the packed rows of random trajectories."""
     from fiberpo_megatron.data.packing import pack
     from fiberpo_megatron.mcore.parallel.layout import start_layout
     from fiberpo_megatron.mcore.policy import build_policy
-    from fiberpo_megatron.types import Coefficients
 
-    sections = {name: {**BASE[name], **CASES[case].get(name, {})} for name in BASE}
-    sections["model"] |= {"path": "unused", "random_init": True}
-    config = Config.model_validate(sections)
+    config = configure(case, options)
     hf_config = architecture(options)
     policy = build_policy(config, hf_config, start_layout(hf_config, config.parallel, config.run))
     batch, rows = trajectories(options)
-    micro_batches = pack(batch, rows, sequence_multiple=policy.layout.sequence_multiple)
+    return policy, pack(batch, rows, sequence_multiple=policy.layout.sequence_multiple)
+
+
+def prepare(case: str, options: argparse.Namespace) -> tuple[Any, Callable[[], Any]]:
+    """Return a policy, and one optimiser step of it on random trajectories."""
+    from fiberpo_megatron.types import Coefficients
+
+    policy, micro_batches = build(case, options)
 
     def gate(log_probs: Tensor, part: slice) -> Coefficients:
         return Coefficients(torch.full_like(log_probs, 1e-3))
@@ -151,20 +258,31 @@ def prepare(case: str, options: argparse.Namespace) -> tuple[Any, Callable[[], A
 
 
 def architecture(options: argparse.Namespace) -> dict[str, Any]:
-    """Return a Qwen3-MoE with 8 experts, 2 of them for each token."""
+    """Return a Qwen3-MoE with 8 experts, or as many as `experts` says, 2 of them for each token; with 0 a dense
+    Qwen3."""
+    experts = getattr(options, "experts", 8)
+    heads = getattr(options, "heads", 4)
+    if not experts:
+        return {**_common(options, heads), "model_type": "qwen3", "tie_word_embeddings": False}
     return {
+        **_common(options, heads),
         "model_type": "qwen3_moe",
+        "moe_intermediate_size": 2 * options.hidden,
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    }
+
+
+def _common(options: argparse.Namespace, heads: int) -> dict[str, Any]:
+    return {
         "vocab_size": options.vocabulary,
         "hidden_size": options.hidden,
         "intermediate_size": 4 * options.hidden,
-        "moe_intermediate_size": 2 * options.hidden,
         "num_hidden_layers": options.layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": options.hidden // 4,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "norm_topk_prob": True,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "head_dim": options.hidden // heads,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "initializer_range": 0.02,

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from fiberpo_megatron.interfaces import NamedShape
@@ -66,12 +65,6 @@ class Bucket:
         """Write the tensors' bytes into `flat`, uint8 [at least nbytes] on any device. Raises ValueError for others."""
         for offset, tensor in zip(self.offsets, self.in_order(tensors), strict=True):
             flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-
-    def flat(self, tensors: Sequence[tuple[str, Tensor]], device: torch.device) -> Tensor:
-        """Return the bytes of all tensors as a new uint8 [nbytes] tensor on `device`."""
-        found = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
-        self.fill(found, tensors)
-        return found
 
 
 def bucket(tensors: Iterable[NamedShape]) -> Bucket:

@@ -46,7 +46,18 @@ class DistributedPublisher(RoundPublisher):
         self._group: UpdateGroup | None = None
         self._names: dict[int, str] = {}
         """Names of the groups of all sources, by rank; empty when they have to be made."""
+        self._slots: list[Tensor] = []
+        """Two buffers that take turns: one is sent while the next round is written into the other."""
         self._flat: Tensor | None = None
+        """This rank's share of the round that was prepared last."""
+
+    def begin(self, plan: Sequence[Round], version: str, deadline: Deadline) -> None:
+        """Allocate the buffers."""
+        sizes = [this.buckets[self.context.rank].nbytes for this in plan]
+        self._slots = [
+            torch.empty(max(sizes[i::2], default=0), dtype=torch.uint8, device=self.device)
+            for i in range(min(2, len(plan)))
+        ]
 
     def exchange(self, plan: Sequence[Round], deadline: Deadline) -> None:
         """Make the groups at the first publication: one for each rank that has a share, with all engine ranks."""
@@ -89,7 +100,9 @@ class DistributedPublisher(RoundPublisher):
 
     def prepare(self, this: Round, tensors: list[tuple[str, Tensor]], version: str, deadline: Deadline) -> None:
         """Put this rank's share of the round into one flat tensor."""
-        self._flat = this.buckets[self.context.rank].flat(tensors, self.device)
+        own = this.buckets[self.context.rank]
+        self._flat = self._slots[this.number % 2][: own.nbytes]
+        own.fill(self._flat, tensors)
         if self._flat.is_cuda:
             torch.cuda.synchronize(self._flat.device)  # the broadcast runs in another thread and stream
 
@@ -137,8 +150,8 @@ class DistributedPublisher(RoundPublisher):
             end_quietly(self.engines)
 
     def released(self) -> None:
-        """Release the last flat tensor."""
-        self._flat = None
+        """Release the buffers."""
+        self._flat, self._slots = None, []
 
     def close(self) -> None:
         """Leave the process groups. A second call does nothing."""

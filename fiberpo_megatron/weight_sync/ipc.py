@@ -30,14 +30,15 @@ MAGIC = b"fiberpo-weights-1\n"
 class IpcPublisher(RoundPublisher):
     """Publishes to colocated engines through two flat buffers that take turns: CUDA IPC, or shared host memory.
 
-    `bucket_mib` is about the size of a round, all ranks together, in MiB; a rank holds two buffers of it on a GPU, for
-    the whole run, and two buffers of its own share of it in host memory while it publishes. The engines must run on the
-    machines of the training ranks, as the same user, and must have been started by this package (`rollout.engine`, or
-    `fiberpo engine`), whose plugin reads the buffers.
+    `bucket_mib` is about the size of a round, all ranks together, in MiB; a rank holds two buffers of it on a GPU, or
+    two of its own share of it in host memory, for the whole run. The engines must run on the machines of the training
+    ranks, as the same user, and must have been started by this package (`rollout.engine`, or `fiberpo engine`), whose
+    plugin reads the buffers.
 
-    A GPU's buffers are kept because torch takes back memory that it has shared only when it was opened exactly as often
-    as it was shared. Engines open a buffer as often as a publication needs, and an engine that fails never does. What
-    was opened twice, or never, was seen to stay allocated until the process ends.
+    On a GPU the buffers are kept because torch takes back memory that it has shared only when it was opened exactly as
+    often as it was shared. Engines open a buffer as often as a publication needs, and an engine that fails never does.
+    What was opened twice, or never, was seen to stay allocated until the process ends. In host memory the kernel would
+    have to clear every page again.
     """
 
     def __init__(self, context: PublisherContext, bucket_mib: int = 256) -> None:
@@ -54,7 +55,7 @@ class IpcPublisher(RoundPublisher):
         """Where the tensors of each round of `_described` lie."""
 
     def begin(self, plan: Sequence[Round], version: str, deadline: Deadline) -> None:
-        """Allocate the two buffers, unless a GPU has them from the publication before."""
+        """Allocate the two buffers, unless they are there from the publication before."""
         if plan is not self._described:
             self._described, self._tensors = plan, {}
         elif self._slots:
@@ -124,11 +125,6 @@ class IpcPublisher(RoundPublisher):
         """Close the update after a failure."""
         if self.leads:
             end_quietly(self.engines)
-
-    def released(self) -> None:
-        """Release buffers in host memory."""
-        if self.device is None:
-            self._free()
 
     def close(self) -> None:
         """Release the buffers and leave the ranks' group. A second call does nothing."""

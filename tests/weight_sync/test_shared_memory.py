@@ -93,20 +93,18 @@ def test_the_memory_has_no_name_in_a_file_system():
     assert not os.path.exists(f"/proc/self/fd/{buffer.handle['descriptor']}")
 
 
-@pytest.mark.parametrize("on_gpu", [True, False])
-def test_a_gpu_shares_the_same_two_buffers_in_every_publication(on_gpu: bool, tmp_path: Path):
+def test_every_publication_shares_the_same_two_buffers(tmp_path: Path):
     """Torch takes memory back that was opened exactly as often as it was shared; buffers of every publication stayed
     allocated on an H200, one or both of them, depending on the number of engines."""
     (tmp_path / "config.json").write_text("{}")
     with EnginePool([EngineAddress("http://127.0.0.1:9")], timeout_s=5) as pool:  # nothing is asked of it
         made = IpcPublisher(PublisherContext(pool, tmp_path, 0, 1, tmp_path, 5.0))
-        made.device = CPU if on_gpu else None
         plan = [Round(i, i == 2, [bucket([NamedShape(f"w{i}", (4,), torch.float32)])]) for i in range(3)]
         tokens = []
         for version in ("1", "2"):
             made.begin(plan, version, Deadline(5.0))
             tokens.append([slot.token for slot in made._slots])
             made.released()
-        assert len(tokens[0]) == 2 and (tokens[0] == tokens[1]) == on_gpu
+        assert len(tokens[0]) == 2 and tokens[0] == tokens[1]
         made.close()
         assert not made._slots
