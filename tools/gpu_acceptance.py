@@ -10,6 +10,7 @@ those that need a GPU, which are listed as left out.
 
 import argparse
 import json
+import math
 import os
 import shlex
 import signal
@@ -23,8 +24,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FIBERPO = [sys.executable, "-m", "fiberpo_megatron.cli.main"]
-PARITY_BOUND = 1e-3
-"""Largest relative difference of a float32 layout on GPUs from a float64 process: kernels sum in another order."""
+PARITY_BOUND = 1e-4
+"""Largest relative difference of a float32 layout on GPUs from a float64 process: kernels sum in another order. An H200
+was 1e-6 away; products in TF32 are beyond it by far."""
 _TERM_S = 10.0
 
 
@@ -55,7 +57,7 @@ class Step:
     commands: Callable[[Place], Sequence[Sequence[str]]]
     """Command lines, one after the other; the step fails with the first that fails."""
     figure: Callable[[Place, str], str]
-    """Makes the figure from the output of the last command; raises ValueError when it is not good enough."""
+    """Makes the figure from the output of all commands; raises ValueError when it is not good enough."""
     timeout_s: float
     needs_gpu: bool = False
 
@@ -98,18 +100,34 @@ def doctor_figure(place: Place, output: str) -> str:
 
 
 def parity_figure(place: Place, output: str) -> str:
-    differences = {key: float(value) for key, value in last_json(output).items() if "max_relative_diff" in key}
-    worst = max(differences, key=differences.__getitem__)
-    text = f"{worst} {differences[worst]:.1e}, bound {PARITY_BOUND:.0e}"
-    if not differences[worst] <= PARITY_BOUND:
-        raise ValueError(text)
-    return text
+    layouts = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    if len(layouts) != len(parity(place)):
+        raise ValueError(f"{len(layouts)} of {len(parity(place))} layouts gave a JSON object")
+    texts = []
+    for found in layouts:
+        differences = {key: float(value) for key, value in found.items() if "max_relative_diff" in key}
+        worst = max(differences, key=lambda key: (math.isnan(differences[key]), differences[key]))
+        texts.append(f"{worst} {differences[worst]:.1e}, bound {PARITY_BOUND:.0e}")
+        if not differences[worst] <= PARITY_BOUND:
+            raise ValueError(texts[-1])
+    return "; ".join(texts)
 
 
 def ratios_figure(place: Place, output: str) -> str:
     found = last_json(output)
     ratios = found.get("ratio", {key: value for key, value in found.items() if key.endswith("_ratio")})
     return ", ".join(f"{name} {float(value):.2f}" for name, value in ratios.items())
+
+
+def publish_figure(place: Place, output: str) -> str:
+    found = last_json(output)
+    wrong = [f"{way}: the engine holds other bytes" for way, equal in found["bitwise"].items() if not equal]
+    # of the whole device, the second number, other processes use a part as well
+    grown = {way: trainer for way, (trainer, _) in found["growth"].items() if trainer > 0}
+    wrong += [f"{way}: {grown[way]} bytes more in the trainer's allocator" for way in grown]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return ratios_figure(place, output)
 
 
 def run_figure(name: str, kind: str = "train") -> Callable[[Place, str], str]:
@@ -157,9 +175,10 @@ def train(place: Place, name: str, steps: int, *more: str) -> list[str]:
     return [*words, *([] if place.gpus else small), *more]
 
 
-def parity(place: Place) -> list[str]:
-    layout = ["--tensor", "2"] if place.gpus != 1 else ["--data", "1"]
-    return [sys.executable, "tools/layout_parity.py", *layout, "--steps", "1"]
+def parity(place: Place) -> list[list[str]]:
+    # NCCL takes one rank for each GPU: on a single one, it gets one rank, and two ranks send through the host
+    layouts = [["--tensor", "2"]] if place.gpus != 1 else [["--data", "1"], ["--tensor", "2", "--shared-gpu"]]
+    return [[sys.executable, "tools/layout_parity.py", *layout, "--steps", "1"] for layout in layouts]
 
 
 def publish(place: Place) -> list[str]:
@@ -187,11 +206,11 @@ def evaluate(place: Place) -> list[str]:
 STEPS = (
     Step("doctor", "versions, driver, GPUs, links", lambda p: [[*FIBERPO, "doctor", "--json"]], doctor_figure, 180),
     Step("kernels", "fused kernels against torch", lambda p: [certify(p)], tail, 600),
-    Step("parity", "a layout on NCCL against one float64 process", lambda p: [parity(p)], parity_figure, 600),
+    Step("parity", "layouts against one float64 process", parity, parity_figure, 600),
     Step("warmup", "supervised steps in bfloat16", lambda p: [warmup(p)], run_figure("warmup", "sft"), 900),
     Step("engine", "SGLang serves the weights", lambda p: [evaluate(p)], tail, 900),
     Step("demo", "reinforcement learning", lambda p: [train(p, "demo", 60 if p.gpus else 1)], run_figure("demo"), 1800),
-    Step("publish", "each way of publishing, times the floor", lambda p: [publish(p)], ratios_figure, 900),
+    Step("publish", "each way of publishing, times the floor", lambda p: [publish(p)], publish_figure, 900),
     Step(
         "colocated",
         "engine and trainer take turns on the GPU",
@@ -221,7 +240,8 @@ def take(step: Step, place: Place) -> Result:
     with (place.out / f"{step.name}.log").open("w") as log:
         for command in commands:
             left = step.timeout_s - (time.monotonic() - began)
-            output, error = _run(command, max(left, 1.0), place, log)
+            found, error = _run(command, max(left, 1.0), place, log)
+            output += found
             if error:
                 break
     figure = ""

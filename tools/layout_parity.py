@@ -3,13 +3,17 @@
     python tools/layout_parity.py --tensor 2 --pipeline 2 --objective fiberpo-domain --micro-batch-tokens 64
     python tools/layout_parity.py --pipeline 2 --virtual-pipeline 2 --model latent --steps 3
     python tools/layout_parity.py --context 2 --objective gspo --terms kl=k3,kl.where=reward,entropy
+    python tools/layout_parity.py --context 2 --model dense --dtype bfloat16 --shared-gpu
 
 A small model (`--model`: Qwen3-MoE, dense Qwen3 with tied embeddings, DeepSeek-V3) with the same seeded weights is run
 (a) by one process in float64 with all trajectories in one micro-batch and (b) by tensor x pipeline x context x data
-processes in float32 with the given token budget. The last line is a JSON object with the largest differences over the
-largest reference value (`coefficients_max_relative_diff` and so on), for gradients per global tensor. `--steps N` also
-compares the parameters after N optimiser steps, which the reference takes with torch.optim.AdamW. The reference runs on
-CPU, the layout on GPUs if there are any. `fiberpo certify` makes this comparison for a config's model and objective.
+processes in float32 (or `--dtype bfloat16`) with the given token budget. The last line is a JSON object with the
+largest differences over the largest reference value (`coefficients_max_relative_diff` and so on), for gradients per
+global tensor. `--steps N` also compares the parameters after N optimiser steps, which the reference takes with
+torch.optim.AdamW. The reference runs on CPU, the layout on GPUs if there are any, one for each rank; with
+`--shared-gpu` all ranks take the first GPU and the backend of `tools/shared_gpu.py`, because NCCL wants a GPU for each.
+On GPUs float32 is multiplied in float32, not in TF32, unless the environment sets NVIDIA_TF32_OVERRIDE otherwise.
+`fiberpo certify` makes this comparison for a config's model and objective.
 
 With `--branches` half of the trajectories have branches, which a small `--micro-batch-tokens` cuts into several rows.
 
@@ -25,14 +29,19 @@ right) is drawn from the seed. `entropy` enters through `gradient`, the others t
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from fiberpo_megatron.certify.batch import Problem, draw_problem
 from fiberpo_megatron.certify.models import MODELS
-from fiberpo_megatron.certify.processes import RanksFailed, run_ranks
-from fiberpo_megatron.certify.training_step import SIZES, Case, compare, run_rank, run_reference
+from fiberpo_megatron.certify.processes import RanksFailed, run_ranks, too_few_gpus
+from fiberpo_megatron.certify.training_step import SIZES, Case, Outcome, compare, run_rank, run_reference
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tools.shared_gpu import share_gpu  # noqa: E402
 
 TERMS: dict[str, dict[str, str | float]] = {
     "kl": {"estimator": "unbiased", "coefficient": 0.3},
@@ -74,8 +83,8 @@ def make_problem(seed: int, partitions: int, branches: bool = False) -> Problem:
     )
 
 
-def case_of(words: Sequence[str] | None = None) -> Case:
-    """Return what the command line asks for."""
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=1)
@@ -86,7 +95,14 @@ def case_of(words: Sequence[str] | None = None) -> Case:
     parser.add_argument("--steps", type=int, default=0, help="optimiser steps after which parameters are compared")
     parser.add_argument("--branches", action="store_true", help="some trajectories have three token sequences")
     parser.add_argument("--terms", type=terms_of, default={}, help="what is added to the objective: kl=k3,entropy,..")
-    args = parser.parse_args(words)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the layout")
+    parser.add_argument("--shared-gpu", action="store_true", help="all ranks on the first GPU, messages over gloo")
+    return parser.parse_args(words)
+
+
+def case_of(words: Sequence[str] | None = None) -> Case:
+    """Return what the command line asks for."""
+    args = arguments(words)
     return Case(
         model=MODELS[args.model],
         objective=(args.objective, {}),
@@ -96,17 +112,30 @@ def case_of(words: Sequence[str] | None = None) -> Case:
         seed=args.seed,
         steps=args.steps,
         terms=args.terms,
+        dtype=args.dtype,
     )
+
+
+def run_rank_on_shared_gpu(case: Case, old: Mapping[int, float], budgets: Sequence[int]) -> list[Outcome]:
+    """Do as `run_rank` on the first GPU, which the other ranks use as well."""
+    share_gpu()
+    return run_rank(case, old, budgets)
 
 
 def main() -> None:
     """Compare one layout and print the differences."""
-    case = case_of()
+    case, shared = case_of(), arguments().shared_gpu
+    run = run_rank_on_shared_gpu if shared else run_rank
+    if not shared and too_few_gpus(case.ranks):
+        raise SystemExit(
+            f"layout_parity: this layout has {case.ranks} ranks, and NCCL wants a GPU for each, of which this machine "
+            "shows fewer; add --shared-gpu, or empty CUDA_VISIBLE_DEVICES to run on the CPU"
+        )
     try:
         case.check()
         (reference,) = run_ranks(1, run_reference, case, on_cpu=True)
         old = dict(zip(reference.index.tolist(), reference.old_log_probs.tolist()))
-        outcomes = run_ranks(case.ranks, run_rank, case, old, (case.micro_batch_tokens,))
+        outcomes = run_ranks(case.ranks, run, case, old, (case.micro_batch_tokens,))
     except (ValueError, RanksFailed) as error:
         raise SystemExit(f"layout_parity: {error}") from None
     found, _ = compare(reference, [outcome for (outcome,) in outcomes])

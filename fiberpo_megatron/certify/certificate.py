@@ -16,7 +16,7 @@ from fiberpo_megatron.certify.batch import Batch, draw_problem, made_batches, st
 from fiberpo_megatron.certify.checks import Check
 from fiberpo_megatron.certify.models import small_model
 from fiberpo_megatron.certify.peer import PeerComparison, compare_peer
-from fiberpo_megatron.certify.processes import RanksFailed, run_ranks
+from fiberpo_megatron.certify.processes import RanksFailed, run_ranks, too_few_gpus
 from fiberpo_megatron.certify.replay import replay
 from fiberpo_megatron.certify.training_step import SIZES, Case, check_own_gates, compare, run_rank, run_reference
 from fiberpo_megatron.config import Config
@@ -157,13 +157,14 @@ def _about(
     ranks: int,
     dump: Path | None,
 ) -> dict[str, Any]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    where = f"cuda ({gpus} GPU{'s' if gpus > 1 else ''}; layouts of more processes on cpu)" if gpus else "cpu"
     return {
         "command": command,
         "objective": {"use": named[0], "options": named[1]},
         "seed": config.run.seed,
         "ranks": ranks,
-        "machine": machine(objective, torch.device("cpu")) | {"cores": os.cpu_count(), "layouts_on": device.type},
+        "machine": machine(objective, torch.device("cpu")) | {"cores": os.cpu_count(), "layouts_on": where},
         "dump": None if dump is None else {"path": str(dump), "sha256": _digest(dump)},
     }
 
@@ -252,14 +253,16 @@ def _training_steps(
             certificate.not_run.append((name, str(error)))
             continue
         budgets = BUDGETS if name in ("one process", "DP2", "CP2") else (BUDGETS[1],)
-        by_rank = run_ranks(tried.ranks, run_rank, tried, old, budgets)
+        on_cpu = too_few_gpus(tried.ranks)
+        device = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
+        by_rank = run_ranks(tried.ranks, run_rank, tried, old, budgets, on_cpu=on_cpu)
         for number, budget in enumerate(budgets):
             outcomes = [of_rank[number] for of_rank in by_rank]
             wanted = reference if number == len(budgets) - 1 else replace(reference, parameters=[])
             found, worst = compare(wanted, outcomes)
-            what = f"{name}, micro-batches of {_budget(budget)}"
+            what = f"{name}, micro-batches of {_budget(budget)}" + (", on the CPU (too few GPUs)" if on_cpu else "")
             yield Check(STEP, what, subject, found, tolerance, worst)
-            yield check_own_gates(tried, outcomes, OWN_GATES, what, subject)
+            yield check_own_gates(tried, outcomes, OWN_GATES, what, subject, device)
         say(f"{name}: {tried.ranks} process{'es' if tried.ranks > 1 else ''}")
 
 

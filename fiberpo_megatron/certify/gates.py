@@ -53,7 +53,7 @@ def cut_result(objective: Objective, tokens: Tokens, parts: list[Tensor], seed: 
 
 
 def orders(tokens: Tokens, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield permutations of the tokens with a name each."""
+    """Yield permutations of the tokens, which are on the host, with a name each."""
     size = len(tokens)
     generator = torch.Generator().manual_seed(seed)
     yield "tokens in reverse order", torch.arange(size).flip(0)
@@ -66,7 +66,7 @@ def orders(tokens: Tokens, seed: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def cuts(tokens: Tokens, seed: int) -> Iterator[tuple[str, list[Tensor]]]:
-    """Yield the tokens of each rank, int64 [n] per rank, with a name for the cut."""
+    """Yield the tokens of each rank, int64 [n] per rank, with a name for the cut. The tokens are on the host."""
     size = len(tokens)
     generator = torch.Generator().manual_seed(seed)
     if TRAJECTORY_KEY in tokens.keys:

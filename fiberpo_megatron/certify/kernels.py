@@ -55,17 +55,17 @@ def check_kernels(named: tuple[str, dict[str, Any]], batches: Sequence[Batch], s
         for name, tokens in small
         for dtype in (torch.float32, torch.float64)
     ]
-    where = "Triton's interpreter" if interpreted else "CUDA"
+    where, device = ("Triton's interpreter", "cpu") if interpreted else ("CUDA", "cuda")
+    beside = "torch on the CPU" if interpreted else "torch on the same GPU"
     for (name, tokens), found in zip(tried, _run(named, [tokens for _, tokens in tried], seed, interpreted)):
         tolerance = TOLERANCE[tokens.log_ratio.dtype]
-        device = "cpu" if interpreted else "cuda"
         wanted = Result.of(tokens.to(device=device).call(objective))
         steady = _steady(objective, tokens, wanted, tolerance)
         left = f" ({int((~steady).sum())} tokens near a kink left out)" if not bool(steady.all()) else ""
         first = found["in one call"]
         yield check_results(
             PART,
-            f"{where} beside torch, in one call",
+            f"{where} beside {beside}, in one call",
             name + left,
             replace(first, gradient=first.gradient[steady], gated_ratio=first.gated_ratio[steady], metrics=None),
             Result(wanted.gradient.cpu()[steady], wanted.gated_ratio.cpu()[steady]),
@@ -120,15 +120,16 @@ def main(path: str) -> None:
     objective = build_objective(use, **options, kernels=True)
     found = []
     for fields in tried:
-        tokens = Tokens(**fields).to(device=device)
+        host = Tokens(**fields)  # orders and cuts are made of the tokens' ids and log ratios, on the host
+        tokens = host.to(device=device)
         results = {
             "in one call": Result.of(tokens.call(objective)),
             "the same call again": Result.of(tokens.call(objective)),
         }
-        for what, order in list(orders(tokens, seed))[::3]:
+        for what, order in list(orders(host, seed))[::3]:
             out = Result.of(tokens.take(order.to(device)).call(objective))
             results[what] = Result(in_order([out.gradient], [order]), in_order([out.gated_ratio], [order]), out.metrics)
-        for what, parts in list(cuts(tokens.to(device="cpu"), seed))[1:5:3]:
+        for what, parts in list(cuts(host, seed))[1:5:3]:
             results[what] = cut_result(objective, tokens, [part.to(device) for part in parts], seed)
         found.append(
             {

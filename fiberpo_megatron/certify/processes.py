@@ -4,8 +4,10 @@
     outcomes = collect_ranks(2, worker, argument)    # the same, but exceptions are kept as text
 
 `worker` is a function of a module. It runs in processes that see the variables of torchrun (RANK, WORLD_SIZE,
-MASTER_ADDR, ...). They are forked from a server that has imported torch and Megatron-Core once, which makes a start
-cheap. Function, arguments and results are pickled, and travel over pipes that only this process and its children hold.
+MASTER_ADDR, ...). Without GPUs they are forked from a server that has imported torch and Megatron-Core once, which
+makes a start cheap. Ranks on GPUs are started afresh, because CUDA does not work in a process that was forked from one
+in which it had begun. Function, arguments and results are pickled, and travel over pipes that only this process and its
+children hold.
 """
 
 import multiprocessing
@@ -13,10 +15,14 @@ import os
 import pickle
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+import torch
 
 from fiberpo_megatron.rendezvous import store_on
 
@@ -37,6 +43,12 @@ class Outcome:
     trace: str = ""
 
 
+def too_few_gpus(world_size: int) -> bool:
+    """Return whether there are GPUs, but not one for each rank. NCCL refuses two ranks on one, so that so many ranks
+    have to run on the CPU."""
+    return torch.cuda.is_available() and torch.cuda.device_count() < world_size
+
+
 class RanksFailed(RuntimeError):
     """At least one rank raised, died or was still running at the deadline; the message holds every traceback."""
 
@@ -50,7 +62,8 @@ def run_ranks(
 ) -> list[Any]:
     """Return what `function(*arguments)` returned on each of `world_size` ranks, in rank order.
 
-    `on_cpu` hides the GPUs from them. Raises RanksFailed with the traceback of every rank that failed.
+    `on_cpu` hides the GPUs from them. On GPUs, products of float32 are made in float32, not in TF32, unless the
+    environment already has NVIDIA_TF32_OVERRIDE. Raises RanksFailed with the traceback of every rank that failed.
     """
     outcomes = collect_ranks(world_size, function, *arguments, timeout_s=timeout_s, on_cpu=on_cpu)
     failed = [outcome for outcome in outcomes if outcome.error is not None]
@@ -71,8 +84,9 @@ def collect_ranks(
     """Do as `run_ranks`, but return failures. The outcome of a rank that is killed at the deadline says so."""
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # before the server of the forks imports Megatron
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fiberpo_megatron.mcore.preload"])
+    context = _context(on_cpu)
+    # Transformer Engine lets cuBLAS round factors of float32 to TF32's 10 bits; CUDA reads the variable as it starts.
+    variables = {} if on_cpu else {"NVIDIA_TF32_OVERRIDE": os.environ.get("NVIDIA_TF32_OVERRIDE", "0")}
     store = store_on("127.0.0.1")
     call = pickle.dumps((function, arguments))
     processes, pipes = [], []
@@ -82,7 +96,8 @@ def collect_ranks(
             process = context.Process(
                 target=_rank, args=(rank, world_size, store.port, on_cpu, call, theirs), daemon=True
             )
-            process.start()
+            with _environment(**variables):
+                process.start()
             theirs.close()
             processes.append(process)
             pipes.append(ours)
@@ -95,6 +110,31 @@ def collect_ranks(
                 process.join()
         for pipe in pipes:
             pipe.close()
+
+
+def _context(on_cpu: bool) -> Any:
+    """Return how processes start; the server that forks them sees no GPUs, so that its platform is the CPU's."""
+    if torch.cuda.is_available() and not on_cpu:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fiberpo_megatron.mcore.preload"])
+    with _environment(CUDA_VISIBLE_DEVICES=""):
+        forkserver.ensure_running()
+    return context
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set variables for the processes that are started inside the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _collect(pipes: list[Connection], timeout_s: float) -> list[Outcome]:

@@ -1,8 +1,9 @@
 """This module compares the whole training step in several layouts: log-probs, coefficients, gradient and parameters.
 
-The reference is one process in float64 with all trajectories in one micro-batch; a layout runs in float32 through the
-policy that training uses, with the mini-batches, the gate and the passes of a run. Log ratios come from the seed: the
-old log-probs are the reference's own minus them.
+The reference is one process in float64 with all trajectories in one micro-batch; a layout runs in float32 or bfloat16
+through the policy that training uses, with the mini-batches, the gate and the passes of a run. Both start from weights
+that the layout's type holds exactly. Log ratios come from the seed: the old log-probs are the reference's own minus
+them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,6 +52,8 @@ class Case:
     terms: Mapping[str, Any] = field(default_factory=dict)
     """Sections of [algorithm] that add terms to the objective. What they read is drawn from `seed`: the log-probs of
     reference, teacher and engine lie around the policy's own, and a third of the trajectories is right."""
+    dtype: str = "float32"
+    """Type in which the layout computes: float32 or bfloat16."""
 
     @property
     def ranks(self) -> int:
@@ -64,7 +67,7 @@ class Case:
         return Config.model_validate(
             {
                 "run": {"seed": self.seed, "distributed_timeout_s": TIMEOUT_S},
-                "model": {"path": ".", "random_init": True, "dtype": "float32", "train_router": True},
+                "model": {"path": ".", "random_init": True, "dtype": self.dtype, "train_router": True},
                 "parallel": {**sizes, "distributed_optimizer": False},
                 "optimizer": {"learning_rate": LEARNING_RATE, "eps": ADAM_EPS, "clip_grad": CLIP_GRAD},
                 "algorithm": dict(self.terms),
@@ -185,6 +188,7 @@ def run_reference(case: Case) -> Outcome:
     from fiberpo_megatron.mcore.optimizers.adam import Adam
     from fiberpo_megatron.mcore.parallel.layout import start_layout
     from fiberpo_megatron.mcore.schedule import Schedule
+    from fiberpo_megatron.mcore.transformer_config import DTYPES
     from fiberpo_megatron.mcore.weights.global_tensors import global_shards, gradient_shards
     from fiberpo_megatron.trainer.optimise import ObjectiveGate
 
@@ -193,6 +197,9 @@ def run_reference(case: Case) -> Outcome:
     architecture = read_architecture(case.model)
     models = build_model(architecture, config.model, layout, dtype=torch.float64)
     draw_weights(models, architecture, case.seed)
+    with torch.no_grad():
+        for parameter in models[0].parameters():
+            parameter.copy_(parameter.to(DTYPES[case.dtype]))
     part = _mini_batch(case, layout, int(case.problem.rollouts.lengths.sum()))
     (batch,) = part.micro_batches
     index = batch.response_tokens.numpy()
@@ -357,8 +364,13 @@ def tensor_difference(wanted: list[Piece], ranks: Sequence[list[Piece]]) -> tupl
     return Difference(differing, worst.largest, worst.relative, worst.at), name
 
 
-def check_own_gates(case: Case, outcomes: Sequence[Outcome], part: str, what: str, subject: str) -> Check:
-    """Return a check of what the ranks' gates gave against one call, in this process, about what they saw."""
+def check_own_gates(
+    case: Case, outcomes: Sequence[Outcome], part: str, what: str, subject: str, device: str = "cpu"
+) -> Check:
+    """Return a check of what the ranks' gates gave against one call, in this process, about what they saw.
+
+    `device` is the type of those on which the ranks ran: equal bits are claimed for one type.
+    """
     index = np.concatenate([outcome.index for outcome in outcomes])
     places, first = np.unique(index, return_index=True)
     now, old, given = (
@@ -367,7 +379,7 @@ def check_own_gates(case: Case, outcomes: Sequence[Outcome], part: str, what: st
     )
     objective = case.build_objective()
     tokens = replace(case.problem.tokens(objective.weighting), log_ratio=now - old, old_log_probs=old)
-    wanted = tokens.call(objective, metrics=False).gradient
+    wanted = tokens.to(device=device).call(objective, metrics=False).gradient
     found = {"coefficients": difference(given, wanted)}
     at = found["coefficients"].at
     where = None if at is None else f"coefficient of the token at place {int(places[at])}"

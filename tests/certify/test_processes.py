@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fiberpo_megatron.certify.processes import RanksFailed, collect_ranks, run_ranks
+from fiberpo_megatron.certify.processes import RanksFailed, collect_ranks, run_ranks, too_few_gpus
 
 
 def rank_and_sum(extra: int) -> tuple[int, int]:
@@ -53,3 +53,41 @@ def test_the_deadline_holds():
     (outcome,) = collect_ranks(1, sleep, timeout_s=1)
     assert outcome.error is not None and "still running" in outcome.error
     assert time.monotonic() - start < 15
+
+
+def parents_and_gpus() -> tuple[int, str | None]:
+    return os.getppid(), os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def test_ranks_on_a_gpu_are_not_forked(monkeypatch: pytest.MonkeyPatch):
+    """The server of the forks activates the platform; what is forked from a process that uses CUDA cannot use it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert run_ranks(2, parents_and_gpus) == [(os.getpid(), "0,1")] * 2
+    ((parent, visible),) = run_ranks(1, parents_and_gpus, on_cpu=True)
+    assert parent != os.getpid() and visible == ""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+def tf32() -> str | None:
+    return os.environ.get("NVIDIA_TF32_OVERRIDE")
+
+
+def test_ranks_on_a_gpu_multiply_float32_in_float32(monkeypatch: pytest.MonkeyPatch):
+    """A rank of an H200 was 0.9 from float64 with TF32, and 1e-6 without it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    assert run_ranks(1, tf32) == ["0"]
+    assert tf32() is None
+    assert run_ranks(1, tf32, on_cpu=True) == [None]
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert run_ranks(1, tf32) == ["1"]
+    assert tf32() == "1"
+
+
+def test_ranks_without_a_gpu_each_are_known(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [too_few_gpus(ranks) for ranks in (1, 2, 3)] == [False, False, True]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not too_few_gpus(3)

@@ -47,12 +47,48 @@ def test_the_rest_goes_on_when_a_step_fails_or_hangs(tmp_path: Path, capsys: pyt
 
 
 def test_a_layout_that_differs_is_a_failure():
-    place = acceptance.Place(Path("."), 1)
-    line = json.dumps({"gradient_max_relative_diff": 2e-4, "coefficients_max_relative_diff": 1e-6, "tokens": 99})
-    assert acceptance.parity_figure(place, line).startswith("gradient_max_relative_diff 2.0e-04")
+    place = acceptance.Place(Path("."), 8)
+    line = json.dumps({"gradient_max_relative_diff": 2e-5, "coefficients_max_relative_diff": 1e-6, "tokens": 99})
+    assert acceptance.parity_figure(place, line).startswith("gradient_max_relative_diff 2.0e-05")
     for wrong in ("NaN", "0.1"):
+        other = f'{{"coefficients_max_relative_diff": 1e-6, "gradient_max_relative_diff": {wrong}}}'
         with pytest.raises(ValueError, match="gradient_max_relative_diff"):
-            acceptance.parity_figure(place, f'{{"gradient_max_relative_diff": {wrong}}}')
+            acceptance.parity_figure(place, other)
+        with pytest.raises(ValueError, match="gradient_max_relative_diff"):  # of two layouts, the first one
+            acceptance.parity_figure(acceptance.Place(Path("."), 1), f"{other}\n{line}\n")
+
+
+def test_one_gpu_runs_one_rank_over_nccl_and_two_through_the_host():
+    """NCCL refuses two ranks on one GPU; both layouts have to say what they found."""
+    one = acceptance.Place(Path("."), 1)
+    layouts = [" ".join(command[2:]) for command in acceptance.parity(one)]
+    assert layouts == ["--data 1 --steps 1", "--tensor 2 --shared-gpu --steps 1"]
+    assert ["--shared-gpu" in command for command in acceptance.parity(acceptance.Place(Path("."), 2))] == [False]
+    line = '{"gradient_max_relative_diff": 1e-6}\n'
+    assert acceptance.parity_figure(one, line + "rank 0 says\n" + line).count("1.0e-06") == 2
+    with pytest.raises(ValueError, match="1 of 2 layouts"):
+        acceptance.parity_figure(one, line)
+
+
+def test_the_figure_is_made_from_what_all_commands_print(tmp_path: Path):
+    commands = [[sys.executable, "-S", "-c", f"print('said {number}')"] for number in (1, 2)]
+    both = acceptance.Step("both", "about", lambda place: commands, lambda place, output: output, 60.0)
+    assert acceptance.take(both, acceptance.Place(tmp_path, 0)).figure == "said 1\nsaid 2\n"
+
+
+def test_a_publication_with_other_bytes_or_a_lost_buffer_is_a_failure():
+    place = acceptance.Place(Path("."), 1)
+    good = {
+        "ratio": {"ipc": 1.5},
+        "bitwise": {"ipc": True, "disk": True},
+        "growth": {"ipc": [0, 4096], "disk": [-8, 0]},
+    }
+    (publish,) = [step for step in acceptance.STEPS if step.name == "publish"]
+    assert publish.figure(place, json.dumps(good)) == "ipc 1.50"
+    with pytest.raises(ValueError, match="^disk: the engine holds other bytes$"):
+        publish.figure(place, json.dumps(good | {"bitwise": {"ipc": True, "disk": False}}))
+    with pytest.raises(ValueError, match="^ipc: 512 bytes more"):
+        publish.figure(place, json.dumps(good | {"growth": {"ipc": [512, 0]}}))
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 8])

@@ -7,6 +7,7 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.transformer.module import MegatronModule
+from torch.nn import Parameter
 
 
 def global_shards(chunks: Sequence[MegatronModule]) -> Iterator[ShardedTensor]:
@@ -30,14 +31,30 @@ def gradient_shards(chunks: Sequence[MegatronModule]) -> Iterator[ShardedTensor]
 
 @contextmanager
 def gradients_as_data(chunks: Sequence[MegatronModule]) -> Iterator[None]:
-    """Let parameters hold their gradients (zeros where frozen) inside the context, in the gradient buffers' type."""
-    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-    kept = [parameter.data for parameter in parameters]
+    """Let parameters of the same names hold the gradients (zeros where frozen) inside the context, in the gradient
+    buffers' type.
+
+    The modules get other parameters, and their own back at the end. Data of another type in their own would make torch
+    drop the hooks with which data parallelism adds to the gradient buffers.
+    """
+    owners = list(dict.fromkeys(module for chunk in chunks for module in chunk.modules()))
+    kept = [dict(module._parameters) for module in owners]
+    held: dict[Parameter, Parameter] = {}  # a tied parameter is one parameter inside the context too
     try:
-        for parameter in parameters:
-            gradient = getattr(parameter, "main_grad", None)
-            parameter.data = torch.zeros_like(parameter) if gradient is None else gradient
+        for module, own in zip(owners, kept):
+            for name, parameter in own.items():
+                if parameter is not None:
+                    held.setdefault(parameter, _gradient_of(parameter))
+                    module._parameters[name] = held[parameter]
         yield
     finally:
-        for parameter, data in zip(parameters, kept):
-            parameter.data = data
+        for module, own in zip(owners, kept):
+            module._parameters.update(own)
+
+
+def _gradient_of(parameter: Parameter) -> Parameter:
+    """Return a parameter with the same marks that shares memory with the gradient of this one."""
+    gradient = getattr(parameter, "main_grad", None)
+    held = Parameter(torch.zeros_like(parameter) if gradient is None else gradient, requires_grad=False)
+    held.__dict__.update(parameter.__dict__)
+    return held
