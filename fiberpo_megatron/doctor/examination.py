@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fiberpo_megatron.config import Config
-from fiberpo_megatron.doctor import engines, gpu_software, inputs, machine, software, storage
+from fiberpo_megatron.doctor import attention, engines, gpu_software, inputs, machine, software, storage
 from fiberpo_megatron.doctor.report import Check, Finding, examine
 from fiberpo_megatron.engines.settings import EngineConfig
 
@@ -45,7 +45,10 @@ def full(config: Config | None) -> list[Finding]:
     checks = [*_software(config), *(_of_config(config) if config else [])]
     if machine.gpu_count():
         checks.append(("GPU software", lambda: gpu_software.every(config)))
-    return [finding for name, check in checks for finding in examine(name, check, CHECK_S)] + talked
+    found = [finding for name, check in checks for finding in examine(name, check, CHECK_S)]
+    if machine.gpu_count():
+        found += examine("attention", lambda: attention.check(config), attention.DEADLINE_S + CHECK_S)
+    return found + talked
 
 
 def _software(config: Config | None) -> list[tuple[str, Check]]:

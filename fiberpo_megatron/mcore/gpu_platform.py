@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fiberpo_megatron.mcore.cudnn import cudnn_folders, cudnn_versions, one_cudnn
+from fiberpo_megatron.mcore.versions import set_grouped_layers
 from fiberpo_megatron.mcore.weight_gradient import fused_kernel
 
 
@@ -23,6 +25,13 @@ class GpuPlatform:
                 f"this machine has a GPU, but Transformer Engine cannot be imported ({error}); install it as "
                 'README.md says under "On GPUs", or hide the GPU (CUDA_VISIBLE_DEVICES=) to run on CPU'
             ) from error
+        versions = cudnn_versions()
+        if versions.differ:
+            raise ValueError(
+                f"two versions of cuDNN are in one process ({versions}; loaded from {', '.join(cudnn_folders())}): "
+                "Transformer Engine then falls back to an attention that holds the whole matrix of scores, and has "
+                f"none under context parallelism; {one_cudnn()}"
+            )
         # SLURM may show every rank of a machine one GPU, which then has number 0
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(self.device)
@@ -45,12 +54,15 @@ class GpuPlatform:
         """Return Megatron's Transformer Engine layer."""
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts,
             moe_grouped_gemm=num_experts is not None,
             qk_layernorm=qk_layernorm or latent,
             multi_latent_attention=latent,
         )
+        if num_experts is not None:
+            set_grouped_layers(spec)
+        return spec
 
     def final_norm(self) -> Any:
         """Return Transformer Engine's norm."""

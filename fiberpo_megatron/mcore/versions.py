@@ -12,6 +12,7 @@ from typing import Any
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import common as common_strategies
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
+from torch import Tensor
 
 
 def set_router(layer_spec: Any, router: type) -> None:
@@ -19,9 +20,12 @@ def set_router(layer_spec: Any, router: type) -> None:
 
     0.16.1 describes the experts' part by a ModuleSpec, 0.19.2 by a `functools.partial` of the module's class.
     """
+    _experts(layer_spec).router = router
+
+
+def _experts(layer_spec: Any) -> Any:
     experts = layer_spec.submodules.mlp
-    parts = experts.keywords["submodules"] if isinstance(experts, functools.partial) else experts.submodules
-    parts.router = router
+    return experts.keywords["submodules"] if isinstance(experts, functools.partial) else experts.submodules
 
 
 def group_identity(group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -74,3 +78,30 @@ def _read_before(common: dict[str, Any]) -> Any:
             return common
 
     return Known()
+
+
+def set_grouped_layers(layer_spec: Any) -> None:
+    """Put layers of grouped products that can be saved after FP8 into the specification of a layer with experts.
+
+    Of the recipes whose scales come from the tensor itself (all but "delayed") newer versions of Transformer Engine,
+    such as 2.20.2, give an empty tensor as the state. 0.16.1 takes a state with content for granted once FP8 has run,
+    and fails with "'NoneType' object is not subscriptable".
+    """
+    layers = _experts(layer_spec).experts.submodules
+    for name in ("linear_fc1", "linear_fc2"):
+        setattr(layers, name, _saves_empty_states(getattr(layers, name)))
+
+
+@functools.cache
+def _saves_empty_states(grouped: Any) -> Any:
+    class SavesEmptyStates(grouped):
+        """Is the class of Megatron-Core, which also cuts an empty FP8 state into one for each expert."""
+
+        def _split_extra_state(self, state: Any) -> list[Any]:
+            if isinstance(state, Tensor) and not state.numel():
+                return [state] * self.num_gemms
+            parts: list[Any] = super()._split_extra_state(state)
+            return parts
+
+    SavesEmptyStates.__name__ = SavesEmptyStates.__qualname__ = grouped.__name__
+    return SavesEmptyStates

@@ -64,6 +64,31 @@ def build(hf_config: dict[str, Any], parallel: dict[str, int], model: dict[str, 
     )
 
 
+def save_after_fp8(hf_config: dict[str, Any], parallel: dict[str, int], model: dict[str, Any], folder: str) -> set[int]:
+    """Save a policy whose layers are as after a step in FP8, read the checkpoint into it, and return the sizes of the
+    FP8 states that its grouped layers gave, in bytes."""
+    from megatron.core.fp8_utils import get_fp8_recipe
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+    from fiberpo_megatron.mcore import checkpoint
+    from fiberpo_megatron.mcore.parallel.layout import start_layout
+    from fiberpo_megatron.mcore.policy import build_policy
+    from tests.distributed.parity import make_config
+
+    config = make_config(parallel=parallel, model=model)
+    policy = build_policy(config, hf_config, start_layout(hf_config, config.parallel, config.run))
+    modules = [module for chunk in policy.models for module in chunk.modules()]
+    layers = [module for module in modules if isinstance(module, TransformerEngineBaseModule)]
+    recipe = get_fp8_recipe(policy.models[0].config)
+    for layer in layers:
+        layer.fp8, layer.fp8_meta["recipe"] = True, recipe  # what a forward pass within the recipe leaves
+    sizes = {layer.get_extra_state().numel() for layer in layers if hasattr(layer, "num_gemms")}
+    where = f"{folder}/step_000001"
+    checkpoint.save(policy, where, {"saved": 1})
+    assert checkpoint.load(policy, where) == {"saved": 1}
+    return sizes
+
+
 def _innermost(policy: Any) -> str:
     """Return the class of the optimizer inside Megatron's wrappers."""
     found = next(value for value in vars(policy).values() if hasattr(value, "param_groups"))

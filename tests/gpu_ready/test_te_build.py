@@ -6,13 +6,14 @@ the names in checkpoints are those of the CPU's layers, and every tensor of the 
 
 import importlib.util
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.mcore.families import FAMILIES
-from tests.gpu_ready.te_build import KINDS, Built, build
+from tests.gpu_ready.te_build import KINDS, Built, build, save_after_fp8
 from tests.gpu_ready.te_ranks import Driver, driver_of
 from tests.gpu_ready.te_stub import VERSIONS, folder_of
 from tests.variations import varied
@@ -84,6 +85,15 @@ def test_recomputation_and_bfloat16(recompute: str, driver: Driver):
 @pytest.mark.parametrize("recipe", varied(["tensorwise", "blockwise"], ["tensorwise"]))
 def test_fp8(recipe: str, driver: Driver):
     has_parts("qwen3_moe", driver, {}, dtype="bfloat16", fp8="hybrid", fp8_recipe=recipe)
+
+
+@pytest.mark.parametrize("recipe", varied(["tensorwise", "blockwise"], ["tensorwise"]))
+def test_a_checkpoint_after_steps_in_fp8(recipe: str, driver: Driver, tmp_path: Path):
+    """Transformer Engine 2.20.2 has no state for these recipes, and Megatron-Core's grouped layers took one for
+    granted; 2.10.0 has one, which is saved and not read."""
+    model = {"dtype": "bfloat16", "fp8": "e4m3", "fp8_recipe": recipe}
+    (sizes,) = driver.run_ranks(1, save_after_fp8, KINDS["qwen3_moe"], {}, model, str(tmp_path))
+    assert sizes and (sizes == {0}) == (driver is driver_of("2.20.2"))
 
 
 def test_the_cpu_platform_does_not_see_the_package():

@@ -147,7 +147,10 @@ def place_maximum(bins_ptr, max_ptr, fine_ptr):
     tl.store(fine_ptr + row, ((row == fine) & (_bin(value) == top) & (value > -2.0 * WIDEST)).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["bins_ptr", "tokens_ptr", "flag_ptr"])
+@triton.jit(
+    do_not_specialize=["size"],
+    do_not_specialize_on_alignment=["trajectory_ptr", "bins_ptr", "tokens_ptr", "flag_ptr"],
+)
 def first_pass(
     x_ptr,
     mu_ptr,
@@ -282,7 +285,10 @@ def find_largest(
         tl.store(out_ptr + 4 + p, share.to(tl.float64), mask=p < P)
 
 
-@triton.jit(do_not_specialize=["size", "nodes"], do_not_specialize_on_alignment=["clipped_ptr", "flag_ptr"])
+@triton.jit(
+    do_not_specialize=["size", "nodes"],
+    do_not_specialize_on_alignment=["base_ptr", "trajectory_ptr", "clipped_ptr", "flag_ptr"],
+)
 def second_pass(
     x_ptr,
     a_ptr,
@@ -351,7 +357,7 @@ def second_pass(
         tl.atomic_add(clipped_ptr + tl.load(trajectory_ptr + run), clipped)
 
 
-@triton.jit(do_not_specialize=["nodes"])
+@triton.jit(do_not_specialize=["nodes"], do_not_specialize_on_alignment=["base_ptr"])
 def third_pass(
     x_ptr,
     a_ptr,

@@ -11,10 +11,11 @@ from typing import Any
 
 
 def kernels() -> dict[str, Callable[..., Any]]:
-    """Return the kernels of the extension that the optimizer and the gradient norm call."""
+    """Return the kernels of the extension that the optimizer and the gradient norm call, and the version of cuDNN, for
+    which 2.10 asks when it builds an attention."""
     from tests.gpu_ready.te_emulation import optimizer
 
-    return dict(optimizer.KERNELS)
+    return {**optimizer.KERNELS, "get_cudnn_version": lambda: 91401}
 
 
 def emulate() -> None:

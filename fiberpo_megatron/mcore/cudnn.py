@@ -1,0 +1,65 @@
+"""This module sees whether torch and Transformer Engine use one cuDNN: two of them in a process break its attention."""
+
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_LIBRARY = re.compile(r"(/\S*/libcudnn[^/\s]*\.so[^/\s]*)")
+
+
+@dataclass(frozen=True)
+class CudnnVersions:
+    """Holds the versions of cuDNN that this process runs, such as 9.19.0; None when it cannot be asked for."""
+
+    torch: str | None
+    transformer_engine: str | None
+
+    @property
+    def differ(self) -> bool:
+        """Return whether both are known and are two versions."""
+        return None not in (self.torch, self.transformer_engine) and self.torch != self.transformer_engine
+
+    def __str__(self) -> str:
+        return f"torch runs cuDNN {self.torch}, Transformer Engine {self.transformer_engine}"
+
+
+def cudnn_versions() -> CudnnVersions:
+    """Ask torch, then Transformer Engine, which must have been imported before: loading it takes seconds."""
+    try:
+        number = torch.backends.cudnn.version()
+    except RuntimeError:  # torch refuses one that is older than what it was built with
+        number = None
+    engine = sys.modules.get("transformer_engine.pytorch.utils")
+    if number is None or engine is None:
+        return CudnnVersions(None, None)
+    return CudnnVersions(_text(number), ".".join(map(str, engine.get_cudnn_version())))
+
+
+def _text(number: int) -> str:
+    """Return the version that cudnnGetVersion() gives as a number: 91900 is 9.19.0, and 8907 was 8.9.7."""
+    major, rest = divmod(number, 10000 if number >= 90000 else 1000)
+    return f"{major}.{rest // 100}.{rest % 100}"
+
+
+def cudnn_folders(maps: Path = Path("/proc/self/maps")) -> list[str]:
+    """Return the folders from which this process has loaded libraries of cuDNN; none without /proc."""
+    try:
+        lines = maps.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    found = (_LIBRARY.search(line) for line in lines)
+    return list(dict.fromkeys(str(Path(match[1]).parent) for match in found if match))
+
+
+def one_cudnn(path: Iterable[str] = ()) -> str:
+    """Return how to have one cuDNN. `path`: where packages are looked for, `sys.path` unless it is given."""
+    folders = (Path(entry) / "nvidia/cudnn/lib" for entry in path or sys.path)
+    own = next((str(folder) for folder in folders if folder.is_dir()), "the folder nvidia/cudnn/lib beside torch")
+    return (
+        f"let both load one libcudnn.so.9: put {own} (torch's own) before all others in LD_LIBRARY_PATH, or remove the "
+        "other cuDNN"
+    )
