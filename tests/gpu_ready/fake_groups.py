@@ -149,7 +149,7 @@ def fake_rank(job: Job, rank: int, config: Any) -> Iterator[tuple[Any, FakeColle
         return [[at.tensor, at.context, at.data, at.pipeline] for at in places]
 
     record = FakeCollectives(check_devices=False)
-    record.row = 2 * LENGTH // (job.parallel.context * job.parallel.tensor)
+    record.row = 2 * length_of(job) // (job.parallel.context * job.parallel.tensor)
     record.hidden = int(job.model["hidden_size"])
     environment = {"WORLD_SIZE": str(job.world_size), "RANK": str(rank), "LOCAL_RANK": str(rank % 8)}
     with ExitStack() as stack:
@@ -275,12 +275,17 @@ def on_meta() -> Iterator[None]:
         yield
 
 
+def length_of(job: Job) -> int:
+    """The tokens of a trajectory, so many that every context-parallel rank has response tokens among them."""
+    return max(LENGTH, 4 * job.parallel.context)
+
+
 def order_of_ranks(job: Job, ranks: Sequence[int]) -> tuple[list[str], dict[int, int]]:
     """Take a training step on each rank; return what their collectives disagree about, and how many each made."""
     from fiberpo_megatron.mcore.policy import build_policy
 
     config = job_config(job)
-    case = Steps(objective="fiberpo", replay="none", parallel=job.parallel.model_dump())
+    case = Steps(objective="fiberpo", replay="none", parallel=job.parallel.model_dump(), length=length_of(job))
     calls: dict[int, list[Call]] = {}
     for rank in ranks:
         with fake_rank(job, rank, config) as (layout, record):

@@ -36,6 +36,8 @@ class Steps:
     micro_batches: int = 2
     """Rows of equal size of every data-parallel rank."""
     mini_batches: int = 1
+    length: int = LENGTH
+    """Tokens of a trajectory, two of which make a row."""
     steps: int = 2
     """Training steps; the first one is not counted, because it makes what later ones keep."""
     parallel: Mapping[str, Any] = field(default_factory=dict)
@@ -164,14 +166,15 @@ def train(case: Steps, config: Any, layout: Any, policy: Any) -> None:
     from fiberpo_megatron.trainer.settings import BatchConfig
     from fiberpo_megatron.trainer.step_routing import StepRouting
 
-    rollouts = equal_rollouts(2 * case.micro_batches * case.mini_batches * layout.data_size)
+    rollouts = equal_rollouts(2 * case.micro_batches * case.mini_batches * layout.data_size, case.length)
     if case.replay == "rollout":
         experts = np.random.default_rng(1).permuted(
             np.tile(np.arange(8), (len(rollouts.tokens), case.layers, 1)), axis=2
         )
         numbers = np.arange(len(rollouts.tokens))
         own = numbers // (len(numbers) // layout.data_size) == layout.data_rank  # every leader brings its share
-        held = numbers[own & (numbers % LENGTH != LENGTH - 1) & layout.is_leader]  # no engine has read a last token
+        read = numbers % case.length != case.length - 1  # no engine has read the last token of a sequence
+        held = numbers[own & read & layout.is_leader]
         rollouts = replace(
             rollouts,
             routing_rows=numbers.astype(np.int32),
@@ -182,7 +185,7 @@ def train(case: Steps, config: Any, layout: Any, policy: Any) -> None:
     parts = mini_batches(
         rollouts,
         np.random.default_rng(2).normal(size=len(rollouts.lengths)).astype(np.float32),
-        batch=BatchConfig(micro_batch_tokens=2 * LENGTH, mini_batches=case.mini_batches),
+        batch=BatchConfig(micro_batch_tokens=2 * case.length, mini_batches=case.mini_batches),
         weighting=objective.weighting,
         domains=2,
         layout=layout,
@@ -199,14 +202,14 @@ def train(case: Steps, config: Any, layout: Any, policy: Any) -> None:
     )
 
 
-def equal_rollouts(count: int) -> RolloutBatch:
-    """Trajectories of LENGTH tokens, two of each prompt, so that every row holds two of them."""
+def equal_rollouts(count: int, length: int) -> RolloutBatch:
+    """Trajectories of so many tokens, two of each prompt, so that every row holds two of them."""
     random = np.random.default_rng(0)
     return RolloutBatch.filled(
-        tokens=random.integers(0, 61, count * LENGTH),
-        response_mask=np.tile(np.arange(LENGTH) >= 4, count),
-        rollout_log_probs=np.full(count * LENGTH, -4.0, dtype=np.float32),
-        lengths=np.full(count, LENGTH),
+        tokens=random.integers(0, 61, count * length),
+        response_mask=np.tile(np.arange(length) >= 4, count),
+        rollout_log_probs=np.full(count * length, -4.0, dtype=np.float32),
+        lengths=np.full(count, length),
         rewards=random.random(count).astype(np.float32),
         correct=np.zeros(count, dtype=bool),
         groups=np.arange(count) // 2,
