@@ -21,7 +21,7 @@ from fiberpo_megatron.certify.processes import run_ranks
 from tools.step_memory import LiveStorages, architecture, trajectories
 
 KIB = 2**10
-SIZES = argparse.Namespace(layers=4, hidden=128, vocabulary=4096, row_tokens=256, rows=8)
+SIZES = argparse.Namespace(layers=4, hidden=128, vocabulary=4096, row_tokens=256, rows=8, experts=8, heads=4)
 
 
 def main() -> None:

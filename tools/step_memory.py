@@ -258,31 +258,28 @@ def prepare(case: str, options: argparse.Namespace) -> tuple[Any, Callable[[], A
 
 
 def architecture(options: argparse.Namespace) -> dict[str, Any]:
-    """Return a Qwen3-MoE with 8 experts, or as many as `experts` says, 2 of them for each token; with 0 a dense
-    Qwen3."""
-    experts = getattr(options, "experts", 8)
-    heads = getattr(options, "heads", 4)
-    if not experts:
-        return {**_common(options, heads), "model_type": "qwen3", "tie_word_embeddings": False}
+    """Return a Qwen3-MoE with so many experts, 2 of them for each token; with 0 a dense Qwen3."""
+    if not options.experts:
+        return {**_common(options), "model_type": "qwen3", "tie_word_embeddings": False}
     return {
-        **_common(options, heads),
+        **_common(options),
         "model_type": "qwen3_moe",
         "moe_intermediate_size": 2 * options.hidden,
-        "num_experts": experts,
+        "num_experts": options.experts,
         "num_experts_per_tok": 2,
         "norm_topk_prob": True,
     }
 
 
-def _common(options: argparse.Namespace, heads: int) -> dict[str, Any]:
+def _common(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "vocab_size": options.vocabulary,
         "hidden_size": options.hidden,
         "intermediate_size": 4 * options.hidden,
         "num_hidden_layers": options.layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // 2,
-        "head_dim": options.hidden // heads,
+        "num_attention_heads": options.heads,
+        "num_key_value_heads": options.heads // 2,
+        "head_dim": options.hidden // options.heads,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "initializer_range": 0.02,

@@ -7,7 +7,7 @@ from pathlib import Path
 from fiberpo_megatron.certify.processes import run_ranks
 
 TOOL = Path(__file__).parents[2] / "tools/step_memory.py"
-SMALL = argparse.Namespace(layers=2, hidden=64, vocabulary=2048, row_tokens=512, rows=1)
+SMALL = argparse.Namespace(layers=2, hidden=64, vocabulary=2048, row_tokens=512, rows=1, experts=8, heads=4)
 
 
 def measured(cases: list[str]) -> dict[str, dict[str, float]]:
