@@ -398,9 +398,11 @@ class Sampler(Protocol):
         max_tokens: int | None = None,
         stop_token_ids: Sequence[int] = (),
         change: SamplingChange | None = None,
+        priority: int = 0,
     ) -> list[Completion]:
         """Return one response to the prompt (token ids) for each seed. The limits narrow those of the run, which an
-        evaluation may `change`."""
+        evaluation may `change`. Where requests wait for each other, those of the lowest `priority` number come
+        first."""
         ...
 
     def score(self, token_ids: Sequence[int]) -> Sequence[ArrayLike]:

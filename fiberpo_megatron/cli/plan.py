@@ -36,8 +36,8 @@ def add_parser(commands: Any, overrides: str) -> None:
         "--staleness",
         type=int,
         metavar="S",
-        help="steps by which trajectories may run ahead of the weights (this version's runs have 0); with --search the "
-        "largest that is tried, default 4",
+        help="steps by which sampling may run ahead of training, default rollout.staleness; with --search the largest "
+        "that is tried, default 4",
     )
     parser.add_argument(
         "--picture", type=Path, metavar="FILE.svg", help="draw what bounds each phase, of the best plan with --search"
@@ -89,11 +89,9 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         return _scale(options, *arguments)
     if options.search:
         return _search(options, *arguments)
-    staleness = options.staleness or 0
-    plan = make_plan(*arguments, staleness=staleness, drain=staleness == 0)
+    staleness = config.rollout.staleness if options.staleness is None else options.staleness
+    plan = make_plan(*arguments, staleness=staleness, drain=not staleness or config.rollout.partial == "drain")
     print(json.dumps(show.plan_json(plan), indent=1) if options.json else show.plan_text(plan))
-    if staleness and not options.json:
-        print(f"\nStaleness {staleness} can be planned only: this version's runs have none (no rollout.staleness).")
     _draw(options, plan, arguments[-1])
     return 1 if plan.problems else 0
 
@@ -119,7 +117,8 @@ def _search(
     """Print the best plans; return 0 if any fits, else 1."""
     from fiberpo_megatron.planning import show
     from fiberpo_megatron.planning.explain import found_text, limit_lines, reason_lines
-    from fiberpo_megatron.planning.search import STALENESS, Goal, propose, settings
+    from fiberpo_megatron.planning.options import settings
+    from fiberpo_megatron.planning.search import STALENESS, Goal, propose
     from fiberpo_megatron.planning.timing import GIGA
 
     largest = max(STALENESS) if options.staleness is None else options.staleness

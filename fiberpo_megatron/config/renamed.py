@@ -1,5 +1,6 @@
 """This module translates configs that were written for earlier versions, with a warning that shows the new text."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ WITH_PRESET = ("fiberpo", "fiberpo-domain", "fiberpo-expert", "fiberpo-expert-gl
 """Objectives for which a config without `algorithm.preset` meant the bare form in earlier versions."""
 _WRITTEN_OUT = {"objective", "advantage", "normalise_std", "expert_routing", "routing_replay"}
 _ALL = ("kind", "name", "weight")
+VERSION_KEY = "weight_version"
+"""What earlier versions called the key `version` of levels."""
 
 
 def translated(values: Mapping[str, Any], source: Path | str) -> dict[str, Any]:
@@ -50,10 +53,16 @@ def translated(values: Mapping[str, Any], source: Path | str) -> dict[str, Any]:
     if isinstance(algorithm, Mapping) and "preset" not in algorithm and _meant_the_paper(algorithm, bool(new)):
         new["algorithm"] = {**new.get("algorithm", {}), "preset": "paper"}
         values["algorithm"] = {**algorithm, "preset": "paper"}
+    algorithm = values.get("algorithm", {})
+    if isinstance(algorithm, Mapping):
+        changed = _by_version(algorithm)
+        if changed:
+            new["algorithm"] = {**new.get("algorithm", {}), **changed}
+            values["algorithm"] = {**algorithm, **changed}
     environments = values.get("environments")
     if isinstance(environments, list) and any(map(_uses_prompt_files, environments)):
-        changed = [_prompt_files(entry) if _uses_prompt_files(entry) else entry for entry in environments]
-        new["environments"] = values["environments"] = changed
+        entries = [_prompt_files(entry) if _uses_prompt_files(entry) else entry for entry in environments]
+        new["environments"] = values["environments"] = entries
     if new:
         warn_user(f"{source} was written for an earlier version; write today:\n\n{tomli_w.dumps(_writable(new))}")
     return values
@@ -75,6 +84,28 @@ def _bounds_trajectories(algorithm: Mapping[str, Any]) -> bool:
     options = table.get("options")
     budgets = (algorithm.get("budgets"), options.get("budgets") if isinstance(options, Mapping) else None)
     return table.get("use") == "apc" and any(isinstance(given, Mapping) and "trajectory" in given for given in budgets)
+
+
+def _by_version(algorithm: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the settings that name the key of weight versions in levels or budgets, with today's name."""
+    found = {name: algorithm[name] for name in ("levels", "budgets") if name in algorithm}
+    objective = algorithm.get("objective")
+    options = objective.get("options") if isinstance(objective, Mapping) else None
+    if isinstance(objective, Mapping) and isinstance(options, Mapping):
+        own = {name: _with_version(options[name]) for name in ("levels", "budgets") if name in options}
+        found["objective"] = {**objective, "options": {**options, **own}}
+    renamed = {name: value if name == "objective" else _with_version(value) for name, value in found.items()}
+    return {name: value for name, value in renamed.items() if value != algorithm[name]}
+
+
+def _with_version(value: Any) -> Any:
+    """Return levels or budgets with today's name of the key, in lists, in names of levels and as what a table goes
+    by."""
+    if isinstance(value, Mapping):
+        return {_with_version(name): _with_version(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_version(item) for item in value]
+    return re.sub(rf"(?<!\w){VERSION_KEY}(?!\w)", "version", value) if isinstance(value, str) else value
 
 
 def _environment(task: Any) -> Any:

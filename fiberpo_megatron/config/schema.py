@@ -108,6 +108,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def importance_fits_the_rollouts(self) -> "Config":
+        rollout, method = self.rollout, self.algorithm.importance.method_at(self.rollout.staleness)
+        if method != "off" and (rollout.top_p < 1.0 or rollout.top_k != -1):
+            raise ValueError(
+                f"rollout.top_p = {rollout.top_p:g}, top_k = {rollout.top_k} with algorithm.importance.method = "
+                f'"{method}": engines give the log-probs of the whole distribution, from before the cut, and weights '
+                "made of them would be biased; set rollout.top_p = 1 and rollout.top_k = -1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def overlong_cache_fits(self) -> "Config":
         cache, limit = self.algorithm.overlong.cache_tokens, self.rollout.max_response_tokens
         if cache is not None and self.algorithm.overlong.limit_tokens is None and cache > limit:

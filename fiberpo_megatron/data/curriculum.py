@@ -6,14 +6,16 @@ probability a is a (1 - a). A domain's share of a step's prompts is therefore
     share_d  ~  weight_d  max(floor, 4 a_d (1 - a_d)),       a_d <- (1 - rate) a_d + rate (share of right answers)
 
 with a_d the domain's running solve rate, 1/2 at first. Shares become whole numbers of prompts by largest credit, and
-what a step rounds off is credited to the next. All state is in `Mix`; the prompts of a step are a pure function of
-(seed, step, Mix), and the Mix of the rollouts seen, so that every rank and a resumed run have the same.
+what a step rounds off is credited to the next. All state is in `Mix` and in what was drawn but not yet observed: with
+`rollout.staleness` S a step is drawn once the rollouts of the steps up to S + 1 before it were seen. The prompts of
+a step are a pure function of (seed, step, state), and the state of the rollouts seen, so that every rank and a resumed
+run have the same.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +34,15 @@ class Mix:
     """Prompts drawn so far: where the domain's shuffled stream goes on."""
     credit: tuple[float, ...]
     """Prompts owed by rounding; they sum to 0."""
+
+
+class Draw(NamedTuple):
+    """It is what one step draws; each field has one number per domain."""
+
+    counts: tuple[int, ...]
+    """Prompts of the step."""
+    before: tuple[int, ...]
+    """Prompts drawn by all steps before it."""
 
 
 def shares(mix: Mix, weights: Sequence[float], least: float) -> list[float]:
@@ -60,24 +71,31 @@ class AdaptivePrompts(PromptSets):
         self._rate, self._least = rate, least
         count = len(self.domains)
         self.mix = Mix((0.5,) * count, (0,) * count, (0.0,) * count)
-        self._allotted = 0
+        self._unobserved: dict[int, Draw] = {}
+        """What steps have drawn whose rollouts were not observed yet."""
 
     def prompts_at(self, seed: int, step: int, count: int) -> list[Place]:
-        """Return the `count` places of the step that comes next; `step` itself decides only how far the curricula
-        inside of the domains are."""
-        counts, _ = allot(self.mix, self._shares(), count)
-        self._allotted = count
-        wishes = sorted(((k + 0.5) / n, number, k) for number, n in enumerate(counts) for k in range(n))
+        """Return the `count` places of a step. A step that was not asked for before draws next, with the solve rates of
+        the rollouts that were observed by then; asking for it again returns the same."""
+        draw = self._unobserved.get(step)
+        if draw is None:
+            counts, credit = allot(self.mix, self._shares(), count)
+            draw = self._unobserved[step] = Draw(tuple(counts), self.mix.drawn)
+            drawn = tuple(before + n for before, n in zip(self.mix.drawn, counts))
+            self.mix = replace(self.mix, drawn=drawn, credit=tuple(credit))
+        wishes = sorted(((k + 0.5) / n, number, k) for number, n in enumerate(draw.counts) for k in range(n))
         places = []
         for _, number, k in wishes:
-            index = self._domains[number].training_index(self.mix.drawn[number] + k, seed, step, k)
+            index = self._domains[number].training_index(draw.before[number] + k, seed, step, k)
             places.append(Place(number, "train", index))
         return places
 
     def observe(self, rollouts: RolloutBatch) -> dict[str, float]:
-        """Take one step's rollouts into account; return the step's shares and the new solve rates as metrics."""
+        """Take the rollouts of the first step that was drawn and not observed into account; return the step's shares
+        and the new solve rates as metrics."""
         rollouts = rollouts.per_trajectory()
-        counts, credit = allot(self.mix, self._shares(), self._allotted)
+        step = min(self._unobserved)
+        counts = self._unobserved[step].counts
         first = np.unique(rollouts.groups, return_index=True)[1]
         seen = np.bincount(rollouts.domains[first], minlength=len(self.domains)).tolist()
         # fewer where an environment failed and its trajectories were dropped
@@ -86,9 +104,9 @@ class AdaptivePrompts(PromptSets):
         for number in np.unique(rollouts.domains).tolist():
             right = float(rollouts.correct[rollouts.domains == number].mean())
             rates[number] += self._rate * (right - rates[number])
-        drawn = tuple(before + n for before, n in zip(self.mix.drawn, counts))
-        self.mix = replace(self.mix, solve_rates=tuple(rates), drawn=drawn, credit=tuple(credit))
-        metrics = {f"curriculum/share/{name}": n / self._allotted for name, n in zip(self.domains, counts)}
+        self.mix = replace(self.mix, solve_rates=tuple(rates))
+        del self._unobserved[step]
+        metrics = {f"curriculum/share/{name}": n / sum(counts) for name, n in zip(self.domains, counts)}
         return metrics | {f"curriculum/solve_rate/{name}": rate for name, rate in zip(self.domains, rates)}
 
     def state(self) -> dict[str, Any]:
@@ -98,6 +116,7 @@ class AdaptivePrompts(PromptSets):
             "solve_rates": list(self.mix.solve_rates),
             "drawn": list(self.mix.drawn),
             "credit": list(self.mix.credit),
+            "unobserved": [[step, *map(list, draw)] for step, draw in sorted(self._unobserved.items())],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -108,6 +127,8 @@ class AdaptivePrompts(PromptSets):
                 f"{list(self.domains)}; resume with the environments and the data.curriculum that wrote it"
             )
         self.mix = Mix(tuple(state["solve_rates"]), tuple(state["drawn"]), tuple(state["credit"]))
+        unobserved = state.get("unobserved", [])  # earlier versions had none
+        self._unobserved = {step: Draw(tuple(counts), tuple(before)) for step, counts, before in unobserved}
 
     def _shares(self) -> list[float]:
         return shares(self.mix, [domain.weight for domain in self._domains], self._least)

@@ -28,7 +28,7 @@ INPUT_TOKEN_BYTES = 128
 LOWEST, HIGHEST = float(np.finfo(np.float32).min), 1e-4
 """Range of log-probs: float32, and rounding of log(softmax) may leave a hair above 0."""
 LARGEST_TOKEN = 2**31 - 1
-REASONS = ("stop", "length")
+REASONS = ("stop", "length", "abort")
 PREFERENCES: dict[str, object] = {
     "preferred_sampling_params": None,
     "watermark_default_enabled": False,
@@ -108,6 +108,8 @@ def completion(answer: object, asked: Asked) -> Completion:
     reason = field(field(info, "finish_reason", dict), "type", str)
     if reason not in REASONS:
         raise ValueError(f"the finish reason is {short(reason)}; known are {', '.join(REASONS)}")
+    if reason == "abort" and not token_ids:  # it was aborted in the queue, and says little more
+        return Completion((), np.zeros(0, np.float32), reason, ())
     prompt_tokens = field(info, "prompt_tokens", int)
     if prompt_tokens != asked.prompt_tokens:
         raise ValueError(f"it answers a prompt of {short(prompt_tokens)} tokens, but {asked.prompt_tokens} were sent")

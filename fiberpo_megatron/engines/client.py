@@ -3,7 +3,7 @@
 `connection.py` sends the requests, `weight_calls.py` has the calls that change weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -105,13 +105,16 @@ class EngineClient(WeightCalls):
         seeds: Sequence[int] | None = None,
         vocabulary: int | None = None,
         routing: RoutingShape | None = None,
+        keep_aborted: Callable[[], bool] | None = None,
     ) -> list[Completion]:
         """Return one response to each prompt (token ids), in order; for several responses, repeat the prompt.
 
         SGLang's `n` is not used, because its responses would share one seed. `seeds`: one per prompt; this needs a
         server started with `--enable-deterministic-inference`. `vocabulary`: a response with a token that is not below
         it is refused. `routing`: the shape in which experts are asked for; it fills `Completion.routed_experts`, and
-        needs `--enable-return-routed-experts`. Raises EngineAnswerError for an answer that does not fit the request.
+        needs `--enable-return-routed-experts`. `keep_aborted`: is asked about a response that the engine aborted; where
+        it says True the response is returned with the tokens that it had, perhaps none, and the finish reason "abort".
+        Raises EngineAborted for other aborts, and EngineAnswerError for an answer that does not fit the request.
         """
         if seeds is not None and len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; pass one seed per prompt")
@@ -132,7 +135,8 @@ class EngineClient(WeightCalls):
             if not isinstance(answer, list) or found != len(prompts):
                 raise ValueError(f"{len(prompts)} responses were asked for, but {found} came")
             for element in answer:
-                self._refuse_abort(element)
+                if keep_aborted is None or not keep_aborted():
+                    self._refuse_abort(element)
             return [answers.completion(element, one) for element, one in zip(answer, asked)]
 
     async def score(self, token_ids: Sequence[int], first: int = 1) -> NDArray[np.float32]:
@@ -267,6 +271,10 @@ class EngineClient(WeightCalls):
                 f"it was started with {', '.join(found)}, so that its tokens or prompts may not be those asked for",
                 "Start it without these arguments; [rollout] says how to sample",
             )
+
+    async def abort_all(self) -> None:
+        """End all requests: each is answered with the tokens that it has. Later ones run as usual."""
+        await self._call("POST", "/abort_request", {"abort_all": True}, CONTROL_TIMEOUT_S, json=False)
 
     async def pause(self, mode: Literal["abort", "retract", "in_place"] = "retract") -> None:
         """Stop generating. `retract` puts running requests back into the queue; new ones queue."""

@@ -22,6 +22,7 @@ from fiberpo_megatron.fibration.fiber import (
     FiberPOExpert,
     FiberPOExpertGlobal,
 )
+from fiberpo_megatron.fibration.importance import ImportanceWeights, LevelBounds, importance_weights
 from fiberpo_megatron.fibration.objective import Objective, TokenObjective
 from fiberpo_megatron.fibration.objective_metrics import ObjectiveMetrics
 from fiberpo_megatron.fibration.options import Advice, Option
@@ -72,6 +73,8 @@ __all__ = [
     "FiberPOExpertGlobal",
     "GatedChunk",
     "Gating",
+    "ImportanceWeights",
+    "LevelBounds",
     "Objective",
     "ObjectiveMetrics",
     "ObjectiveOutput",
@@ -81,6 +84,7 @@ __all__ = [
     "ReinforcePlusPlus",
     "TokenObjective",
     "build_objective",
+    "importance_weights",
     "objective_class",
     "objective_options",
     "register",

@@ -161,7 +161,9 @@ class NodeMap:
             return [runs.spread(row.view(-1).index_select(0, base)) for row in table]
         if table.shape[0] * table.shape[2] < NATIVE_PRODUCT and not kernel.is_cuda:
             rows = runs.spread(table.transpose(0, 1).index_select(0, base))
-            return list(torch.bmm(rows, kernel.to(rows.dtype).unsqueeze(2)).squeeze(2).t().contiguous())
+            found = rows.new_empty(table.shape[0], runs.tokens)
+            torch.bmm(rows, kernel.to(rows.dtype).unsqueeze(2), out=found.t().unsqueeze(2))
+            return list(found)
         # No large matrix product: in one, a token's bits could depend on how many tokens there are.
         return [runs.spread(row.index_select(0, base)).mul_(kernel).sum(1) for row in table]
 

@@ -83,7 +83,7 @@ class Passes:
             torch.add(gated.gradient, 0.0, out=gradient[chunk.tokens])
             share = (chunk.weights * chunk.advantages).mul_(gated.ratio)
             value.add(0, share.to(torch.float64, copy=share.dtype == torch.float64))
-            if self.nodes is not None and sums is not None:
+            if self.nodes is not None and sums is not None and gated.node_terms:
                 self.nodes.sum_into(sums, gated.node_terms, chunk.tokens, chunk.runs)
             if statistics is not None:
                 statistics.second(chunk, gated)

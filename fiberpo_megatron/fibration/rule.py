@@ -86,7 +86,8 @@ class GatedChunk:
     """1 where the token's own clip lets its gradient through, 0 where the token is clipped (for the metrics). None:
     the objective clips no token."""
     node_terms: tuple[Tensor, ...] = ()
-    """Values to sum per finest node in the second reduction, `adjoint_terms` of them."""
+    """Values to sum per finest node in the second reduction, `adjoint_terms` of them. An empty tuple says
+    that all are zero."""
 
 
 @dataclass(frozen=True)

@@ -47,13 +47,18 @@ class Runs:
         ends, run_ends = [*firsts[1:], self.size], [*run_at[1:], self.starts.shape[0]]
         return list(zip(firsts, ends, run_at, run_ends, strict=True)) if firsts else []
 
+    @cached_property
+    def slices(self) -> list[RunSlice]:
+        """Return the runs of each chunk, made once for all passes."""
+        return [RunSlice(end - start, self.lengths[at:stop], at, stop) for start, end, at, stop in self.chunks]
+
 
 def find_runs(batch: TokenBatch, keys: tuple[str, ...]) -> Runs:
     """Return the runs of the batch over `keys`; ids are taken from the first token of each run."""
     size, device = batch.size, batch.log_ratio.device
     chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
     if batch.expert_share is not None:  # tensors [n, P]
-        chunk //= 4
+        chunk //= 2
     if size == 0:
         none = torch.zeros(0, dtype=torch.int64, device=device)
         return Runs(size, chunk, none, none, dict.fromkeys(keys, none))
@@ -86,8 +91,8 @@ class RunSlice:
 
     @cached_property
     def run_of_token(self) -> Tensor:
-        """Return the run of each token within the slice, int64 [n]."""
-        index = torch.arange(self.end - self.first, device=self.lengths.device)
+        """Return the run of each token within the slice, int32 [n]: it stays for all passes."""
+        index = torch.arange(self.end - self.first, dtype=torch.int32, device=self.lengths.device)
         return torch.repeat_interleave(index, self.lengths, output_size=self.tokens)
 
     @cached_property
@@ -125,5 +130,5 @@ class RunSlice:
 
 def iterate(runs: Runs) -> Iterator[tuple[slice, RunSlice]]:
     """Yield the chunks of the batch with their runs."""
-    for start, end, first, stop in runs.chunks:
-        yield slice(start, end), RunSlice(end - start, runs.lengths[first:stop], first, stop)
+    for (start, end, _, _), its_runs in zip(runs.chunks, runs.slices, strict=True):
+        yield slice(start, end), its_runs

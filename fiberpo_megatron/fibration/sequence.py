@@ -230,6 +230,7 @@ class _APCGating(Gating):
         self.dtype = like.dtype
         self.lone_bound = lone_bound
         self.node_values: Tensor = slack.to(like.dtype)
+        self.any_beyond = bool((self.node_values < 0.0).any())  # else every bound is free, and q is zero for all tokens
 
     def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
         change, (slack,) = torch.expm1(chunk.log_ratio), values
@@ -243,7 +244,7 @@ class _APCGating(Gating):
         free_ratio = chunk.ratio * free
         ratio = (1.0 - free).mul_(reach.mul_(change.sign()).add_(1.0)).add_(free_ratio)
         gradient = free_ratio.mul_(chunk.weights).mul_(chunk.advantages)
-        return GatedChunk(ratio, gradient, free, (self._pushed(chunk, change, slack),))
+        return GatedChunk(ratio, gradient, free, (self._pushed(chunk, change, slack),) if self.any_beyond else ())
 
     def clip(self, chunk: Chunk, values: list[Tensor]) -> Clip:
         """Return what |r - 1| may be for each token: the slack of its node and its own part of what used it up."""
@@ -263,7 +264,7 @@ class _APCGating(Gating):
         return follows.mul_(chunk.weights).mul_(chunk.advantages).mul_(change.sign())
 
     def adjoint(self, sums: Tensor) -> Tensor | None:
-        return torch.cat([sums.to(self.dtype), self.node_values])
+        return torch.cat([sums.to(self.dtype), self.node_values]) if self.any_beyond else None
 
     def finish(self, chunk: Chunk, values: list[Tensor]) -> Tensor:
         """dB_i/dr_j = -sign(r_j - 1) for every other token i, and dr_j/dx_j = r_j."""

@@ -175,8 +175,9 @@ def make_plan(
         plan_stage(config, architecture, training, stage, work, assumptions) for stage in range(parallel.pipeline)
     )
     fullest = max(stages, key=lambda stage: stage.states.total)
-    # colocated: while an engine generates, the trainer's parameters stay, its gradients and optimizer state do not
-    taken = fullest.states.parameters if config.rollout.engine.colocated else 0
+    # colocated: while an engine generates, the trainer's parameters and the buffers of publications stay, its gradients
+    # and optimizer state do not
+    taken = fullest.states.parameters + kept_buffers(config) if config.rollout.engine.colocated else 0
     engine = plan_engine(config, architecture, memory, taken)
     scenario = replace(scenario, cache_gb=engine.cache / GIGA)
     return Plan(

@@ -2,8 +2,9 @@
 
 from fiberpo_megatron.planning.estimate import Plan
 from fiberpo_megatron.planning.hardware import Assumptions
+from fiberpo_megatron.planning.options import settings
 from fiberpo_megatron.planning.roofline import Bound, bounds
-from fiberpo_megatron.planning.search import Found, Goal, settings
+from fiberpo_megatron.planning.search import Found, Goal
 from fiberpo_megatron.planning.show import LAYOUT_HEADINGS, layout_row, table
 from fiberpo_megatron.planning.timing import GIGA
 
@@ -105,27 +106,11 @@ def settings_text(found: Found) -> str:
     best, candidate = found.plans[0], found.candidates[0]
     options = settings(best)
     pairs = [f"{name} {value}" for name, value in zip(options[::2], options[1::2])]
-    staleness = [f"--staleness {candidate.staleness}"] if candidate.staleness else []
     text = [f"Its settings, for the end of a command line ({candidate.gpus} GPUs):\n"]
-    text.append("    " + " \\\n    ".join([*pairs, *staleness]))
-    if candidate.staleness:
-        text.append(
-            f"\n--staleness {candidate.staleness} is an option of `fiberpo plan` alone: this version cannot run ahead "
-            "of its weights yet (it has no setting rollout.staleness), so that its runs have staleness 0. "
-            + _without_staleness(found)
-        )
+    text.append("    " + " \\\n    ".join(pairs))
     if best.config.rollout.engine.tensor > best.gpu.host_gpus:
         text.append(
             f"\nAn engine of {best.config.rollout.engine.tensor} GPUs spans machines of {best.gpu.host_gpus}; a run "
             "does not start such engines itself: start them, and give their addresses in rollout.engine.urls."
         )
     return "\n".join(text)
-
-
-def _without_staleness(found: Found) -> str:
-    for words, other in found.others:
-        if words == "without staleness" and not other.problems:
-            options = settings(other)
-            pairs = " ".join(f"{name} {value}" for name, value in zip(options[::2], options[1::2]))
-            return f"The best plan that it can run takes {other.time.total:.1f} s a step:\n\n    {pairs}"
-    return "No plan with staleness 0 fits."

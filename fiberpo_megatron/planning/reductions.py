@@ -10,7 +10,7 @@ from fiberpo_megatron.fibration import FiberPO, Objective, build_objective
 from fiberpo_megatron.trainer.settings import AlgorithmConfig
 from fiberpo_megatron.user_warnings import nowhere, warnings_to
 
-LABELLED = ("turn", "weight_version", "engine")
+LABELLED = ("turn", "version", "engine")
 """Keys whose ids a run gives numbers of their own, which budgets list; here all have the number 0."""
 
 

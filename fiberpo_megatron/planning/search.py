@@ -19,12 +19,13 @@ from fiberpo_megatron.mcore.settings import ParallelConfig
 from fiberpo_megatron.planning.engines import plan_engine
 from fiberpo_megatron.planning.estimate import Plan, make_plan, make_scenario, passing_bytes, plan_stage, workload
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu
+from fiberpo_megatron.planning.options import COLOCATED_METHOD
+from fiberpo_megatron.planning.phases import kept_buffers
 from fiberpo_megatron.planning.reductions import gate_bytes
 from fiberpo_megatron.planning.scenario import Scenario
 from fiberpo_megatron.planning.states import GRADIENT_BYTES
 from fiberpo_megatron.planning.timing import GIGA, step_time
 from fiberpo_megatron.planning.training import optimizer_seconds, optimizer_state_bytes, passes
-from fiberpo_megatron.settings import PluginConfig
 
 _SIZES = (1, 2, 4, 8, 16)
 _TENSOR = (1, 2, 4, 8)
@@ -199,7 +200,8 @@ class Search:
         for trainer, tensor in product(self._trainers(gpus), self._engine_sizes(gpus)):
             engines = self._engines(gpus, tensor)
             config = self._with(trainer, True, engines, tensor)
-            if plan_engine(config, self.architecture, self.memory, trainer.parameters).fits:
+            taken = trainer.parameters + kept_buffers(config)
+            if plan_engine(config, self.architecture, self.memory, taken).fits:
                 yield self._candidate(gpus, trainer, True, engines, tensor, 0)
 
     def _engine_sizes(self, gpus: int) -> list[int]:
@@ -218,8 +220,8 @@ class Search:
     ) -> Candidate:
         self.looked_at += 1
         scenario = self._scenario(trainer.gpus, trainer.parallel)
-        taken = trainer.parameters if colocated else 0
         config = self._with(trainer, colocated, engines, tensor)
+        taken = trainer.parameters + kept_buffers(config) if colocated else 0
         scenario = replace(
             scenario,
             engine_gpus=engines * tensor,
@@ -314,9 +316,8 @@ class Search:
             "slurm": self.config.slurm.model_copy(update=slurm),
         }
         sync = self.config.weight_sync
-        if colocated and sync.method.use == "distributed":  # needs GPUs of their own for the engines
-            disk = {"method": PluginConfig(use="disk"), "bucket_mib": None}
-            changed["weight_sync"] = sync.model_copy(update=disk)
+        if colocated and sync.method.use == "distributed":
+            changed["weight_sync"] = sync.model_copy(update={"method": COLOCATED_METHOD})
         if trainer is not None:
             changed["parallel"] = trainer.parallel
             changed["model"] = self.config.model.model_copy(update={"recompute": trainer.recompute})
@@ -390,31 +391,3 @@ def propose(
     computes in bfloat16; the rest of the config stays.
     """
     return Search(config, hf_config, memory, gpu, assumptions, goal or Goal()).run(gpus, count)
-
-
-def settings(plan: Plan) -> list[str]:
-    """Return the settings of a plan that the search chose, as options of the command line."""
-    parallel, engine = plan.config.parallel, plan.config.rollout.engine
-    names = ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_pipeline", "data")
-    values: dict[str, Any] = {f"parallel.{name}": getattr(parallel, name) for name in names}
-    values |= {
-        "parallel.uneven_stages": parallel.uneven_stages,
-        "model.dtype": plan.config.model.dtype,
-        "model.recompute": plan.config.model.recompute,
-        "optimizer.cpu_offload": plan.config.optimizer.cpu_offload,
-        "rollout.max_concurrent_requests": plan.config.rollout.max_concurrent_requests,
-        "rollout.engine.urls": "[]",
-        "rollout.engine.count": engine.count,
-        "rollout.engine.tensor": engine.tensor,
-        "rollout.engine.colocated": engine.colocated,
-        "rollout.engine.dtype": engine.dtype,
-        "slurm.engine_nodes": plan.config.slurm.engine_nodes,
-        "slurm.share_nodes": plan.config.slurm.share_nodes,
-    }
-    if engine.colocated and plan.config.weight_sync.method.use == "disk":
-        values["weight_sync.method"] = "disk"
-    return [word for name, value in values.items() for word in (f"--{name}", _text(value))]
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fiberpo_megatron.environments import Message, ToolCall, Turn
 from fiberpo_megatron.interfaces import ConversationEncoder, Sampler
+from fiberpo_megatron.rollout.segments import join_experts
 from fiberpo_megatron.types import Completion, Prompt, WeightSpan
 
 ParseTools = Callable[[str, Sequence[Mapping[str, Any]]], Awaitable[tuple[str, tuple[ToolCall, ...]]]]
@@ -34,6 +35,7 @@ class PolicyConversation:
     that must not be trained on. `branch`: which of the trajectory's token sequences it is, for the seeds. `history`:
     the tokens behind which a branch goes on; empty where it begins with a prompt of its own. `tools`: those with which
     the history was written. `longest`: tokens that the policy may read and write in one sequence; None: any number.
+    `priority`: that of its requests (`Sampler.sample`).
     """
 
     prompt: Prompt
@@ -47,6 +49,7 @@ class PolicyConversation:
     history: tuple[int, ...] = ()
     tools: Sequence[Mapping[str, Any]] | None = None
     longest: int | None = None
+    priority: int = 0
     prompt_ids: tuple[int, ...] = ()
     """The tokens before the first turn, the history among them."""
     turns: list[Completion] = field(default_factory=list)
@@ -87,6 +90,7 @@ class PolicyConversation:
             [self._turn_seed()],
             max_tokens=self._limit(len(prefix), max_tokens),
             stop_token_ids=self.encoder.tokens_with(stop) if stop else (),
+            priority=self.priority,
         )
         self.check(self.prompt, completion)
         if self.turns:
@@ -194,22 +198,10 @@ def join_turns(turns: Sequence[Completion], between: Sequence[Sequence[int]]) ->
         np.concatenate(log_probs),
         turns[-1].finish_reason,
         tuple(spans),
-        _join_experts([turn.routed_experts for turn in turns]),
+        join_experts([turn.routed_experts for turn in turns]),
         np.array(mask),
         np.concatenate(engines),
     )
-
-
-def _join_experts(answers: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
-    joined = answers[-1]
-    if joined is None:
-        return None
-    joined = joined.copy()
-    for experts in reversed(answers[:-1]):
-        if experts is None:
-            return None
-        joined[: len(experts)] = experts
-    return joined
 
 
 def _readable(new: str | Sequence[Message]) -> str:

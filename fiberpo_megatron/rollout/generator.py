@@ -2,12 +2,10 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
-from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,12 +20,27 @@ from fiberpo_megatron.interfaces import ConversationEncoder, Sampler, Scorer
 from fiberpo_megatron.rollout.branches import BranchedConversation
 from fiberpo_megatron.rollout.conversation import ParseTools, PolicyConversation, response_seeds
 from fiberpo_megatron.rollout.environments import RunningEnvironment
+from fiberpo_megatron.rollout.producer import Groups, Keep
 from fiberpo_megatron.rollout.rewards import weighted_reward
 from fiberpo_megatron.types import Branch, Completion, Prompt, RolloutGroup, TokenSequence, Trajectory
 
-STOP_POLL_S = 0.5
-"""How often a request to stop is looked for while no group ends."""
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """It says how the trajectories of some prompts are sampled."""
+
+    name: str
+    """Sampling seeds depend on it: the training step, or the version of the weights of an evaluation."""
+    versions: frozenset[str]
+    """Versions of the weights that may sample tokens."""
+    priority: int = 0
+    """That of the first prompt's requests; each further prompt has the next number (`Sampler.sample`)."""
+
+    def of_prompt(self, index: int) -> "Sampled":
+        """Return this for the prompt at `index`."""
+        return replace(self, priority=self.priority + index)
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,8 @@ class Generator:
     encoder: ConversationEncoder
     loop: BackgroundLoop
     seed: int
-    """Sampling depends on it, on the weights' version and on the prompt, not on which rank asks."""
+    """Sampling depends on it, on the step (of an evaluation: on the weights' version) and on the prompt, not on which
+    rank asks."""
     random_reward: bool = False
     """`data.random_reward`."""
     parse_tools: ParseTools | None = None
@@ -68,62 +82,51 @@ class Generator:
     """Tokens of the longest sequence that a conversation may grow to; None: any number."""
 
     def groups(
-        self, prompts: Sequence[Prompt], count: int, version: str, stop: Callable[[], bool]
+        self, prompts: Sequence[Prompt], count: int, version: str, stop: Callable[[], bool], priority: int = 0
     ) -> Iterator[tuple[int, RolloutGroup]]:
         """Yield pairs (index of a prompt, its scored trajectories), each prompt once, as they are finished.
 
-        All are sampled with weights `version`. A group has `count` trajectories, or fewer where its environment failed
-        and drops them. There are fewer prompts where `stop` says so before the last has ended.
-
-        A trajectory is scored by `scorers` as soon as it has ended, while others are still sampled, and its group is
-        finished when the scores are there.
-
-        Raises EnvironmentFailed for a failure with `on_failure = "error"`, ScoringFailed when a scorer's servers
-        failed, and RuntimeError when an engine answered with other weights: this source is synchronous, so that would
-        mean that a publication was lost.
+        All are sampled with weights `version`. There are fewer prompts where `stop` says so before the last has ended.
+        Raises what `begin` says.
         """
-        came: SimpleQueue[tuple[int, RolloutGroup] | None] = SimpleQueue()  # None: there is no more
-        asked = Counter(prompt.domain for prompt in prompts)
+        sampling = Sampled(version, frozenset([version]), priority)
+        groups = self.begin(dict(enumerate(prompts)), count, sampling)
+        try:
+            yield from groups.finished(stop)
+        finally:
+            groups.cancel()
+
+    def begin(self, prompts: Mapping[int, Prompt], count: int, sampled: Sampled, keep: Keep | None = None) -> Groups:
+        """Begin to make the groups of all prompts at the same time; `prompts` and the groups have the same keys.
+
+        A group has `count` trajectories, or fewer where its environment failed and drops them. A trajectory is scored
+        by `scorers` as soon as it has ended, while others are still sampled, and its group is finished when the scores
+        are there. `keep` is called with each finished group at once.
+
+        What comes of it raises EnvironmentFailed for a failure with `on_failure = "error"`, ScoringFailed when a
+        scorer's servers failed, and RuntimeError when an engine answered with other weights than `sampled` allows,
+        which would mean that a publication was lost.
+        """
+        asked = Counter(prompt.domain for prompt in prompts.values())
         budgets = {domain: self.environments[domain].step_budget(asked[domain], count) for domain in asked}
 
-        async def all_groups() -> None:
-            async with asyncio.TaskGroup() as tasks:
-                for index, prompt in enumerate(prompts):
-                    tasks.create_task(one(index, prompt))
+        async def make(index: int, prompt: Prompt) -> RolloutGroup:
+            return await self.group(prompt, count, sampled.of_prompt(index), budgets[prompt.domain])
 
-        async def one(index: int, prompt: Prompt) -> None:
-            came.put((index, await self.group(prompt, count, version, budgets[prompt.domain])))
+        return Groups(self.loop, make, prompts, keep)
 
-        work = self.loop.submit(all_groups())
-        work.add_done_callback(lambda _: came.put(None))
-        try:
-            while True:  # not for ever: every request and every environment has its deadline
-                try:
-                    item = came.get(timeout=0 if stop() else STOP_POLL_S)
-                except Empty:
-                    if stop():
-                        return
-                    continue
-                if item is None:
-                    break
-                yield item
-            try:
-                work.result()
-            except BaseExceptionGroup as errors:
-                raise _first(errors) from None
-        finally:
-            work.cancel()
-
-    async def group(self, prompt: Prompt, count: int, version: str, budget: StepBudget | None = None) -> RolloutGroup:
+    async def group(
+        self, prompt: Prompt, count: int, sampled: Sampled, budget: StepBudget | None = None
+    ) -> RolloutGroup:
         """Return the `count` scored trajectories of one prompt. `budget` bounds the time of its environment."""
         environment = self.environments[prompt.domain]
         if environment.description.single_turn:
-            seeds = response_seeds(self._seed(prompt, version), count)
+            seeds = response_seeds(self._seed(prompt, sampled.name), count)
             samples = await _together(
-                self._single_turn(environment, prompt, i, seeds[i], version, budget) for i in range(count)
+                self._single_turn(environment, prompt, i, seeds[i], sampled, budget) for i in range(count)
             )
         else:
-            samples = await _together(self._conversation(environment, prompt, i, version, budget) for i in range(count))
+            samples = await _together(self._conversation(environment, prompt, i, sampled, budget) for i in range(count))
         if environment.description.scores_groups:
             samples = await self._score_group(environment, prompt, samples, budget)
         trajectories = [self._trajectory(environment, sample, i) for i, sample in enumerate(samples)]
@@ -135,15 +138,15 @@ class Generator:
         prompt: Prompt,
         sample: int,
         seed: int,
-        version: str,
+        sampled: Sampled,
         budget: StepBudget | None,
     ) -> _Sample:
         """Return one answer, which is scored as soon as it is there, whatever the other answers to the prompt do."""
-        completions = await self.sampler.sample(prompt.token_ids, [seed])
+        completions = await self.sampler.sample(prompt.token_ids, [seed], priority=sampled.priority)
         if len(completions) != 1:
             raise ValueError(f"the engine gave {len(completions)} answers to prompt {prompt.text!r}, not 1")
         completion = completions[0]
-        self._check(version, prompt, completion)
+        self._check(sampled.versions, prompt, completion)
         turn = Turn(self.encoder.text(completion.token_ids), completion.finish_reason, completion.token_ids)
         result: Outcome | Failure = Outcome(0.0)
         if environment.description.scores:
@@ -153,9 +156,9 @@ class Generator:
         return await self._with_scores(_Sample(prompt, completion, turn.text, (turn,), result))
 
     async def _conversation(
-        self, environment: RunningEnvironment, prompt: Prompt, sample: int, version: str, budget: StepBudget | None
+        self, environment: RunningEnvironment, prompt: Prompt, sample: int, sampled: Sampled, budget: StepBudget | None
     ) -> _Sample:
-        seed = self._seed(prompt, version)
+        seed = self._seed(prompt, sampled.name)
         attempts: list[BranchedConversation] = []
 
         def begin() -> Say:
@@ -167,9 +170,10 @@ class Generator:
                 seed,
                 self.encoder,
                 self.sampler,
-                partial(self._check, version),
+                partial(self._check, sampled.versions),
                 self.parse_tools,
                 longest=self.longest,
+                priority=sampled.priority,
             )
             attempts.append(BranchedConversation(branch))
             return attempts[-1].say
@@ -262,13 +266,13 @@ class Generator:
             outcome.answer,
         )
 
-    def _check(self, version: str, prompt: Prompt, completion: Completion) -> None:
+    def _check(self, versions: Collection[str], prompt: Prompt, completion: Completion) -> None:
         """RuntimeError for a response of other weights, or one without tokens."""
         seen = {span.version for span in completion.weight_spans}
-        if seen - {version}:
+        if not seen <= set(versions):
             raise RuntimeError(
-                f"a rollout of prompt {prompt.text!r} was sampled with weights {sorted(seen)}, but {version!r} was "
-                "published last; check that no other run publishes to these engines"
+                f"a rollout of prompt {prompt.text!r} was sampled with weights {sorted(seen)}, but only "
+                f"{sorted(versions)} may be in it; check that no other run publishes to these engines"
             )
         if not completion.token_ids:
             raise RuntimeError(
@@ -276,9 +280,9 @@ class Generator:
                 f"(finish reason {completion.finish_reason!r}); raise rollout.max_response_tokens"
             )
 
-    def _seed(self, prompt: Prompt, version: str) -> int:
-        name = f"{self.seed} {version} {prompt.domain} {prompt.number}".encode(errors="surrogatepass")
-        return int.from_bytes(blake2b(name, digest_size=4).digest(), "big") >> 1  # engines take 31 bits
+    def _seed(self, prompt: Prompt, name: str) -> int:
+        text = f"{self.seed} {name} {prompt.domain} {prompt.number}".encode(errors="surrogatepass")
+        return int.from_bytes(blake2b(text, digest_size=4).digest(), "big") >> 1  # engines take 31 bits
 
     def _environment_seed(self, prompt: Prompt, sample: int) -> int:
         name = f"environment {self.seed} {prompt.domain} {prompt.split} {prompt.number} {sample}"
@@ -303,11 +307,3 @@ async def _together(work: Iterable[Coroutine[Any, Any, Item]]) -> list[Item]:
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(one) for one in work]
     return [one.result() for one in running]
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first error that is not the cancellation of another."""
-    found: list[BaseException] = []
-    for error in errors.exceptions:
-        found.append(_first(error) if isinstance(error, BaseExceptionGroup) else error)
-    return next((e for e in found if not isinstance(e, (asyncio.CancelledError, CancelledError))), found[0])

@@ -1,6 +1,7 @@
 """This module defines the settings of sampling and of the rollouts on disk: [rollout] and [storage]."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -25,6 +26,17 @@ class RolloutConfig(Section):
     step_timeout_s: float = Field(14400.0, gt=0)
     """Seconds that the trajectories of a step, or of an evaluation, may take. The other ranks wait so long for those
     that ask the engines; they enter no collective meanwhile, so that run.distributed_timeout_s does not limit it."""
+    staleness: int = Field(0, ge=0)
+    """Steps by which sampling may run ahead of training (docs/rollouts.md): while a step is trained, trajectories of
+    later steps are sampled, and no token that is trained on is older than so many versions of the weights. 0: engines
+    and trainer take turns, and every token is of the newest weights."""
+    partial: Literal["drain", "retract", "segment"] = "drain"
+    """What a publication does with unfinished trajectories, where staleness is above 0. drain: it waits until all have
+    ended, so that a trajectory has one version of the weights and runs repeat. retract: engines pause, load and go on.
+    segment: requests are aborted and continued behind the tokens that they have, on any engine."""
+    chunk_tokens: int | None = Field(None, ge=1)
+    """Largest number of tokens that one request samples; a longer response takes several. Unset: one request for each
+    response. Smaller segments let requests of earlier steps go first, and a dead engine costs less."""
     tool_call_parser: str | None = None
     """Name of SGLang's parser for the model's tool calls, such as `qwen25`. An environment that passes tools to the
     policy needs it."""
@@ -38,6 +50,16 @@ class RolloutConfig(Section):
     def greedy_is_not_sampling(self) -> "RolloutConfig":
         if self.top_k == 0 or self.top_k < -1:
             raise ValueError(f"rollout.top_k = {self.top_k}: use -1 (all tokens) or a number of at least 1")
+        return self
+
+    @model_validator(mode="after")
+    def partial_fits(self) -> "RolloutConfig":
+        if self.staleness and self.engine.colocated and self.partial != "segment":
+            raise ValueError(
+                f"rollout.staleness = {self.staleness} with rollout.engine.colocated = true and rollout.partial = "
+                f"{self.partial!r}: engines that share GPUs with the trainer sleep while it trains; set "
+                'rollout.partial = "segment", which keeps the tokens of unfinished responses, or staleness = 0'
+            )
         return self
 
     @model_validator(mode="after")

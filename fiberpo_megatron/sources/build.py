@@ -17,6 +17,7 @@ from fiberpo_megatron.data.prompts import Place, PromptSets
 from fiberpo_megatron.engines.answers import RoutingShape
 from fiberpo_megatron.engines.api_key import new_key, read_key
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
+from fiberpo_megatron.engines.connection import CONTROL_TIMEOUT_S
 from fiberpo_megatron.engines.errors import EngineError
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.engines.registry import SLACK_S, Registry
@@ -32,11 +33,14 @@ from fiberpo_megatron.rollout.environments import Environments
 from fiberpo_megatron.rollout.generator import Generator
 from fiberpo_megatron.rollout.sampler import EngineSampler
 from fiberpo_megatron.rollout.scoring import ScoringFailed, ServedScores, check_vocabulary, probed_tokens
+from fiberpo_megatron.rollout.tickets import Tickets
 from fiberpo_megatron.sources.device_sharing import SeparateDevices, SharedDevices
 from fiberpo_megatron.sources.engine import EngineSource, unwatched
 from fiberpo_megatron.sources.engine_watch import EngineWatch
+from fiberpo_megatron.sources.handover import AllEnded, CutShort, GoesOn, Handover
 from fiberpo_megatron.sources.replay import ReplaySource
 from fiberpo_megatron.sources.stored import StoredRollouts
+from fiberpo_megatron.sources.supply import Supply
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.together import together
 from fiberpo_megatron.weight_sync.choose import make_publisher
@@ -101,7 +105,7 @@ def rollout_source(
         publisher = stack.enter_context(
             closing(make_publisher(config, pool, parts.layout.rank, parts.layout.world_size))
         )
-        yield EngineSource(
+        source = EngineSource(
             policy=policy,
             prompts=parts.prompts,
             read=read,
@@ -123,9 +127,30 @@ def rollout_source(
             stop=parts.stop,
             devices=shared or SeparateDevices(),
             pool=pool,
-            counts=partial(_counts, environments, scorers),
+            tickets=Tickets(config.batch.prompts, config.rollout.staleness, config.trainer.steps),
+            handover=partial(_handover, parts, sampler, pool),
+            counts=partial(_counts, environments, scorers, sampler),
+            busy=sampler.take_busy if environments is not None else tuple,
             watch=EngineWatch(pool, config.run.folder) if parts.layout.is_logger else unwatched,
         )
+        yield stack.enter_context(closing(source))
+
+
+def _handover(parts: SourceParts, sampler: EngineSampler, pool: EnginePool, supply: Supply) -> Handover:
+    """What `rollout.partial` says, where trajectories may be unfinished when weights are published."""
+    rollout = parts.config.rollout
+    if not rollout.staleness or rollout.partial == "retract":
+        return GoesOn()
+    if rollout.partial == "drain":
+        return AllEnded(supply.drain)
+    return CutShort(
+        parts.layout,
+        sampler if parts.environments is not None else None,
+        pool.abort_all,
+        lambda: supply.unfinished,
+        CONTROL_TIMEOUT_S,
+        shared=rollout.engine.colocated,
+    )
 
 
 def make_sampler(config: Config, hf_config: Mapping[str, Any], encoder: Encoder, pool: EnginePool) -> EngineSampler:
@@ -143,6 +168,7 @@ def make_sampler(config: Config, hf_config: Mapping[str, Any], encoder: Encoder,
         max_concurrent=rollout.max_concurrent_requests,
         vocabulary=int(hf_config["vocab_size"]),
         routing=_routing_shape(hf_config) if config.needs_rollout_routing else None,
+        segment_tokens=rollout.chunk_tokens,
     )
 
 
@@ -187,9 +213,12 @@ def _routing_shape(hf_config: Mapping[str, Any]) -> RoutingShape:
     return RoutingShape(architecture.layers, architecture.experts.per_token, architecture.experts.count)
 
 
-def _counts(environments: Environments | None, scorers: Mapping[str, ServedScores]) -> dict[str, float]:
-    """The counts of this rank's environments and scorers since the last call, by metric."""
+def _counts(
+    environments: Environments | None, scorers: Mapping[str, ServedScores], sampler: EngineSampler
+) -> dict[str, float]:
+    """The counts of this rank's environments, requests and scorers since the last call, by metric."""
     found = {} if environments is None else dict(environments.take_metrics())
+    found |= {f"requests/{name}": float(number) for name, number in sampler.take_counts().items()}
     for fact, scores in scorers.items():
         name = fact.removesuffix("_log_probs")
         found |= {f"scoring/{name}/{count}": value for count, value in scores.take_counts().items()}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fiberpo_megatron.data.prompts import PromptSets
 from fiberpo_megatron.evaluation.settings import EvaluationSet
 from fiberpo_megatron.interfaces import Evaluated, Layout
-from fiberpo_megatron.sources.engine import Read, Store
+from fiberpo_megatron.sources.stored import Store
+from fiberpo_megatron.sources.supply import Read
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.together import together
 from fiberpo_megatron.types import RolloutBatch

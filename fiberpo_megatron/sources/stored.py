@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.interfaces import Layout
@@ -16,6 +16,31 @@ from fiberpo_megatron.rollout.dump import DumpError, Origin, RolloutDump, prompt
 from fiberpo_megatron.rollout.finished import FinishedGroups, origins
 from fiberpo_megatron.together import together
 from fiberpo_megatron.types import Prompt, RolloutBatch, RolloutGroup, flatten
+
+
+class Store(Protocol):
+    """It keeps rollouts on disk. Every rank calls it; `unfinished` is for leaders alone."""
+
+    def load(self, step: int, prompts: Sequence[Prompt], weights: str) -> RolloutBatch | None:
+        """Return the step's trajectories, equal on every rank, where they need not be generated. Raises when they are
+        to be replayed and cannot be."""
+        ...
+
+    def save(self, step: int, prompts: Sequence[Prompt], weights: str, batch: RolloutBatch) -> None:
+        """Keep trajectories that were just generated."""
+        ...
+
+    def unfinished(
+        self, step: int, prompts: Sequence[Prompt], weights: str, mine: Sequence[int]
+    ) -> AbstractContextManager[MutableMapping[int, RolloutGroup]]:
+        """Give the finished groups of a step whose generation was cut short, by index of their prompt, as far as they
+        are among `mine`. What is put into the mapping is kept for a resume."""
+        ...
+
+    def saved(self, done: int) -> None:
+        """Note that a checkpoint holds the first `done` steps."""
+        ...
+
 
 DUMP = "dump"
 """Folder of a run's stored rollouts."""
@@ -219,16 +244,21 @@ def _check_settings(dump: RolloutDump, step: int, ours: Mapping[str, Any]) -> No
 
 def _digests(config: Config, world_size: int) -> tuple[str, str]:
     """16 hex digits of every setting that decides the weights, with the number of ranks, and of those that decide what
-    is sampled from given weights."""
+    is sampled from given weights. With staleness the first are the second: any run that samples alike may use them."""
     described = config.model_dump(
         mode="json", include={"model": True, "rollout": True, "data": True, "environments": True, "run": {"seed"}}
     )
     described["rollout"]["engine"] = config.rollout.engine.dtype  # the servers' addresses and sizes decide nothing
-    del described["rollout"]["max_concurrent_requests"]
+    for name in ("max_concurrent_requests", "partial", "chunk_tokens"):  # they decide when, not what
+        del described["rollout"][name]
+    staleness = described["rollout"].pop("staleness")
     training = config.model_dump(mode="json", include={"parallel", "optimizer", "algorithm", "batch", "trainer"})
     if config.scoring_servers:  # their addresses decide nothing, but groups without scores cannot stand beside others
         described["scores"] = sorted(config.scoring_servers)
     sampling = described | {"model": {"path": described["model"]["path"], "dtype": described["model"]["dtype"]}}
+    if staleness:  # which weights sample a token depends on timing; the log-probs beside it stay true whatever trains
+        sampling |= {"staleness": staleness}
+        return _digest(sampling), _digest(sampling)
     return _digest(described | training | {"ranks": world_size}), _digest(sampling)
 
 

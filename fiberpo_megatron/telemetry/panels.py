@@ -196,6 +196,22 @@ def _movement(panels: PanelMaker) -> Iterator[Panel | None]:
         note="mean |difference of log-probs| of a token: tokens sampled with the trainer's own weights, tokens sampled "
         "with older ones, and what the optimiser steps on a batch add",
     )
+    yield panels.lines("Lag of tokens", {"lag/mean": "mean", "lag/max": "oldest"}, note="in versions of the weights")
+    yield panels.lines("Tokens by lag", panels.matching(r"lag/token_share/(.+)"))
+    yield panels.lines("Waiting", {"idle/trainer_seconds": "trainer", "idle/engine_seconds": "engines"})
+    yield panels.lines(
+        "Drift by lag",
+        panels.matching(r"drift/lag/(.+)"),
+        log=True,
+        note="mean |difference of log-probs| of a token, by how many versions older its weights were",
+    )
+    yield panels.lines(
+        "Mismatch by engine",
+        panels.matching(r"drift/engine/(.+)"),
+        log=True,
+        note="mean |difference of log-probs| of the tokens that each engine sampled with the trainer's own weights",
+    )
+    yield from _importance(panels)
     yield panels.lines(
         "Clipped tokens", {"token/clip_share": "clipped"}, note="tokens whose own clip stops their direct gradient"
     )
@@ -228,6 +244,21 @@ def _movement(panels: PanelMaker) -> Iterator[Panel | None]:
         log=True,
         note="of one token in a step",
     )
+
+
+def _importance(panels: PanelMaker) -> Iterator[Panel | None]:
+    """Yield the importance weights over all tokens, by lag and by engine."""
+    yield panels.lines(
+        "Engines that are masked", {"mismatch/masked_engines": "engines"}, note="by algorithm.mismatch.mask"
+    )
+    for title, name, note in (
+        ("Importance weight", "weight", "mean of a token; 1 without truncation and masks, in expectation"),
+        ("Masked tokens", "masked_share", "tokens whose importance weight is 0"),
+        ("Effective sample size of importance weights", "effective_sample_size", "(sum w)² / (n sum w²)"),
+    ):
+        yield panels.lines(title, {f"importance/{name}": "all tokens"}, note=note)
+        yield panels.lines(f"{title} by lag", panels.matching(rf"importance/{name}/lag/(.+)"), note=note)
+        yield panels.lines(f"{title} by engine", panels.matching(rf"importance/{name}/engine/(.+)"), note=note)
 
 
 def _terms(panels: PanelMaker) -> Iterator[Panel | None]:

@@ -26,7 +26,7 @@ from fiberpo_megatron.trainer.settings import BatchConfig
 from fiberpo_megatron.trainer.states import state_ids
 from fiberpo_megatron.types import MicroBatch, RolloutBatch, concatenated_response_tokens
 
-SUPPLIED_KEYS = ("turn", "trajectory", "prompt_group", "domain", "weight_version", "engine", "state")
+SUPPLIED_KEYS = ("turn", "trajectory", "prompt_group", "domain", "version", "engine", "state")
 """Keys by which an objective may group tokens. Expert partitions are no key: a token belongs to several of them."""
 
 
@@ -40,7 +40,7 @@ class MiniBatch:
     """float32 [n]; those of a trajectory's tokens differ where a term rewards tokens (`trainer/terms`)."""
     weights: Tensor
     """float64 [n] mu: positive, 0 where a term leaves tokens out. With the weightings "seq-mean" and "token-mean" they
-    sum to 1 over the mini-batch and all ranks."""
+    sum to 1 over the mini-batch and all ranks. Once tokens have importance weights, mu' w (`trainer/importance`)."""
     keys: dict[str, Tensor]
     """int64 [n] per key (SUPPLIED_KEYS): dense ids inside the mini-batch; "state" is -1 for a state that was sampled
     once, and there only where it was asked for."""
@@ -57,6 +57,8 @@ class MiniBatch:
     1, which is then the run's; nan where they gave none; None without a teacher."""
     term_values: dict[str, Tensor] = field(default_factory=dict)
     """[n] per name: what a term's `prepare` leaves for its calls in the gate."""
+    importance: Tensor | None = None
+    """float64 [n] w, which is in `weights` already; None if no token was weighed."""
     expert_share: Tensor | None = None
     """float64 [n, P] omega: share of each token's routed (layer, slot) pairs in each expert partition."""
 
@@ -175,7 +177,7 @@ def token_keys(
         "prompt_group": (group[sequence], int(group[-1]) + 1),
         "domain": (part.domains[sequence], domains),
     }
-    for name, values in (("weight_version", part.weight_versions), ("engine", part.engines)):
+    for name, values in (("version", part.weight_versions), ("engine", part.engines)):
         seen = _seen(part, values)
         keys[name] = (np.searchsorted(seen, values[inside]).clip(max=len(seen) - 1), len(seen))
     return {name: (ids.astype(np.int64), count) for name, (ids, count) in keys.items()}
@@ -184,15 +186,15 @@ def token_keys(
 def token_labels(rollouts: RolloutBatch, first: int, last: int, version: int) -> dict[str, NDArray[np.int64]]:
     """Return the number of each id of `token_keys`, by which budgets and branches name it, where that is not the id.
 
-    That of a turn is its place in its trajectory, from 0, through all branches; that of a weight version is how far it
-    lies behind `version`, the trainer's; that of an engine is the engine's. -1 says that it is not known, or that a
+    That of a turn is its place in its trajectory, from 0, through all branches; that of a version is its lag, how far
+    it lies behind `version`, the trainer's; that of an engine is the engine's. -1 says that it is not known, or that a
     version is none of this run (it is ahead of the trainer's).
     """
     part = rollouts.part(first, last)
     versions = _seen(part, part.weight_versions)
     return {
         "turn": np.concatenate([np.arange(turns) for turns in part.per_trajectory().turns]).astype(np.int64),
-        "weight_version": np.where((versions >= 0) & (versions <= version), version - versions, -1).astype(np.int64),
+        "version": np.where((versions >= 0) & (versions <= version), version - versions, -1).astype(np.int64),
         "engine": _seen(part, part.engines).astype(np.int64),
     }
 

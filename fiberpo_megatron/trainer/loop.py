@@ -27,6 +27,8 @@ from fiberpo_megatron.trainer.advantages import estimate
 from fiberpo_megatron.trainer.batch import mini_batches, without_truncated
 from fiberpo_megatron.trainer.expectation import Expected, nothing_expected
 from fiberpo_megatron.trainer.figures import MakeFigures, no_figures
+from fiberpo_megatron.trainer.importance import Weighing
+from fiberpo_megatron.trainer.lags import lag_metrics
 from fiberpo_megatron.trainer.optimise import optimise
 from fiberpo_megatron.trainer.overlong import with_overlong_penalty
 from fiberpo_megatron.trainer.profiling import NoProfiles, Profiles
@@ -78,6 +80,8 @@ class Training:
     """Answers requests of `fiberpo profile`."""
     evaluation_sets: Sequence[EvaluationSet] = ()
     """Sets that are evaluated beside the default one."""
+    staleness: int = 0
+    """`rollout.staleness`."""
 
 
 def train(run: Training, start: int = 0) -> None:
@@ -123,7 +127,7 @@ def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, floa
 
     A step all of whose trajectories are left out (`algorithm.truncated`) takes no optimiser step.
     """
-    summary = rollout_summary(rollouts, run.source.domains)
+    summary = rollout_summary(rollouts, run.source.domains) | lag_metrics(rollouts, version)
     rollouts, overlong = with_overlong_penalty(rollouts, run.algorithm.overlong, run.max_response_tokens)
     summary |= overlong
     advantages = estimate(run.advantage, rollouts)
@@ -155,6 +159,15 @@ def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, floa
         facts = {"weighting": weighting, "temperature": run.temperature, "domains": list(run.source.domains)}
         facts |= {"normaliser": normaliser} if weighting == "constant" else {}
         dump = run.dumps.begin(version, run.policy.layout, rollouts, run.objective, facts)
+    weighing = Weighing(
+        version,
+        run.algorithm.importance.method_at(run.staleness),
+        run.algorithm.importance,
+        run.algorithm.mismatch,
+        weighting,
+        normaliser,
+        rollouts,
+    )
     with run.source.training(publishes=True):
         metrics = optimise(
             run.policy,
@@ -165,6 +178,7 @@ def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, floa
             temperature=run.temperature,
             timers=run.timers,
             dump=dump,
+            weighing=weighing,
             terms=run.terms,
             records=records,
         )
@@ -271,6 +285,7 @@ def _throughput(rollouts: RolloutBatch, seconds: Mapping[str, float]) -> dict[st
     total = seconds["seconds/total"]
     return {
         **seconds,
+        "idle/trainer_seconds": seconds.get("seconds/generate", 0.0) + seconds.get("seconds/drain", 0.0),
         "tokens_per_second": len(rollouts.tokens) / total,
         "gate/time_share": seconds.get("seconds/gate", 0.0) / total,  # a step may have nothing to train on
         "gate/reduce_share": seconds.get("seconds/gate_reduce", 0.0) / total,

@@ -21,7 +21,8 @@ from fiberpo_megatron.telemetry.metrics import combine
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.together import together
 from fiberpo_megatron.trainer.batch import MiniBatch, packing_metrics
-from fiberpo_megatron.trainer.drift import drift_metrics
+from fiberpo_megatron.trainer.drift import optimiser_drift
+from fiberpo_megatron.trainer.importance import Weighing, weighed
 from fiberpo_megatron.trainer.step_dump import GateCall, StepDump
 from fiberpo_megatron.trainer.step_routing import StepRouting
 from fiberpo_megatron.trainer.terms.base import GateTokens, StepStart
@@ -180,12 +181,14 @@ def optimise(
     temperature: float,
     timers: PhaseTimers,
     dump: StepDump | None = None,
+    weighing: Weighing | None = None,
     terms: Terms | None = None,
     records: StepTokens | None = None,
 ) -> dict[str, float]:
     """Take len(parts) x epochs optimiser steps; metrics are complete on last-stage ranks.
 
-    `terms` are what is added to the objective; nothing by default.
+    `weighing` says how tokens are weighed by what sampled them; without it their weights stay what they are. `terms`
+    are what is added to the objective; nothing by default.
 
     `dump` gets what the objective saw and gave in each of them, also where a step fails because something is not
     finite. `records` notes the same of a few tokens, and is written.
@@ -195,7 +198,8 @@ def optimise(
         routing.begin(parts)
         scores = [policy.log_probs(part.micro_batches, temperature, routing=routing.mode) for part in parts]
         parts = routing.attach(parts)
-        metrics = _rollout_metrics(layout, parts, scores) | routing.agreement(parts)
+        parts, metrics = weighed(layout, parts, scores, weighing)
+        metrics |= routing.agreement(parts)
     terms, passes = terms or Terms(), 0
     if terms.needs_reference and any(part.reference_log_probs is None for part in parts):
         with timers("reference"):
@@ -221,7 +225,7 @@ def optimise(
     timers.add("gate", sum(gate.seconds for _, gate, _ in steps))
     timers.add("gate_reduce", sum(gate.reduce_seconds for _, gate, _ in steps))
     metrics["gate/reduce_bytes"] = sum(gate.reduce_bytes for _, gate, _ in steps) / max(1, len(steps))
-    metrics |= drift_metrics(layout, parts, scores, [(gate.seen, gate.old_log_probs) for _, gate, _ in steps])
+    metrics |= optimiser_drift(layout, [(gate.seen, gate.old_log_probs) for _, gate, _ in steps])
     metrics |= _summary([(outcome, recorded) for outcome, _, recorded in steps], parts)
     metrics["extra_forwards"] += passes
     return metrics | _amplification(layout, objective, [gate.amplification for _, gate, _ in steps])
@@ -289,27 +293,6 @@ def _finished(dump: StepDump | None) -> Iterator[None]:
         raise
     if dump is not None:
         dump.finish()
-
-
-def _rollout_metrics(
-    layout: Layout, parts: Sequence[MiniBatch], scores: Sequence[TokenScores | None]
-) -> dict[str, float]:
-    """Entropy, and how far the engine's log-probs are from the trainer's for the same weights and tokens."""
-    known = [(part, s) for part, s in zip(parts, scores) if s is not None]
-    if not known:
-        return {}
-    device = known[0][1].log_probs.device
-    differences = torch.cat([(s.log_probs - p.rollout_log_probs.to(device)).abs() for p, s in known]).double()
-    entropy = torch.cat([s.entropy for _, s in known]).double()
-    total, tokens, nats = layout.sum_over_tokens(
-        torch.stack([differences.sum(), torch.tensor(float(len(differences)), device=device), entropy.sum()]).double()
-    ).tolist()
-    largest = torch.cat([differences, differences.new_zeros(1)]).max().reshape(1)
-    return {
-        "rollout_diff/mean": total / tokens,
-        "rollout_diff/max": layout.max_over_tokens(largest).item(),
-        "entropy": nats / tokens,
-    }
 
 
 def _amplification(layout: Layout, objective: Objective, steps: Sequence[Amplification | None]) -> dict[str, float]:

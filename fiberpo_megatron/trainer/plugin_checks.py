@@ -107,10 +107,10 @@ def _check_listed(config: Config, objective: FiberPO) -> None:
         "engine": len(engine.urls) or engine.count,
     }
     for key, listed in objective.tree.listed().items():
-        if key not in (*counts, "turn", "weight_version"):
+        if key not in (*counts, "turn", "version"):
             raise ValueError(
                 f"budgets or levels go by {key!r}, whose ids mean another {key} in each mini-batch; choose one of the "
-                "keys domain, turn, weight_version, engine and expert"
+                "keys domain, turn, version, engine and expert"
             )
         if key in counts and listed and max(listed) >= counts[key]:
             raise ValueError(
@@ -190,8 +190,8 @@ def check_plugins(config: Config, resume: bool, environments: bool = True) -> No
 def recorded(config: Config, environments: Sequence[tuple[str, str | None]]) -> Config:
     """Return the config with the import path and version of every plug-in that is not this package's own.
 
-    The token weights and the advantage that the objective chooses, and the options that its preset gives, are written
-    out as well.
+    The token weights and the advantage that the objective chooses, the options that its preset gives, and the method of
+    importance weights that the staleness chooses are written out as well.
     `environments`: (import path, version) of each environment, as its worker said them.
     """
     values = config.model_dump(mode="json", exclude_none=True)
@@ -199,6 +199,7 @@ def recorded(config: Config, environments: Sequence[tuple[str, str | None]]) -> 
     algorithm.setdefault("weighting", objective.weighting)
     if algorithm["weighting"] == "constant":
         algorithm.setdefault("normaliser", config.rollout.max_response_tokens)
+    algorithm["importance"]["method"] = config.algorithm.importance.method_at(config.rollout.staleness)
     chosen = advantage_config(config, objective)
     algorithm.setdefault("advantage", chosen.model_dump(mode="json", exclude_none=True))
     std = getattr(make_advantage(config, objective), "normalise_std", None)

@@ -54,8 +54,19 @@ def preflight(config: Config, command: str, resume: bool, world_size: int, here:
         _check_keys(config)
         check_reference(config)
     check_plugins(config, resume, environments=here)
-    for line in (*advice(config), *term_advice(config)) if command == "train" else ():
+    for line in (*advice(config), *term_advice(config), *_rollout_advice(config)) if command == "train" else ():
         on_console(line)
+
+
+def _rollout_advice(config: Config) -> list[str]:
+    rollout = config.rollout
+    if rollout.staleness < 2 or rollout.partial != "drain":
+        return []
+    return [
+        f'rollout.staleness = {rollout.staleness}: with rollout.partial = "drain" every publication waits for all '
+        "trajectories that may run, so that more than 1 makes tokens older and nothing faster; set it to 1, or "
+        'rollout.partial to "segment"'
+    ]
 
 
 def _check_colocated(config: Config) -> None:
@@ -127,6 +138,13 @@ def check_folder(config: Config, command: str, resume: bool) -> None:
 
 
 def _check_rollouts(config: Config, command: str, resume: bool) -> None:
+    rollout = config.rollout
+    if rollout.staleness and rollout.partial == "retract" and config.needs_rollout_routing:
+        raise ConfigError(
+            'rollout.partial = "retract" with the engines\' expert routing (rollout.return_routing, or "rollout" in '
+            "algorithm.routing_replay or expert_routing): an engine that goes on under new weights reads the earlier "
+            'tokens again, and routes them anew; set rollout.partial to "segment" or "drain"'
+        )
     replay, own = config.storage.replay, config.run.folder / DUMP
     if replay is not None and command != "train":
         raise ConfigError(f"storage.replay = {replay}: `fiberpo {command}` replays nothing; leave it out")

@@ -220,6 +220,7 @@ class Run(Closeable):
                 temperature=config.rollout.temperature,
                 max_response_tokens=config.rollout.max_response_tokens,
                 steps=steps,
+                staleness=config.rollout.staleness,
                 evaluate_every=config.evaluation.every_steps,
                 evaluation_sets=config.evaluation.sets,
                 save_every=config.checkpoint.every_steps,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fiberpo_megatron.settings import PluginConfig, Section, as_plugin
+from fiberpo_megatron.trainer.importance_settings import ImportanceConfig, MismatchConfig
 from fiberpo_megatron.trainer.term_settings import (
     DistillationConfig,
     EntropyConfig,
@@ -69,8 +70,8 @@ class AlgorithmConfig(Section):
     objective's default."""
     levels: Chain | ChainsById | None = None
     """A custom chain of levels, fine to coarse, in place of the objective's own. A level is a list of keys: turn,
-    trajectory, prompt_group, domain, expert, weight_version, engine. A table is a tree: `{by = "domain", "*" = CHAIN,
-    math = CHAIN}`; equal coarse ends of its chains are shared."""
+    trajectory, prompt_group, domain, expert, version (of the weights that sampled a token), engine. A table is a
+    tree: `{by = "domain", "*" = CHAIN, math = CHAIN}`; equal coarse ends of its chains are shared."""
     expert_membership: Membership | None = None
     """How a token belongs to expert partitions (objectives with an expert level only). Unset: soft."""
     expert_partitions: int | None = Field(None, ge=1)
@@ -113,6 +114,8 @@ class AlgorithmConfig(Section):
     exact_sums: bool = True
     """Add up the gates' sums exactly, so that coefficients have the same bits in any layout. false adds up in float64
     on the torch path, which is faster on a CPU (docs/fibration.md)."""
+    importance: ImportanceConfig = ImportanceConfig()
+    mismatch: MismatchConfig = MismatchConfig()
     kl: KlConfig = KlConfig()
     entropy: EntropyConfig = EntropyConfig()
     distillation: DistillationConfig = DistillationConfig()

@@ -53,8 +53,15 @@ def _check_folder(folder: Path, own: Architecture) -> None:
 
 
 def term_advice(config: Config) -> list[str]:
-    """Return what in the settings of terms is allowed but unwise, one line each, which begins with the setting."""
-    kl, lines = config.algorithm.kl, []
+    """Return what in the settings of terms and of sampling is allowed but unwise, one line each, which begins with the
+    setting."""
+    kl, lines, rollout = config.algorithm.kl, list[str](), config.rollout
+    if rollout.top_p < 1.0 or rollout.top_k != -1:
+        lines.append(
+            f"rollout.top_p = {rollout.top_p:g}, top_k = {rollout.top_k}: responses are drawn from a part of the "
+            "distribution, but ratios and log-probs are those of the whole one, so that the gradient is biased towards "
+            "likely tokens and nothing corrects it; set rollout.top_p = 1 and rollout.top_k = -1"
+        )
     if kl.coefficient > 0 and kl.where == "loss" and kl.estimator == "k1":
         lines.append(
             'algorithm.kl.estimator = "k1": as a loss its gradient is zero on average, so that it adds noise and keeps '

@@ -184,6 +184,8 @@ class StepTokens:
             return
         notes.columns["advantage"] = _chosen(part.advantages, local)
         notes.columns["weight"] = _chosen(part.weights if weights is None else weights, local)
+        if part.importance is not None:
+            notes.columns["importance_weight"] = _chosen(part.importance, local)
         explained = trace.explain(local)
         notes.columns["gated_ratio"] = explained.gated_ratio.tolist()
         if explained.free is not None:

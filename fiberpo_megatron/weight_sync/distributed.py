@@ -52,12 +52,11 @@ class DistributedPublisher(RoundPublisher):
         """This rank's share of the round that was prepared last."""
 
     def begin(self, plan: Sequence[Round], version: str, deadline: Deadline) -> None:
-        """Allocate the buffers."""
+        """Allocate the buffers, unless they are there from the publication before."""
         sizes = [this.buckets[self.context.rank].nbytes for this in plan]
-        self._slots = [
-            torch.empty(max(sizes[i::2], default=0), dtype=torch.uint8, device=self.device)
-            for i in range(min(2, len(plan)))
-        ]
+        largest = [max(sizes[i::2], default=0) for i in range(min(2, len(plan)))]
+        if [len(slot) for slot in self._slots] != largest:
+            self._slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in largest]
 
     def exchange(self, plan: Sequence[Round], deadline: Deadline) -> None:
         """Make the groups at the first publication: one for each rank that has a share, with all engine ranks."""
@@ -104,7 +103,8 @@ class DistributedPublisher(RoundPublisher):
         self._flat = self._slots[this.number % 2][: own.nbytes]
         own.fill(self._flat, tensors)
         if self._flat.is_cuda:
-            torch.cuda.synchronize(self._flat.device)  # the broadcast runs in another thread and stream
+            # The broadcast runs in another stream. Other streams are not waited for: the round before may fail there.
+            torch.cuda.current_stream(self._flat.device).synchronize()
 
     def pause(self, deadline: Deadline) -> None:
         """Pause the engines and open an update on each."""
@@ -146,12 +146,15 @@ class DistributedPublisher(RoundPublisher):
         if self._group is not None:
             self._group.close()
         self._group, self._names = None, {}
+        self._slots = []  # a broadcast that hangs may still read them
         if self.leads:
             end_quietly(self.engines)
 
     def released(self) -> None:
-        """Release the buffers."""
-        self._flat, self._slots = None, []
+        """Release the buffers on a GPU. In host memory they stay: the kernel would have to clear every page again."""
+        self._flat = None
+        if self.device.type == "cuda":
+            self._slots = []
 
     def close(self) -> None:
         """Leave the process groups. A second call does nothing."""

@@ -54,15 +54,19 @@ class UpdateGroup:
     def broadcast(self, tensor: Tensor) -> None:
         """Send `tensor` to all engines and return when it was sent.
 
-        When the others do not take part it blocks for the group's timeout and then raises RuntimeError, so call it from
-        a thread that may be left behind.
+        The tensor's contents must be complete. When the others do not take part it blocks for the group's timeout and
+        then raises RuntimeError, so call it from a thread that may be left behind.
         """
         group = self._group  # keeps it alive while it is used: gloo's destructor waits for pending operations
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        group.broadcast([tensor], options).wait()
-        if tensor.is_cuda:
-            torch.cuda.synchronize(tensor.device)
+        if not tensor.is_cuda:
+            group.broadcast([tensor], options).wait()
+            return
+        stream = torch.cuda.Stream(tensor.device)  # what else this process computes must not wait for the engines
+        with torch.cuda.stream(stream):
+            group.broadcast([tensor], options).wait()
+        stream.synchronize()
 
     def close(self) -> None:
         """Leave the group."""

@@ -220,3 +220,20 @@ def test_overrides_of_old_configs_take_the_old_names(tmp_path: Path):
 def test_a_mixture_of_old_and_new_is_refused(tmp_path: Path, text: str, message: str):
     with pytest.raises(ConfigError, match=rf"c\.toml: .*{re.escape(message)}"):
         load(tmp_path, text)
+
+
+def test_the_key_of_weight_versions_has_its_new_name(tmp_path: Path):
+    levels = '[["trajectory", "weight_version"], ["weight_version"]]'
+    budgets = '{"trajectory+weight_version" = {by = "weight_version", "*" = [0.2, 0.1]}, weight_version = [0.2, 0.1]}'
+    head = '[model]\npath = "x"\n[algorithm]\n'
+    flat = f"{head}levels = {levels}\nbudgets = {budgets}\n"
+    table = f'{head}objective = {{use = "fiberpo", options = {{levels = {levels}, budgets = {budgets}}}}}\n'
+    for old in (flat, table):
+        new = old.replace("weight_version", "version")
+        with pytest.warns(UserWarning, match=r"write today:\n\n\[algorithm") as found:
+            config = load(tmp_path, old)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert load(tmp_path, new) == config
+        shown = str(found[0].message).partition("write today")[2]
+        assert "weight_version" not in shown and config.algorithm.preset == "recommended"

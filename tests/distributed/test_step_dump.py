@@ -1,6 +1,7 @@
 """One file from all ranks of a real layout, which a replay in one process gives again to the bit; and the records of
 single tokens, which are the same in every layout."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from fiberpo_megatron.fibration import build_objective
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.telemetry.token_log import TOKENS, read_tokens
 from fiberpo_megatron.trainer.batch import mini_batches
+from fiberpo_megatron.trainer.importance import Weighing
+from fiberpo_megatron.trainer.importance_settings import ImportanceConfig, MismatchConfig
 from fiberpo_megatron.trainer.optimise import optimise
 from fiberpo_megatron.trainer.settings import BatchConfig
 from fiberpo_megatron.trainer.step_dump import FOLDER, StepDumps
@@ -33,7 +36,7 @@ LAYOUTS = {
 
 
 def train_one_step(words: list[str], folder: Path, name: str) -> None:
-    """On each rank: two mini-batches, twice."""
+    """On each rank: two mini-batches, twice, with importance weights from means over trajectories and versions."""
     from fiberpo_megatron.mcore.parallel.layout import start_layout
     from fiberpo_megatron.mcore.policy import build_policy
 
@@ -43,8 +46,10 @@ def train_one_step(words: list[str], folder: Path, name: str) -> None:
     layout = start_layout(case.model, config.parallel, config.run)
     policy = build_policy(config, case.model, layout)
     problem = case.problem
+    chance = np.random.default_rng(1).normal(-np.log(case.model["vocab_size"]), 0.4, len(problem.rollouts.tokens))
+    rollouts = dataclasses.replace(problem.rollouts, rollout_log_probs=chance.astype(np.float32))
     parts = mini_batches(
-        problem.rollouts,
+        rollouts,
         problem.advantages,
         batch=BatchConfig(prompts=6, mini_batches=2, micro_batch_tokens=96),
         weighting=objective.weighting,
@@ -52,14 +57,17 @@ def train_one_step(words: list[str], folder: Path, name: str) -> None:
         layout=layout,
         version=6,
     )
-    dump = StepDumps(folder, [5], name).begin(5, layout, problem.rollouts, objective, {})
+    dump = StepDumps(folder, [5], name).begin(5, layout, rollouts, objective, {})
     # Experts are recorded where routing is replayed; their partitions are by default those of expert parallelism.
     algorithm = config.algorithm.model_copy(update={"routing_replay": "old", "expert_partitions": 2})
-    routing = StepRouting(policy, algorithm, objective.uses_experts, problem.rollouts)
+    routing = StepRouting(policy, algorithm, objective.uses_experts, rollouts)
     records = TokenRecords(folder, 150, 6, 9, pieces, ["a", "b", "c"])
-    tokens = records.begin(5, layout, problem.rollouts, None, objective.name)
+    tokens = records.begin(5, layout, rollouts, None, objective.name)
+    importance, unlimited = ImportanceConfig(method="levels"), MismatchConfig(warn=0, mask=0)
+    weighing = Weighing(5, "levels", importance, unlimited, objective.weighting, None, rollouts)
     options = {"epochs": 2, "temperature": 0.8, "timers": PhaseTimers(), "dump": dump, "records": tokens}
-    optimise(policy, objective, parts, routing, **options)
+    metrics = optimise(policy, objective, parts, routing, weighing=weighing, **options)
+    assert not layout.is_logger or 0.0 < metrics["importance/weight"] < 2.0
 
 
 def pieces(ids: Sequence[int]) -> list[str]:
@@ -122,6 +130,8 @@ def test_all_ranks_write_one_file(name: str, tmp_path: Path):
     assert not (tmp_path / FOLDER / ".step-00000005.safetensors.parts").exists()
     records = records_of(tmp_path)
     assert_as_dumped(records, file)
+    weights = [w for record in records for w in record["tokens"]["importance_weight"] if w is not None]
+    assert len(set(weights)) > len(weights) // 2, "tokens have weights of their own"
     assert len(records) > 2 and all("chosen" in record["experts"] for record in records)
     sizes = [word for word in words if word.startswith("--expert")]
     run_ranks(1, train_one_step, ["--expert=1"] if sizes else [], tmp_path / "alone", objective)

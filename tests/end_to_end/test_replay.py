@@ -20,7 +20,7 @@ from tests.traces import named, read_trace
 SIX_STEPS = ["--trainer.steps", "6", "--evaluation.prompts", "0", "--weight_sync.method", "disk"]
 OF_THE_MACHINE = (
     *("seconds/", "tokens_per_second", "tflops_per_gpu/", "mfu/", "gate/time_share", "gate/reduce_share", "idle_share"),
-    *("gpu/", "memory/", "disk/", "energy/", "slowest/", "engines/", "goodput", "restart/"),
+    *("gpu/", "memory/", "disk/", "energy/", "slowest/", "engines/", "goodput", "restart/", "idle/"),
 )
 """Metrics of time and machines, which differ between runs that learn the same."""
 

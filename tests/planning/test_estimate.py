@@ -86,7 +86,7 @@ def test_custom_objectives_are_planned(name: str, spans: bool):
 
 
 def test_levels_of_turns_and_weight_versions_are_planned():
-    levels = [["turn"], ["trajectory"], ["weight_version"]]
+    levels = [["turn"], ["trajectory"], ["version"]]
     budgets = {level[0]: (0.2, 0.1) for level in levels}
     given = {"levels": levels, "budgets": budgets}
     plain, turns = (

@@ -11,9 +11,10 @@ from fiberpo_megatron.config import load_config
 from fiberpo_megatron.planning.estimate import make_plan
 from fiberpo_megatron.planning.explain import found_text, reason_lines
 from fiberpo_megatron.planning.hardware import GPUS, Assumptions
+from fiberpo_megatron.planning.options import settings
 from fiberpo_megatron.planning.picture import roofline_svg
 from fiberpo_megatron.planning.roofline import bounds
-from fiberpo_megatron.planning.search import Found, Goal, propose, settings
+from fiberpo_megatron.planning.search import Found, Goal, propose
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "examples/qwen3_30b_a3b/train.toml"
@@ -55,8 +56,8 @@ def test_the_same_question_has_the_same_answer(found: Found):
 
 
 def test_the_settings_of_each_proposal_give_its_plan_again(found: Found, capsys: pytest.CaptureFixture[str]):
-    for candidate, plan in list(zip(found.candidates, found.plans))[:3]:
-        words = ["plan", str(TRAIN), "--gpus", "32", "--gpu", "H100", "--json", "--staleness", str(candidate.staleness)]
+    for plan in found.plans[:3]:
+        words = ["plan", str(TRAIN), "--gpus", "32", "--gpu", "H100", "--json"]
         words += ["--model.path", str(MODELS / "qwen3_30b_a3b"), *SHORT, *settings(plan)]
         assert main(words) == 0
         said = json.loads(capsys.readouterr().out)
@@ -102,10 +103,10 @@ def test_words_name_what_limits_the_plan_and_what_this_version_lacks(found: Foun
     assert "What limits the first one:" in text and "Why it is the first:" in text
     assert "--parallel.tensor" in text
     assert found.candidates[0].staleness, "overlap is worth more than what it costs here"
-    assert "no setting rollout.staleness" in text and "The best plan that it can run takes" in text
+    assert "--rollout.staleness " in text and "--rollout.partial retract" in text
     assert any("without staleness" in line or "colocated" in line for line in reason_lines(found))
     assert {candidate.staleness for candidate in synchronous.candidates} == {0}
-    assert "rollout.staleness" not in found_text(synchronous, Goal(), Assumptions())
+    assert "rollout.staleness 0" in found_text(synchronous, Goal(), Assumptions())
 
 
 def test_parts_of_the_phases_add_up_and_are_drawn(found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -144,3 +145,15 @@ def test_1024_gpus_take_seconds():
     began = time.process_time()
     found = search(1024, model="qwen3_235b_a22b")
     assert found.plans and time.process_time() - began < 20
+
+
+def test_colocated_engines_get_the_weights_from_memory_that_they_share(synchronous: Found):
+    """A way that the config chose itself stays, with its options."""
+    colocated = next(plan for plan in synchronous.plans if plan.scenario.colocated)
+    words = settings(colocated)
+    assert words[words.index("--weight_sync.method") + 1] == "ipc"
+    reserved = Assumptions().reserved_gb * 1e9 + 2 * colocated.config.weight_sync.bucket_mib * 2**20
+    assert colocated.stages[0].reserved == reserved, "the buffers of publications are counted"
+    own = search(32, "--weight_sync.method", "disk", goal=Goal(staleness=(0,)))
+    plan = next(plan for plan in own.plans if plan.scenario.colocated)
+    assert plan.config.weight_sync.method.use == "disk" and "--weight_sync.method" not in settings(plan)

@@ -40,6 +40,7 @@ class Scripted:
         max_tokens: int | None = None,
         stop_token_ids: Sequence[int] = (),
         change: SamplingChange | None = None,
+        priority: int = 0,
     ) -> list[Completion]:
         (seed,) = seeds
         self.prefixes.append(list(prompt))

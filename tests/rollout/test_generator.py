@@ -49,6 +49,7 @@ class Seeded:
         max_tokens: int | None = None,
         stop_token_ids: Sequence[int] = (),
         change: SamplingChange | None = None,
+        priority: int = 0,
     ) -> list[Completion]:
         self.asked.append((list(prompt), list(seeds)))
         return [self._one(tuple(self.answer(prompt, seed))) for seed in seeds]
@@ -294,7 +295,7 @@ def test_the_other_conversations_of_a_prompt_end_with_the_first_failure():
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        (Seeded(version="1"), r"prompt '<0>' was sampled with weights \['1'\], but '0' was published last"),
+        (Seeded(version="1"), r"prompt '<0>' was sampled with weights \['1'\], but only \['0'\] may be in it"),
         (Seeded(lambda prompt, seed: ()), r"empty response to prompt '<0>' .*raise rollout.max_response_tokens"),
     ],
 )
@@ -311,7 +312,7 @@ def test_every_turn_must_come_from_the_published_weights():
             return await super().sample(prompt, seeds, **options)
 
     found = generator(Stale(lambda prompt, seed: (9,)), UntilRight(), encoder=Words((7,)))
-    with pytest.raises(RuntimeError, match=r"sampled with weights \['0'\], but '1' was published last"):
+    with pytest.raises(RuntimeError, match=r"sampled with weights \['0'\], but only \['1'\] may be in it"):
         groups_of(found, PROMPTS[:1], 2, version="1")
 
 

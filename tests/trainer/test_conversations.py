@@ -140,5 +140,5 @@ def test_every_turn_must_come_from_the_published_weights():
 
     groups = generator(Stale(seed=0), TryAgain(), encoder=Words(between=(7,))).groups
     prompt = Prompt(0, 0, (3,), "p", Task("p", "8"))
-    with pytest.raises(RuntimeError, match=r"sampled with weights \['0'\], but '1' was published last"):
+    with pytest.raises(RuntimeError, match=r"sampled with weights \['0'\], but only \['1'\] may be in it"):
         list(groups([prompt], 2, "1", lambda: False))

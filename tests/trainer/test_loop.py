@@ -236,7 +236,7 @@ def test_rollouts_of_a_version_that_was_not_published_last_are_refused():
     run, _ = training(engine=engine)
     publish = engine.publish
     engine.publish = lambda source, version: publish(source, "stale")
-    with pytest.raises(RuntimeError, match=r"sampled with weights \['stale'\], but '0' was published last"):
+    with pytest.raises(RuntimeError, match=r"sampled with weights \['stale'\], but only \['0'\] may be in it"):
         train(run)
 
 

@@ -38,7 +38,7 @@ def chain(*levels: list[str]) -> dict[str, object]:
 
 
 def test_turns_versions_and_engines_are_keys_that_a_run_supplies(tmp_path: Path):
-    for levels in ([["turn"], ["trajectory"]], [["trajectory"], ["engine"]], [["trajectory"], ["weight_version"]]):
+    for levels in ([["turn"], ["trajectory"]], [["trajectory"], ["engine"]], [["trajectory"], ["version"]]):
         objective = make_objective(config(tmp_path, **chain(*levels)))
         assert objective.level_names == tuple("+".join(level) for level in levels)
 

@@ -50,7 +50,7 @@ def plain_ids(rollouts: RolloutBatch, first: int, last: int) -> dict[str, dict[i
                     found["trajectory"][position] = trajectory
                     found["prompt_group"][position] = int(rollouts.groups[trajectory])
                     found["domain"][position] = int(rollouts.domains[trajectory])
-                    found["weight_version"][position] = int(rollouts.weight_versions[position])
+                    found["version"][position] = int(rollouts.weight_versions[position])
                     found["engine"][position] = int(rollouts.engines[position])
             inside = sampled
             position += 1
@@ -91,7 +91,7 @@ def test_labels_are_the_numbers_by_which_budgets_name_ids(seed, first, last):
         found = {name: int(labels[name][keys[name][0][position]]) for name in labels}
         assert found == {
             "turn": wanted["turn"][position] - begins[wanted["trajectory"][position]],
-            "weight_version": lags[wanted["weight_version"][position]],
+            "version": lags[wanted["version"][position]],
             "engine": wanted["engine"][position],
         }
     assert {name: len(label) for name, label in labels.items()} == {name: keys[name][1] for name in labels}

@@ -44,7 +44,7 @@ from fiberpo_megatron.interfaces import (
 from fiberpo_megatron.rollout.environments import RunningEnvironment, Workers
 from fiberpo_megatron.rollout.generator import Generator
 from fiberpo_megatron.sources.device_sharing import EngineMemory
-from fiberpo_megatron.sources.engine import Store
+from fiberpo_megatron.sources.stored import Store
 from fiberpo_megatron.types import (
     Coefficients,
     Completion,
@@ -315,6 +315,7 @@ class FakeEngine:
         max_tokens: int | None = None,
         stop_token_ids: Sequence[int] = (),
         change: SamplingChange | None = None,
+        priority: int = 0,
     ) -> list[Completion]:
         assert not self.missing
         return [self._one(prompt[-1], change or SamplingChange()) for _ in seeds]

@@ -228,12 +228,13 @@ def test_engines_that_say_they_joined_but_did_not(model):
 class JoiningServers(FakeServers):
     """Fake servers whose "engines" are threads that really join the gloo group and receive the broadcasts.
 
-    `deaf`: the port of one that refuses updates, and so never takes part in a broadcast.
+    `deaf`: the port of one that refuses updates, and so never takes part in a broadcast; with `name`, only those with
+    this tensor.
     """
 
-    def __init__(self, rules=None, deaf: int | None = None) -> None:
+    def __init__(self, rules=None, deaf: int | None = None, name: str | None = None) -> None:
         super().__init__(rules)
-        self.deaf = deaf
+        self.deaf, self.name = deaf, name
         self.groups: dict[str, dist.ProcessGroupGloo] = {}
         self.received: dict[str, list[torch.Tensor]] = {}
         self.failures: list[str] = []
@@ -245,7 +246,7 @@ class JoiningServers(FakeServers):
         if path == "/init_weights_update_group":
             await asyncio.to_thread(self._join, host, body)
         if path == "/update_weights_from_distributed":
-            if host.endswith(f":{self.deaf}"):
+            if host.endswith(f":{self.deaf}") and (self.name is None or self.name in body["names"]):
                 return httpx.Response(400, json={"success": False, "message": "no such group"})
             task = asyncio.create_task(asyncio.to_thread(self._receive, host, body))
             if not await task:
@@ -278,7 +279,9 @@ def test_distributed_sends_buckets_to_all_engines_and_the_version_with_the_last(
     with distributed(model, servers) as publishing:
         publishing.limit = 40
         publishing.publish(Tensors(WEIGHTS.items()), "1")
+        buffers = [slot.data_ptr() for slot in publishing._slots]
         publishing.publish(Tensors(WEIGHTS.items()), "2")
+        assert len(buffers) == 2 and buffers == [slot.data_ptr() for slot in publishing._slots], "they are kept"
     expected = torch.cat(list(WEIGHTS.values())).repeat(2)
     for host in ("127.0.0.1:1", "127.0.0.1:2"):
         assert torch.equal(torch.cat(servers.received[host]), expected)
@@ -326,6 +329,29 @@ def test_an_engine_that_takes_no_part_does_not_hang_the_broadcast(model):
             publishing.publish(Tensors(WEIGHTS.items()), "1")
         assert servers.paths()[-2:] == ["/end_weight_update"] * 2, "they may hold a mixture, and stay paused"
     assert time.monotonic() - began < 20
+
+
+def test_a_failure_in_a_later_round_ends_the_publication_and_the_next_one_is_whole(model):
+    """A broadcast that was refused may hang and read its buffer, which the next publication must not write into."""
+    servers = JoiningServers(deaf=2, name="w1")
+    weights = Counted()
+    with distributed(model, servers, timeout_s=60) as publishing:
+        publishing.limit = 20
+        with pytest.raises(EngineRefused, match="127.0.0.1:2: .*no such group") as raised:
+            publishing.publish(weights, "1")
+        assert "mixture of weights" in str(raised.value.__notes__) and weights.drained
+        asked = [body for _, path, body in servers.calls if path == "/update_weights_from_distributed"]
+        assert [(body["names"], body.get("weight_version")) for body in asked] == [
+            *[(["w0"], "incomplete-1")] * 2,
+            *[(["w1"], None)] * 2,
+        ]
+        assert "/continue_generation" not in servers.paths() and publishing._slots == []
+        servers.deaf = None
+        publishing.publish(Tensors(WEIGHTS.items()), "2")
+    for host in ("127.0.0.1:1", "127.0.0.1:2"):
+        assert torch.equal(torch.cat(servers.received[host][-4:]), torch.cat(list(WEIGHTS.values())))
+    assert servers.paths().count("/init_weights_update_group") == 4, "another group"
+    assert servers.paths().count("/continue_generation") == 2
 
 
 def test_a_reported_version_that_is_not_the_published_one(model, tmp_path):

@@ -54,11 +54,12 @@ def dot_product_attention(
     if group is not None:
         assert all(length % (2 * size) == 0 for length in lengths), "a sequence does not split into 2 x context chunks"
         key, value = (_in_order(Gather.apply(x, group), lengths, size) for x in (key, value))
+    scale = self.fused_attention.softmax_scale  # what the kernel gets; 2.10.0 keeps it there alone
     outs, done_q, done_k = [], 0, 0
     for length in lengths:
         q = query[done_q : done_q + length // size]
         k, v = key[done_k : done_k + length], value[done_k : done_k + length]
-        outs.append(_attend(q, k, v, _positions(length, size, rank), self.softmax_scale))
+        outs.append(_attend(q, k, v, _positions(length, size, rank), scale))
         done_q, done_k = done_q + length // size, done_k + length
     return torch.cat(outs).flatten(1)
 

@@ -1,0 +1,226 @@
+"""Responses that are sampled in several segments: cut, aborted, or asked for at another engine."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from fiberpo_megatron.engines.client import EngineAddress, Sampling
+from fiberpo_megatron.engines.errors import EngineUnreachable
+from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.rollout.sampler import EngineSampler
+from fiberpo_megatron.rollout.segments import join_segments
+from fiberpo_megatron.types import Completion, WeightSpan
+from tests.engines.fake_server import FakeServers, response
+
+ENGINES = [EngineAddress("http://a:1"), EngineAddress("http://b:2")]
+END = 31
+PROMPT = [1, 2, 3]
+
+
+def token_at(seed: int, position: int) -> int:
+    """A draw of a server that hashes seed and position; about every thirtieth ends a response."""
+    return int(np.random.default_rng([seed, position]).integers(0, 30)) + 2  # END is the last of them
+
+
+class Drawing(FakeServers):
+    """Draws as SGLang's seeded sampler does; `cut` says after how many tokens a request is aborted."""
+
+    def __init__(self, cut: Callable[[int], int] | None = None, delay_s: float = 0.0) -> None:
+        super().__init__({"/generate": self.draw}, delay_s)
+        self.cut = cut
+        self.version = "7"  # type: ignore[assignment]
+
+    def draw(self, host: str, body: Any) -> list[dict[str, Any]]:
+        return [self.one(*pair) for pair in zip(body["input_ids"], body["sampling_params"], strict=True)]
+
+    def one(self, prompt: list[int], parameters: dict[str, Any]) -> dict[str, Any]:
+        tokens: list[int] = []
+        reason: dict[str, Any] = {"type": "length"}
+        limit = parameters["max_new_tokens"]
+        cut = limit if self.cut is None else min(limit, self.cut(len(prompt)))
+        while len(tokens) < cut:
+            tokens.append(token_at(parameters["sampling_seed"], len(prompt) + len(tokens)))
+            if tokens[-1] == END:
+                reason = {"type": "stop", "matched": END}
+                break
+        if len(tokens) == cut < limit and reason["type"] == "length":
+            reason = {"type": "abort", "message": "Aborted"}
+        changes: dict[str, Any] = {
+            "finish_reason": reason,
+            "weight_versions": [{"version": self.version, "start": 0, "end": len(tokens)}],
+        }
+        if not tokens:  # what SGLang says of a request that it aborts in its queue
+            changes |= {"prompt_tokens": None}
+        return response(tokens, prompt, **changes)
+
+
+@contextmanager
+def sampling(servers: FakeServers, limit: int = 40, segment_tokens: int | None = None) -> Iterator[EngineSampler]:
+    with EnginePool(ENGINES, timeout_s=5, transport=servers) as pool:
+        yield EngineSampler(pool, Sampling(limit), max_concurrent=64, vocabulary=32, segment_tokens=segment_tokens)
+
+
+def ask(engines: EngineSampler, seeds: list[int]) -> list[Completion]:
+    async def together() -> list[Completion]:
+        found = await asyncio.gather(*(engines.sample(PROMPT, [seed]) for seed in seeds))
+        return [one for (one,) in found]
+
+    return engines.engines.run(together())
+
+
+def assert_equal(ours: list[Completion], theirs: list[Completion]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.token_ids, a.finish_reason, a.weight_spans) == (b.token_ids, b.finish_reason, b.weight_spans)
+
+
+SEEDS = list(range(12))
+
+
+def test_a_response_is_the_same_wherever_it_is_cut():
+    with sampling(Drawing()) as engines:
+        whole = ask(engines, SEEDS)
+        assert {one.finish_reason for one in whole} == {"stop", "length"}
+        assert len(ask(engines, SEEDS)) == len(engines.engines.addresses) * 6
+    for size in (1, 2, 3, 7, 39, 40, 41):
+        servers = Drawing()
+        with sampling(servers, segment_tokens=size) as engines:
+            assert_equal(ask(engines, SEEDS), whole)
+        assert all(p["max_new_tokens"] <= size for _, _, body in servers.calls for p in body["sampling_params"])
+        longest = max(len(one.token_ids) for one in whole)
+        assert len(servers.calls) >= -(-longest // size)
+
+
+def test_what_is_aborted_while_engines_are_held_goes_on_behind_its_tokens():
+    """Some were aborted in the queue and have none; their next request may come under newer weights."""
+    with sampling(Drawing()) as engines:
+        whole = ask(engines, SEEDS)
+    servers = Drawing(delay_s=0.05)
+    with sampling(servers) as engines:
+        work = engines.engines.submit(asyncio.wait_for(_many(engines), 30))
+        while not servers.calls:
+            pass
+        engines.hold()
+        servers.cut = lambda length: length % 4 * 3  # the engines abort all, at some token
+        engines.wait_idle(10)
+        sent = len(servers.calls)
+        servers.cut, servers.version = None, "8"  # type: ignore[assignment]
+        assert not work.done()
+        engines.release()
+        found = work.result(30)
+        continued = engines.take_counts()["continued"]
+        assert len(servers.calls) - sent == continued > len(SEEDS) / 2
+    for a, b in zip(found, whole, strict=True):
+        assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+        assert [span.version for span in a.weight_spans] in (["7"], ["7", "8"], ["8"])
+        assert a.weight_spans[-1].end == len(a.token_ids)
+
+
+async def _many(engines: EngineSampler) -> list[Completion]:
+    found = await asyncio.gather(*(engines.sample(PROMPT, [seed]) for seed in SEEDS))
+    return [one for (one,) in found]
+
+
+def test_an_engine_that_never_lets_go_is_named():
+    servers = Drawing(delay_s=1.0)
+    with sampling(servers) as engines:
+        work = engines.engines.submit(_many(engines))
+        while not servers.calls:
+            pass
+        engines.hold()
+        with pytest.raises(TimeoutError, match=r"http://a:1 \(\d+\).*rollout.partial = 'drain'"):
+            engines.wait_idle(0.1)
+        engines.release()
+        work.result(30)
+
+
+class OneIsDead(Drawing):
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.host == "a":
+            self.calls.append(("a:1", request.url.path, None))
+            raise httpx.ConnectError("refused")
+        return await super().handle_async_request(request)
+
+
+def test_a_request_that_fails_is_asked_again_elsewhere_and_the_dead_engine_is_avoided():
+    with sampling(Drawing()) as engines:
+        whole = ask(engines, SEEDS)
+    servers = OneIsDead()
+    with sampling(servers, segment_tokens=4) as engines:
+        for seed, expected in zip(SEEDS, whole, strict=True):
+            (found,) = ask(engines, [seed])
+            assert found.token_ids == expected.token_ids and set(found.engines.tolist()) == {1}
+        assert engines.take_counts()["retried"] == 1
+    assert [host for host, _, _ in servers.calls].count("a:1") == 1
+
+
+def test_a_request_that_fails_everywhere_names_all_engines():
+    class AllDead(Drawing):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            raise httpx.ConnectError("refused")
+
+    with sampling(AllDead()) as engines, pytest.raises(EngineUnreachable, match="http://b:2") as raised:
+        ask(engines, [1])
+    assert "http://a:1" in raised.value.__notes__[0]
+
+
+def test_requests_of_lower_priority_numbers_go_first():
+    servers = FakeServers(delay_s=0.01)
+    with EnginePool(ENGINES[:1], timeout_s=5, transport=servers) as pool:
+        engines = EngineSampler(pool, Sampling(2), max_concurrent=1, vocabulary=64)
+
+        async def all_at_once() -> None:
+            order = (5, 3, 4, -1, 3)
+            await asyncio.gather(*(engines.sample([20 + p], [0], priority=p) for p in order))
+
+        pool.run(all_at_once())
+    assert [body["input_ids"][0][0] - 20 for _, _, body in servers.calls] == [5, -1, 3, 3, 4]
+
+
+def test_each_segment_keeps_its_own_experts_versions_and_engines():
+    def segment(tokens: int, prompt: int, version: str, engine: int, value: int) -> Completion:
+        experts = np.full((prompt + tokens - 1, 1, 2), value, np.uint8)
+        spans = (WeightSpan(version, 0, tokens),)
+        engines = np.full(tokens, engine, np.int16)
+        return Completion((7,) * tokens, np.full(tokens, -1.0, np.float32), "abort", spans, experts, engines=engines)
+
+    none = Completion((), np.zeros(0, np.float32), "abort", (), engines=np.zeros(0, np.int16))
+    joined = join_segments([segment(2, 3, "1", 0, 10), none, segment(3, 5, "1", 1, 11), segment(1, 8, "2", 1, 12)])
+    assert joined.weight_spans == (WeightSpan("1", 0, 5), WeightSpan("2", 5, 6))
+    assert joined.engines is not None and joined.engines.tolist() == [0, 0, 1, 1, 1, 1]
+    assert joined.routed_experts is not None
+    assert joined.routed_experts[:, 0, 0].tolist() == [10] * 4 + [11] * 3 + [12]
+
+
+@pytest.mark.sglang
+def test_a_real_engine_goes_on_with_the_same_draws(engine: EngineAddress):
+    """Cut at every token, and aborted in the middle: the same tokens, and log-probs to rounding."""
+    limit = 24
+    with EnginePool([engine], timeout_s=60) as pool:
+
+        def sampler(size: int | None, tokens: int = limit) -> EngineSampler:
+            return EngineSampler(pool, Sampling(tokens), max_concurrent=64, vocabulary=64, segment_tokens=size)
+
+        whole = ask(sampler(None), SEEDS[:3])
+        for size in (1, 2, 5, limit - 1):
+            for ours, theirs in zip(ask(sampler(size), SEEDS[:3]), whole, strict=True):
+                assert (ours.token_ids, ours.finish_reason) == (theirs.token_ids, theirs.finish_reason)
+                np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=1e-4)
+        long = sampler(None, 400)
+        undisturbed = pool.run(_many(long))
+        work = pool.submit(_many(long))
+        while not any(long._in_flight):
+            pass
+        pool.run(asyncio.sleep(0.3))
+        long.hold()
+        pool.abort_all()
+        long.wait_idle(30)
+        assert not work.done()
+        long.release()
+        for ours, theirs in zip(work.result(60), undisturbed, strict=True):
+            assert ours.token_ids == theirs.token_ids
+        assert long.take_counts()["continued"] > 0
