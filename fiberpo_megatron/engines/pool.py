@@ -110,10 +110,6 @@ class EnginePool(Closeable):
         """Raise EngineRefused when an engine was started with arguments that change what requests ask for."""
         self.on_all(lambda client: client.check_preferences())
 
-    def abort_all(self) -> None:
-        """Have every engine end all requests; each is answered with the tokens that it has."""
-        self.on_all(lambda client: client.abort_all())
-
     def require_memory_saver(self) -> None:
         """Raise EngineRefused when an engine was started in a way that never gives memory up."""
 

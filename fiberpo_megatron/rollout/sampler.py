@@ -34,6 +34,8 @@ AVOIDED_S = 30.0
 """Seconds in which an engine that has failed a request gets new ones only where all engines have."""
 POLL_S = 0.05
 """How often it is looked whether the last request has come back."""
+ABORT_AGAIN_S = 1.0
+"""Seconds after which what is still in flight is aborted once more."""
 FAILURES = (EngineUnreachable, EngineTimeout)
 """What makes a request be asked again at another engine. One that refuses a request, or gives an answer that does not
 fit, lives; another one would do the same, and the run ends."""
@@ -212,16 +214,24 @@ class EngineSampler:
 
         self.engines.run(close())
 
-    def wait_idle(self, deadline_s: float) -> None:
-        """Wait until no request is in flight. Raises TimeoutError, which names the engines, after `deadline_s` (s)."""
+    def cut_short(self, deadline_s: float) -> None:
+        """Abort what is in flight while requests are held, and wait until all of it has come back.
 
-        async def idle() -> None:
+        It aborts again and again, because a request that was sent just before may reach its engine after an abort.
+        Raises TimeoutError, which names the engines, after `deadline_s` (s).
+        """
+
+        async def cut() -> None:
             async with asyncio.timeout(deadline_s):
                 while any(self._in_flight):
-                    await asyncio.sleep(POLL_S)
+                    busy = [client for client, number in zip(self.engines.clients, self._in_flight) if number]
+                    await asyncio.gather(*(client.abort_all() for client in busy))
+                    until = time.monotonic() + ABORT_AGAIN_S
+                    while any(self._in_flight) and time.monotonic() < until:
+                        await asyncio.sleep(POLL_S)
 
         try:
-            self.engines.run(idle())
+            self.engines.run(cut())
         except TimeoutError:
             still = [
                 f"{client.url} ({number})"
@@ -229,8 +239,8 @@ class EngineSampler:
                 if number
             ]
             raise TimeoutError(
-                f"{deadline_s:g} s after all requests were aborted, engines still have responses in flight: "
-                f"{', '.join(still)}; see their logs, or use rollout.partial = 'drain'"
+                f"engines still have responses in flight {deadline_s:g} s after all were aborted: {', '.join(still)}; "
+                "see their logs, or use rollout.partial = 'drain'"
             ) from None
 
     def release(self) -> None:

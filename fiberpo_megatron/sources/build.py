@@ -128,7 +128,7 @@ def rollout_source(
             devices=shared or SeparateDevices(),
             pool=pool,
             tickets=Tickets(config.batch.prompts, config.rollout.staleness, config.trainer.steps),
-            handover=partial(_handover, parts, sampler, pool),
+            handover=partial(_handover, parts, sampler),
             counts=partial(_counts, environments, scorers, sampler),
             busy=sampler.take_busy if environments is not None else tuple,
             watch=EngineWatch(pool, config.run.folder) if parts.layout.is_logger else unwatched,
@@ -136,7 +136,7 @@ def rollout_source(
         yield stack.enter_context(closing(source))
 
 
-def _handover(parts: SourceParts, sampler: EngineSampler, pool: EnginePool, supply: Supply) -> Handover:
+def _handover(parts: SourceParts, sampler: EngineSampler, supply: Supply) -> Handover:
     """What `rollout.partial` says, where trajectories may be unfinished when weights are published."""
     rollout = parts.config.rollout
     if not rollout.staleness or rollout.partial == "retract":
@@ -146,7 +146,6 @@ def _handover(parts: SourceParts, sampler: EngineSampler, pool: EnginePool, supp
     return CutShort(
         parts.layout,
         sampler if parts.environments is not None else None,
-        pool.abort_all,
         lambda: supply.unfinished,
         CONTROL_TIMEOUT_S,
         shared=rollout.engine.colocated,

@@ -17,8 +17,8 @@ class Traffic(Protocol):
         """Send nothing more until `release`; what is aborted meanwhile keeps its tokens and goes on behind them."""
         ...
 
-    def wait_idle(self, deadline_s: float) -> None:
-        """Wait until no request is in flight. Raises TimeoutError after `deadline_s` (s)."""
+    def cut_short(self, deadline_s: float) -> None:
+        """Abort what is in flight, and wait until it has come back. Raises TimeoutError after `deadline_s` (s)."""
         ...
 
     def release(self) -> None:
@@ -69,20 +69,19 @@ class CutShort:
     """All requests are aborted (`segment`): each response keeps the tokens that it has, and a further request goes on
     behind them, with the new weights, on any engine.
 
-    `traffic`: this rank's requests; None on ranks that have none. `abort_all`: ends all requests of all engines; rank 0
-    calls it. `unfinished`: whether there may be any. `shared`: whether engines and trainer share devices.
+    `traffic`: this rank's requests; None on ranks that have none. `unfinished`: whether there may be any, on any rank.
+    `shared`: whether engines and trainer share devices.
     """
 
     def __init__(
         self,
         layout: Layout,
         traffic: Traffic | None,
-        abort_all: Callable[[], None],
         unfinished: Callable[[], bool],
         timeout_s: float,
         shared: bool = False,
     ) -> None:
-        self._layout, self._traffic, self._abort_all, self._unfinished = layout, traffic, abort_all, unfinished
+        self._layout, self._traffic, self._unfinished = layout, traffic, unfinished
         self._timeout_s, self._shared = timeout_s, shared
         self._held = False
 
@@ -110,10 +109,8 @@ class CutShort:
             if self._traffic is not None:
                 self._traffic.hold()
         with together(self._layout, "cutting responses short", 2 * self._timeout_s):
-            if self._layout.rank == 0:
-                self._abort_all()
-            if self._traffic is not None:
-                self._traffic.wait_idle(self._timeout_s)
+            if self._traffic is not None:  # every leader's requests are held, so that an abort may end all of them
+                self._traffic.cut_short(self._timeout_s)
 
     def _release(self) -> None:
         if not self._held:

@@ -28,6 +28,7 @@ from fiberpo_megatron.trainer.batch import mini_batches, without_truncated
 from fiberpo_megatron.trainer.expectation import Expected, nothing_expected
 from fiberpo_megatron.trainer.figures import MakeFigures, no_figures
 from fiberpo_megatron.trainer.importance import Weighing
+from fiberpo_megatron.trainer.importance_settings import MismatchConfig
 from fiberpo_megatron.trainer.lags import lag_metrics
 from fiberpo_megatron.trainer.optimise import optimise
 from fiberpo_megatron.trainer.overlong import with_overlong_penalty
@@ -82,6 +83,9 @@ class Training:
     """Sets that are evaluated beside the default one."""
     staleness: int = 0
     """`rollout.staleness`."""
+    live: bool = True
+    """Whether engines of this run sample. What is replayed was sampled by another run's weights, whatever its version
+    is called, so that it says nothing about engines and no limit of a mismatch applies."""
 
 
 def train(run: Training, start: int = 0) -> None:
@@ -163,7 +167,7 @@ def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, floa
         version,
         run.algorithm.importance.method_at(run.staleness),
         run.algorithm.importance,
-        run.algorithm.mismatch,
+        run.algorithm.mismatch if run.live else MismatchConfig(warn=0, mask=0, stop=0),
         weighting,
         normaliser,
         rollouts,

@@ -221,6 +221,7 @@ class Run(Closeable):
                 max_response_tokens=config.rollout.max_response_tokens,
                 steps=steps,
                 staleness=config.rollout.staleness,
+                live=config.storage.replay is None,
                 evaluate_every=config.evaluation.every_steps,
                 evaluation_sets=config.evaluation.sets,
                 save_every=config.checkpoint.every_steps,

@@ -33,7 +33,7 @@ class Drawing(FakeServers):
     def __init__(self, cut: Callable[[int], int] | None = None, delay_s: float = 0.0) -> None:
         super().__init__({"/generate": self.draw}, delay_s)
         self.cut = cut
-        self.version = "7"  # type: ignore[assignment]
+        self.weights = "7"
 
     def draw(self, host: str, body: Any) -> list[dict[str, Any]]:
         return [self.one(*pair) for pair in zip(body["input_ids"], body["sampling_params"], strict=True)]
@@ -52,7 +52,7 @@ class Drawing(FakeServers):
             reason = {"type": "abort", "message": "Aborted"}
         changes: dict[str, Any] = {
             "finish_reason": reason,
-            "weight_versions": [{"version": self.version, "start": 0, "end": len(tokens)}],
+            "weight_versions": [{"version": self.weights, "start": 0, "end": len(tokens)}],
         }
         if not tokens:  # what SGLang says of a request that it aborts in its queue
             changes |= {"prompt_tokens": None}
@@ -106,14 +106,15 @@ def test_what_is_aborted_while_engines_are_held_goes_on_behind_its_tokens():
             pass
         engines.hold()
         servers.cut = lambda length: length % 4 * 3  # the engines abort all, at some token
-        engines.wait_idle(10)
-        sent = len(servers.calls)
-        servers.cut, servers.version = None, "8"  # type: ignore[assignment]
+        engines.cut_short(10)
+        assert "/abort_request" in servers.paths()
+        sent = servers.paths().count("/generate")
+        servers.cut, servers.weights = None, "8"
         assert not work.done()
         engines.release()
         found = work.result(30)
         continued = engines.take_counts()["continued"]
-        assert len(servers.calls) - sent == continued > len(SEEDS) / 2
+        assert servers.paths().count("/generate") - sent == continued > len(SEEDS) / 2
     for a, b in zip(found, whole, strict=True):
         assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
         assert [span.version for span in a.weight_spans] in (["7"], ["7", "8"], ["8"])
@@ -133,7 +134,7 @@ def test_an_engine_that_never_lets_go_is_named():
             pass
         engines.hold()
         with pytest.raises(TimeoutError, match=r"http://a:1 \(\d+\).*rollout.partial = 'drain'"):
-            engines.wait_idle(0.1)
+            engines.cut_short(0.1)
         engines.release()
         work.result(30)
 
@@ -217,8 +218,7 @@ def test_a_real_engine_goes_on_with_the_same_draws(engine: EngineAddress):
             pass
         pool.run(asyncio.sleep(0.3))
         long.hold()
-        pool.abort_all()
-        long.wait_idle(30)
+        long.cut_short(30)
         assert not work.done()
         long.release()
         for ours, theirs in zip(work.result(60), undisturbed, strict=True):
