@@ -27,7 +27,7 @@ SIZES = (8, 32, 128, 512, 1024, 4096, 10240)
 TRAJECTORIES_PER_GPU = 8
 LARGEST_BATCH = 64e6
 """Tokens of a step beyond which the batch does not grow with the GPUs."""
-AGREEMENTS_STEP, AGREEMENTS_OPTIMISER = 8, 4
+AGREEMENTS_STEP, AGREEMENTS_OPTIMISER = 10, 4
 """Times that all ranks agree in a step (`Layout.any_rank`, `agree`, `together`), and in each optimiser step besides."""
 MESSAGE_S = 1e-4
 """Seconds of a small message between two hosts over Gloo (TCP), wake-up of the receiver included."""

@@ -79,23 +79,25 @@ class Supply:
         with self.timers("stored_rollouts"):
             stored = self.store.load(step, prompts, weights)
         admitted = self._steps[step] = _Step(prompts, weights, stored)
-        if stored is None and self.generator is not None:
-            mine = share(range(len(places)), self.layout.data_rank, self.layout.data_size)
+        if stored is None:
             name = str(step if version is None else version)
             sampled = Sampled(name, frozenset(map(str, versions)), self.tickets.of_step(step)[0])
             with together(self.layout, f"looking for finished groups of step {step}"):
-                self._begin(admitted, step, mine, sampled)
-        elif stored is None:
-            with together(self.layout, f"looking for finished groups of step {step}"):
-                pass
+                if self.generator is not None:
+                    self._begin(self.generator, admitted, step, sampled)
 
-    def _begin(self, admitted: _Step, step: int, mine: Sequence[int], sampled: Sampled) -> None:
+    def _begin(self, generator: Generator, admitted: _Step, step: int, sampled: Sampled) -> None:
         """Begin to make this leader's groups that are not on disk."""
-        assert self.generator is not None
+        mine = self._mine
         kept = admitted.files.enter_context(self.store.unfinished(step, admitted.prompts, admitted.weights, mine))
         admitted.finished = {index: kept[index] for index in mine if index in kept}
         missing = {index: admitted.prompts[index] for index in mine if index not in kept}
-        admitted.groups = self.generator.begin(missing, self.samples_per_prompt, sampled, kept.__setitem__)
+        admitted.groups = generator.begin(missing, self.samples_per_prompt, sampled, kept.__setitem__)
+
+    @property
+    def _mine(self) -> Sequence[int]:
+        """The indices of this leader's prompts in a step."""
+        return share(range(self.tickets.per_step), self.layout.data_rank, self.layout.data_size)
 
     def take(self, step: int) -> RolloutBatch | None:
         """Return the trajectories of an admitted step, equal on every rank; None when a request to stop came first."""
@@ -111,7 +113,7 @@ class Supply:
         return rollouts
 
     def _made(self, admitted: _Step, step: int) -> RolloutBatch | None:
-        mine = share(range(self.tickets.per_step), self.layout.data_rank, self.layout.data_size)
+        mine = self._mine
         complete: list[RolloutGroup] = []
         with self.timers("generate"), together(self.layout, "generating rollouts", self.patience_s):
             if admitted.groups is not None:

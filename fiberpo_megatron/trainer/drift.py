@@ -73,10 +73,11 @@ def sampling_drift(
     sums = known[0][1].new_zeros(2, len(cells), dtype=torch.float64)
     largest = known[0][1].new_zeros(1)
     for part, log_probs in known:
-        engine, version = (part.keys[key].to(log_probs.device) for key in (ENGINE_KEY, VERSION_KEY))
-        versions = len(part.labels[VERSION_KEY])
-        own = torch.tensor([cells.index(cell) for cell in _cells(part)], device=log_probs.device)
-        cell = own[engine * versions + version]
+        engine, version = (part.keys[key].cpu() for key in (ENGINE_KEY, VERSION_KEY))
+        own = torch.tensor([cells.index(cell) for cell in _cells(part)])
+        cell = own[engine * len(part.labels[VERSION_KEY]) + version].to(
+            log_probs.device
+        )  # one upload in place of three
         y = (log_probs - part.rollout_log_probs.to(log_probs.device)).abs()
         largest = torch.cat([largest, y]).max().reshape(1)
         sums[0].index_add_(0, cell, y.double())

@@ -24,7 +24,7 @@ from fiberpo_megatron.environments import Outcome, SingleTurn, Task, Turn, wire
 from fiberpo_megatron.environments.builtin.chat import Chat
 from fiberpo_megatron.rollout.dump import Origin, RolloutDump
 from fiberpo_megatron.rollout.finished import FinishedGroups
-from fiberpo_megatron.rollout.generator import Generator
+from fiberpo_megatron.rollout.generator import Generator, Sampled
 from fiberpo_megatron.telemetry.console import Console
 from fiberpo_megatron.telemetry.report import write_report
 from fiberpo_megatron.telemetry.report.page import render
@@ -135,7 +135,7 @@ def sampled(task: Task, response: str, name: str, fails: bool = False) -> Rollou
         return None
     environment = running(Judge(name, fails), on_failure="zero")
     generator = Generator(Engine(response), [environment], encoder, LOOP, seed=0)
-    return LOOP.run(generator.group(prompt, 2, "0"))
+    return LOOP.run(generator.group(prompt, 2, Sampled("0", frozenset(["0"]))))
 
 
 def store(folder: Path, group: RolloutGroup) -> dict[str, float]:
