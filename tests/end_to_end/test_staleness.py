@@ -9,7 +9,7 @@ from tests.end_to_end.test_replay import assert_same_weights, kill_when_saved, m
 from tests.end_to_end.test_training import command, processes_of, records, run
 
 AHEAD = ["--rollout.staleness", "1", "--evaluation.prompts", "0", "--rollout.max_response_tokens", "24"]
-LONG = ["--rollout.stop", "[]", "--rollout.max_response_tokens", "250", "--rollout.chunk_tokens", "100"]
+LONG = ["--rollout.stop", "[]", "--rollout.max_response_tokens", "400", "--rollout.chunk_tokens", "100"]
 """Responses of a random model that a publication finds unfinished."""
 
 
@@ -42,15 +42,15 @@ def test_a_run_that_drains_and_is_killed_is_bitwise_the_one_that_was_not(model: 
 @pytest.mark.parametrize("partial", ["segment", pytest.param("retract", marks=pytest.mark.exhaustive)])
 def test_unfinished_responses_go_on_under_new_weights(model: Path, engine: Any, tmp_path: Path, partial: str):
     """Every token has the log-prob of the weights that sampled it, and none is older than allowed."""
-    options = [*AHEAD, *LONG, "--trainer.steps", "4", "--rollout.partial", partial, "--rollout.staleness", "2"]
+    options = [*AHEAD, *LONG, "--trainer.steps", "6", "--rollout.partial", partial, "--rollout.staleness", "2"]
     folder = tmp_path / "run"
     done = run(model, folder, *options, "--rollout.engine.urls", f'["{engine.url}"]', "--batch.prompts", "16")
     assert done.returncode == 0, done.stderr
     steps = records(folder, "train")
-    assert len(steps) == 4 and max(record["lag/max"] for record in steps) <= 2
+    assert len(steps) == 6 and max(record["lag/max"] for record in steps) <= 2
     assert any(0 < value < 1 for record in steps for name, value in record.items() if "lag/token_share" in name)
     if partial == "segment":
         assert sum(record.get("requests/continued", 0) for record in steps) > 0
     for record in steps:
         assert sum(value for name, value in record.items() if name.startswith("lag/token_share/")) == pytest.approx(1)
-        assert record["drift/mismatch"] < 1e-3  # of the tokens of lag 0: engine and trainer compute the same
+        assert record.get("drift/mismatch", 0.0) < 1e-3  # of tokens of lag 0, where there are any
