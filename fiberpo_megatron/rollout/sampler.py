@@ -66,8 +66,7 @@ class EngineSampler:
         self.engines, self.sampling, self.vocabulary, self.routing = engines, sampling, vocabulary, routing
         self.segment_tokens = segment_tokens
         self.counts: Counter[str] = Counter()
-        """Requests that were asked again (`retried`) and continued behind an abort (`continued`), and tokens that an
-        abort lost (`lost_tokens`)."""
+        """Requests that were asked again elsewhere (`retried`), and that went on behind an abort (`continued`)."""
         self._slots = _Slots(max_concurrent)
         self._open = asyncio.Event()
         self._open.set()

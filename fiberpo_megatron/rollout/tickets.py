@@ -31,10 +31,6 @@ class Tickets:
         """Return the tickets that a step trains on."""
         return range(step * self.per_step, (step + 1) * self.per_step)
 
-    def step_of(self, ticket: int) -> int:
-        """Return the step that trains on a ticket."""
-        return ticket // self.per_step
-
     def admitted(self, version: int) -> int:
         """Return the last step whose tickets may run once the weights `version` are published; -1 without any step."""
         return min(version + self.staleness, self.steps - 1)
@@ -42,7 +38,3 @@ class Tickets:
     def versions(self, step: int) -> range:
         """Return the versions of the weights that may sample tokens of a step."""
         return range(max(0, step - self.staleness), step + 1)
-
-    def lag(self, step: int, version: int) -> int:
-        """Return how many versions older than the weights that train it a token is."""
-        return step - version
