@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fiberpo_megatron.environments import Message
 from fiberpo_megatron.evaluation.settings import EvaluationSet
+from fiberpo_megatron.tracks import Track
 from fiberpo_megatron.types import (
     Completion,
     Gate,
@@ -399,14 +400,17 @@ class Sampler(Protocol):
         stop_token_ids: Sequence[int] = (),
         change: SamplingChange | None = None,
         priority: int = 0,
+        track: Track | None = None,
+        known_routes: int = 0,
     ) -> list[Completion]:
         """Return one response to the prompt (token ids) for each seed. The limits narrow those of the run, which an
         evaluation may `change`. Where requests wait for each other, those of the lowest `priority` number come
-        first."""
+        first. `track` gets what is done for its trajectory, and when. Where the experts of tokens are asked for, the
+        response has those of the positions from `known_routes` on."""
         ...
 
-    def score(self, token_ids: Sequence[int]) -> Sequence[ArrayLike]:
-        """Return per engine the log-probs [len - 1] of token_ids[1:] at temperature 1."""
+    def score(self, token_ids: Sequence[int]) -> Mapping[int, ArrayLike]:
+        """Return the log-probs [len - 1] of token_ids[1:] at temperature 1 by the number of the engine."""
         ...
 
 
@@ -440,8 +444,9 @@ class RolloutSource(Protocol):
     """It gives each step its trajectories, and takes the weights that the step made. Every rank calls all methods."""
 
     def take(self, step: int, version: int | None = None) -> RolloutBatch | None:
-        """Return the trajectories of training step `step`, equal on every rank; None, on every rank, when any rank was
-        asked to stop before they were complete. `version`: that of the weights, where it is not `step`."""
+        """Return the trajectories of training step `step`, equal on every rank; an empty batch where a filter has
+        dropped all of them; None, on every rank, when any rank was asked to stop before they were complete. `version`:
+        that of the weights, where it is not `step`."""
         ...
 
     def training(self, *, publishes: bool) -> AbstractContextManager[None]:
@@ -460,6 +465,11 @@ class RolloutSource(Protocol):
 
     def observe(self, rollouts: RolloutBatch) -> Mapping[str, float]:
         """Look at a step's trajectories, which may move a curriculum; return metrics."""
+        ...
+
+    def quarantine(self, engines: Sequence[int], why: str) -> None:
+        """Note engines, named by their numbers, whose log-probs are not the trainer's: nothing more is sampled by them
+        once every rank has called `observe`."""
         ...
 
     def saved(self, done: int) -> None:
@@ -484,9 +494,21 @@ class Recorder(Protocol):
         number of steps done."""
         ...
 
-    def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: Any = "train") -> None:
+    def rollouts(
+        self,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        kind: Any = "train",
+        *,
+        places: Sequence[int] | None = None,
+        looked_at: Sequence[RolloutGroup] | None = None,
+    ) -> None:
         """Write a few trajectories for people to read: of training step `step`, or ("eval") of the evaluation after
-        `step` steps. Every rank calls it, with the groups that it has generated."""
+        `step` steps. Every rank calls it, with the groups that it has generated.
+
+        `places`: the place of each group in the step; None: those of all ranks come one after the other. `looked_at`:
+        the groups whose solved trajectories are counted, where a filter has dropped some of them.
+        """
         ...
 
     def evaluation(self, step: int, sets: Mapping[str, Mapping[str, Any]]) -> None:

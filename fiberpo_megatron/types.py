@@ -77,8 +77,8 @@ class Completion:
     weight_spans: tuple[WeightSpan, ...]
     """Versions of the weights that produced the response, in token order."""
     routed_experts: NDArray[Any] | None = None
-    """[prompt + T - 1, layers, top_k] uint8 or int16, the experts of every position but the last; None when not asked
-    for."""
+    """[prompt + T - 1, layers, top_k] uint8 or int16, the experts of every position but the last; in an answer that goes
+    on behind earlier ones, those of the positions that these do not have. None when not asked for."""
     loss_mask: NDArray[np.bool_] | None = None
     """[T] True at the tokens that the policy sampled, False at those that an environment wrote between turns. None:
     all were sampled."""
@@ -208,12 +208,25 @@ def _versions(sequence: TokenSequence) -> NDArray[np.int64]:
 
 
 def _routes(sequences: Sequence[TokenSequence]) -> dict[str, NDArray[Any]]:
-    """Return the arrays of the engines' routes; none unless every sequence has its own."""
+    """Return the arrays of the engines' routes; none where the engines were not asked for them.
+
+    Raises ValueError where a token has no route, or a route no token: all others behind it would be those of other
+    tokens.
+    """
     found = [sequence.completion.routed_experts for sequence in sequences]
     given = [experts for experts in found if experts is not None]
-    if not given or len(given) < len(found):
+    if not given:
         return {}
     lengths = np.array([len(_tokens(sequence)) for sequence in sequences])
+    for number, (experts, length) in enumerate(zip(found, lengths.tolist(), strict=True)):
+        rows = 0 if experts is None else len(experts)
+        if rows != length - 1:
+            what = f"token {rows} has no route" if rows < length - 1 else f"{rows - length + 1} routes have no token"
+            raise ValueError(
+                f"expert routing: sequence {number} of {len(found)} has {length} tokens and the routes of {rows}, so "
+                f"that {what}; every token but the last one of a sequence has one route: what samples or joins "
+                "responses must keep them"
+            )
     starts = np.cumsum(lengths) - lengths
     rows = [np.arange(start, start + len(experts)) for start, experts in zip(starts, given, strict=True)]
     return {

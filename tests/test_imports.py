@@ -127,11 +127,12 @@ TOP = {
     "spans",
     "subprocesses",
     "together",
+    "tracks",
     "types",
     "user_warnings",
 }
 """Modules beside the folders."""
-ANYWHERE = {"durable", "json_files", "printable", "spans", "user_warnings"}
+ANYWHERE = {"durable", "json_files", "printable", "spans", "tracks", "user_warnings"}
 """Modules of the standard library alone that every part may import."""
 FOR_SETTINGS = {"fiberpo_megatron.engines.arguments", "fiberpo_megatron.engines.urls"}
 """Modules of the standard library alone with which settings check their values."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fiberpo_megatron
-from fiberpo_megatron.cli import calibrate, certify, doctor, evaluate, plan, profile, replay_step, slurm, watch
+from fiberpo_megatron.cli import calibrate, certify, doctor, engines, evaluate, plan, profile, replay_step, slurm, watch
 from fiberpo_megatron.config import Config, ConfigError, load_config
 from fiberpo_megatron.printable import printable
 from fiberpo_megatron.run_lock import refuse
@@ -34,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if overrides:
                 parser.error(f"unexpected arguments: {' '.join(overrides)}")
             return watch.run(options)
+        if options.command == "engines":
+            if overrides:
+                parser.error(f"unexpected arguments: {' '.join(overrides)}")
+            return engines.run(options)
         if options.command == "replay-step":
             if overrides:
                 parser.error(f"unexpected arguments: {' '.join(overrides)}")
@@ -91,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_parsers(commands, _OVERRIDES)
     profile.add_parser(commands)
     watch.add_parser(commands)
+    engines.add_parser(commands)
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     report.add_argument(

@@ -80,7 +80,7 @@ class Config(Section):
         engine, batch = self.rollout.engine, self.batch
         if engine.max_running_requests:
             return engine.max_running_requests
-        in_flight = batch.prompts * batch.samples_per_prompt
+        in_flight = batch.drawn_prompts * batch.samples_per_prompt
         if self.parallel.data is not None:
             in_flight = min(in_flight, self.parallel.data * self.rollout.max_concurrent_requests)
         servers = len(engine.urls) or engine.count * max(1, self.slurm.engine_nodes)

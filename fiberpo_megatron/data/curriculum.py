@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fiberpo_megatron.data.prompts import Domain, Place, PromptSets
+from fiberpo_megatron.data.prompts import Domain, Place, PromptSets, Schedule
 from fiberpo_megatron.data.settings import DataConfig
 from fiberpo_megatron.types import RolloutBatch
 
@@ -90,24 +90,37 @@ class AdaptivePrompts(PromptSets):
             places.append(Place(number, "train", index))
         return places
 
-    def observe(self, rollouts: RolloutBatch) -> dict[str, float]:
+    def observe(
+        self, rollouts: RolloutBatch, looked_at: Mapping[int, tuple[int, int]] | None = None
+    ) -> dict[str, float]:
         """Take the rollouts of the first step that was drawn and not observed into account; return the step's shares
-        and the new solve rates as metrics."""
-        rollouts = rollouts.per_trajectory()
+        and the new solve rates as metrics. Groups that a filter has dropped count: they are what was solved always or
+        never."""
         step = min(self._unobserved)
         counts = self._unobserved[step].counts
-        first = np.unique(rollouts.groups, return_index=True)[1]
-        seen = np.bincount(rollouts.domains[first], minlength=len(self.domains)).tolist()
-        # fewer where an environment failed and its trajectories were dropped
-        assert all(s <= c for s, c in zip(seen, counts)), f"rollouts of {seen} prompts, the curriculum chose {counts}"
         rates = list(self.mix.solve_rates)
-        for number in np.unique(rollouts.domains).tolist():
-            right = float(rollouts.correct[rollouts.domains == number].mean())
-            rates[number] += self._rate * (right - rates[number])
+        for number, (right, answers) in (self._solved(rollouts, counts) if looked_at is None else looked_at).items():
+            if answers:
+                rates[number] += self._rate * (right / answers - rates[number])
         self.mix = replace(self.mix, solve_rates=tuple(rates))
         del self._unobserved[step]
         metrics = {f"curriculum/share/{name}": n / sum(counts) for name, n in zip(self.domains, counts)}
         return metrics | {f"curriculum/solve_rate/{name}": rate for name, rate in zip(self.domains, rates)}
+
+    def _solved(self, rollouts: RolloutBatch, counts: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """Return the right answers and the answers of each domain in a step that drew so many prompts of each."""
+        rollouts = rollouts.per_trajectory()
+        first = np.unique(rollouts.groups, return_index=True)[1]
+        seen = np.bincount(rollouts.domains[first], minlength=len(self.domains)).tolist()
+        # fewer where an environment failed and its trajectories were dropped
+        assert all(s <= c for s, c in zip(seen, counts)), f"rollouts of {seen} prompts, the curriculum chose {counts}"
+        answers = np.bincount(rollouts.domains, minlength=len(self.domains)).tolist()
+        right = np.bincount(rollouts.domains, rollouts.correct, minlength=len(self.domains)).tolist()
+        return dict(enumerate(zip(map(int, right), answers)))
+
+    def _refill_schedule(self, step: int) -> Schedule:
+        """Refills are mixed like the prompts that the step drew, whatever was observed since."""
+        return Schedule(self._unobserved[step].counts)
 
     def state(self) -> dict[str, Any]:
         """Return JSON values for a checkpoint."""

@@ -66,6 +66,12 @@ class Domain:
         part = self.curriculum_start + (1 - self.curriculum_start) * step / self.curriculum_steps
         return max(1, round(part * self.train_size))
 
+    def refill_index(self, position: int, seed: int, step: int) -> int:
+        """Return the training task at `position` of the endless stream of a step's refills."""
+        size = self.window(step) or self.train_size
+        epoch, place = divmod(position, size)
+        return Permutation(size, derive_key("refills", seed, self.name, step, epoch))(place)
+
     def shuffled(self, position: int, *key: object) -> int:
         """Return the training index at `position` of the endless stream of `key`, which is shuffled anew in every
         epoch."""
@@ -112,6 +118,23 @@ class PromptSets:
             drawn[number] += 1
         return places
 
+    def refills_at(self, seed: int, step: int, count: int) -> list[Place]:
+        """Return the training places of the first `count` refills of a step, which take the places of prompts whose
+        groups a filter has dropped. They are mixed like the step's prompts, and each domain is shuffled without
+        replacement and anew in every step. Equal on every rank."""
+        schedule, places = self._refill_schedule(step), list[Place]()
+        drawn: Counter[int] = Counter()
+        begin = int.from_bytes(derive_key("refills", seed, step)) % SCHEDULE_SLOTS  # not always with the same domain
+        for position in range(begin, begin + count):
+            number, _ = schedule(position)
+            places.append(Place(number, "train", self._domains[number].refill_index(drawn[number], seed, step)))
+            drawn[number] += 1
+        return places
+
+    def _refill_schedule(self, step: int) -> "Schedule":
+        """Return how the refills of a step are mixed."""
+        return self._schedule
+
     def examples_at(self, seed: int, step: int, count: int) -> list[Place]:
         """Return places as `prompts_at` does, in another order, for supervised steps."""
         places = []
@@ -129,8 +152,13 @@ class PromptSets:
         ]
         return [Place(number, "held_out", position) for position, number in sorted(turns)[:count]]
 
-    def observe(self, rollouts: RolloutBatch) -> dict[str, float]:
-        """Look at a step's rollouts and return metrics. A fixed mix learns nothing from them."""
+    def observe(
+        self, rollouts: RolloutBatch, looked_at: Mapping[int, tuple[int, int]] | None = None
+    ) -> dict[str, float]:
+        """Look at a step's rollouts and return metrics. A fixed mix learns nothing from them.
+
+        `looked_at`: where a filter has dropped groups, right answers and answers of all groups by domain.
+        """
         return {}
 
     def state(self) -> dict[str, Any]:

@@ -63,11 +63,13 @@ class Asked:
     """Ids of response tokens are below it; None: they are not checked."""
     routing: RoutingShape | None = None
     """Shape of the experts where they were asked for."""
+    known_routes: int = 0
+    """First position of the prompt whose experts were asked for; earlier answers have those before it."""
 
     @property
     def largest_bytes(self) -> int:
         """Return the size above which an answer is refused unread."""
-        rows = self.prompt_tokens + self.max_response_tokens
+        rows = self.prompt_tokens + self.max_response_tokens - self.known_routes
         experts = 0 if self.routing is None else 6 * rows * self.routing.layers * self.routing.top_k  # base64 of int32
         tokens = OUTPUT_TOKEN_BYTES * self.max_response_tokens + INPUT_TOKEN_BYTES * self.prompt_tokens
         return RESPONSE_BYTES + tokens + experts
@@ -116,7 +118,7 @@ def completion(answer: object, asked: Asked) -> Completion:
     log_probs = _log_probs(field(info, "output_token_logprobs", list), token_ids)
     experts = None
     if asked.routing is not None:
-        rows = prompt_tokens + len(token_ids) - 1
+        rows = prompt_tokens + len(token_ids) - 1 - asked.known_routes
         experts = experts_array(field(info, "routed_experts", str), rows, asked.routing)
     return Completion(token_ids, log_probs, reason, _weight_spans(info, len(token_ids)), experts)
 

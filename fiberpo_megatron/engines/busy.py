@@ -1,6 +1,7 @@
 """This module keeps the times in which engines have work, for figures of how long they were idle."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 Interval = tuple[float, float]
@@ -10,11 +11,11 @@ Interval = tuple[float, float]
 class BusyTimes:
     """These are the times in which each engine has at least one request of this process."""
 
-    def __init__(self, engines: int, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._running = [0] * engines
-        self._since = [0.0] * engines
-        self._ended: list[list[Interval]] = [[] for _ in range(engines)]
+        self._running: Counter[int] = Counter()
+        self._since: dict[int, float] = {}
+        self._ended: dict[int, list[Interval]] = {}
 
     def began(self, engine: int) -> None:
         """Note that a request began."""
@@ -26,15 +27,15 @@ class BusyTimes:
         """Note that a request ended."""
         self._running[engine] -= 1
         if not self._running[engine]:
-            self._ended[engine].append((self._since[engine], self._clock()))
+            self._ended.setdefault(engine, []).append((self._since[engine], self._clock()))
 
-    def take(self) -> list[list[Interval]]:
-        """Return the times of each engine since the last call, up to now."""
+    def take(self) -> dict[int, list[Interval]]:
+        """Return the times of each engine, by its number, since the last call, up to now."""
         now = self._clock()
-        taken, self._ended = self._ended, [[] for _ in self._running]
-        for engine, running in enumerate(self._running):
+        taken, self._ended = self._ended, {}
+        for engine, running in self._running.items():
             if running:
-                taken[engine].append((self._since[engine], now))
+                taken.setdefault(engine, []).append((self._since[engine], now))
                 self._since[engine] = now
         return taken
 

@@ -105,6 +105,7 @@ class EngineClient(WeightCalls):
         seeds: Sequence[int] | None = None,
         vocabulary: int | None = None,
         routing: RoutingShape | None = None,
+        known_routes: int = 0,
         keep_aborted: Callable[[], bool] | None = None,
     ) -> list[Completion]:
         """Return one response to each prompt (token ids), in order; for several responses, repeat the prompt.
@@ -112,7 +113,8 @@ class EngineClient(WeightCalls):
         SGLang's `n` is not used, because its responses would share one seed. `seeds`: one per prompt; this needs a
         server started with `--enable-deterministic-inference`. `vocabulary`: a response with a token that is not below
         it is refused. `routing`: the shape in which experts are asked for; it fills `Completion.routed_experts`, and
-        needs `--enable-return-routed-experts`. `keep_aborted`: is asked about a response that the engine aborted; where
+        needs `--enable-return-routed-experts`. `known_routes`: the server sends the experts of the positions from this
+        one of the prompts on. `keep_aborted`: is asked about a response that the engine aborted; where
         it says True the response is returned with the tokens that it had, perhaps none, and the finish reason "abort".
         Raises EngineAborted for other aborts, and EngineAnswerError for an answer that does not fit the request.
         """
@@ -126,8 +128,10 @@ class EngineClient(WeightCalls):
             "stream": False,
         }
         if routing is not None:
-            request["return_routed_experts"] = True
-        asked = [Asked(len(prompt), sampling.max_response_tokens, vocabulary, routing) for prompt in prompts]
+            request |= {"return_routed_experts": True, "routed_experts_start_len": known_routes}
+        asked = [
+            Asked(len(prompt), sampling.max_response_tokens, vocabulary, routing, known_routes) for prompt in prompts
+        ]
         limit = sum(one.largest_bytes for one in asked)
         answer = await self._call("POST", "/generate", request, self.timeout_s, limit)
         with self._answer_errors("/generate"):

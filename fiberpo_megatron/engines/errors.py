@@ -30,6 +30,10 @@ class EngineTimeout(EngineError):
     """There was no answer before the deadline."""
 
 
+class EngineReplaced(EngineError):
+    """It serves weights that this run has never published."""
+
+
 class EngineRefused(EngineError):
     """The server has answered with an HTTP error or `success: false`."""
 

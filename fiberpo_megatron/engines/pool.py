@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ class Report:
 class EnginePool(Closeable):
     """This pool has the engines of a run, for sampling from them, publishing to them and managing their memory.
 
+    Engines have numbers, at first 0, 1, .. in the order of `addresses`; `change` lets engines come and go.
     `timeout_s` bounds one generation or scoring request; `max_concurrent` bounds the requests in flight to one engine.
     `transport` is the network seam for tests. `loop` is the thread for the network, where others use it too; the pool
     then leaves it running. Close the pool when done (`with`).
@@ -53,12 +54,51 @@ class EnginePool(Closeable):
     ) -> None:
         if not addresses:
             raise ValueError("there are no engines; give rollout.engine.urls or let the run start some")
-        self.addresses = list(addresses)
         self.timeout_s = timeout_s
-        connections = max_concurrent + CONTROL_CONNECTIONS
-        self.clients = [EngineClient(address, timeout_s, connections, transport) for address in addresses]
+        self._connections, self._transport = max_concurrent + CONTROL_CONNECTIONS, transport
+        self.members = {number: self.client(address) for number, address in enumerate(addresses)}
+        """The client of each engine, by the engine's number, in the order of the numbers. It is replaced as a whole."""
+        self._left: list[EngineClient] = []
+        """Clients of engines that are no members any more; requests of theirs may still be in flight."""
         self._owned = loop is None
         self._loop: BackgroundLoop | None = loop or BackgroundLoop("engines")
+
+    def client(self, address: EngineAddress) -> EngineClient:
+        """Return a client of a server, which need not be a member; the caller closes it."""
+        return EngineClient(address, self.timeout_s, self._connections, self._transport)
+
+    @property
+    def clients(self) -> list[EngineClient]:
+        """The clients of all engines, in the order of the engines' numbers."""
+        return list(self.members.values())
+
+    @property
+    def numbers(self) -> list[int]:
+        """The engines' numbers, in order."""
+        return list(self.members)
+
+    @property
+    def addresses(self) -> list[EngineAddress]:
+        """The engines' addresses, in the order of their numbers."""
+        return [client.address for client in self.clients]
+
+    def change(self, addresses: Mapping[int, EngineAddress]) -> None:
+        """Have these engines, by number, from now on. A client stays where its engine's address does.
+
+        What is in flight to an engine that goes fails with EngineUnreachable or goes on to its end; its connections are
+        closed with the pool.
+        """
+        if not addresses:
+            raise ValueError("a pool must have an engine; close it when none is left")
+        before = self.members
+        self.members = {
+            number: client
+            if (client := before.get(number)) is not None and client.address == address
+            else self.client(address)
+            for number, address in sorted(addresses.items())
+        }
+        gone = [client for client in before.values() if client not in self.members.values()]
+        self._left.extend(gone)
 
     def submit(self, work: Coroutine[Any, Any, Result]) -> "Future[Result]":
         """Start `work` on the pool's event loop; the future has its result."""
@@ -139,7 +179,7 @@ class EnginePool(Closeable):
             return
 
         async def close_all() -> None:
-            for client in self.clients:
+            for client in (*self.clients, *self._left):
                 await client.close()
 
         loop.run(close_all())

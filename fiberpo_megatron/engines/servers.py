@@ -1,35 +1,168 @@
-"""This module starts SGLang servers on this machine and stops them, or checks those whose addresses are given."""
+"""This module has the servers of a run on this machine, with successors for those that die, or those whose addresses
+are given."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 
-from fiberpo_megatron.engines.addresses import free_ports, is_free
-from fiberpo_megatron.engines.api_key import key_pipe
+from fiberpo_megatron.closeable import Closeable
+from fiberpo_megatron.engines.addresses import free_ports
 from fiberpo_megatron.engines.client import EngineAddress
-from fiberpo_megatron.engines.command import Server, interpreter, server_command, server_environment, sglang_version
-from fiberpo_megatron.engines.errors import EngineRefused, EngineStartError, EngineUnreachable
+from fiberpo_megatron.engines.command import Server
+from fiberpo_megatron.engines.process import (
+    EngineProcess,
+    check_reachable,
+    check_startable,
+    exit_text,
+    start_server,
+    stop_all,
+)
 from fiberpo_megatron.engines.settings import EngineConfig
-from fiberpo_megatron.engines.temporary import TemporaryFolder, make_temporary, remove_leftovers
-
-POLL_S = 0.1
-CHECK_TIMEOUT_S = 30.0
-ONE_TOKEN = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
-LAUNCHER = Path(__file__).with_name("launcher.py")
+from fiberpo_megatron.engines.temporary import remove_leftovers
 
 
-@contextmanager
-def engines(
+@dataclass(frozen=True)
+class Offer:
+    """It is a place for an engine, with the server that is in it now."""
+
+    place: str
+    """Names the place, whichever server is in it."""
+    address: EngineAddress | None
+    """None while no server answers there."""
+    generation: int = 0
+    """How often another server has taken the place."""
+    detail: str = ""
+    """Why there is no server, in one sentence."""
+    starting: bool = False
+    """Whether a server is starting there."""
+
+class GivenServers(Closeable):
+    """These are servers whose addresses are given; they run whatever this process does.
+
+    Raises EngineUnreachable for an address without a server.
+    """
+
+    def __init__(self, addresses: Sequence[EngineAddress]) -> None:
+        for address in addresses:
+            check_reachable(address)
+        self.addresses = list(addresses)
+
+    def offers(self) -> list[Offer]:
+        """Return all of them. A server that was started again at its address is noticed by its weights."""
+        return [Offer(address.url, address) for address in self.addresses]
+
+    def replace(self, place: str, generation: int, why: str) -> None:
+        """Do nothing: whoever started a server may start it again."""
+
+    def close(self) -> None:
+        """Leave them running."""
+
+
+class StartedServers(Closeable):
+    """These are servers that this process starts, and stops with `close`; see `engines` for the arguments.
+
+    A server that dies, or that `replace` gives up, is started again `config.restarts` times, on another port, so that
+    nothing that knows the old address reaches it. Use it from one thread that outlives the servers: the kernel ends
+    them with it.
+    """
+
+    def __init__(self, servers: Sequence[Server], config: EngineConfig, folder: Path, api_key: str | None) -> None:
+        self._servers, self._config, self._folder, self._api_key = list(servers), config, folder, api_key
+        self._details = [""] * len(servers)
+        self._generations = [0] * len(servers)
+        self._deadlines = [0.0] * len(servers)
+        """Until when a server that was started again has to be healthy (`time.monotonic`); 0 once it is."""
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers()
+        self._processes: list[EngineProcess | None] = []
+        try:
+            for number in range(len(servers)):
+                self._processes.append(self._start(number))
+            deadline = time.monotonic() + config.start_timeout_s
+            for process in self._processes:
+                assert process is not None
+                process.wait_until_healthy(deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def addresses(self) -> list[EngineAddress]:
+        """The servers' addresses."""
+        return [process.address for process in self._processes if process is not None]
+
+    def offers(self) -> list[Offer]:
+        """Return the places of all servers. A server that has died is started again here, and is offered once it is
+        healthy, by a later call."""
+        return [self._offer(number) for number in range(len(self._servers))]
+
+    def replace(self, place: str, generation: int, why: str) -> None:
+        """Stop the server in a place, if it is still that of `generation`, and start it again."""
+        if self._generations[int(place)] == generation:
+            self._again(int(place), why)
+
+    def close(self) -> None:
+        """Stop all servers; idempotent."""
+        processes, self._processes = self._processes, []
+        stop_all([process for process in processes if process is not None])
+
+    def _offer(self, number: int) -> Offer:
+        process = self._processes[number]
+        if process is not None and (code := process.process.poll()) is not None:
+            self._again(number, f"its process ended with {exit_text(code)}")
+            process = self._processes[number]
+        if process is None:
+            return self._starting(number)
+        if self._deadlines[number]:
+            if not process.is_healthy():
+                if time.monotonic() > self._deadlines[number]:
+                    late = f"it was not healthy {self._config.start_timeout_s:g} s after it was started again"
+                    self._again(number, late)
+                return self._starting(number)
+            self._deadlines[number] = 0.0
+        return Offer(str(number), process.address, self._generations[number], self._details[number])
+
+    def _starting(self, number: int) -> Offer:
+        """The place of a server that does not serve yet, or never will."""
+        again = self._processes[number] is not None
+        return Offer(str(number), None, self._generations[number], self._details[number], starting=again)
+
+    def _again(self, number: int, why: str) -> None:
+        process, self._processes[number] = self._processes[number], None
+        if process is not None:
+            stop_all([process])
+        self._details[number] = why
+        if self._generations[number] == self._config.restarts:
+            self._details[number] = f"{why}; it has been started again {self._config.restarts} times already"
+            return
+        self._generations[number] += 1
+        server = self._servers[number]
+        port, internal = free_ports(2, server.host)
+        self._servers[number] = replace(server, port=port, internal_port=internal)
+        try:
+            self._processes[number] = self._start(number)
+        except OSError as error:
+            self._details[number] = f"{why}; it could not be started again: {error}"
+            return
+        self._deadlines[number] = time.monotonic() + self._config.start_timeout_s
+
+    def _start(self, number: int) -> EngineProcess:
+        """Start the server in a place. Its log stands beside those of the servers before it."""
+        generation = self._generations[number]
+        name = f"engine_{number}_restart_{generation}.log" if generation else f"engine_{number}.log"
+        return start_server(self._servers[number], self._config, self._folder / name, self._api_key)
+
+
+Servers = GivenServers | StartedServers
+"""Where the engines of a run come from."""
+
+
+def make_servers(
     config: EngineConfig,
     model: Path,
     folder: Path,
@@ -42,8 +175,8 @@ def engines(
     routed_experts: bool = False,
     deterministic: bool | None = None,
     api_key: str | None = None,
-) -> Iterator[list[EngineAddress]]:
-    """Yield healthy engines; those that were started here are stopped at the end, whatever ends the block.
+) -> Servers:
+    """Return healthy servers: those of `config.urls`, or fresh ones. Close them when done.
 
     `model`: Hugging Face folder; without safetensors the weights are random until the first publication. `folder`: gets
     engine_<i>.log. `dtype`: used if `engine.dtype` is auto. `host`: address to bind, which all ranks must reach.
@@ -56,11 +189,7 @@ def engines(
     server.
     """
     if config.urls:
-        addresses = [EngineAddress(url.rstrip("/"), api_key=api_key) for url in config.urls]
-        for address in addresses:
-            check_reachable(address)
-        yield addresses
-        return
+        return GivenServers([EngineAddress(url.rstrip("/"), api_key=api_key) for url in config.urls])
     gpu = torch.cuda.is_available() if gpu is None else gpu
     check_startable(config, model, host)
     ports = free_ports(2 * config.count, host)
@@ -81,172 +210,12 @@ def engines(
         )
         for i in range(config.count)
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers()
-    started: list[EngineProcess] = []
-    try:
-        for i, server in enumerate(servers):
-            started.append(start_server(server, config, folder / f"engine_{i}.log", api_key))
-        deadline = time.monotonic() + config.start_timeout_s
-        for process in started:
-            process.wait_until_healthy(deadline)
-        yield [process.address for process in started]
-    finally:
-        stop_all(started)
+    return StartedServers(servers, config, folder, api_key)
 
 
-def check_startable(config: EngineConfig, model: Path, host: str) -> None:
-    """Raise for everything that can be known to fail before a process is started."""
-    python = interpreter(config)
-    if sglang_version(python) is None:
-        raise EngineStartError(
-            "(not started)",
-            f"{python} has no sglang",
-            "Run `make env`, install fiberpo-megatron[cuda], or name the Python that has it in rollout.engine.python",
-        )
-    if not (model / "config.json").is_file():
-        raise EngineStartError(
-            "(not started)", f"{model} has no config.json", "Set model.path to a Hugging Face folder"
-        )
-    for i in range(config.count if config.port is not None else 0):
-        port = (config.port or 0) + i
-        if not is_free(port, host):
-            raise EngineStartError(
-                f"http://{host}:{port}",
-                f"port {port} is in use by another process",
-                "Stop that process, change rollout.engine.port, or leave it unset to have a free one found",
-            )
-
-
-def check_reachable(address: EngineAddress) -> None:
-    """Raise EngineUnreachable unless a server answers at this address."""
-    try:
-        with httpx.Client(headers=address.headers, trust_env=False, timeout=CHECK_TIMEOUT_S) as http:
-            status = _status(http, "GET", f"{address.url}/model_info")
-        if status == httpx.codes.UNAUTHORIZED:
-            what = "the server asks for another API key than this run has"
-            raise EngineRefused(address.url, what, address.key_fix)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise EngineUnreachable(
-            address.url,
-            f"no SGLang server answers ({type(error).__name__}: {error})",
-            f"Start it, or correct {address.section}.urls",
-        ) from error
-    if status != httpx.codes.OK:
-        raise EngineUnreachable(
-            address.url,
-            f"no SGLang server answers (HTTP {status} to /model_info)",
-            f"Start it, or correct {address.section}.urls",
-        )
-
-
-@dataclass(frozen=True)
-class EngineProcess:
-    """Represents a server that was started here."""
-
-    address: EngineAddress
-    process: "subprocess.Popen[bytes]"
-    temporary: TemporaryFolder
-
-    def wait_until_healthy(self, deadline: float) -> None:
-        """Return once the server has generated a token, and has refused to do so without the API key.
-
-        `deadline` is a time of time.monotonic().
-        """
-        begin = time.monotonic()
-        with httpx.Client(base_url=self.address.url, headers=self.address.headers, trust_env=False) as http:
-            while True:
-                code = self.process.poll()
-                if code is not None:
-                    raise EngineStartError(
-                        self.address.url,
-                        f"the server process ended with {_exit_text(code)} while starting",
-                        "The end of its log says why",
-                        self.address.log,
-                    )
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise EngineStartError(
-                        self.address.url,
-                        f"the server was not healthy after {time.monotonic() - begin:.0f} s",
-                        "See its log; raise rollout.engine.start_timeout_s if it was still loading",
-                        self.address.log,
-                    )
-                if _generates(http, left):
-                    break
-                time.sleep(POLL_S)
-        if self.address.api_key and not _refuses_strangers(self.address.url, max(left, CHECK_TIMEOUT_S)):
-            raise EngineStartError(
-                self.address.url,
-                "the server answers without the API key",
-                "Leave SGLANG_PLUGINS unset: the key is set by the plugin in engines/sglang_plugin",
-                self.address.log,
-            )
-
-
-def start_server(server: Server, config: EngineConfig, log: Path, api_key: str | None = None) -> EngineProcess:
-    """Start one server in a separate process group; it dies with this process, even when that is killed with
-    SIGKILL.
-
-    The API key goes through a pipe, so that it is in no file that could stay behind.
-    """
-    command = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *server_command(server, config)]
-    temporary = make_temporary()
-    key = key_pipe(api_key) if api_key else None
-    try:
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=server_environment(os.environ, config, server, key) | {"TMPDIR": str(temporary.path)},
-                pass_fds=() if key is None else (key,),
-                start_new_session=True,
-            )
-    except BaseException:
-        temporary.remove()
-        raise
-    finally:
-        if key is not None:
-            os.close(key)
-    address = EngineAddress(f"http://{server.host}:{server.port}", log, api_key)
-    return EngineProcess(address, process, temporary)
-
-
-def stop_all(started: Sequence[EngineProcess]) -> None:
-    """Send SIGKILL to the process groups; return when the servers are gone.
-
-    No SIGTERM is sent first: SGLang looks for it only every 5 s, and a server holds nothing that is worth saving.
-    """
-    for engine in started:
-        with suppress(ProcessLookupError):
-            os.killpg(engine.process.pid, signal.SIGKILL)
-    for engine in started:
-        engine.process.wait()
-        engine.temporary.remove()
-
-
-def _generates(http: httpx.Client, timeout_s: float) -> bool:
-    """Return whether the server generates a token. (SGLang's /health asks for one too, and then sleeps 1 s.)"""
-    try:
-        return _status(http, "POST", "/generate", json=ONE_TOKEN, timeout=timeout_s) == httpx.codes.OK
-    except httpx.TransportError:
-        return False
-
-
-def _refuses_strangers(url: str, timeout_s: float) -> bool:
-    """Return whether the server refuses a request without an API key."""
-    with httpx.Client(base_url=url, trust_env=False, timeout=timeout_s) as stranger:
-        found = [_status(stranger, "POST", "/generate", json=ONE_TOKEN), _status(stranger, "GET", "/model_info")]
-    return all(status == httpx.codes.UNAUTHORIZED for status in found)
-
-
-def _status(http: httpx.Client, method: str, path: str, **request: Any) -> int:
-    """Return the status of an answer, whose content is not read: nothing bounds its size."""
-    with http.stream(method, path, **request) as answer:
-        return answer.status_code
-
-
-def _exit_text(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+@contextmanager
+def engines(config: EngineConfig, model: Path, folder: Path, **options: Any) -> Iterator[list[EngineAddress]]:
+    """Yield the addresses of healthy engines; those that were started here are stopped at the end, whatever ends the
+    block. See `make_servers` for the arguments and the errors."""
+    with make_servers(config, model, folder, **options) as servers:
+        yield servers.addresses

@@ -88,6 +88,15 @@ class EngineConfig(Section):
     many minutes for a large model. A server process that ends is noticed at once."""
     request_timeout_s: float = Field(3600.0, gt=0)
     """Seconds one generation request may take, its wait in the server's queue included."""
+    silence_timeout_s: float = Field(300.0, ge=0)
+    """Seconds for which an engine that has requests may give no sign of life. Then its requests are asked at another
+    engine. Publications do not count. 0: an engine that hangs is noticed by `request_timeout_s` alone."""
+    min_healthy: int = Field(1, ge=1)
+    """Engines that must hold the current weights after a publication. With fewer the run stops and names those that
+    are missing; until then it goes on without them."""
+    restarts: int = Field(3, ge=0)
+    """How often the run starts a server again that died or hung, each server by itself. A server that was started again
+    gets requests once it has the run's weights and has been verified."""
     python: Path | None = None
     """Interpreter that has SGLang, for cases where SGLang's pinned versions disagree with the trainer's. Unset: the
     environment variable FIBERPO_SGLANG_PYTHON (set in the CUDA image), else the trainer's own."""

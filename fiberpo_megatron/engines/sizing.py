@@ -19,7 +19,7 @@ def sized_engine(config: Config, gpu: bool) -> tuple[EngineConfig, list[str]]:
     """
     engine, batch = config.rollout.engine, config.batch
     running = config.running_requests
-    step = batch.prompts * batch.samples_per_prompt
+    step = batch.drawn_prompts * batch.samples_per_prompt
     reasons = [
         f"max_running_requests = {running}: "
         + ("as set" if engine.max_running_requests else f"one engine's share of a step of {step} responses")

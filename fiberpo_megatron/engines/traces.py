@@ -13,8 +13,8 @@ class PooledTraces:
 
     def __init__(self, pool: EnginePool) -> None:
         self._pool = pool
-        self._running: list[int] = []
-        """Engines that record."""
+        self._running: dict[int, EngineClient] = {}
+        """Engines that record, by their numbers."""
 
     @property
     def count(self) -> int:
@@ -24,41 +24,44 @@ class PooledTraces:
     def start(self, folder: Path, step: int, passes: int) -> list[str]:
         """Have every engine record its next `passes` forward passes; return what went wrong, a sentence each."""
 
+        members = self._pool.members
+
         async def start_all() -> list[EngineError | None]:
-            return await asyncio.gather(*(self._start(i, folder, step, passes) for i in range(self.count)))
+            return await asyncio.gather(*(_started(members[i], folder / _stem(step, i), passes) for i in members))
 
         found = self._pool.run(start_all())
-        self._running = [index for index, error in enumerate(found) if error is None]
+        self._running = {i: members[i] for i, error in zip(members, found, strict=True) if error is None}
         return [f"an engine could not begin its trace: {error}" for error in found if error is not None]
 
     def finish(self, folder: Path, step: int) -> tuple[list[str], list[str]]:
         """End the recording of every engine; return the names of the traces in `folder`, and what went wrong."""
-        running, self._running = self._running, []
+        running, self._running = self._running, {}
 
         async def stop_all() -> list[EngineError | None]:
-            return await asyncio.gather(*(_stopped(self._pool.clients[index]) for index in running))
+            return await asyncio.gather(*(_stopped(client) for client in running.values()))
 
         names, problems = [], []
-        for index, error in zip(running, self._pool.run(stop_all()), strict=True):
+        for (index, client), error in zip(running.items(), self._pool.run(stop_all()), strict=True):
             found = sorted(path.name for path in folder.glob(f"{_stem(step, index)}-*.json.gz"))
             names += found
             if not found:
-                url = self._pool.clients[index].url
                 cause = f": {error}" if error is not None else "; its machine has to see the folder by the same path"
-                problems.append(f"engine {url} wrote no trace into {folder}{cause}")
+                problems.append(f"engine {client.url} wrote no trace into {folder}{cause}")
         return names, problems
-
-    async def _start(self, index: int, folder: Path, step: int, passes: int) -> EngineError | None:
-        try:
-            await self._pool.clients[index].start_profile(folder.resolve(), _stem(step, index), passes)
-        except EngineError as error:
-            return error
-        return None
 
 
 def _stem(step: int, engine: int) -> str:
     """Return how the names of an engine's traces begin; SGLang adds its own ranks."""
     return f"step-{step:06d}-engine-{engine:03d}"
+
+
+async def _started(client: EngineClient, path: Path, passes: int) -> EngineError | None:
+    """Begin a recording whose files begin with `path`; return what the server said against it."""
+    try:
+        await client.start_profile(path.parent.resolve(), path.name, passes)
+    except EngineError as error:
+        return error
+    return None
 
 
 async def _stopped(client: EngineClient) -> EngineError | None:

@@ -3,16 +3,18 @@
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
 
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.engines.addresses import local_address
-from fiberpo_megatron.engines.errors import EngineError
+from fiberpo_megatron.engines.errors import EngineError, EngineStartError
 from fiberpo_megatron.engines.registry import Registry
-from fiberpo_megatron.engines.servers import check_reachable, engines
+from fiberpo_megatron.engines.servers import Offer, Servers, make_servers
 from fiberpo_megatron.engines.sizing import sized_engine
 from fiberpo_megatron.printable import printable
 
@@ -26,6 +28,7 @@ class _Ended(Exception):
 def serve(config: Config, folder: Path, host: str, clients: list[str], first_gpu: int) -> int:
     """Run `rollout.engine.count` servers until SIGUSR1 or SIGTERM; return the exit code.
 
+    A server that dies, or that the run asks to replace, is started again, and registered once it is healthy.
     `folder` is the registry. `host` is this machine's name in it. `clients` are names or addresses of the machines
     whose ranks use the servers; they decide on which address the servers listen.
     """
@@ -36,7 +39,7 @@ def serve(config: Config, folder: Path, host: str, clients: list[str], first_gpu
     for reason in reasons:
         print(f"{host}: {reason}", flush=True)
     try:
-        with engines(
+        with make_servers(
             engine.model_copy(update={"urls": []}),
             config.model.path,
             folder.parent / f"engines_{host}",
@@ -46,19 +49,34 @@ def serve(config: Config, folder: Path, host: str, clients: list[str], first_gpu
             first_gpu=first_gpu,
             routed_experts=config.needs_rollout_routing,
             api_key=registry.key(),
-        ) as addresses:
-            registry.register(host, addresses)
-            print(f"{host}: {', '.join(address.url for address in addresses)}", flush=True)
-            while True:
-                time.sleep(WATCH_S)
-                for address in addresses:
-                    check_reachable(address)
+        ) as servers:
+            _watch(registry, host, servers)
     except _Ended:
+        with suppress(OSError):
+            registry.leave(host)
         return 0
     except (EngineError, OSError, ValueError) as error:
         registry.fail(host, str(error))
         print(printable(f"fiberpo: engines of {host}: {error}", keep="\n\t"), file=sys.stderr)
         return 1
+
+
+def _watch(registry: Registry, host: str, servers: Servers) -> NoReturn:
+    """Keep the registry true for as long as the servers are wanted."""
+    registered: list[Offer] = []
+    while True:
+        for place, (generation, why) in registry.replacements(host).items():
+            servers.replace(place, generation, why)
+        offers = servers.offers()
+        if offers != registered:
+            registry.register(host, offers)
+            registered = offers
+            for offer in offers:
+                said = offer.address.url if offer.address else f"engine {offer.place}: {offer.detail}"
+                print(printable(f"{host}: {said}"), flush=True)
+        if not any(offer.address is not None or offer.starting for offer in offers):
+            raise EngineStartError(f"of {host}", "; ".join(o.detail for o in offers), "See their logs")
+        time.sleep(WATCH_S)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -21,7 +21,7 @@ def constant_costs(scenario: Scenario, overheads: Overheads, rows: int) -> dict[
     checked = parallel.pipeline * forward + overheads.generate_s if scenario.checked else 0.0
     saved = overheads.checkpoint_s + layers * overheads.checkpoint_layer_s
     return {
-        "generate": overheads.generate_s + scenario.trajectories / scenario.engines * overheads.response_s,
+        "generate": overheads.generate_s + scenario.generated / scenario.engines * overheads.response_s,
         "old_log_probs": whole_step if scenario.old_log_probs else 0.0,
         "reference": whole_step if scenario.reference else 0.0,
         "train": scenario.optimiser_steps * slots * (forward + backward + again) + scenario.gate_passes * whole_step,

@@ -245,6 +245,7 @@ def make_scenario(
         recompute=config.model.recompute == "full",
         staleness=staleness,
         drain=drain,
+        oversample=batch.drawn_prompts / batch.prompts,
         epochs=batch.epochs,
         width=DTYPE_BYTES[config.model.dtype],
         engine_width=engine_dtype_bytes(config),

@@ -144,7 +144,7 @@ def _stops(plan: Plan, assumptions: Assumptions) -> dict[str, float]:
     rounds = ceil(log2(max(2, plan.training_gpus)))
     agreements = AGREEMENTS_STEP + AGREEMENTS_OPTIMISER * scenario.optimiser_steps
     decoder, lengths = make_decoder(scenario, assumptions), scenario.lengths
-    last = longest(lengths, scenario.trajectories)
+    last = longest(lengths, scenario.generated)
     return {
         "the longest response": last * decoder.step(1, lengths.prompt + last / 2) / decoder.accepted,
         "filling the pipeline": training.get("filling and emptying the pipeline", 0.0),

@@ -41,6 +41,8 @@ class Scenario:
     streaming: bool = False
     """Whether an optimiser step begins once enough trajectories have ended, whichever they are; else a step takes its
     own tickets, all of them."""
+    oversample: float = 1.0
+    """Trajectories that engines generate for each one that is trained on."""
     epochs: int = 1
     width: int = 2
     """Bytes of a parameter in the trainer."""
@@ -87,6 +89,11 @@ class Scenario:
     @property
     def trajectories(self) -> int:
         return self.prompts * self.samples
+
+    @property
+    def generated(self) -> int:
+        """Return the trajectories that engines generate in a step."""
+        return round(self.trajectories * self.oversample)
 
     @property
     def tokens(self) -> float:

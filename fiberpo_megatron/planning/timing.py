@@ -91,7 +91,7 @@ def step_time(scenario: Scenario, assumptions: Assumptions, fast: bool = False) 
         optimizer=scenario.optimiser_steps * optimizer_seconds(scenario, assumptions),
         publish=publish_seconds(scenario, assumptions),
         memory_turns=turns,
-        host=scenario.trajectories * assumptions.trajectory_ms / 1000,
+        host=scenario.generated * assumptions.trajectory_ms / 1000,
         checkpoint=checkpoint_seconds(scenario, assumptions),
         hidden=0.0,
     )
@@ -120,11 +120,11 @@ def _parked_bytes(scenario: Scenario) -> float:
 
 def engine_load(scenario: Scenario, assumptions: Assumptions) -> Load:
     """Return what the busiest engine has to do in a step."""
-    each = -(-scenario.trajectories // scenario.engines)
+    each = -(-scenario.generated // scenario.engines)
     return Load(
         lengths=scenario.lengths,
         trajectories=each,
-        of_all=scenario.trajectories,
+        of_all=scenario.generated,
         running=running_requests(scenario, assumptions),
         prompts=-(-each // scenario.samples) if scenario.prefix_sharing else each,
     )

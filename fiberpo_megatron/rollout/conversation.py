@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fiberpo_megatron.environments import Message, ToolCall, Turn
 from fiberpo_megatron.interfaces import ConversationEncoder, Sampler
 from fiberpo_megatron.rollout.segments import join_experts
+from fiberpo_megatron.tracks import Track
 from fiberpo_megatron.types import Completion, Prompt, WeightSpan
 
 ParseTools = Callable[[str, Sequence[Mapping[str, Any]]], Awaitable[tuple[str, tuple[ToolCall, ...]]]]
@@ -35,7 +36,7 @@ class PolicyConversation:
     that must not be trained on. `branch`: which of the trajectory's token sequences it is, for the seeds. `history`:
     the tokens behind which a branch goes on; empty where it begins with a prompt of its own. `tools`: those with which
     the history was written. `longest`: tokens that the policy may read and write in one sequence; None: any number.
-    `priority`: that of its requests (`Sampler.sample`).
+    `priority`: that of its requests (`Sampler.sample`). `track`: gets what the trajectory does.
     """
 
     prompt: Prompt
@@ -50,6 +51,7 @@ class PolicyConversation:
     tools: Sequence[Mapping[str, Any]] | None = None
     longest: int | None = None
     priority: int = 0
+    track: Track = field(default_factory=Track)
     prompt_ids: tuple[int, ...] = ()
     """The tokens before the first turn, the history among them."""
     turns: list[Completion] = field(default_factory=list)
@@ -91,6 +93,8 @@ class PolicyConversation:
             max_tokens=self._limit(len(prefix), max_tokens),
             stop_token_ids=self.encoder.tokens_with(stop) if stop else (),
             priority=self.priority,
+            track=self.track,
+            known_routes=len(prefix) - len(tokens) - 1 if self.turns else 0,  # the last token was not read
         )
         self.check(self.prompt, completion)
         if self.turns:
@@ -175,8 +179,8 @@ class PolicyConversation:
 def join_turns(turns: Sequence[Completion], between: Sequence[Sequence[int]]) -> Completion:
     """Return the turns and the tokens between them as one completion, whose loss mask covers the turns alone.
 
-    Every turn's own log-probs and weight versions are kept. An engine's answer has the experts of its prompt as well:
-    each position takes them from the first answer that has it, which is the one that sampled its successor.
+    Every turn's own log-probs and weight versions are kept. The first answer has the experts of the prompt as well, each
+    later one those of the positions behind the tokens that the turn before has read.
     """
     if len(turns) == 1:
         return turns[0]
@@ -198,10 +202,17 @@ def join_turns(turns: Sequence[Completion], between: Sequence[Sequence[int]]) ->
         np.concatenate(log_probs),
         turns[-1].finish_reason,
         tuple(spans),
-        join_experts([turn.routed_experts for turn in turns]),
+        _turn_experts(turns, between),
         np.array(mask),
         np.concatenate(engines),
     )
+
+
+def _turn_experts(turns: Sequence[Completion], between: Sequence[Sequence[int]]) -> NDArray[Any] | None:
+    """The experts of all positions; those of the prompt are in the first turn."""
+    first = turns[0].routed_experts
+    sizes = [len(after) + len(turn.token_ids) for after, turn in zip(between, turns[1:], strict=True)]
+    return join_experts([turn.routed_experts for turn in turns], [0 if first is None else len(first), *sizes])
 
 
 def _readable(new: str | Sequence[Message]) -> str:

@@ -2,7 +2,8 @@
 
 <folder>/step_000012.npz          every array of the batch, and what says where it comes from
 <folder>/step_000012.routes-00003.npz  the engines' expert routing of one leader's share, where it was asked for
-<folder>/step_000013.unfinished/  the groups of a step that is being generated, see rollout/finished.py
+<folder>/step_000013.unfinished/  the groups of a step that is being generated, see rollout/finished.py, and in
+                                  refills/ those that take the places of dropped ones
 <folder>/index.jsonl              one readable line a step
 """
 
@@ -26,7 +27,7 @@ FORMAT = 1
 INDEX = "index.jsonl"
 _STEP = re.compile(r"step_(\d+)\.npz")
 _UNFINISHED = re.compile(r"step_(\d+)\.unfinished")
-_ORIGIN, _NAMES, _ROUTES = "origin", "names", "routes"
+_ORIGIN, _NAMES, _ROUTES, _FILTERED = "origin", "names", "routes", "filtered"
 _HELD = ("held_rows", "routed_experts")
 _REQUIRED = {"tokens", "response_mask", "rollout_log_probs", "lengths", "rewards", "correct", "groups", "domains"}
 _log = logging.getLogger(__name__)
@@ -118,17 +119,20 @@ class RolloutDump:
     def _routes(self, step: int, leader: int) -> Path:
         return self.folder / f"step_{step:06d}.routes-{leader:05d}.npz"
 
-    def write(self, batch: RolloutBatch, origin: Origin, routes: int = 0) -> None:
+    def write(
+        self, batch: RolloutBatch, origin: Origin, routes: int = 0, filtered: Mapping[str, Any] | None = None
+    ) -> None:
         """Write one step in one move; a file of the same step is replaced, its unfinished groups are deleted.
 
         `routes` is the number of files with routes, if they are already written; else those that `batch` holds are in
-        the step's own file.
+        the step's own file. `filtered`: JSON values about the groups that a filter has looked at.
         """
         with durable.explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         elsewhere = (*_HELD, "routing_rows") if routes else ()
         arrays = {name: array for name, array in named_arrays(batch).items() if name not in elsewhere}
         about = {_ORIGIN: _described(origin)} | ({_ROUTES: np.array(routes)} if routes else {})
+        about |= {} if filtered is None else {_FILTERED: _json_bytes(filtered)}
         with durable.replaced(self.path(origin.step)) as file:
             np.savez(file, allow_pickle=False, **about, **_numbered(arrays))
         self._index({origin.step: _summary(batch, origin)})
@@ -138,6 +142,12 @@ class RolloutDump:
         """Return where a stored step comes from; raises DumpError."""
         with self._open(self.path(step)) as file:
             return _origin(file)
+
+    def filtered(self, step: int) -> dict[str, Any] | None:
+        """Return what was written about the groups that a filter has looked at; None if there was no filter."""
+        with self._open(self.path(step)) as file:
+            found: dict[str, Any] | None = json.loads(file[_FILTERED].tobytes()) if _FILTERED in file.files else None
+            return found
 
     def read(self, step: int) -> RolloutBatch:
         """Return the trajectories of a stored step; raises DumpError when it is missing, damaged or of another
@@ -218,7 +228,11 @@ class RolloutDump:
 
 
 def _described(origin: Origin) -> Any:
-    return np.frombuffer(json.dumps(asdict(origin)).encode(), np.uint8)
+    return _json_bytes(asdict(origin))
+
+
+def _json_bytes(values: Mapping[str, Any]) -> Any:
+    return np.frombuffer(json.dumps(values).encode(), np.uint8)
 
 
 def _earlier_routes(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,13 +269,13 @@ def _numbered(arrays: Mapping[str, Any]) -> dict[str, Any]:
         if slash:
             names[key] = name
         stored[key] = array
-    return stored | ({_NAMES: np.frombuffer(json.dumps(names).encode(), np.uint8)} if names else {})
+    return stored | ({_NAMES: _json_bytes(names)} if names else {})
 
 
 def _named(file: Any) -> dict[str, Any]:
     """The inverse of `_numbered`, for files of earlier versions too, which have the names themselves."""
     names = json.loads(file[_NAMES].tobytes()) if _NAMES in file.files else {}
-    return {names.get(key, key): file[key] for key in file.files if key not in (_ORIGIN, _NAMES)}
+    return {names.get(key, key): file[key] for key in file.files if key not in (_ORIGIN, _NAMES, _FILTERED)}
 
 
 def _summary(batch: RolloutBatch, origin: Origin) -> dict[str, Any]:

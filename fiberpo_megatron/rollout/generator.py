@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
@@ -22,6 +23,7 @@ from fiberpo_megatron.rollout.conversation import ParseTools, PolicyConversation
 from fiberpo_megatron.rollout.environments import RunningEnvironment
 from fiberpo_megatron.rollout.producer import Groups, Keep
 from fiberpo_megatron.rollout.rewards import weighted_reward
+from fiberpo_megatron.tracks import Timeline, Track
 from fiberpo_megatron.types import Branch, Completion, Prompt, RolloutGroup, TokenSequence, Trajectory
 
 Item = TypeVar("Item")
@@ -37,6 +39,8 @@ class Sampled:
     """Versions of the weights that may sample tokens."""
     priority: int = 0
     """That of the first prompt's requests; each further prompt has the next number (`Sampler.sample`)."""
+    step: int | None = None
+    """The training step whose trajectories they are; None: no step trains on them (an evaluation)."""
 
     def of_prompt(self, index: int) -> "Sampled":
         """Return this for the prompt at `index`."""
@@ -80,6 +84,8 @@ class Generator:
     """What `environments.Conversation.sampling` says: `temperature`, `top_p` and `max_tokens`."""
     longest: int | None = None
     """Tokens of the longest sequence that a conversation may grow to; None: any number."""
+    timeline: Timeline = field(default_factory=Timeline)
+    """What every trajectory does, and when."""
 
     def groups(
         self, prompts: Sequence[Prompt], count: int, version: str, stop: Callable[[], bool], priority: int = 0
@@ -120,15 +126,25 @@ class Generator:
     ) -> RolloutGroup:
         """Return the `count` scored trajectories of one prompt. `budget` bounds the time of its environment."""
         environment = self.environments[prompt.domain]
+        name = f"{environment.config.name}/{prompt.task.id or prompt.index}"
+        tracks = [self.timeline.begin(sampled.step, name, i) for i in range(count)]
         if environment.description.single_turn:
             seeds = response_seeds(self._seed(prompt, sampled.name), count)
             samples = await _together(
-                self._single_turn(environment, prompt, i, seeds[i], sampled, budget) for i in range(count)
+                self._single_turn(environment, prompt, i, seeds[i], sampled, budget, track)
+                for i, track in enumerate(tracks)
             )
         else:
-            samples = await _together(self._conversation(environment, prompt, i, sampled, budget) for i in range(count))
+            samples = await _together(
+                self._conversation(environment, prompt, i, sampled, budget, track) for i, track in enumerate(tracks)
+            )
         if environment.description.scores_groups:
-            samples = await self._score_group(environment, prompt, samples, budget)
+            with ExitStack() as scored:
+                for track in tracks:
+                    scored.enter_context(track.phase("environment"))
+                samples = await self._score_group(environment, prompt, samples, budget)
+            for track in tracks:
+                track.end()
         trajectories = [self._trajectory(environment, sample, i) for i, sample in enumerate(samples)]
         return RolloutGroup(prompt, tuple(t for t in trajectories if t is not None))
 
@@ -140,9 +156,10 @@ class Generator:
         seed: int,
         sampled: Sampled,
         budget: StepBudget | None,
+        track: Track,
     ) -> _Sample:
         """Return one answer, which is scored as soon as it is there, whatever the other answers to the prompt do."""
-        completions = await self.sampler.sample(prompt.token_ids, [seed], priority=sampled.priority)
+        completions = await self.sampler.sample(prompt.token_ids, [seed], priority=sampled.priority, track=track)
         if len(completions) != 1:
             raise ValueError(f"the engine gave {len(completions)} answers to prompt {prompt.text!r}, not 1")
         completion = completions[0]
@@ -150,19 +167,28 @@ class Generator:
         turn = Turn(self.encoder.text(completion.token_ids), completion.finish_reason, completion.token_ids)
         result: Outcome | Failure = Outcome(0.0)
         if environment.description.scores:
-            result = await environment.pool.score(
-                prompt.task, turn, seed=self._environment_seed(prompt, sample), sample=sample, budget=budget
-            )
-        return await self._with_scores(_Sample(prompt, completion, turn.text, (turn,), result))
+            with track.phase("environment"):
+                result = await environment.pool.score(
+                    prompt.task, turn, seed=self._environment_seed(prompt, sample), sample=sample, budget=budget
+                )
+        return await self._ended(_Sample(prompt, completion, turn.text, (turn,), result), environment, track)
 
     async def _conversation(
-        self, environment: RunningEnvironment, prompt: Prompt, sample: int, sampled: Sampled, budget: StepBudget | None
+        self,
+        environment: RunningEnvironment,
+        prompt: Prompt,
+        sample: int,
+        sampled: Sampled,
+        budget: StepBudget | None,
+        track: Track,
     ) -> _Sample:
         seed = self._seed(prompt, sampled.name)
         attempts: list[BranchedConversation] = []
+        waiting = ExitStack()
 
         def begin() -> Say:
             """A conversation from the start; an environment whose worker died gets another one."""
+            waiting.close()
             branch = partial(
                 PolicyConversation,
                 prompt,
@@ -174,28 +200,38 @@ class Generator:
                 self.parse_tools,
                 longest=self.longest,
                 priority=sampled.priority,
+                track=track,
             )
             attempts.append(BranchedConversation(branch))
             return attempts[-1].say
 
-        result = await environment.pool.run(
-            prompt.task,
-            begin,
-            seed=self._environment_seed(prompt, sample),
-            sample=sample,
-            budget=budget,
-            sampling=self.sampling,
-        )
+        with track.phase("environment"), waiting:
+            waiting.enter_context(track.phase("queued"))  # for a worker, until it begins
+            result = await environment.pool.run(
+                prompt.task,
+                begin,
+                seed=self._environment_seed(prompt, sample),
+                sample=sample,
+                budget=budget,
+                sampling=self.sampling,
+            )
         first = attempts[-1].first if attempts else None
         if first is None:
             if isinstance(result, Outcome):
                 result = Failure("invalid", "run() returned an outcome before it let the policy say anything")
-            return _Sample(prompt, None, "", (), result)
+            return await self._ended(_Sample(prompt, None, "", (), result), environment, track)
         found = attempts[-1]
         asked = prompt if first.prompt_ids == prompt.token_ids else replace(prompt, token_ids=first.prompt_ids)
-        return await self._with_scores(
-            _Sample(asked, first.completion, found.text, tuple(found.turns), result, found.branches)
-        )
+        found_sample = _Sample(asked, first.completion, found.text, tuple(found.turns), result, found.branches)
+        return await self._ended(found_sample, environment, track)
+
+    async def _ended(self, sample: _Sample, environment: RunningEnvironment, track: Track) -> _Sample:
+        """The sample with its scores; it has ended then, unless its group is scored once all are there."""
+        with track.phase("scoring"):
+            scored = await self._with_scores(sample)
+        if not environment.description.scores_groups:
+            track.end()
+        return scored
 
     async def _with_scores(self, sample: _Sample) -> _Sample:
         """The sample with what other models say about its tokens. Held-out ones are not trained on, and not scored."""

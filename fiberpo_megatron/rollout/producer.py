@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, wait
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from fiberpo_megatron.engines.background import BackgroundLoop
@@ -61,6 +62,22 @@ class Groups:
                 break
             yield item
         self._raise()
+
+    def ended(self) -> list[tuple[int, RolloutGroup]]:
+        """Return pairs (index, group) of what has ended since the last call, without a wait.
+
+        Raises what the making of a group raised.
+        """
+        failed = self._work.done()  # asked first: what has ended before a failure is in the queue by now
+        found: list[tuple[int, RolloutGroup]] = []
+        with suppress(Empty):
+            while True:
+                item = self._came.get_nowait()
+                if item is not None:
+                    found.append(item)
+        if failed:
+            self._raise()
+        return found
 
     def wait(self, stop: Callable[[], bool]) -> bool:
         """Wait until all groups have ended, and return True; False where `stop` says so before. It takes none of them.

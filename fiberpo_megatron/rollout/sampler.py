@@ -7,27 +7,33 @@ that was cut anywhere goes on with the draws that it would have had, on any engi
 
 import asyncio
 import heapq
-import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fiberpo_megatron.engines.answers import RoutingShape
-from fiberpo_megatron.engines.busy import BusyTimes
-from fiberpo_megatron.engines.client import Sampling
-from fiberpo_megatron.engines.errors import EngineError, EngineTimeout, EngineUnreachable
+from fiberpo_megatron.engines.busy import BusyTimes, Interval
+from fiberpo_megatron.engines.client import EngineClient, Sampling
+from fiberpo_megatron.engines.errors import EngineError, EngineReplaced, EngineTimeout, EngineUnreachable
+from fiberpo_megatron.engines.liveness import Liveness
 from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.environments import ToolCall
 from fiberpo_megatron.interfaces import Sampler, SamplingChange
 from fiberpo_megatron.rollout.segments import join_segments
+from fiberpo_megatron.tracks import Track
 from fiberpo_megatron.types import Completion
 
-MOST_AHEAD = 32
-"""Responses that an engine may have in flight beyond the least busy one, and still get more of a prompt's."""
+SPILL, SLACK = 1.25, 16
+"""An engine gets more of a group that it knows while it has no more responses in flight than SPILL times the mean of
+all engines and SLACK."""
+MOST_HOMES = 1 << 16
+"""Groups whose engine is remembered."""
 MOST_ENGINES = 3
 """Engines at which one request is tried. A request that kills its engine must not take the whole fleet with it."""
 AVOIDED_S = 30.0
@@ -36,7 +42,7 @@ POLL_S = 0.05
 """How often it is looked whether the last request has come back."""
 ABORT_AGAIN_S = 1.0
 """Seconds after which what is still in flight is aborted once more."""
-FAILURES = (EngineUnreachable, EngineTimeout)
+FAILURES = (EngineUnreachable, EngineTimeout, EngineReplaced)
 """What makes a request be asked again at another engine. One that refuses a request, or gives an answer that does not
 fit, lives; another one would do the same, and the run ends."""
 
@@ -47,7 +53,8 @@ class EngineSampler:
     `max_concurrent`: responses in flight, all engines together (one request's at least). `vocabulary`: token ids of
     prompts and responses must lie below it (without tokenizer, others kill SGLang's scheduler). `routing`: what the
     experts of a token look like, when those of every token are asked for. `segment_tokens`: the largest number of
-    tokens that one request samples; None: those of the response.
+    tokens that one request samples; None: those of the response. `silence_s`: seconds after which an engine that has
+    requests and says nothing is given up; 0: none is.
 
         sampler = EngineSampler(pool, Sampling(max_response_tokens=64), max_concurrent=256, vocabulary=151936)
         completions = pool.run(sampler.sample([1, 2, 3], seeds=[7, 8]))
@@ -62,6 +69,7 @@ class EngineSampler:
         vocabulary: int,
         routing: RoutingShape | None = None,
         segment_tokens: int | None = None,
+        silence_s: float = 0.0,
     ) -> None:
         self.engines, self.sampling, self.vocabulary, self.routing = engines, sampling, vocabulary, routing
         self.segment_tokens = segment_tokens
@@ -70,12 +78,17 @@ class EngineSampler:
         self._slots = _Slots(max_concurrent)
         self._open = asyncio.Event()
         self._open.set()
-        self._in_flight = [0] * len(engines.clients)
-        self._failed_at: list[float | None] = [None] * len(engines.clients)
-        """When an engine failed a request last (`time.monotonic`); None if its last request succeeded."""
-        self._busy = BusyTimes(len(engines.clients))
-        self._prompts: list[Counter[tuple[int, ...]]] = [Counter() for _ in engines.clients]
-        """Responses in flight of each engine, by their prompt."""
+        self._in_flight: Counter[int] = Counter()
+        self._failed_at: dict[int, float] = {}
+        """When an engine failed a request (the event loop's time), unless a later one succeeded."""
+        self._busy = BusyTimes()
+        self._homes: OrderedDict[Hashable, int] = OrderedDict()
+        """The engine that worked on a group last."""
+        self._liveness = Liveness(silence_s)
+        self._serving: frozenset[int] | None = None
+        """Engines that may get requests; None: all that the pool has."""
+        self._versions: set[str] | None = None
+        """Versions of the weights that engines may have; None: any."""
 
     async def sample(
         self,
@@ -86,16 +99,20 @@ class EngineSampler:
         stop_token_ids: Sequence[int] = (),
         change: SamplingChange | None = None,
         priority: int = 0,
+        track: Track | None = None,
+        known_routes: int = 0,
     ) -> list[Completion]:
         """Return one response to the prompt for each seed; their first segments all come from one engine.
 
-        It is the one that works on the same prompt already, because engines share the work on a prompt, unless that one
-        has far more responses in flight than the others; otherwise the one with the fewest. A request that fails is
-        asked again at another engine.
+        It is the one that worked on the same group last, because engines share the work on a prompt and on the turns of
+        a conversation, unless that one has far more responses in flight than the others; otherwise the one with the
+        fewest. `priority` tells groups apart; those without one are told apart by their prompt. A request that fails
+        is asked again at another engine.
 
         The same seed, weights and sampling give the same response, whatever else the engines do, where the servers
         honour seeds. `change` is how an evaluation samples differently from the run; `max_tokens` and `stop_token_ids`
-        narrow the sampling. Raises EngineError when several engines, or the only one, fail a request.
+        narrow the sampling. `track` gets the requests and the waits for them. Raises EngineError when several engines,
+        or the only one, fail a request.
         """
         self._check_tokens(prompt, "a prompt")
         sampling = changed(self.sampling, change)
@@ -103,12 +120,24 @@ class EngineSampler:
             limit = min(sampling.max_response_tokens, max_tokens or sampling.max_response_tokens)
             ends = (*sampling.stop_token_ids, *stop_token_ids)
             sampling = replace(sampling, max_response_tokens=limit, stop_token_ids=ends)
-        firsts = await self._segment(tuple(prompt), (), seeds, sampling, priority)
-        responses = [self._whole(tuple(prompt), one, seed, sampling, priority) for one, seed in zip(firsts, seeds)]
+        track = track or Track()
+        with track.phase("queued"):  # except while a request is at an engine
+            firsts = await self._segment(tuple(prompt), (), seeds, sampling, priority, track, known_routes)
+        responses = [
+            self._whole(tuple(prompt), one, seed, sampling, priority, track, known_routes)
+            for one, seed in zip(firsts, seeds)
+        ]
         return [await responses[0]] if len(responses) == 1 else list(await asyncio.gather(*responses))
 
     async def _whole(
-        self, prompt: tuple[int, ...], first: Completion, seed: int, sampling: Sampling, priority: int
+        self,
+        prompt: tuple[int, ...],
+        first: Completion,
+        seed: int,
+        sampling: Sampling,
+        priority: int,
+        track: Track,
+        known_routes: int,
     ) -> Completion:
         """Return the response that begins with the segment `first`."""
         segments, sampled = [first], first.token_ids
@@ -116,7 +145,9 @@ class EngineSampler:
         while not self._ended(segments[-1], limit - len(sampled) + len(segments[-1].token_ids)):
             if segments[-1].finish_reason == "abort":
                 self.counts["continued"] += 1
-            (further,) = await self._segment(prompt, sampled, [seed], sampling, priority)
+            with track.phase("queued"):
+                known = len(prompt) + len(sampled) - 1 if sampled else known_routes  # the last token was not read
+                (further,) = await self._segment(prompt, sampled, [seed], sampling, priority, track, known)
             segments.append(further)
             sampled = (*sampled, *further.token_ids)
         response = join_segments(segments)
@@ -137,6 +168,8 @@ class EngineSampler:
         seeds: Sequence[int],
         sampling: Sampling,
         priority: int,
+        track: Track,
+        known_routes: int,
     ) -> list[Completion]:
         """Return what one request samples behind the prompt and the tokens that were sampled before, for each seed.
 
@@ -151,56 +184,89 @@ class EngineSampler:
             async with self._slots.taken(len(seeds), priority):
                 if not self._open.is_set():
                     continue  # the engines were held while this waited for its slots
-                engine = self._engine_for(prompt, tried)
+                engine = self._engine_for(priority or prompt, tried)
+                client = self.engines.members[engine]
                 tried.append(engine)
                 try:
-                    with self._on(engine, prompt, len(seeds)):
-                        completions = await self.engines.clients[engine].generate(
+                    with self._on(engine, len(seeds)), track.request(engine) as answer:
+                        request = client.generate(
                             [[*prompt, *sampled]] * len(seeds),
                             asked,
                             seeds=seeds,
                             vocabulary=self.vocabulary,
                             routing=self.routing,
+                            known_routes=known_routes,
                             keep_aborted=lambda: not self._open.is_set(),
                         )
+                        completions = await self._liveness.request(client, request)
+                        self._check_weights(engine, client, completions)
+                        answer.tokens = sum(len(one.token_ids) for one in completions)
+                        answer.versions = tuple(dict.fromkeys(s.version for c in completions for s in c.weight_spans))
+                        answer.finish = completions[0].finish_reason
                 except FAILURES as error:
                     failures.append(error)
-                    self._failed_at[engine] = time.monotonic()
-                    if len(failures) >= min(MOST_ENGINES, len(self.engines.clients)):
+                    self._failed_at[engine] = asyncio.get_running_loop().time()
+                    if len(failures) >= min(MOST_ENGINES, len(self.engines.members)):
                         for other in failures[:-1]:
                             error.add_note(f"It was asked at {other.url} before: {other.what}")
                         raise
                     self.counts["retried"] += 1
                     continue
-            self._failed_at[engine] = None
+            self._failed_at.pop(engine, None)
             return [replace(c, engines=np.full(len(c.token_ids), engine, np.int16)) for c in completions]
 
     @contextmanager
-    def _on(self, engine: int, prompt: tuple[int, ...], responses: int) -> Iterator[None]:
+    def _on(self, engine: int, responses: int) -> Iterator[None]:
         """Count responses as in flight on an engine."""
         self._in_flight[engine] += responses
-        self._prompts[engine][prompt] += responses
         self._busy.began(engine)
         try:
             yield
         finally:
             self._busy.ended(engine)
             self._in_flight[engine] -= responses
-            self._prompts[engine][prompt] -= responses
-            self._prompts[engine] += Counter()  # forgets prompts of which nothing is in flight
 
-    def _engine_for(self, prompt: tuple[int, ...], tried: Sequence[int] = ()) -> int:
-        """Return the engine that gets the next response to a prompt: none of `tried`, and none that failed just now
+    def _engine_for(self, group: Hashable, tried: Sequence[int] = ()) -> int:
+        """Return the engine that gets the next response of a group: none of `tried`, and none that failed just now
         while there are others."""
-        now = time.monotonic()
-        fresh = [engine for engine in range(len(self._in_flight)) if engine not in tried]
-        well = [e for e in fresh if (failed := self._failed_at[e]) is None or now - failed > AVOIDED_S]
-        among = well or fresh or list(range(len(self._in_flight)))
-        least = min(self._in_flight[engine] for engine in among)
-        for engine in among:
-            if self._prompts[engine][prompt] and self._in_flight[engine] <= least + MOST_AHEAD:
-                return engine
-        return min(among, key=lambda engine: self._in_flight[engine])
+        now = asyncio.get_running_loop().time()
+        serving = self._serves()
+        fresh = [engine for engine in serving if engine not in tried]
+        well = [e for e in fresh if (failed := self._failed_at.get(e)) is None or now - failed > AVOIDED_S]
+        among = well or fresh or serving
+        most = SPILL * sum(self._in_flight[engine] for engine in among) / len(among) + SLACK
+        home = self._homes.get(group)
+        if home not in among or self._in_flight[home] > most:
+            home = min(among, key=lambda engine: self._in_flight[engine])
+        self._homes[group] = home
+        self._homes.move_to_end(group)
+        if len(self._homes) > MOST_HOMES:
+            self._homes.popitem(last=False)
+        return home
+
+    def _serves(self) -> list[int]:
+        """Return the engines that may get requests. Raises EngineUnreachable when there is none."""
+        found = [n for n in self.engines.numbers if self._serving is None or n in self._serving]
+        if not found:
+            client = self.engines.clients[0]
+            raise EngineUnreachable(
+                client.url, "no engine of the run serves its weights any more", "See `fiberpo engines RUN_FOLDER`"
+            )
+        return found
+
+    def _check_weights(self, engine: int, client: EngineClient, completions: Sequence[Completion]) -> None:
+        """Raise EngineReplaced for a response of weights that this run has never published: the server was started
+        again, or serves another run. It gets no more requests until the next publication."""
+        seen = {span.version for completion in completions for span in completion.weight_spans}
+        if self._versions is None or seen <= self._versions:
+            return
+        self._serving = frozenset(number for number in self._serves() if number != engine)
+        raise EngineReplaced(
+            client.url,
+            f"it answered with weights {sorted(seen - self._versions)}, which this run has not published",
+            "It was started again, or another run publishes to it; it gets no requests until it has the run's weights",
+            client.address.log,
+        )
 
     # Between two versions of the weights
 
@@ -222,25 +288,33 @@ class EngineSampler:
 
         async def cut() -> None:
             async with asyncio.timeout(deadline_s):
-                while any(self._in_flight):
-                    busy = [client for client, number in zip(self.engines.clients, self._in_flight) if number]
-                    await asyncio.gather(*(client.abort_all() for client in busy))
-                    until = time.monotonic() + ABORT_AGAIN_S
-                    while any(self._in_flight) and time.monotonic() < until:
+                loop = asyncio.get_running_loop()
+                while busy := self._busy_clients():
+                    await asyncio.gather(*(self._abort(client) for client in busy))
+                    until = loop.time() + ABORT_AGAIN_S
+                    while self._in_flight.total() and loop.time() < until:
                         await asyncio.sleep(POLL_S)
 
         try:
             self.engines.run(cut())
         except TimeoutError:
-            still = [
-                f"{client.url} ({number})"
-                for client, number in zip(self.engines.clients, self._in_flight, strict=True)
-                if number
-            ]
+            members = self.engines.members.items()
+            still = [f"{client.url} ({self._in_flight[n]})" for n, client in members if self._in_flight[n]]
             raise TimeoutError(
                 f"engines still have responses in flight {deadline_s:g} s after all were aborted: {', '.join(still)}; "
                 "see their logs, or use rollout.partial = 'drain'"
             ) from None
+
+    async def _abort(self, client: EngineClient) -> None:
+        """Abort what an engine works on. One that does not answer is given up: its requests are asked elsewhere."""
+        try:
+            await client.abort_all()
+        except FAILURES as error:
+            self._liveness.lose(client, f"its requests could not be aborted ({error.what})")
+
+    def _busy_clients(self) -> list[EngineClient]:
+        """The clients of engines that have requests in flight."""
+        return [client for number, client in self.engines.members.items() if self._in_flight[number]]
 
     def release(self) -> None:
         """Send requests again."""
@@ -250,24 +324,72 @@ class EngineSampler:
 
         self.engines.run(open_())
 
-    def take_busy(self) -> list[list[tuple[float, float]]]:
-        """Return, for each engine, the times (begin, end; s since 1970) in which it had requests of this process, since
-        the last call."""
+    # The fleet
 
-        async def take() -> list[list[tuple[float, float]]]:
-            return self._busy.take()
+    def serve(self, engines: Collection[int], version: str | None = None, watched: bool = True) -> None:
+        """Send requests to these engines alone, of those that the pool has. `version`: weights that they have from now
+        on. `watched`: whether one that says nothing is given up; a publication may keep it from answering.
+
+        Requests of an engine that the pool no longer has are asked elsewhere.
+        """
+
+        async def take_over() -> None:
+            self._serving = frozenset(engines)
+            if version is not None and version not in (self._versions or ()):
+                self._versions = (self._versions or set()) | {version}
+                self._homes.clear()  # with the old weights the engines' caches have gone
+            if watched:
+                self._liveness.go_on()
+            else:
+                self._liveness.suspend()
+            self._liveness.keep(self.engines.clients)
+            self._failed_at.clear()
+
+        self.engines.run(take_over())
+
+    def take_busy(self) -> dict[int, list[Interval]]:
+        """Return, for each engine by number, the times (begin, end; s since 1970) in which it had requests of this
+        process, since the last call."""
+
+        async def take() -> dict[int, list[Interval]]:
+            return dict.fromkeys(self.engines.numbers, []) | self._busy.take()
 
         return self.engines.run(take())
+
+    async def parse_tool_calls(
+        self, text: str, tools: Sequence[Mapping[str, Any]], parser: str
+    ) -> tuple[str, tuple[ToolCall, ...]]:
+        """Have an engine parse tool calls; see `EngineClient.parse_tool_calls`. The next one is asked for one that is
+        lost."""
+        failures: list[EngineError] = []
+        for engine in self._serves():
+            try:
+                return await self.engines.members[engine].parse_tool_calls(text, tools, parser)
+            except (EngineUnreachable, EngineTimeout) as error:
+                failures.append(error)
+        raise failures[-1]
 
     def take_counts(self) -> dict[str, int]:
         """Return the counts since the last call."""
         counts, self.counts = self.counts, Counter()
         return dict(counts)
 
-    def score(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
-        """Return per engine [len - 1] log-probs of token_ids[1:] at temperature 1."""
+    def score(self, token_ids: Sequence[int]) -> dict[int, NDArray[np.float32]]:
+        """Return the [len - 1] log-probs of token_ids[1:] at temperature 1 by the number of the engine. One that does
+        not answer is left out, but for the last one, whose error is raised."""
         self._check_tokens(token_ids, "the text to score")
-        return self.engines.on_all(lambda client: client.score(token_ids))
+        members = self.engines.members
+
+        async def score_all() -> list[NDArray[np.float32] | BaseException]:
+            work = (client.score(token_ids) for client in members.values())
+            return await asyncio.gather(*work, return_exceptions=True)
+
+        found = dict(zip(members, self.engines.run(score_all()), strict=True))
+        scores = {number: one for number, one in found.items() if not isinstance(one, BaseException)}
+        for error in found.values():
+            if isinstance(error, BaseException) and (not scores or not isinstance(error, FAILURES)):
+                raise error
+        return scores
 
     def _check_tokens(self, token_ids: Sequence[int], what: str) -> None:
         if not token_ids:
@@ -306,6 +428,8 @@ class ChangedSampler:
         stop_token_ids: Sequence[int] = (),
         change: SamplingChange | None = None,
         priority: int = 0,
+        track: Track | None = None,
+        known_routes: int = 0,
     ) -> list[Completion]:
         """Return responses that are sampled with the change of this sampler; `change` must be None."""
         assert change is None, "a changed sampler is not changed again"
@@ -316,9 +440,11 @@ class ChangedSampler:
             stop_token_ids=stop_token_ids,
             change=self.change,
             priority=priority,
+            track=track,
+            known_routes=known_routes,
         )
 
-    def score(self, token_ids: Sequence[int]) -> Sequence[ArrayLike]:
+    def score(self, token_ids: Sequence[int]) -> Mapping[int, ArrayLike]:
         """Return what the engines say about tokens, which no change affects."""
         return self.sampler.score(token_ids)
 

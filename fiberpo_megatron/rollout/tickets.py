@@ -2,8 +2,9 @@
 
 A ticket is a place in the endless stream of prompts: step s owns the tickets from s n up to (s + 1) n. Once the weights
 of version v are published, exactly the tickets of steps up to v + `staleness` may run. The weights that train a ticket
-of step s are version s, so that no token is older than `staleness` versions, nothing that was sampled is thrown away,
-and what is trained on has the lengths of the data: no trajectory is preferred because it was short.
+of step s are version s, so that no token is older than `staleness` versions, and what is trained on has the lengths of
+the data: no trajectory is preferred because it was short. A step trains on all of its tickets, or on those that a
+filter chooses in their order (`filter.py`).
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Tickets:
             )
 
     def of_step(self, step: int) -> range:
-        """Return the tickets that a step trains on."""
+        """Return the tickets that a step owns."""
         return range(step * self.per_step, (step + 1) * self.per_step)
 
     def admitted(self, version: int) -> int:

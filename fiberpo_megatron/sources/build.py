@@ -20,8 +20,9 @@ from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Samplin
 from fiberpo_megatron.engines.connection import CONTROL_TIMEOUT_S
 from fiberpo_megatron.engines.errors import EngineError
 from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.engines.process import check_reachable
 from fiberpo_megatron.engines.registry import SLACK_S, Registry
-from fiberpo_megatron.engines.servers import check_reachable, engines
+from fiberpo_megatron.engines.servers import Servers, make_servers
 from fiberpo_megatron.engines.settings import EngineConfig, ScoringServers
 from fiberpo_megatron.engines.sizing import sized_engine
 from fiberpo_megatron.interfaces import Policy, Recorder, RolloutSource
@@ -30,6 +31,8 @@ from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 from fiberpo_megatron.rendezvous import master_address
 from fiberpo_megatron.rollout.conversation import ParseTools
 from fiberpo_megatron.rollout.environments import Environments
+from fiberpo_megatron.rollout.filter import Filter
+from fiberpo_megatron.rollout.fleet import Fleet, Member, Places
 from fiberpo_megatron.rollout.generator import Generator
 from fiberpo_megatron.rollout.sampler import EngineSampler
 from fiberpo_megatron.rollout.scoring import ScoringFailed, ServedScores, check_vocabulary, probed_tokens
@@ -39,6 +42,7 @@ from fiberpo_megatron.sources.engine import EngineSource, unwatched
 from fiberpo_megatron.sources.engine_watch import EngineWatch
 from fiberpo_megatron.sources.handover import AllEnded, CutShort, GoesOn, Handover
 from fiberpo_megatron.sources.replay import ReplaySource
+from fiberpo_megatron.sources.step_traces import StepTraces
 from fiberpo_megatron.sources.stored import StoredRollouts
 from fiberpo_megatron.sources.supply import Supply
 from fiberpo_megatron.telemetry.timers import PhaseTimers
@@ -87,13 +91,20 @@ def rollout_source(
     if config.storage.replay is not None:
         parts.say(f"Rollouts come from {config.storage.replay}: no engine, no publication, no held-out evaluation")
         yield ReplaySource(
-            parts.layout, parts.prompts, read, store, parts.timers, config.run.seed, config.batch.prompts
+            parts.layout,
+            parts.prompts,
+            read,
+            store,
+            parts.timers,
+            config.run.seed,
+            config.batch.drawn_prompts,
+            config.batch.filter is not None,
         )
         return
     with ExitStack() as stack:
         scorers = stack.enter_context(scoring_servers(parts))
         shared = SharedDevices(policy) if config.rollout.engine.colocated else None
-        pool = stack.enter_context(engine_pool(parts))
+        pool, places = stack.enter_context(engine_pool(parts))
         with together(parts.layout, "checking the engines"):
             if parts.layout.rank == 0:
                 pool.check_preferences()
@@ -104,6 +115,15 @@ def rollout_source(
         sampler = make_sampler(config, parts.hf_config, parts.encoder, pool)
         publisher = stack.enter_context(
             closing(make_publisher(config, pool, parts.layout.rank, parts.layout.world_size))
+        )
+        watch = EngineWatch(pool, config.run.folder) if parts.layout.rank == 0 else None
+        fleet = Fleet(
+            parts.layout,
+            pool,
+            places,
+            sampler if environments is not None else None,
+            min_healthy=config.rollout.engine.min_healthy,
+            changed=_unnoted if watch is None else watch.changed,
         )
         source = EngineSource(
             policy=policy,
@@ -119,7 +139,7 @@ def rollout_source(
             patience_s=config.rollout.step_timeout_s,
             exact="bfloat16" not in (config.model.dtype, config.rollout.engine.dtype),
             seed=config.run.seed,
-            prompts_per_step=config.batch.prompts,
+            prompts_per_step=config.batch.drawn_prompts,
             samples_per_prompt=config.batch.samples_per_prompt,
             held_out_prompts=config.evaluation.prompts,
             held_out_samples=config.evaluation.samples_per_prompt,
@@ -127,13 +147,24 @@ def rollout_source(
             stop=parts.stop,
             devices=shared or SeparateDevices(),
             pool=pool,
-            tickets=Tickets(config.batch.prompts, config.rollout.staleness, config.trainer.steps),
+            filter=_filter(config),
+            tickets=Tickets(config.batch.drawn_prompts, config.rollout.staleness, config.trainer.steps),
             handover=partial(_handover, parts, sampler),
             counts=partial(_counts, environments, scorers, sampler),
-            busy=sampler.take_busy if environments is not None else tuple,
-            watch=EngineWatch(pool, config.run.folder) if parts.layout.is_logger else unwatched,
+            busy=sampler.take_busy if environments is not None else dict,
+            traces=StepTraces(
+                config.run.folder, parts.layout, parts.timers, config.telemetry.trace_steps_kept
+            ).write,
+            watch=watch or unwatched,
+            fleet=fleet,
         )
         yield stack.enter_context(closing(source))
+
+
+def _filter(config: Config) -> Filter | None:
+    """What [batch.filter] says."""
+    batch, filter = config.batch, config.batch.filter
+    return None if filter is None else Filter(filter.on, batch.prompts, batch.drawn_prompts, filter.max_refills)
 
 
 def _handover(parts: SourceParts, sampler: EngineSampler, supply: Supply) -> Handover:
@@ -168,6 +199,7 @@ def make_sampler(config: Config, hf_config: Mapping[str, Any], encoder: Encoder,
         vocabulary=int(hf_config["vocab_size"]),
         routing=_routing_shape(hf_config) if config.needs_rollout_routing else None,
         segment_tokens=rollout.chunk_tokens,
+        silence_s=rollout.engine.silence_timeout_s,
     )
 
 
@@ -180,7 +212,7 @@ def _generator(
 ) -> Generator:
     config, rollout = parts.config, parts.config.rollout
     parser = rollout.tool_call_parser
-    parse: ParseTools | None = partial(pool.clients[0].parse_tool_calls, parser=parser) if parser else None
+    parse: ParseTools | None = partial(sampler.parse_tool_calls, parser=parser) if parser else None
     return Generator(
         sampler,
         environments.running,
@@ -275,13 +307,14 @@ def _check_scoring(parts: SourceParts, scores: ServedScores, servers: ScoringSer
 
 
 @contextmanager
-def engine_pool(parts: SourceParts) -> Iterator[EnginePool]:
-    """Yield the pool of the run's engines on every rank. Rank 0 waits for those of the job, or starts servers when no
-    addresses are given; they end with the pool."""
+def engine_pool(parts: SourceParts) -> Iterator[tuple[EnginePool, Places | None]]:
+    """Yield the pool of the run's engines on every rank, and on rank 0 where engines come from. Rank 0 waits for those
+    of the job, or starts servers when no addresses are given; they end with the pool."""
     config, layout = parts.config, parts.layout
     engine, reasons = sized_engine(config, layout.device.type == "cuda")
     with ExitStack() as stack:
         addresses: list[EngineAddress] = []
+        places: Places | None = None
         if parts.registry is not None:
             parts.say(f"Waiting for the engines of {', '.join(parts.registry.hosts())} ...")
         elif not config.rollout.engine.urls:
@@ -291,14 +324,17 @@ def engine_pool(parts: SourceParts) -> Iterator[EnginePool]:
         patience_s = config.rollout.engine.start_timeout_s + SLACK_S
         with together(layout, "starting the rollout engines", patience_s + SLACK_S):
             if layout.rank == 0 and parts.registry is not None:
+                places = stack.enter_context(closing(parts.registry))
                 addresses = parts.registry.wait(patience_s)
                 for address in addresses:
                     check_reachable(address)
             elif layout.rank == 0:
-                addresses = stack.enter_context(_started(config, engine, layout))
+                servers = _servers(config, engine, layout)
+                stack.callback(servers.close)
+                places, addresses = servers, servers.addresses
         shared = layout.share_text(json.dumps([[a.url, a.api_key] for a in addresses]) if layout.rank == 0 else None)
         addresses = addresses or [EngineAddress(url, api_key=key) for url, key in json.loads(shared)]
-        yield stack.enter_context(
+        pool = stack.enter_context(
             EnginePool(
                 addresses,
                 timeout_s=config.rollout.engine.request_timeout_s,
@@ -306,12 +342,17 @@ def engine_pool(parts: SourceParts) -> Iterator[EnginePool]:
                 loop=None if parts.environments is None else parts.environments.loop,
             )
         )
+        yield pool, places
 
 
-def _started(config: Config, engine: EngineConfig, layout: ParallelLayout) -> Any:
-    """Servers on this machine, or the given ones; a context manager."""
+def _unnoted(members: Sequence[Member]) -> None:
+    """Write nothing about the engines: another rank does."""
+
+
+def _servers(config: Config, engine: EngineConfig, layout: ParallelLayout) -> Servers:
+    """Start servers on this machine, or look for the given ones."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
-    return engines(
+    return make_servers(
         engine,
         config.model.path,
         config.run.folder / "engines",

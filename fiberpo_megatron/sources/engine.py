@@ -15,18 +15,26 @@ from fiberpo_megatron.engines.registry import SLACK_S
 from fiberpo_megatron.evaluation.results import prompt_result
 from fiberpo_megatron.evaluation.settings import EvaluationSet
 from fiberpo_megatron.interfaces import Evaluated, Policy, Publisher, Recorder, Sampler, SamplingChange
+from fiberpo_megatron.rollout.filter import Filter
+from fiberpo_megatron.rollout.fleet import FixedFleet, Fleet
 from fiberpo_megatron.rollout.generator import Generator, share
 from fiberpo_megatron.rollout.sampler import ChangedSampler
 from fiberpo_megatron.rollout.tickets import Tickets
 from fiberpo_megatron.sources.device_sharing import DeviceSharing, SeparateDevices
 from fiberpo_megatron.sources.handover import GoesOn, Handover
 from fiberpo_megatron.sources.publication_check import Tolerance, verify_publication
+from fiberpo_megatron.sources.step_traces import tail_metrics
 from fiberpo_megatron.sources.stored import Store
-from fiberpo_megatron.sources.supply import Read, Supply
+from fiberpo_megatron.sources.supply import Read, Supply, observed
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.together import together
+from fiberpo_megatron.tracks import Track
 from fiberpo_megatron.types import RolloutBatch, RolloutGroup
 from fiberpo_megatron.weight_sync.settings import WeightSyncConfig
+
+
+def untraced(step: int, tracks: Sequence[Track]) -> None:
+    """Write no trace."""
 
 
 def unwatched(step: int) -> Mapping[str, float]:
@@ -65,18 +73,28 @@ class EngineSource:
     """The engines; None when they are no SGLang servers."""
     tickets: Tickets | None = None
     """Which steps may be sampled when; None: the synchronous loop."""
+    fleet: Fleet | FixedFleet = field(default_factory=FixedFleet)
+    """Which engines belong to the run."""
+    filter: Filter | None = None
+    """Chooses which groups a step trains on; None: all."""
     handover: Callable[[Supply], Handover] = lambda supply: GoesOn()
     """Makes what takes unfinished trajectories over a publication."""
     counts: Callable[[], Mapping[str, float]] = dict
     """Counts of this rank's environments since the last call, by metric."""
-    busy: Callable[[], Sequence[Sequence[Interval]]] = tuple
-    """When each engine had requests of this rank, since the last call."""
+    busy: Callable[[], Mapping[int, Sequence[Interval]]] = dict
+    """When each engine, by number, had requests of this rank, since the last call."""
     watch: Callable[[int], Mapping[str, float]] = unwatched
     """Asks the engines how they are after a step, on the rank that logs; returns metrics."""
+    traces: Callable[[int, Sequence[Track]], None] = untraced
+    """Writes the trace of a step, from the tracks of this rank's trajectories. Every rank calls it."""
     exact: bool = True
     """Whether trainer and engines compute in float32, so that their log-probs agree."""
+    _distrusted: dict[int, str] = field(default_factory=dict, init=False)
+    """Engines that are to be quarantined, by number with the reason, as far as this rank knows."""
     _published: int = field(default=0, init=False)
     _probe: RolloutBatch | None = field(default=None, init=False)
+    _tracks: Sequence[Track] = field(default=(), init=False)
+    """Those of this rank's trajectories of the step that was taken last."""
     _observed: float | None = field(default=None, init=False)
     """When the last step was observed (s since 1970)."""
 
@@ -98,6 +116,7 @@ class EngineSource:
             samples_per_prompt=self.samples_per_prompt,
             patience_s=self.patience_s,
             stop=self.stop,
+            filter=self.filter,
         )
 
     @cached_property
@@ -118,7 +137,9 @@ class EngineSource:
         else:
             self._supply.admit(step, version)
         rollouts = self._supply.take(step)
-        if rollouts is not None:
+        if self.generator is not None:
+            self._tracks = self.generator.timeline.take(step)
+        if rollouts is not None and len(rollouts.lengths):
             self._probe = rollouts.without_held()
         return rollouts
 
@@ -135,18 +156,28 @@ class EngineSource:
             self.weight_sync.verify_every,
             self.weight_sync.timeout_s + SLACK_S,
         )
-        with (
-            self._handover.publication(),
-            self.timers("publish"),
-            together(layout, f"publishing weights {version}", patience),
-        ):
-            self.publisher.publish(self.policy.weights, str(version))
+        with self._handover.publication(), self.timers("publish"), self.fleet.publication():
+            while True:  # an engine less each time
+                try:
+                    with together(layout, f"publishing weights {version}", patience):
+                        self.publisher.publish(self.policy.weights, str(version))
+                    break
+                except Exception as error:
+                    if not self.fleet.goes_on_without(error):
+                        raise
+            self.fleet.published(str(version))
         self._published = version
-        if self._probe is not None and every and version % every == 0:
+        failed: Mapping[int, str] = {}
+        joining = frozenset(self.fleet.joining)
+        if self._probe is not None and (joining or (every and version % every == 0)):
             with self.timers("verify"):
                 bound = self._tolerance.bound()
-                mean = verify_publication(self.policy, self.sampler, self._probe, self.weight_sync, version, bound)
-            self._tolerance.measured(mean, version)
+                verified = verify_publication(
+                    self.policy, self.sampler, self._probe, self.weight_sync, version, bound, joining
+                )
+            self._tolerance.measured(verified.mean, version)
+            failed = verified.failed
+        self.fleet.verified(failed)
 
     def held_out(self, version: int, of: EvaluationSet | None = None) -> Evaluated | None:
         places = self.prompts.held_out(self.held_out_prompts) if of is None else self.sets[of.name]
@@ -175,19 +206,31 @@ class EngineSource:
         return () if self.generator is None else [one.config.name for one in self.generator.environments]
 
     def observe(self, rollouts: RolloutBatch) -> Mapping[str, float]:
-        """Move the curriculum; return its metrics, the counts of all ranks' environments, and how the engines are."""
+        """Move the curriculum, and write the step's trace; return the curriculum's metrics, the counts of all ranks'
+        environments, how long the last trajectory was waited for, and how the engines are."""
         totals: dict[str, float] = {}
-        busy: dict[int, list[Interval]] = {}
-        for counts, engines in self.policy.layout.gather_json([dict(self.counts()), self.busy()]):
+        busy: dict[str, list[Interval]] = {}
+        ended = [track.ended for track in self._tracks if track.ended is not None]
+        mine = [{**self.counts(), **self.watch(self._published - 1)}, self.busy(), ended, self._distrusted]
+        everywhere = self.policy.layout.gather_json(mine)
+        self._distrusted = {}
+        for counts, engines, _, _ in everywhere:
             for name, count in counts.items():
                 totals[name] = totals.get(name, 0.0) + count
-            for engine, intervals in enumerate(engines):
+            for engine, intervals in engines.items():  # JSON has made texts of the numbers
                 busy.setdefault(engine, []).extend((begin, end) for begin, end in intervals)
         since, self._observed = self._observed, time.time()
         if busy and since is not None:
             idle = [idle_seconds(since, self._observed, intervals) for intervals in busy.values()]
             totals["idle/engine_seconds"] = sum(idle) / len(idle)
-        return {**self.prompts.observe(rollouts), **totals, **self.watch(self._published - 1)}
+        totals |= tail_metrics([ends for _, _, ends, _ in everywhere])
+        distrusted = {int(number): why for *_, of_rank in everywhere for number, why in of_rank.items()}
+        self.fleet.quarantine(distrusted)
+        self.traces(self._published - 1, self._tracks)
+        return {**observed(self.prompts, rollouts, self._supply.filtered), **totals}
+
+    def quarantine(self, engines: Sequence[int], why: str) -> None:
+        self._distrusted |= dict.fromkeys(engines, why)
 
     def saved(self, done: int) -> None:
         self.store.saved(done)

@@ -1,5 +1,6 @@
 """This module checks after a publication that every engine computes with the weights that the trainer has."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,19 @@ from fiberpo_megatron.interfaces import Passes, Sampler
 from fiberpo_megatron.together import together
 from fiberpo_megatron.types import RolloutBatch, concatenated_response_tokens
 from fiberpo_megatron.user_warnings import on_console
-from fiberpo_megatron.weight_sync.compare import compare_log_probs
+from fiberpo_megatron.weight_sync.compare import WeightMismatch, compare_log_probs
 from fiberpo_megatron.weight_sync.settings import WeightSyncConfig
+
+
+@dataclass(frozen=True)
+class Verified:
+    """It is what a check of published weights found."""
+
+    mean: float | None
+    """The largest mean |difference| of log-probs of all engines, on the rank that logs; None on the others."""
+    failed: Mapping[int, str]
+    """Engines that join and do not compute what the trainer does, by number with the reason; equal on every rank."""
+
 
 FIRST, LATER = 10.0, 2.0
 """Factors of the tolerance, and of the smallest difference that was measured, above which a run in bfloat16 stops."""
@@ -24,12 +36,13 @@ def verify_publication(
     settings: WeightSyncConfig,
     version: int,
     bound: float | None = None,
-) -> float | None:
+    joining: Collection[int] = (),
+) -> Verified:
     """Score the step's longest trajectory in every engine and in the trainer, at temperature 1.
 
     Every rank calls it. Raises (on all ranks) when the mean absolute difference over the response tokens exceeds
-    `bound` (by default `weight_sync.verify_tolerance`), with both figures. Returns the largest mean of all engines on
-    the rank that logs, and None on the others.
+    `bound` (by default `weight_sync.verify_tolerance`), with both figures. Engines that join the run, by number, end it
+    in no case: what is wrong with them is in the result.
     """
     layout = policy.layout
     probe = int(rollouts.lengths.argmax())
@@ -49,23 +62,33 @@ def verify_publication(
         tokens = concatenated_response_tokens(micro_batches).to(whole.device)
         whole[tokens - begin] = scores.log_probs.double()
         trainer = layout.sum_over_tokens(whole).cpu().numpy()
+    largest: float | None = None
+    failed: dict[int, str] = {}
     with together(layout, f"verifying published weights {version}"):
         if layout.is_logger:
-            largest = 0.0
             mask = rollouts.response_mask[begin:end]
-            for engine, log_probs in enumerate(sampler.score(rollouts.tokens[begin:end].tolist())):
+            found = sampler.score(rollouts.tokens[begin:end].tolist())
+            failed = {n: f"it did not score a text after weights {version}" for n in joining if n not in found}
+            for engine, log_probs in found.items():
                 theirs = np.asarray(log_probs)
                 scored = mask[1:] & ~np.isnan(theirs)  # nan: a token that the engine cannot score
-                mean = compare_log_probs(
-                    trainer[1:][scored],
-                    theirs[scored],
-                    tolerance=settings.verify_tolerance if bound is None else bound,
-                    engine=f"engine {engine}",
-                    version=str(version),
-                )
-                largest = max(largest, mean)
-            return largest
-    return None
+                try:
+                    mean = compare_log_probs(
+                        trainer[1:][scored],
+                        theirs[scored],
+                        tolerance=settings.verify_tolerance if bound is None else bound,
+                        engine=f"engine {engine}",
+                        version=str(version),
+                    )
+                except WeightMismatch as error:
+                    if engine not in joining or len(joining) == len(found):
+                        raise
+                    failed[engine] = str(error)
+                else:
+                    largest = max(largest or 0.0, mean)
+    if joining:
+        (failed,) = (one for one in layout.gather_json(failed if layout.is_logger else None) if one is not None)
+    return Verified(largest, {int(number): why for number, why in failed.items()})
 
 
 @dataclass

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fiberpo_megatron.data.prompts import PromptSets
 from fiberpo_megatron.evaluation.settings import EvaluationSet
 from fiberpo_megatron.interfaces import Evaluated, Layout
+from fiberpo_megatron.rollout.filter import Filtered
 from fiberpo_megatron.sources.stored import Store
-from fiberpo_megatron.sources.supply import Read
+from fiberpo_megatron.sources.supply import Read, observed
 from fiberpo_megatron.telemetry.timers import PhaseTimers
 from fiberpo_megatron.together import together
 from fiberpo_megatron.types import RolloutBatch
@@ -26,6 +27,9 @@ class ReplaySource:
     timers: PhaseTimers
     seed: int
     prompts_per_step: int
+    filters: bool = False
+    """Whether the run has a filter; what it saw of a step is stored with the step."""
+    _filtered: Filtered | None = field(default=None, init=False)
 
     @property
     def domains(self) -> Sequence[str]:
@@ -39,6 +43,8 @@ class ReplaySource:
         with self.timers("stored_rollouts"):
             rollouts = self.store.load(step, prompts, str(step))
         assert rollouts is not None, "what is replayed is never generated"
+        if self.filters:
+            self._filtered = self.store.filtered(step)
         return rollouts
 
     def training(self, *, publishes: bool) -> AbstractContextManager[None]:
@@ -52,7 +58,10 @@ class ReplaySource:
         return None
 
     def observe(self, rollouts: RolloutBatch) -> Mapping[str, float]:
-        return self.prompts.observe(rollouts)
+        return observed(self.prompts, rollouts, self._filtered)
+
+    def quarantine(self, engines: Sequence[int], why: str) -> None:
+        """Do nothing: a replay has no engines."""
 
     def saved(self, done: int) -> None:
         self.store.saved(done)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.interfaces import Layout
 from fiberpo_megatron.rollout.dump import DumpError, Origin, RolloutDump, prompts_digest
+from fiberpo_megatron.rollout.filter import Filtered
 from fiberpo_megatron.rollout.finished import FinishedGroups, origins
 from fiberpo_megatron.together import together
 from fiberpo_megatron.types import Prompt, RolloutBatch, RolloutGroup, flatten
@@ -26,15 +27,32 @@ class Store(Protocol):
         to be replayed and cannot be."""
         ...
 
-    def save(self, step: int, prompts: Sequence[Prompt], weights: str, batch: RolloutBatch) -> None:
-        """Keep trajectories that were just generated."""
+    def filtered(self, step: int) -> Filtered | None:
+        """Return what the filter saw of a step that `load` has returned; None if the step had no filter."""
+        ...
+
+    def save(
+        self,
+        step: int,
+        prompts: Sequence[Prompt],
+        weights: str,
+        batch: RolloutBatch,
+        filtered: Filtered | None = None,
+    ) -> None:
+        """Keep trajectories that were just generated, and what the filter saw of the step."""
         ...
 
     def unfinished(
-        self, step: int, prompts: Sequence[Prompt], weights: str, mine: Sequence[int]
+        self,
+        step: int,
+        prompts: Sequence[Prompt],
+        weights: str,
+        mine: Sequence[int],
+        refills: Sequence[Prompt] | None = None,
     ) -> AbstractContextManager[MutableMapping[int, RolloutGroup]]:
         """Give the finished groups of a step whose generation was cut short, by index of their prompt, as far as they
-        are among `mine`. What is put into the mapping is kept for a resume."""
+        are among `mine`. What is put into the mapping is kept for a resume. `refills`: prompts that take the places of
+        dropped groups; the indices then are theirs, and `prompts` stay those of the step."""
         ...
 
     def saved(self, done: int) -> None:
@@ -44,6 +62,8 @@ class Store(Protocol):
 
 DUMP = "dump"
 """Folder of a run's stored rollouts."""
+REFILLS = "refills"
+"""Folder, inside that of a step's finished groups, of those that take the places of dropped ones."""
 _RENAMED = {"data.tasks": "environments"}
 """Settings of earlier versions, as rollouts that they stored name them."""
 _log = logging.getLogger(__name__)
@@ -99,17 +119,16 @@ class StoredRollouts:
         """
         if self._replayed is None and step not in self._unfinished:
             return None
-        batch = None
-        with together(self._layout, f"reading the rollouts of step {step}"):
+        batch, layout = None, self._layout
+        with together(layout, f"reading the rollouts of step {step}"):
             if self._reads and self._replayed is not None:
                 batch = self._replay(self._replayed, step, prompts)
             elif self._reads:
                 batch = self._reuse(step, prompts, weights)
-        share = batch if batch is not None else flatten([])
-        layout = self._layout
-        joined = layout.gather_rollouts(share if layout.is_leader else None)
-        if not len(joined.lengths):
+        if not layout.any_rank(batch is not None):
             return None
+        share = batch if batch is not None else flatten([])
+        joined = layout.gather_rollouts(share if layout.is_leader else None)
         if len(joined.routing_rows):
             with together(layout, f"reading the expert routing of step {step}"):
                 dump = self._replayed or self._own
@@ -117,8 +136,24 @@ class StoredRollouts:
             joined = replace(joined, **held)
         return joined
 
-    def save(self, step: int, prompts: Sequence[Prompt], weights: str, batch: RolloutBatch) -> None:
-        """Keep trajectories that were just generated."""
+    def filtered(self, step: int) -> Filtered | None:
+        """See the protocol."""
+        found = None
+        with together(self._layout, f"reading what was dropped in step {step}"):
+            if self._reads:
+                found = (self._replayed or self._own).filtered(step)
+        found = json.loads(self._layout.share_text(json.dumps(found) if self._layout.rank == 0 else None))
+        return None if found is None else Filtered.from_json(found)
+
+    def save(
+        self,
+        step: int,
+        prompts: Sequence[Prompt],
+        weights: str,
+        batch: RolloutBatch,
+        filtered: Filtered | None = None,
+    ) -> None:
+        """See the protocol."""
         if not self._writes:
             return
         origin, routes = self._origin(step, prompts, weights), 0
@@ -129,25 +164,31 @@ class StoredRollouts:
                     self._own.write_routes(batch, origin, self._layout.data_rank)
         with together(self._layout, f"writing the rollouts of step {step} to {self._own.folder}"):
             if self._reads:
-                self._own.write(batch, origin, routes)
+                self._own.write(batch, origin, routes, None if filtered is None else filtered.as_json())
 
     def unfinished(
-        self, step: int, prompts: Sequence[Prompt], weights: str, mine: Sequence[int]
+        self,
+        step: int,
+        prompts: Sequence[Prompt],
+        weights: str,
+        mine: Sequence[int],
+        refills: Sequence[Prompt] | None = None,
     ) -> AbstractContextManager[MutableMapping[int, RolloutGroup]]:
         """See the protocol."""
         if not self._writes:
             none: MutableMapping[int, RolloutGroup] = {}
             return nullcontext(none)
         origin = self._origin(step, prompts, weights)
+        folder = self._own.unfinished(step)
         finished = FinishedGroups(
-            self._own.unfinished(step),
+            folder if refills is None else folder / REFILLS,
             origin,
             self._layout.rank,
-            prompts,
+            prompts if refills is None else refills,
             mine,
             lambda found: self._can_stand_for(found, origin),
         )
-        if finished.left and self._reads:
+        if finished.left and self._reads and refills is None:
             print(f"Step {step}: {len(finished.left)} of {len(prompts)} prompts had been generated before", flush=True)
         return finished
 
@@ -165,6 +206,8 @@ class StoredRollouts:
                 "tokenizer or the curriculum differ; replay with those of the run that made the dump"
             )
         batch = dump.read(step)
+        if not len(batch.lengths):
+            return batch  # a filter has dropped all groups
         if self._needs_routing and not len(batch.routing_rows):
             raise DumpError(
                 f"{dump.path(step)} has no expert routing, which this run's [algorithm] needs; make the dump with "
@@ -216,7 +259,8 @@ class StoredRollouts:
 
 def shared_settings(config: Config, vocabulary: int) -> dict[str, Any]:
     """Return what a run and the dump that it replays must have in common, as JSON values."""
-    return {
+    filter = config.batch.filter
+    return ({} if filter is None else {"batch.filter": filter.model_dump(mode="json")}) | {
         "run.seed": config.run.seed,
         "batch.prompts": config.batch.prompts,
         "batch.samples_per_prompt": config.batch.samples_per_prompt,
@@ -253,6 +297,8 @@ def _digests(config: Config, world_size: int) -> tuple[str, str]:
         del described["rollout"][name]
     staleness = described["rollout"].pop("staleness")
     training = config.model_dump(mode="json", include={"parallel", "optimizer", "algorithm", "batch", "trainer"})
+    if config.batch.filter is None:  # earlier versions had none
+        del training["batch"]["filter"]
     if config.scoring_servers:  # their addresses decide nothing, but groups without scores cannot stand beside others
         described["scores"] = sorted(config.scoring_servers)
     sampling = described | {"model": {"path": described["model"]["path"], "dtype": described["model"]["dtype"]}}

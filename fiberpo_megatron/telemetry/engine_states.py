@@ -4,25 +4,34 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fiberpo_megatron import durable
 from fiberpo_megatron.json_files import read_object
 from fiberpo_megatron.printable import printable
 
 ENGINES_FILE = "engines.json"
-State = Literal["serving", "not answering"]
+State = Literal["starting", "joining", "serving", "not answering", "quarantined", "left"]
+"""starting: its server does not answer yet. joining: it answers, and gets the weights with a publication. serving: it
+holds the current weights and gets requests. not answering: it died or hangs. quarantined: it did not compute what the
+trainer computes. left: it was taken out of the run."""
 
 
 @dataclass(frozen=True)
 class EngineState:
-    """Holds what one engine said about its load after a step; None stands for what it did not say."""
+    """Holds how one engine is, and what it said about its load; None stands for what it did not say."""
 
     address: str
-    """http://host:port"""
+    """http://host:port; empty while it has none."""
     state: State
     detail: str = ""
-    """Why it is not answering, in one sentence."""
+    """Why it is not serving, in one sentence."""
+    number: int | None = None
+    """The engine's number, which stays with its place, whichever server is in it."""
+    generation: int | None = None
+    """How often it has joined the run again."""
+    since: float | None = None
+    """When it came into its state (s since 1970)."""
     weight_version: str | None = None
     """Version of the weights that it serves: the number of steps that made them."""
     running: int | None = None
@@ -76,13 +85,14 @@ def read_engine_states(run_folder: Path) -> EngineStates | None:
 
 
 def _engine(found: Mapping[str, Any]) -> EngineState:
-    state: State = "serving" if found["state"] == "serving" else "not answering"
+    state: State = found["state"] if found["state"] in get_args(State) else "not answering"
     numbers = {
         field.name: _number(found.get(field.name))
         for field in fields(EngineState)
         if field.name not in ("address", "state", "detail", "weight_version")
     }
-    counts = {name: None if numbers[name] is None else int(numbers[name]) for name in ("running", "queued")}  # type: ignore[arg-type]
+    integers = ("running", "queued", "number", "generation")
+    counts = {name: None if numbers[name] is None else int(numbers[name]) for name in integers}  # type: ignore[arg-type]
     version = found.get("weight_version")
     return EngineState(
         **{**numbers, **counts},  # type: ignore[arg-type]

@@ -198,7 +198,14 @@ def _movement(panels: PanelMaker) -> Iterator[Panel | None]:
     )
     yield panels.lines("Lag of tokens", {"lag/mean": "mean", "lag/max": "oldest"}, note="in versions of the weights")
     yield panels.lines("Tokens by lag", panels.matching(r"lag/token_share/(.+)"))
-    yield panels.lines("Waiting", {"idle/trainer_seconds": "trainer", "idle/engine_seconds": "engines"})
+    yield panels.lines(
+        "Waiting",
+        {
+            "idle/trainer_seconds": "trainer",
+            "idle/engine_seconds": "engines",
+            "rollout/tail_seconds": "last trajectory after the median one",
+        },
+    )
     yield panels.lines(
         "Drift by lag",
         panels.matching(r"drift/lag/(.+)"),

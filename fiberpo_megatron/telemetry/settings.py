@@ -30,6 +30,17 @@ class TelemetryConfig(Section):
     the older steps a selection spread over the whole run. Only people, the report and the live page need these files;
     `storage.dump` keeps every trajectory."""
 
+    trace_steps_kept: int = Field(50, ge=0)
+    """Steps whose trace stays in <run folder>/traces: what every trajectory did, and when (docs/watch.md). They are the
+    newest half of this number, and of the older steps a selection spread over the whole run. 0: no traces."""
+
+    @field_validator("trace_steps_kept")
+    @classmethod
+    def a_selection_needs_two(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("it is 1, but at least the traces of 2 steps are kept; use 2 or more, or 0 for none")
+        return value
+
     @field_validator("sinks", mode="before")
     @classmethod
     def sinks_are_plugins(cls, value: Any) -> Any:

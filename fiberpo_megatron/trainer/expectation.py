@@ -100,9 +100,10 @@ class Expectation:
     def __call__(self, rollouts: RolloutBatch) -> dict[str, float]:
         """Return the metrics `planned/...` and `expected/...` of a step that had these trajectories.
 
-        Planning must not end a run: an error is one warning, and later steps have no such metrics.
+        Planning must not end a run: an error is one warning, and later steps have no such metrics. Nothing is expected
+        of a step without trajectories.
         """
-        if self._failed:
+        if self._failed or not len(rollouts.lengths):
             return {}
         try:
             scenario = with_trajectories(self.plan.scenario, rollouts)

@@ -141,7 +141,7 @@ class Figures:
         }
         sampled = float(rollouts.response_lengths.sum())
         if self.devices.engines:
-            samples = len(rollouts.lengths) / (int(rollouts.groups[-1]) + 1)
+            samples = len(rollouts.lengths) / (int(rollouts.groups[-1]) + 1) if len(rollouts.lengths) else 1.0
             prompts = rollouts.lengths - rollouts.response_lengths
             operations["generate"] = sampling_operations(self.shape, prompts, rollouts.lengths, samples)
         return Work(operations, self._trained_tokens(rollouts), sampled)

@@ -5,7 +5,7 @@ It runs once a step, between the pass of the old log-probs and the first optimis
 objective, the terms, dumps and token records) sees the weights mu' w in the place of mu.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +29,10 @@ class EngineMismatch(RuntimeError):
     """Engines and trainer differ about the same weights by more than the run allows; the message names the engines."""
 
 
+def trusting(engines: Sequence[int], why: str) -> None:
+    """Let engines sample on."""
+
+
 @dataclass(frozen=True)
 class Weighing:
     """Says how the tokens of a training step are weighed."""
@@ -44,6 +48,8 @@ class Weighing:
     normaliser: float | None
     rollouts: RolloutBatch
     """The trajectories that are trained on, which messages name tokens of."""
+    quarantine: Callable[[Sequence[int], str], None] = trusting
+    """Is told the engines whose tokens are masked, on ranks of the last pipeline stage."""
 
 
 def weighed(
@@ -141,8 +147,10 @@ def _engines_to_mask(
         )
     for engine in noted if layout.is_logger else ():
         name, value = ("mask", limits.mask) if engine in masked else ("warn", limits.warn)
-        what = "; all of its tokens of this step have weight 0" if engine in masked else ""
+        what = "; all of its tokens of this step have weight 0, and it samples no more" if engine in masked else ""
         warn_user(f"{texts[engine]}: above algorithm.mismatch.{name} = {value:g} nats{what}; {fixes}")
+    if masked:
+        how.quarantine(masked, "; ".join(texts[engine] for engine in masked))
     return masked
 
 

@@ -114,7 +114,8 @@ def train(run: Training, start: int = 0) -> None:
         expected, seconds = run.expected(rollouts), run.timers.read()
         figures = {**_throughput(rollouts, seconds), **run.figures(step, rollouts, seconds)}
         run.recorder.record("train", step, {**metrics, **figures, **expected})
-        measured = {f"train/{name}": value for name, value in metrics.items()}
+        # one without trajectories has not measured by what a checkpoint may be the best
+        measured = {f"train/{name}": value for name, value in metrics.items()} if len(rollouts.lengths) else {}
         measured |= {f"eval/{name}": value for name, value in evaluate(run, done, due_sets(run, done)).items()}
         stopping = _asked_to_stop(run)
         if stopping or _due(done, run.save_every, run.steps):
@@ -129,8 +130,11 @@ def train(run: Training, start: int = 0) -> None:
 def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, float]:
     """Take all optimiser steps on one batch of rollouts, from weights `version` on, and return metrics.
 
-    A step all of whose trajectories are left out (`algorithm.truncated`) takes no optimiser step.
+    A step all of whose trajectories are left out (`algorithm.truncated`) takes no optimiser step, nor does one of whose
+    groups none is useful (`batch.filter`).
     """
+    if not len(rollouts.lengths):
+        return {}
     summary = rollout_summary(rollouts, run.source.domains) | lag_metrics(rollouts, version)
     rollouts, overlong = with_overlong_penalty(rollouts, run.algorithm.overlong, run.max_response_tokens)
     summary |= overlong
@@ -171,6 +175,7 @@ def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, floa
         weighting,
         normaliser,
         rollouts,
+        run.source.quarantine,
     )
     with run.source.training(publishes=True):
         metrics = optimise(

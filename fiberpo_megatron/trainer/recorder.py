@@ -93,20 +93,36 @@ class RunRecorder:
             except OSError as error:
                 _log.warning("the solve rates of step %d are not written: %s", step, error)
 
-    def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: Kind = "train") -> None:
+    def rollouts(
+        self,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        kind: Kind = "train",
+        *,
+        places: Sequence[int] | None = None,
+        looked_at: Sequence[RolloutGroup] | None = None,
+    ) -> None:
         if kind == "train" and self.solve_rates:
-            self._count_solved(step, groups)
+            self._count_solved(step, groups if looked_at is None else looked_at)
         if not self.samples or (kind == "eval" and not self.evaluations):
             return
-        trajectories = [t for group in groups for t in group.trajectories]
-        everywhere = self.layout.gather_json([self.layout.data_rank, [len(group.trajectories) for group in groups]])
-        counts = [sizes for _, sizes in sorted(everywhere, key=lambda row: int(row[0]))]  # only leaders have any
-        chosen = sampled(counts, self.samples, kind)
-        first = sum(sum(sizes) for rank, sizes in everywhere if rank < self.layout.data_rank)
+        order = (
+            [(self.layout.data_rank, at) for at in range(len(groups))] if places is None else [(0, p) for p in places]
+        )
+        everywhere = self.layout.gather_json(
+            [[*at, len(group.trajectories)] for at, group in zip(order, groups, strict=True)]
+        )
+        begins, sizes, count = dict[tuple[int, int], int](), list[int](), 0
+        for rank, place, size in sorted(row for rows in everywhere for row in rows):  # only leaders have any
+            begins[rank, place] = count
+            sizes.append(size)
+            count += size
+        chosen = set(sampled([sizes], self.samples, kind))
         mine = [
-            trajectory_record(step, place, trajectories[place - first], self.domains)
-            for place in chosen
-            if 0 <= place - first < len(trajectories)
+            trajectory_record(step, begins[at] + i, trajectory, self.domains)
+            for at, group in zip(order, groups)
+            for i, trajectory in enumerate(group.trajectories)
+            if begins[at] + i in chosen
         ]
         records = [record for share in self.layout.gather_json(mine, root_only=True) for record in share]
         if self.layout.rank == 0:

@@ -2,6 +2,8 @@
 [sft] and [debug]."""
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from math import ceil
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -156,6 +158,20 @@ class AlgorithmConfig(Section):
         return table.get("by", name.rpartition(":")[2])
 
 
+class FilterConfig(Section):
+    """This section replaces groups that teach nothing, because all of their trajectories are equal (dynamic sampling,
+    arXiv:2503.14476, section 3.2). It is off unless [batch.filter] is in the config (docs/rollouts.md)."""
+
+    on: Literal["correct", "reward"] = "correct"
+    """What has to differ in a group that is trained on. correct: which of its answers are right; reward: the
+    rewards."""
+    oversample: float = Field(1.5, ge=1)
+    """Prompts that a step draws at first, as a multiple of `batch.prompts`."""
+    max_refills: int = Field(32, ge=0)
+    """Further prompts that a step draws at most, one for each that is missing. After that it trains on the groups that
+    it has."""
+
+
 class BatchConfig(Section):
     prompts: int = Field(32, ge=1)
     """Prompts (groups) per training step, over all ranks."""
@@ -169,6 +185,22 @@ class BatchConfig(Section):
     """Token budget of one packed row, padding included, over all context-parallel ranks."""
     oversized: Literal["error", "own_micro_batch"] = "error"
     """What happens to a trajectory longer than `micro_batch_tokens`."""
+    filter: FilterConfig | None = None
+
+    @property
+    def drawn_prompts(self) -> int:
+        """These are the prompts that a step draws: more than it trains on where a filter drops groups. Refills are not
+        among them."""
+        return self.prompts if self.filter is None else ceil(Fraction(str(self.filter.oversample)) * self.prompts)
+
+    @model_validator(mode="after")
+    def groups_can_differ(self) -> "BatchConfig":
+        if self.filter is not None and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"batch.filter with batch.samples_per_prompt = {self.samples_per_prompt}: no group of one trajectory "
+                "differs, so that all would be dropped; raise it to 2 or more, or leave [batch.filter] out"
+            )
+        return self
 
     @model_validator(mode="after")
     def mini_batches_fit(self) -> "BatchConfig":

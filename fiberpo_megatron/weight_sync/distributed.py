@@ -58,6 +58,16 @@ class DistributedPublisher(RoundPublisher):
         if [len(slot) for slot in self._slots] != largest:
             self._slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in largest]
 
+    def engines_changed(self) -> None:
+        """Have the next publication make new groups. A group with an engine that has gone cannot be left in order."""
+        names, self._names = self._names, {}
+        if self.leads:
+            for name in names.values():
+                quietly(self.engines, partial(_leave, name=name))
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
     def exchange(self, plan: Sequence[Round], deadline: Deadline) -> None:
         """Make the groups at the first publication: one for each rank that has a share, with all engine ranks."""
         if self._names:
@@ -158,13 +168,7 @@ class DistributedPublisher(RoundPublisher):
 
     def close(self) -> None:
         """Leave the process groups. A second call does nothing."""
-        names, self._names = self._names, {}
-        if self.leads:
-            for name in names.values():
-                quietly(self.engines, partial(_leave, name=name))
-        if self._group is not None:
-            self._group.close()
-            self._group = None
+        self.engines_changed()
         super().close()
 
 

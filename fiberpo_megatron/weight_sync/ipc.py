@@ -70,6 +70,10 @@ class IpcPublisher(RoundPublisher):
         self._free()
         self._slots = [SharedBuffer(max(sizes[i::2], default=0), device) for i in range(min(2, len(plan)))]
 
+    def engines_changed(self) -> None:
+        """Ask the engines once more whether they can open the buffers."""
+        self._asked = False
+
     def exchange(self, plan: Sequence[Round], deadline: Deadline) -> None:
         """Tell rank 0 where the buffers are; it asks the engines, before the first publication, to open them."""
         mine = [slot.handle for slot in self._slots]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fiberpo_megatron.engines.client import EngineClient
 from fiberpo_megatron.engines.errors import EngineError, EngineTimeout
 from fiberpo_megatron.interfaces import WeightSource
 from fiberpo_megatron.weight_sync.base import Deadline, Publisher, PublisherContext
@@ -63,6 +64,8 @@ class RoundPublisher(Publisher):
         """How long the parts of the last publication took."""
         self._manifest = Manifest(context.model) if self.leads else None
         self.plan: list[Round] = []
+        self._known: list[EngineClient] = []
+        """The engines of the last publication."""
 
     def publish(self, source: WeightSource, version: str) -> None:
         """Load the weights into every engine as `version`; running requests go on with the new weights.
@@ -71,6 +74,9 @@ class RoundPublisher(Publisher):
         """
         deadline = Deadline(self.context.timeout_s)
         self.ranks.begin()
+        if self._known and self._known != self.engines.clients:
+            self.engines_changed()
+        self._known = self.engines.clients
         plan = self._planned(source, deadline)
         share = source.share(self.limit)
         sending: Future[None] | None = None
@@ -125,6 +131,9 @@ class RoundPublisher(Publisher):
         return self.plan
 
     # What a way of carrying the weights consists of
+
+    def engines_changed(self) -> None:  # noqa: B027 - optional
+        """Forget what was agreed with the engines, because some have gone or come. Every rank calls it."""
 
     def begin(self, plan: Sequence[Round], version: str, deadline: Deadline) -> None:  # noqa: B027 - optional
         """Make what a publication needs, on every rank. The engines still generate."""

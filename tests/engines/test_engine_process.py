@@ -17,7 +17,8 @@ import pytest
 from fiberpo_megatron.engines.client import EngineAddress, Sampling
 from fiberpo_megatron.engines.errors import EngineRefused, EngineStartError, EngineUnreachable
 from fiberpo_megatron.engines.pool import EnginePool
-from fiberpo_megatron.engines.servers import EngineProcess, check_reachable, engines, stop_all
+from fiberpo_megatron.engines.process import EngineProcess, check_reachable, stop_all
+from fiberpo_megatron.engines.servers import engines
 from fiberpo_megatron.engines.settings import EngineConfig
 from fiberpo_megatron.engines.temporary import make_temporary, remove_leftovers
 from fiberpo_megatron.rollout.sampler import EngineSampler

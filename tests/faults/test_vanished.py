@@ -31,8 +31,8 @@ class Deleting:
             assert any(self.folder.iterdir()), "there is something to delete"
             shutil.rmtree(self.folder)
 
-    def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: Any = "train") -> None:
-        self.recorder.rollouts(step, groups, kind)
+    def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: Any = "train", **about: Any) -> None:
+        self.recorder.rollouts(step, groups, kind, **about)
 
     def evaluation(self, step: int, sets: Mapping[str, Mapping[str, Any]]) -> None:
         self.recorder.evaluation(step, sets)

@@ -31,6 +31,7 @@ IMPORTANT = [
     Site("write", "metrics.jsonl"),
     Site("write", "rollouts/.step_N.jsonl.partial"),
     Site("write", "tokens/.step_N.jsonl.gz.partial"),
+    Site("write", "traces/.step_N.json.gz.partial"),
     Site("write", "dump/step_N.unfinished/rank_N.N"),
     Site("write", "checkpoints/.step-N.partial/table.pt"),
     Site("rename", "checkpoints/step-N"),
@@ -53,7 +54,8 @@ ERRORS = {
 EITHER = re.compile(r"\w.* (lock/|tensorboard)")
 """The first write decides here: it stops a run, later ones do not."""
 GOES_ON = re.compile(
-    r"\w.* (rollouts|tokens)(/|$)|remove (checkpoints|dump/step_N\.unfinished)|read checkpoints/step-N/checkpoint\.json"
+    r"\w.* (rollouts|tokens|traces)(/|$)|remove (checkpoints|dump/step_N\.unfinished)"
+    r"|read checkpoints/step-N/checkpoint\.json"
 )
 """What a run goes on without, with a warning: samples for people, room on the disk, an older checkpoint."""
 FIX = re.compile(r"Make room|make room|make it writable|bring it back|look at the file system")
@@ -135,7 +137,8 @@ def problem(
         if said is not None:
             return f"the run stopped: {said!r}"
         if not re.search(
-            "tensorboard|could not be deleted|(sample rollouts|token records) .* are not written|skipped: ", warned
+            "tensorboard|could not be deleted|(sample rollouts|token records|trace) .* (are|is) not written|skipped: ",
+            warned,
         ):
             return "the run went on without a word"
     elif said is None:

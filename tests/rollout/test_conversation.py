@@ -11,6 +11,7 @@ import pytest
 from fiberpo_megatron.environments import Message, Task, ToolCall, Turn
 from fiberpo_megatron.interfaces import SamplingChange
 from fiberpo_megatron.rollout.conversation import PolicyConversation, join_turns, response_seeds
+from fiberpo_megatron.tracks import Track
 from fiberpo_megatron.types import Completion, Prompt, WeightSpan
 
 END, OTHER_END = 1, 2
@@ -41,6 +42,7 @@ class Scripted:
         stop_token_ids: Sequence[int] = (),
         change: SamplingChange | None = None,
         priority: int = 0,
+        track: Track | None = None,
     ) -> list[Completion]:
         (seed,) = seeds
         self.prefixes.append(list(prompt))
@@ -51,7 +53,7 @@ class Scripted:
             raise answer
         return [answer]
 
-    def score(self, token_ids: Sequence[int]) -> list[Any]:
+    def score(self, token_ids: Sequence[int]) -> dict[int, Any]:
         raise AssertionError("nobody asks for scores")
 
 

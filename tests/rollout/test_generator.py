@@ -22,6 +22,7 @@ from fiberpo_megatron.interfaces import SamplingChange
 from fiberpo_megatron.rollout.conversation import response_seeds
 from fiberpo_megatron.rollout.generator import Generator, share
 from fiberpo_megatron.rollout.sampler import EngineSampler
+from fiberpo_megatron.tracks import Track
 from fiberpo_megatron.types import Completion, Prompt, RolloutGroup, WeightSpan
 from tests.engines.fake_server import FakeServers
 from tests.trainer.toy import LOOP, FirstToken, InProcess, Words, generator, one_prompt, running
@@ -50,6 +51,7 @@ class Seeded:
         stop_token_ids: Sequence[int] = (),
         change: SamplingChange | None = None,
         priority: int = 0,
+        track: Track | None = None,
     ) -> list[Completion]:
         self.asked.append((list(prompt), list(seeds)))
         return [self._one(tuple(self.answer(prompt, seed))) for seed in seeds]
@@ -58,7 +60,7 @@ class Seeded:
         log_probs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
         return Completion(tokens, log_probs, "stop", (WeightSpan(self.version, 0, len(tokens)),))
 
-    def score(self, token_ids: Sequence[int]) -> list[Any]:
+    def score(self, token_ids: Sequence[int]) -> dict[int, Any]:
         raise AssertionError("nobody asks for scores")
 
 

@@ -13,7 +13,7 @@ from fiberpo_megatron.engines.client import EngineAddress, Sampling
 from fiberpo_megatron.engines.errors import EngineRefused
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.rollout.conversation import response_seeds
-from fiberpo_megatron.rollout.sampler import MOST_AHEAD, EngineSampler, _Slots
+from fiberpo_megatron.rollout.sampler import SLACK, SPILL, EngineSampler, _Slots
 from tests.engines.fake_server import FakeServers, response
 from tests.rollout.in_order import in_order
 
@@ -57,17 +57,35 @@ def test_responses_to_one_prompt_share_an_engine_unless_it_has_far_more_to_do():
     async def ask(engines: EngineSampler) -> None:
         alternating = [prompt for _ in range(4) for prompt in ([1], [2], [3])]
         await asyncio.gather(*(engines.sample(prompt, [i]) for i, prompt in enumerate(alternating)))
-        await asyncio.gather(*(engines.sample([4], [i]) for i in range(2 * MOST_AHEAD)))
-        await engines.sample([2], [0])  # nothing is known of prompts that are no longer in flight
+        await asyncio.gather(*(engines.sample([4], [i]) for i in range(60)))
+        await engines.sample([2], [0])  # where the work on the prompt may still be in the cache
 
     with sampler(servers, 1000) as engines:
         engines.engines.run(ask(engines))
-        assert not any(engines._prompts)
     hosts = [(body["input_ids"][0][0], host) for host, _, body in servers.calls]
     assert hosts[:3] == [(1, "a:1"), (2, "b:2"), (3, "a:1")] and len(set(hosts[:12])) == 3
     late = Counter(host for prompt, host in hosts if prompt == 4)
-    assert late == {"a:1": MOST_AHEAD + 1 + (MOST_AHEAD - 1) // 2, "b:2": MOST_AHEAD - 1 - (MOST_AHEAD - 1) // 2}
-    assert hosts[-1] == (2, "a:1")
+    most = max(late.values())
+    assert len(late) == 2 and most <= SPILL * 30 + SLACK + 1
+    first = [host for prompt, host in hosts if prompt == 4]
+    alone = int(SLACK / (1 - SPILL / 2)) + 1  # until one engine has more than SPILL times the mean and SLACK
+    assert first[:alone] == [first[0]] * alone and first[alone] != first[0]
+    assert hosts[-1] == (2, "b:2")
+
+
+def test_the_turns_of_a_conversation_stay_on_one_engine():
+    """`priority` names the group: the prompt of a turn is longer than that of the turn before."""
+    servers = FakeServers()
+
+    async def ask(engines: EngineSampler) -> None:
+        for turn in range(3):
+            for group in (1, 2, 3):
+                await engines.sample([group, *range(turn)], [0], priority=group)
+
+    with sampler(servers, 1000) as engines:
+        engines.engines.run(ask(engines))
+    hosts = {group: {h for h, _, body in servers.calls if body["input_ids"][0][0] == group} for group in (1, 2, 3)}
+    assert all(len(found) == 1 for found in hosts.values())
 
 
 def test_responses_are_counted_not_requests():
@@ -139,7 +157,7 @@ def test_scores_come_from_every_engine():
         return response([], body["input_ids"], input_token_logprobs=entries)
 
     with sampler(FakeServers({"/generate": score}), 4) as engines:
-        assert [scores.tolist() for scores in engines.score([5, 6])] == [[-1.0], [-2.0]]
+        assert {number: scores.tolist() for number, scores in engines.score([5, 6]).items()} == {0: [-1.0], 1: [-2.0]}
 
 
 def test_a_failure_frees_its_slots_and_is_in_flight_no_more():

@@ -83,8 +83,8 @@ class Watch:
             self.steps.append(step + 1)
             self.samples.append(measure(self.folder, self.engine))
 
-    def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: Any = "train") -> None:
-        self.recorder.rollouts(step, groups, kind)
+    def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: Any = "train", **about: Any) -> None:
+        self.recorder.rollouts(step, groups, kind, **about)
 
     def evaluation(self, step: int, sets: Mapping[str, Mapping[str, Any]]) -> None:
         self.recorder.evaluation(step, sets)

@@ -26,6 +26,7 @@ from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.environments import Outcome, SingleTurn, Task, Turn
 from fiberpo_megatron.fibration import build_objective
 from fiberpo_megatron.planning.shapes import ModelShape
+from fiberpo_megatron.rollout.filter import Filter
 from fiberpo_megatron.sources.engine import EngineSource
 from fiberpo_megatron.sources.engine_watch import EngineWatch
 from fiberpo_megatron.telemetry.throughput import Devices
@@ -40,7 +41,7 @@ DATA = Path(__file__).parent / "data/alarms"
 KEPT = re.compile(
     r"reward/(mean|std)|accuracy|entropy|response_length/mean|truncated_share|failed_share|ratio/(p99|max)|kl/mean"
     r"|rollout_diff/mean|objective/value|gradient_norm(_max)?|groups/.*|expert/drift/.*|seconds/(total|train|generate)"
-    r"|idle_share|slowest/.*|disk/.*|engines/.*"
+    r"|idle_share|slowest/.*|disk/.*|engines/.*|filter/.*"
 )
 BATCH = {"prompts": 12, "samples_per_prompt": 8, "mini_batches": 2, "epochs": 2, "micro_batch_tokens": 64}
 Change = Callable[[Training], Training]
@@ -210,6 +211,26 @@ def no_signal() -> None:
     record("no-signal", run, memory)
 
 
+def few_groups() -> None:
+    run, memory = toy(3.0, environment=Nothing(), steps=12)
+    record("few-groups", with_filter(run), memory)
+
+
+def filtered() -> None:
+    """A run whose filter finds what it needs."""
+    run, memory = toy(3.0, known=1.5, steps=22)
+    record("filtered", with_filter(run), memory)
+
+
+def with_filter(run: Training) -> Training:
+    source: Any = run.source
+    prompts = run.batch.prompts
+    return replace(
+        run,
+        source=replace(source, filter=Filter("correct", prompts, 2 * prompts, prompts), prompts_per_step=2 * prompts),
+    )
+
+
 def spikes() -> None:
     batch = {**BATCH, "prompts": 3, "mini_batches": 1}
     run, memory = toy(0.5, environment=Outliers(), steps=40, batch=batch, algorithm={"normalise_std": False})
@@ -354,6 +375,8 @@ MAKERS: dict[str, Callable[[], None]] = {
     "random": random_policy,
     "far": far_from_reference,
     "no-signal": no_signal,
+    "few-groups": few_groups,
+    "filtered": filtered,
     "spikes": spikes,
     "failing": failing,
     "mismatch": mismatch,

@@ -37,6 +37,7 @@ FAULTY = {
     "gradient_spikes": "spikes",
     "not_finite": "not-finite",
     "no_signal": "no-signal",
+    "few_groups": "few-groups",
     "kl": "far",
     "idle_share": "idle",
     "straggler": "straggler",
@@ -46,7 +47,7 @@ FAULTY = {
     "environment_failures": "failing",
 }
 """The recorded run with the fault, by rule; tests/telemetry/record_runs.py says how each was made."""
-HEALTHY = ("healthy", "real-healthy", "even-ranks")
+HEALTHY = ("healthy", "real-healthy", "even-ranks", "filtered")
 
 
 def records(name: str) -> list[dict[str, Any]]:

@@ -45,7 +45,15 @@ class Memory:
     def record(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         self.records.append((kind, step, dict(metrics)))
 
-    def rollouts(self, step: int, groups: Sequence[RolloutGroup], kind: str = "train") -> None:
+    def rollouts(
+        self,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        kind: str = "train",
+        *,
+        places: Sequence[int] | None = None,
+        looked_at: Sequence[RolloutGroup] | None = None,
+    ) -> None:
         if kind == "train":
             self.samples.append((step, len(groups)))
 

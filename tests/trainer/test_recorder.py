@@ -10,6 +10,7 @@ import pytest
 
 from fiberpo_megatron.environments import Task
 from fiberpo_megatron.telemetry.gpu import GpuMonitor
+from fiberpo_megatron.telemetry.solve_rates import read_solve_rates
 from fiberpo_megatron.trainer import run as run_module
 from fiberpo_megatron.trainer.recorder import RunRecorder, sampled
 from fiberpo_megatron.trainer.run import Run
@@ -65,7 +66,7 @@ class FirstOfTwo(SingleLayout):
 
 
 def test_all_leaders_bring_their_share_of_the_samples(tmp_path):
-    layout = FirstOfTwo([[1, [1, 1]], [{"trajectory": 2}, {"trajectory": 3}]])
+    layout = FirstOfTwo([[[1, 0, 1], [1, 1, 1]], [{"trajectory": 2}, {"trajectory": 3}]])
     recorder = RunRecorder(tmp_path, layout, None, GpuMonitor(), ["d"], samples=9, kept=2)
     prompt = Prompt(0, 0, (1,), "p", Task("p", "a"))
     one = Trajectory(prompt, Completion((1,), np.zeros(1, np.float32), "stop", ()), "t", 0.0, False)
@@ -73,6 +74,20 @@ def test_all_leaders_bring_their_share_of_the_samples(tmp_path):
     lines = (tmp_path / "rollouts" / "eval_000004.jsonl").read_text().splitlines()
     assert [json.loads(line)["trajectory"] for line in lines] == [0, 2, 3]
     assert json.loads(lines[0])["response"] == "t"
+
+
+def test_groups_of_a_filtered_step_stand_where_the_step_has_them(tmp_path):
+    """The other rank has the groups 0 and 2; this one has 1, and 3 is a refill of its own."""
+    layout = FirstOfTwo([[], [[0, 0, 2], [0, 2, 1]], []])
+    recorder = RunRecorder(tmp_path, layout, None, GpuMonitor(), ["d"], samples=9, kept=2, solve_rates=True)
+    prompt = Prompt(0, 0, (1,), "p", Task("p", "a", id="d/train/0"))
+    one = Trajectory(prompt, Completion((1,), np.zeros(1, np.float32), "stop", ()), "t", 0.0, False)
+    own = [RolloutGroup(prompt, (one,)), RolloutGroup(prompt, (one, one))]
+    dropped = RolloutGroup(prompt, (one, one, one))
+    recorder.rollouts(4, own, places=[1, 3], looked_at=[*own, dropped])
+    lines = (tmp_path / "rollouts" / "step_000004.jsonl").read_text().splitlines()
+    assert [json.loads(line)["trajectory"] for line in lines] == [2, 4, 5]
+    assert [rate.samples for rate in read_solve_rates(tmp_path)] == [6]
 
 
 def test_samples_that_cannot_be_written_do_not_end_the_run(tmp_path, caplog):

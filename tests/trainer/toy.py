@@ -42,9 +42,11 @@ from fiberpo_megatron.interfaces import (
     WeightSource,
 )
 from fiberpo_megatron.rollout.environments import RunningEnvironment, Workers
+from fiberpo_megatron.rollout.filter import Filtered
 from fiberpo_megatron.rollout.generator import Generator
 from fiberpo_megatron.sources.device_sharing import EngineMemory
 from fiberpo_megatron.sources.stored import Store
+from fiberpo_megatron.tracks import Track
 from fiberpo_megatron.types import (
     Coefficients,
     Completion,
@@ -316,6 +318,7 @@ class FakeEngine:
         stop_token_ids: Sequence[int] = (),
         change: SamplingChange | None = None,
         priority: int = 0,
+        track: Track | None = None,
     ) -> list[Completion]:
         assert not self.missing
         return [self._one(prompt[-1], change or SamplingChange()) for _ in seeds]
@@ -334,10 +337,10 @@ class FakeEngine:
         spans = (WeightSpan(self.version, 0, length),)
         return Completion(tuple(tokens), np.array(log_probs, np.float32), "stop", spans)
 
-    def score(self, token_ids: Sequence[int]) -> list[list[float]]:
+    def score(self, token_ids: Sequence[int]) -> dict[int, list[float]]:
         assert not self.missing
         rows = torch.log_softmax(self.table[list(token_ids[:-1])], -1)
-        return [rows.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()]
+        return {0: rows.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()}
 
 
 class NothingStored:
@@ -346,11 +349,26 @@ class NothingStored:
     def load(self, step: int, prompts: Sequence[Prompt], weights: str) -> RolloutBatch | None:
         return None
 
-    def save(self, step: int, prompts: Sequence[Prompt], weights: str, batch: RolloutBatch) -> None:
+    def filtered(self, step: int) -> Filtered | None:
+        return None
+
+    def save(
+        self,
+        step: int,
+        prompts: Sequence[Prompt],
+        weights: str,
+        batch: RolloutBatch,
+        filtered: Filtered | None = None,
+    ) -> None:
         pass
 
     def unfinished(
-        self, step: int, prompts: Sequence[Prompt], weights: str, mine: Sequence[int]
+        self,
+        step: int,
+        prompts: Sequence[Prompt],
+        weights: str,
+        mine: Sequence[int],
+        refills: Sequence[Prompt] | None = None,
     ) -> AbstractContextManager[MutableMapping[int, RolloutGroup]]:
         return nullcontext({})
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from comparison.measures import FINISHED, OUTCOME_FILE, Outcome, read_outcome
 from fiberpo_megatron.config import Config, load_config
 from fiberpo_megatron.engines.client import EngineAddress
-from fiberpo_megatron.engines.servers import check_reachable
+from fiberpo_megatron.engines.process import check_reachable
 from fiberpo_megatron.telemetry.sinks import METRICS_FILE, read_records
 from fiberpo_megatron.trainer.plugin_checks import recorded
 

@@ -235,6 +235,15 @@ LEARNING_RULES: tuple[Rule, ...] = (
         setting='data.curriculum: "adaptive", or a higher batch.samples_per_prompt',
     ),
     Rule(
+        "few_groups",
+        "The filter finds too few groups that differ, so that steps are smaller than they should be.",
+        limit=0.5,
+        of="share of a step's groups that are missing after all refills",
+        read=level("filter/missing_share"),
+        causes=("prompts are all solved or all too hard", "too few refills", "too few samples of a prompt"),
+        setting="batch.filter.max_refills: raise it, or a higher batch.samples_per_prompt",
+    ),
+    Rule(
         "kl",
         "The policy is far from its reference.",
         limit=0.5,

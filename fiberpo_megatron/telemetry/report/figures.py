@@ -97,7 +97,7 @@ def line_chart(
             axes.set_ylim(bottom=0)
         _mark(axes, marks)
         _arrange(figure, axes, legend=len(lines) > 1 or lines[0].band is not None)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def stacked_chart(
@@ -138,7 +138,7 @@ def stacked_chart(
         axes.set_ylim(0, 100 if percent else None)
         _mark(axes, marks)
         _arrange(figure, axes, legend=True)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def label_of(text: str) -> str:
@@ -269,7 +269,8 @@ def _arrange(figure: Figure, axes: Axes, legend: bool) -> None:
     figure.subplots_adjust(left=0.125, right=right, bottom=0.175, top=top)
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
+    """Return a figure as an SVG element without a size of its own: the page gives it one."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

@@ -14,6 +14,7 @@ from fiberpo_megatron.telemetry.report.run_data import RunData, Series, load_run
 from fiberpo_megatron.telemetry.report.tables import alarm_section, engine_section, solve_section
 from fiberpo_megatron.telemetry.report.text import TEXT, shown
 from fiberpo_megatron.telemetry.report.tokens import token_section
+from fiberpo_megatron.telemetry.report.trace import trace_section
 
 REPORT_FILE = "report.html"
 LONGEST_TITLE = 120
@@ -97,7 +98,7 @@ def render(data: RunData) -> str:
     """Return the whole page."""
     problems = list(data.problems)
     sections = build_sections(data, problems)
-    body = f"<p class='about'>{READING}</p>\n" + _once("\n".join(_section(section) for section in sections))
+    body = f"<p class='about'>{READING}</p>\n" + "\n".join(_section(section) for section in sections)
     if not sections:
         body = '<p class="empty">No metrics yet. Write the report again when the run has done a step.</p>'
     about = attempt("the line below the title", lambda: _about(data), problems)
@@ -107,6 +108,8 @@ def render(data: RunData) -> str:
     engines = attempt("the table of engines", lambda: engine_section(data.engines), problems)
     solved = attempt("the table of solved prompts", lambda: solve_section(data.solve_rates), problems)
     tokens = attempt("the tokens and their gates", lambda: token_section(data.tokens), problems)
+    traces = attempt("the time of a step", lambda: trace_section(data.traces), problems)
+    charts = _once(f"{traces}\n{body}")
     plan = attempt("the comparison with the plan", lambda: plan_section(data), problems)
     settings = attempt("the table of settings", lambda: _settings(data.config), problems)
     name = shown(data.name)
@@ -115,7 +118,7 @@ def render(data: RunData) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{name}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{name}</h1>\n<p class='about'>{shown(about)}</p>\n"
-        f"{cards}\n{_problems(problems)}\n{alarms}\n{plan}\n{body}\n{solved}\n{engines}\n{tokens}\n{samples}\n{settings}\n</main>\n</body>\n</html>\n"
+        f"{cards}\n{_problems(problems)}\n{alarms}\n{plan}\n{charts}\n{solved}\n{engines}\n{tokens}\n{samples}\n{settings}\n</main>\n</body>\n</html>\n"
     )
 
 

@@ -21,6 +21,7 @@ from fiberpo_megatron.telemetry.metrics import Kind, steps_done
 from fiberpo_megatron.telemetry.rollout_log import stored_rollouts
 from fiberpo_megatron.telemetry.sinks import METRICS_FILE, read_records
 from fiberpo_megatron.telemetry.solve_rates import SOLVE_RATES_FILE, SolveRate, read_solve_rates
+from fiberpo_megatron.telemetry.step_trace import TRACES, StepTrace, read_trace
 from fiberpo_megatron.telemetry.token_log import TOKENS, read_tokens
 
 BESIDE = "evaluations"
@@ -67,6 +68,8 @@ class RunData:
     """(step, recorded trajectories) of the first and the last recorded step."""
     solve_rates: tuple[SolveRate, ...] = ()
     """How often each training prompt was solved."""
+    traces: tuple[StepTrace, ...] = ()
+    """Of the steps whose traces are kept, the slowest one and the last one, or the one that is both."""
     _turned: dict[str, dict[str, "_Column"]] = field(default_factory=dict, init=False, repr=False)
 
     def names(self, kind: str) -> list[str]:
@@ -146,8 +149,9 @@ def load_run(folder: Path, stages: int = 3) -> RunData:
     engines = _attempted(ENGINES_FILE, lambda: read_engine_states(folder), None, problems)
     tokens = _attempted("tokens/", lambda: tuple(_read_tokens(folder, problems)), (), problems)
     rates = _attempted(SOLVE_RATES_FILE, lambda: tuple(read_solve_rates(folder)), (), problems)
+    traces = _attempted("traces/", lambda: tuple(_read_traces(folder, records, problems)), (), problems)
     name = folder.resolve().name
-    return RunData(name, config, records, rollouts, tuple(problems), alarms, engines, tokens, rates)
+    return RunData(name, config, records, rollouts, tuple(problems), alarms, engines, tokens, rates, traces)
 
 
 def _attempted(name: str, read: Callable[[], Any], missing: Any, problems: list[str]) -> Any:
@@ -165,6 +169,17 @@ def _read_tokens(folder: Path, problems: list[str]) -> Iterator[tuple[int, list[
         records, odd = read_tokens(path)
         problems += odd
         yield step, records
+
+
+def _read_traces(folder: Path, records: Mapping[str, list[dict[str, Any]]], problems: list[str]) -> Iterator[StepTrace]:
+    files, _ = TRACES.stored(folder)
+    seconds = {record["step"]: number(record.get("seconds/total")) for record in records.get("train", [])}
+    slowest = max(files, key=lambda file: np.nan_to_num(seconds.get(file[0], 0.0)), default=None)
+    for _, path in dict.fromkeys((slowest, files[-1])) if slowest is not None else ():
+        try:
+            yield read_trace(path)
+        except (OSError, ValueError) as error:  # it may have been deleted meanwhile
+            problems.append(f"traces/{path.name} cannot be read ({_cause(error)})")
 
 
 def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
