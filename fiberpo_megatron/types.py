@@ -77,8 +77,8 @@ class Completion:
     weight_spans: tuple[WeightSpan, ...]
     """Versions of the weights that produced the response, in token order."""
     routed_experts: NDArray[Any] | None = None
-    """[prompt + T - 1, layers, top_k] uint8 or int16, the experts of every position but the last; in an answer that goes
-    on behind earlier ones, those of the positions that these do not have. None when not asked for."""
+    """[prompt + T - 1, layers, top_k] uint8 or int16, the experts of every position but the last; in an answer that
+    goes on behind earlier ones, those of the positions that these do not have. None when not asked for."""
     loss_mask: NDArray[np.bool_] | None = None
     """[T] True at the tokens that the policy sampled, False at those that an environment wrote between turns. None:
     all were sampled."""
@@ -208,7 +208,7 @@ def _versions(sequence: TokenSequence) -> NDArray[np.int64]:
 
 
 def _routes(sequences: Sequence[TokenSequence]) -> dict[str, NDArray[Any]]:
-    """Return the arrays of the engines' routes; none where the engines were not asked for them.
+    """Return the arrays of the engines' routes, and an empty mapping when the engines were not asked for them.
 
     Raises ValueError where a token has no route, or a route no token: all others behind it would be those of other
     tokens.
@@ -219,11 +219,12 @@ def _routes(sequences: Sequence[TokenSequence]) -> dict[str, NDArray[Any]]:
         return {}
     lengths = np.array([len(_tokens(sequence)) for sequence in sequences])
     for number, (experts, length) in enumerate(zip(found, lengths.tolist(), strict=True)):
-        rows = 0 if experts is None else len(experts)
-        if rows != length - 1:
-            what = f"token {rows} has no route" if rows < length - 1 else f"{rows - length + 1} routes have no token"
+        given_to = 0 if experts is None else len(experts)
+        if given_to != length - 1:
+            lacking, excess = f"token {given_to} has no route", f"{given_to - length + 1} routes have no token"
+            what = lacking if given_to < length - 1 else excess
             raise ValueError(
-                f"expert routing: sequence {number} of {len(found)} has {length} tokens and the routes of {rows}, so "
+                f"expert routing: sequence {number} of {len(found)} has {length} tokens and {given_to} routes, so "
                 f"that {what}; every token but the last one of a sequence has one route: what samples or joins "
                 "responses must keep them"
             )

@@ -28,7 +28,17 @@ PARTS = {
     "interfaces": {"types", "evaluation"},
     "together": {"interfaces"},
     "engines": {"closeable", "config", "types", "rendezvous", "environments", "subprocesses", "process_identity"},
-    "rollout": {"closeable", "config", "types", "interfaces", "data", "engines", "environments"},
+    "rollout": {
+        "closeable",
+        "config",
+        "types",
+        "interfaces",
+        "together",
+        "telemetry",
+        "data",
+        "engines",
+        "environments",
+    },
     "weight_sync": {"config", "types", "interfaces", "plugins", "rendezvous", "engines"},
     "sources": {
         "config",

@@ -110,8 +110,16 @@ def test_experts_of_a_trajectory_lack_its_last_token():
     second = batch.select(np.array([False, True]))
     assert second.routing_rows.tolist() == list(range(5, 10)) and second.held_rows is batch.held_rows
     assert batch.part(1, 2).routing_rows.tolist() == list(range(5, 10)) and not len(batch.without_held().held_rows)
-    none = flatten([RolloutGroup(PLAIN.prompt, (with_experts, PLAIN))])
-    assert none.routed_experts.shape == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("rows", "words"), [(None, "token 0 has no"), (3, "token 3 has no"), (5, "1 routes have no")])
+def test_a_token_without_a_route_is_named(rows: int | None, words: str):
+    def with_routes(count: int | None) -> Trajectory:
+        experts = None if count is None else np.zeros((count, 2, 2), np.uint8)
+        return replace(PLAIN, completion=replace(PLAIN.completion, routed_experts=experts))
+
+    with pytest.raises(ValueError, match=rf"sequence 1 of 2 has 5 tokens and \d routes, so that {words}"):
+        flatten([RolloutGroup(PLAIN.prompt, (with_routes(4), with_routes(rows)))])
 
 
 def test_a_group_without_trajectories_gets_no_number():

@@ -2,8 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine
-from concurrent.futures import Future
+from collections.abc import Collection, Coroutine
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -29,6 +29,10 @@ class BackgroundLoop:
         except BaseException:
             future.cancel()
             raise
+
+    def wait(self, futures: "Collection[Future[Any]]", timeout_s: float) -> bool:
+        """Wait until one of some futures is done, or for so many seconds; return whether one is."""
+        return bool(wait(futures, timeout_s, FIRST_COMPLETED).done)
 
     def close(self) -> None:
         """Stop the loop; calling this again does nothing."""

@@ -15,6 +15,7 @@ from fiberpo_megatron.engines import answers
 from fiberpo_megatron.engines.answers import RESPONSE_BYTES, Asked, RoutingShape
 from fiberpo_megatron.engines.connection import CONTROL_TIMEOUT_S, EngineAddress
 from fiberpo_megatron.engines.errors import EngineAborted, EngineRefused
+from fiberpo_megatron.engines.known_faults import known_faults
 from fiberpo_megatron.engines.weight_calls import WeightCalls
 from fiberpo_megatron.environments import ToolCall
 from fiberpo_megatron.types import Completion
@@ -143,6 +144,31 @@ class EngineClient(WeightCalls):
                     self._refuse_abort(element)
             return [answers.completion(element, one) for element, one in zip(answer, asked)]
 
+    async def generate_one(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        seed: int | None,
+        vocabulary: int | None,
+        routing: RoutingShape | None,
+        keep_aborted: Callable[[], bool] | None,
+    ) -> Completion:
+        """Return the response to one prompt, by a request that is no list; see `generate`."""
+        request: dict[str, object] = {
+            "input_ids": list(prompt),
+            "sampling_params": sampling.as_json(seed),
+            "return_logprob": True,
+            "stream": False,
+        }
+        if routing is not None:
+            request["return_routed_experts"] = True
+        asked = Asked(len(prompt), sampling.max_response_tokens, vocabulary, routing)
+        answer = await self._call("POST", "/generate", request, self.timeout_s, asked.largest_bytes)
+        with self._answer_errors("/generate"):
+            if keep_aborted is None or not keep_aborted():
+                self._refuse_abort(answer)
+            return answers.completion(answer, asked)
+
     async def score(self, token_ids: Sequence[int], first: int = 1) -> NDArray[np.float32]:
         """Return the [len - first] log-probs of token_ids[first:] at temperature 1 (SGLang scores prompts at no other).
 
@@ -262,13 +288,16 @@ class EngineClient(WeightCalls):
             return answers.parallel_size(answer)
 
     async def check_preferences(self) -> None:
-        """Raise EngineRefused when the server was started with arguments that change what requests ask for.
+        """Raise EngineRefused when the server was started with arguments that change what requests ask for, or has a
+        fault that is known to bias what it samples (`known_faults`).
 
         Requests name every sampling parameter, but a watermark, for example, does not depend on them.
         """
         answer = await self._call("GET", "/server_info", None, CONTROL_TIMEOUT_S)
         with self._answer_errors("/server_info"):
             found = answers.preferences(answer)
+        if faults := known_faults(answer):
+            raise EngineRefused(self.url, "; ".join(faults), "A run cannot trust its tokens", self.address.log)
         if found:
             raise EngineRefused(
                 self.url,

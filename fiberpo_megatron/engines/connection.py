@@ -111,8 +111,10 @@ class Connection:
         limit: int = CONTROL_BYTES,
         json: bool = True,
         headers: Mapping[str, str] | None = None,
+        accepted: bool = False,
     ) -> Any:
-        """Return the decoded answer of one request, which may have `limit` bytes.
+        """Return the decoded answer of one request, which may have `limit` bytes. `accepted`: the server may only say
+        that it will do what it is asked to.
 
         Raises EngineError when there is none before the deadline, or none that can be used.
         """
@@ -121,7 +123,9 @@ class Connection:
                 asyncio.timeout(timeout_s),
                 self._http.stream(method, path, json=request, headers=headers) as response,
             ):
-                fine = response.status_code == httpx.codes.OK
+                fine = response.status_code == httpx.codes.OK or (
+                    accepted and response.status_code == httpx.codes.ACCEPTED
+                )
                 body, size = await _read(response, limit if fine else RESPONSE_BYTES)
         except TimeoutError as error:
             raise EngineTimeout(
@@ -148,7 +152,9 @@ class Connection:
             what = f"{path} was refused: {_key_seen(self.address)}"
             raise EngineRefused(self.url, what, self.address.key_fix)
         if not fine:
-            raise self._refused(path, f"HTTP {response.status_code}: {_reason(body)}")
+            refused = self._refused(path, f"HTTP {response.status_code}: {_reason(body)}")
+            refused.status = response.status_code
+            raise refused
         with self._answer_errors(path):
             if size > limit:
                 raise ValueError(f"it has {size} bytes or more, but an answer to this request has {limit} at most")

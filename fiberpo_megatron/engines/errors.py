@@ -35,7 +35,9 @@ class EngineReplaced(EngineError):
 
 
 class EngineRefused(EngineError):
-    """The server has answered with an HTTP error or `success: false`."""
+    """The server has answered with an HTTP error or `success: false`; `status` is that of the answer, where known."""
+
+    status: int | None = None
 
 
 class EngineAnswerError(EngineError):

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -69,17 +69,17 @@ class EnginePool(Closeable):
 
     @property
     def clients(self) -> list[EngineClient]:
-        """The clients of all engines, in the order of the engines' numbers."""
+        """Return the clients of all engines, in the order of the engines' numbers."""
         return list(self.members.values())
 
     @property
     def numbers(self) -> list[int]:
-        """The engines' numbers, in order."""
+        """Return the engines' numbers, in order."""
         return list(self.members)
 
     @property
     def addresses(self) -> list[EngineAddress]:
-        """The engines' addresses, in the order of their numbers."""
+        """Return the engines' addresses, in the order of their numbers."""
         return [client.address for client in self.clients]
 
     def change(self, addresses: Mapping[int, EngineAddress]) -> None:
@@ -113,6 +113,12 @@ class EnginePool(Closeable):
             work.close()
             raise RuntimeError("the engine pool is closed; make another one")
         return self._loop.run(work)
+
+    def wait(self, futures: "Collection[Future[Any]]", timeout_s: float) -> bool:
+        """Wait until one of some futures is done, or for so many seconds; return whether one is."""
+        if self._loop is None:
+            raise RuntimeError("the engine pool is closed; make another one")
+        return self._loop.wait(futures, timeout_s)
 
     def on_all(self, call: Callable[[EngineClient], Awaitable[Result]]) -> list[Result]:
         """Return the call's result from every engine. The first error is raised when all have answered."""

@@ -41,6 +41,7 @@ class Offer:
     starting: bool = False
     """Whether a server is starting there."""
 
+
 class GivenServers(Closeable):
     """These are servers whose addresses are given; they run whatever this process does.
 
@@ -93,7 +94,7 @@ class StartedServers(Closeable):
 
     @property
     def addresses(self) -> list[EngineAddress]:
-        """The servers' addresses."""
+        """Return the servers' addresses."""
         return [process.address for process in self._processes if process is not None]
 
     def offers(self) -> list[Offer]:

@@ -59,6 +59,10 @@ class EngineConfig(Section):
     """Addresses of running servers (http://host:port, or https). Empty: the run starts `count` servers itself. A
     server that was started with arguments which change the distribution of its tokens, such as
     --preferred-sampling-params, is refused."""
+    router_url: str | None = None
+    """Address of an sglang-router before the servers in `urls`. Requests for tokens go through it; it chooses the
+    engine, so that no figure is by engine. The run keeps its list of workers. It cannot pass an API key on, nor the
+    experts of tokens."""
     api_key_file: Path | None = None
     """File (mode 0600) with the API key of the servers in `urls`. Servers that the run starts get a fresh key each run
     when this is unset."""
@@ -95,7 +99,7 @@ class EngineConfig(Section):
     """Engines that must hold the current weights after a publication. With fewer the run stops and names those that
     are missing; until then it goes on without them."""
     restarts: int = Field(3, ge=0)
-    """How often the run starts a server again that died or hung, each server by itself. A server that was started again
+    """How often the run starts each of its servers again, where it died or hung. A server that was started again
     gets requests once it has the run's weights and has been verified."""
     python: Path | None = None
     """Interpreter that has SGLang, for cases where SGLang's pinned versions disagree with the trainer's. Unset: the
@@ -103,6 +107,28 @@ class EngineConfig(Section):
     extra_args: list[str] = []
     """Further arguments of `python -m sglang.launch_server`. Those that the run sets itself are refused, and so are
     those that would make it inexact or unsafe. Without a GPU the run's own choice of backends takes precedence."""
+
+    @model_validator(mode="after")
+    def a_router_stands_before_given_servers(self) -> "EngineConfig":
+        if self.router_url is None:
+            return self
+        checked_url(self.router_url)
+        if not self.urls or self.api_key_file is not None:
+            why = "an API key, which the router does not pass on" if self.urls else "no urls of servers behind it"
+            raise ValueError(
+                f"rollout.engine.router_url = {self.router_url!r} with {why}: start the servers without a key in a "
+                "network of their own, name them in rollout.engine.urls, and start the router without workers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def enough_engines(self) -> "EngineConfig":
+        engines = len(self.urls) or self.count
+        if self.min_healthy > engines and self.urls:
+            raise ValueError(
+                f"rollout.engine.min_healthy = {self.min_healthy}, but urls names {engines} servers; lower it"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -234,14 +234,15 @@ class Routing:
             counts = torch.cat(parts)
         return counts[batch.response_positions.to(device, non_blocking=True)]
 
-    def agreement(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Return float64 [layers of the model, 2]: (tokens whose expert set in the record equals the engine's, tokens
-        compared), over all ranks.
+    def agreement(self, micro_batches: Sequence[MicroBatch], bins: Tensor, count: int) -> Tensor:
+        """Return float64 [layers of the model, count, 2]: (tokens whose expert set in the record equals the engine's,
+        tokens compared), over all ranks, for each of `count` sets of tokens.
 
+        bins: int64 [N] in which set each flat token is, on the host.
         Tokens of which the engine gave no routes are left out. Every rank calls this.
         """
         layout = self._layout
-        total = torch.zeros(self.all_layers, 2, dtype=torch.float64, device=layout.device)
+        total = torch.zeros(self.all_layers, count, 2, dtype=torch.float64, device=layout.device)
         for batch in micro_batches:
             tokens = self.tokens([batch])
             ours, theirs = self._record.find(tokens), self._engine.find(tokens)
@@ -250,8 +251,11 @@ class Routing:
                 table.rows(slots[known]).to(layout.device).sort(-1).values
                 for table, slots in ((self._record, ours), (self._engine, theirs))
             ]
-            same = (sets[0] == sets[1]).all(-1).sum(0).double()
-            total[self.layers] += torch.stack([same, torch.full_like(same, len(sets[0]))], -1)
+            same = (sets[0] == sets[1]).all(-1).double()
+            found = torch.zeros(count, len(self.layers), 2, dtype=torch.float64, device=layout.device)
+            of = bins[tokens[known]].to(layout.device)
+            found.index_add_(0, of, torch.stack([same, torch.ones_like(same)], -1))  # whole numbers: in any order
+            total[self.layers] += found.transpose(0, 1)
         for size, group in (
             (layout.tensor_size, layout.tensor_group),
             (layout.pipeline_size, layout.pipeline_group),

@@ -179,8 +179,8 @@ class PolicyConversation:
 def join_turns(turns: Sequence[Completion], between: Sequence[Sequence[int]]) -> Completion:
     """Return the turns and the tokens between them as one completion, whose loss mask covers the turns alone.
 
-    Every turn's own log-probs and weight versions are kept. The first answer has the experts of the prompt as well, each
-    later one those of the positions behind the tokens that the turn before has read.
+    Every turn's own log-probs and weight versions are kept. The first answer has the experts of the prompt as well,
+    each later one those of the positions behind the tokens that the turn before has read.
     """
     if len(turns) == 1:
         return turns[0]

@@ -18,6 +18,7 @@ from typing import Protocol
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient
 from fiberpo_megatron.engines.errors import EngineError, EngineTimeout, EngineUnreachable
 from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.engines.router import RouterClient
 from fiberpo_megatron.engines.servers import Offer
 from fiberpo_megatron.interfaces import Layout
 from fiberpo_megatron.telemetry.engine_states import State
@@ -50,7 +51,7 @@ class Requests(Protocol):
 
 
 class TooFewEngines(EngineError):
-    """Fewer engines than `rollout.engine.min_healthy` hold the current weights."""
+    """This is raised when fewer engines than `rollout.engine.min_healthy` hold the current weights."""
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Fleet:
     """These are the engines of a run. Every rank makes one and calls its methods alike.
 
     `places`: where engines come from, on rank 0; None elsewhere. `requests`: this leader's requests; None on ranks that
-    have none. `min_healthy`: engines that must hold the weights after a publication. `changed` is called on rank 0 with
+    have none. `min_healthy`: engines that must hold the weights after a publication. `router`: one before the engines, whose list of workers is kept. `changed` is called on rank 0 with
     all members when their states may have changed.
     """
 
@@ -96,10 +97,11 @@ class Fleet:
         requests: Requests | None,
         *,
         min_healthy: int = 1,
+        router: RouterClient | None = None,
         changed: Callable[[Sequence[Member]], None] = lambda members: None,
     ) -> None:
         self._layout, self._pool, self._places, self._requests = layout, pool, places, requests
-        self._min_healthy, self._changed = min_healthy, changed
+        self._min_healthy, self._router, self._changed = min_healthy, router, changed
         self.members: dict[int, Member] = {}
         """All engines that the run has had, by number (rank 0)."""
         self._serving: set[int] = set()
@@ -126,7 +128,7 @@ class Fleet:
                 member.version = version
 
     def verified(self, failed: Mapping[int, str] | None = None) -> None:
-        """Let the engines that join serve, but for those in `failed`, by number with the reason, which is the same on
+        """Let the engines that join serve, except those in `failed`, by number with the reason, which is the same on
         every rank."""
         failed = failed or {}
         for number, why in failed.items():
@@ -140,8 +142,8 @@ class Fleet:
         self._note()
 
     def goes_on_without(self, error: BaseException) -> bool:
-        """Whether a publication that has failed with `error` on this rank may be repeated, because rank 0 lost an
-        engine that it published to. That engine is no member any more. Every rank calls it."""
+        """Return whether a publication that has failed with `error` on this rank may be repeated, because rank 0 lost
+        an engine that it published to. That engine is no member any more. Every rank calls it."""
         silent: dict[int, str] = {}
         with together(self._layout, "looking for engines that do not answer"):
             if self._layout.rank == 0 and isinstance(error, EngineUnreachable | EngineTimeout):
@@ -180,12 +182,12 @@ class Fleet:
         joining = [number for number in listed if self.members[number].state == "joining"]
         said = None if error is None else f"{type(error).__name__}: {error}"
         text = json.dumps([listed, joining, said]) if self._layout.rank == 0 else None
-        told, joining, said = json.loads(self._layout.share_text(text))
+        places, joining, said = json.loads(self._layout.share_text(text))
         if said is not None:
             raise error or RuntimeError(f"looking for the rollout engines failed on rank 0: {said}")
         addresses = {
             int(number): EngineAddress(url, None if log is None else Path(log), key)
-            for number, (url, key, log) in told.items()
+            for number, (url, key, log) in places.items()
         }
         self.joining = set(joining)
         self._serving = self._serving.intersection(addresses) - self.joining
@@ -255,7 +257,7 @@ class Fleet:
                 return await _silence(known)
             assert address is not None, "only engines with an address are asked"
             async with self._pool.client(address) as client:
-                return await _silence(client)
+                return await _silence(client) or await _fault(client)
 
         async def ask_all() -> list[str | None]:
             return await asyncio.gather(*(ask(number, address) for number, address in addresses.items()))
@@ -283,27 +285,32 @@ class Fleet:
 
     def _require(self) -> None:
         """Raise TooFewEngines, on every rank, when too few engines are left."""
-        there = len(self._serving | self.joining)
-        if there >= self._min_healthy:
+        healthy = len(self._serving | self.joining)
+        if healthy >= self._min_healthy:
             return
         missing = [m for m in self.members.values() if m.state not in ("serving", "joining")]
         texts = [f"engine {m.number} is {m.state}{f' ({m.detail})' if m.detail else ''}" for m in missing]
         said = self._of_rank_0({0: "; ".join(texts)})[0]
         raise TooFewEngines(
             "of the run",
-            f"{there} hold the run's weights, but rollout.engine.min_healthy = {self._min_healthy}: {said}",
+            f"{healthy} hold the run's weights, but rollout.engine.min_healthy = {self._min_healthy}: {said}",
             "Look at their logs, start the missing ones and resume, or lower rollout.engine.min_healthy",
         )
 
     # What follows
 
     def _serve(self, watched: bool = True) -> None:
+        if self._router is not None:
+            with together(self._layout, "telling the router which engines serve"):
+                if self._layout.rank == 0:
+                    members = self._pool.members
+                    self._pool.run(self._router.keep([members[n].url for n in sorted(self._serving)]))
         if self._requests is not None:
             self._requests.serve(self._serving, self._version, watched)
 
     def _of_rank_0(self, found: Mapping[int, str]) -> dict[int, str]:
-        told = self._layout.share_text(json.dumps(dict(found)) if self._layout.rank == 0 else None)
-        return {int(number): text for number, text in json.loads(told).items()}
+        shared = self._layout.share_text(json.dumps(dict(found)) if self._layout.rank == 0 else None)
+        return {int(number): text for number, text in json.loads(shared).items()}
 
     def _note(self) -> None:
         if self._layout.rank == 0:
@@ -330,6 +337,15 @@ class FixedFleet:
 
     def quarantine(self, engines: Mapping[int, str]) -> None:
         return
+
+
+async def _fault(client: EngineClient) -> str | None:
+    """Return in words why an engine that wants to join must not sample; None when it may."""
+    try:
+        await client.check_preferences()
+    except EngineError as error:
+        return error.what
+    return None
 
 
 async def _silence(client: EngineClient) -> str | None:

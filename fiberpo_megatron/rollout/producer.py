@@ -3,9 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import CancelledError, wait
-from contextlib import suppress
-from queue import Empty, SimpleQueue
+from concurrent.futures import CancelledError, Future
 
 from fiberpo_megatron.engines.background import BackgroundLoop
 from fiberpo_megatron.types import Prompt, RolloutGroup
@@ -27,11 +25,13 @@ class Groups:
     def __init__(
         self, loop: BackgroundLoop, make: Make, prompts: Mapping[int, Prompt], keep: Keep | None = None
     ) -> None:
-        self._make, self._keep = make, keep
+        self._loop, self._make, self._keep = loop, make, keep
         self._keeping, self._cancelled = threading.Lock(), False
-        self._came: SimpleQueue[tuple[int, RolloutGroup] | None] = SimpleQueue()  # None: there is no more
+        self._coming, self._came, self._over = threading.Lock(), list[tuple[int, RolloutGroup]](), False
+        self.news: Future[None] = Future()
+        """It is done once a group has ended, or all have, since the last call of `ended`; then it is another one."""
         self._work = loop.submit(self._all(dict(prompts)))
-        self._work.add_done_callback(lambda _: self._came.put(None))
+        self._work.add_done_callback(lambda _: self._come([], over=True))
 
     async def _all(self, prompts: Mapping[int, Prompt]) -> None:
         async def one(index: int, prompt: Prompt) -> None:
@@ -39,7 +39,7 @@ class Groups:
             with self._keeping:  # without a wait in between: a failure of another group cancels nothing that has ended
                 if self._keep is not None and not self._cancelled:
                     self._keep(index, group)
-            self._came.put((index, group))
+            self._come([(index, group)])
 
         async with asyncio.TaskGroup() as tasks:
             for index, prompt in prompts.items():
@@ -52,15 +52,13 @@ class Groups:
         Raises what the making of a group raised.
         """
         while True:  # not for ever: every request and every environment has its deadline
-            try:
-                item = self._came.get(timeout=0 if stop() else STOP_POLL_S)
-            except Empty:
-                if stop():
-                    return
-                continue
-            if item is None:
+            found, over = self._taken()
+            yield from found
+            if over:
                 break
-            yield item
+            stopping = stop()
+            if not self._loop.wait([self.news], 0 if stopping else STOP_POLL_S) and stopping:
+                return
         self._raise()
 
     def ended(self) -> list[tuple[int, RolloutGroup]]:
@@ -68,14 +66,8 @@ class Groups:
 
         Raises what the making of a group raised.
         """
-        failed = self._work.done()  # asked first: what has ended before a failure is in the queue by now
-        found: list[tuple[int, RolloutGroup]] = []
-        with suppress(Empty):
-            while True:
-                item = self._came.get_nowait()
-                if item is not None:
-                    found.append(item)
-        if failed:
+        found, over = self._taken()
+        if over:
             self._raise()
         return found
 
@@ -84,8 +76,9 @@ class Groups:
 
         Raises what the making of a group raised.
         """
-        while not wait([self._work], timeout=0 if stop() else STOP_POLL_S).done:
-            if stop():
+        while not self._work.done():
+            stopping = stop()
+            if not self._loop.wait([self._work], 0 if stopping else STOP_POLL_S) and stopping:
                 return False
         self._raise()
         return True
@@ -95,6 +88,21 @@ class Groups:
         with self._keeping:
             self._cancelled = True
         self._work.cancel()
+
+    def _come(self, ended: list[tuple[int, RolloutGroup]], over: bool = False) -> None:
+        with self._coming:
+            self._came += ended
+            self._over = self._over or over
+            if not self.news.done():
+                self.news.set_result(None)
+
+    def _taken(self) -> tuple[list[tuple[int, RolloutGroup]], bool]:
+        """Return what has ended since the last call, and whether nothing more will."""
+        with self._coming:
+            found, self._came = self._came, []
+            if self.news.done():
+                self.news = Future()
+            return found, self._over
 
     def _raise(self) -> None:
         if self._cancelled:

@@ -23,6 +23,7 @@ from fiberpo_megatron.engines.client import EngineClient, Sampling
 from fiberpo_megatron.engines.errors import EngineError, EngineReplaced, EngineTimeout, EngineUnreachable
 from fiberpo_megatron.engines.liveness import Liveness
 from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.engines.router import RouterClient
 from fiberpo_megatron.environments import ToolCall
 from fiberpo_megatron.interfaces import Sampler, SamplingChange
 from fiberpo_megatron.rollout.segments import join_segments
@@ -54,7 +55,8 @@ class EngineSampler:
     prompts and responses must lie below it (without tokenizer, others kill SGLang's scheduler). `routing`: what the
     experts of a token look like, when those of every token are asked for. `segment_tokens`: the largest number of
     tokens that one request samples; None: those of the response. `silence_s`: seconds after which an engine that has
-    requests and says nothing is given up; 0: none is.
+    requests and says nothing is given up; 0: none is. `router`: what requests for tokens go through; every token then
+    counts as one of engine 0.
 
         sampler = EngineSampler(pool, Sampling(max_response_tokens=64), max_concurrent=256, vocabulary=151936)
         completions = pool.run(sampler.sample([1, 2, 3], seeds=[7, 8]))
@@ -70,11 +72,13 @@ class EngineSampler:
         routing: RoutingShape | None = None,
         segment_tokens: int | None = None,
         silence_s: float = 0.0,
+        router: RouterClient | None = None,
     ) -> None:
         self.engines, self.sampling, self.vocabulary, self.routing = engines, sampling, vocabulary, routing
         self.segment_tokens = segment_tokens
         self.counts: Counter[str] = Counter()
         """Requests that were asked again elsewhere (`retried`), and that went on behind an abort (`continued`)."""
+        self._router = router
         self._slots = _Slots(max_concurrent)
         self._open = asyncio.Event()
         self._open.set()
@@ -106,7 +110,7 @@ class EngineSampler:
 
         It is the one that worked on the same group last, because engines share the work on a prompt and on the turns of
         a conversation, unless that one has far more responses in flight than the others; otherwise the one with the
-        fewest. `priority` tells groups apart; those without one are told apart by their prompt. A request that fails
+        fewest. Groups are known by their `priority`, and those without one by their prompt. A request that fails
         is asked again at another engine.
 
         The same seed, weights and sampling give the same response, whatever else the engines do, where the servers
@@ -185,7 +189,7 @@ class EngineSampler:
                 if not self._open.is_set():
                     continue  # the engines were held while this waited for its slots
                 engine = self._engine_for(priority or prompt, tried)
-                client = self.engines.members[engine]
+                client: EngineClient = self._router or self.engines.members[engine]
                 tried.append(engine)
                 try:
                     with self._on(engine, len(seeds)), track.request(engine) as answer:
@@ -206,7 +210,7 @@ class EngineSampler:
                 except FAILURES as error:
                     failures.append(error)
                     self._failed_at[engine] = asyncio.get_running_loop().time()
-                    if len(failures) >= min(MOST_ENGINES, len(self.engines.members)):
+                    if len(failures) >= self._most_tries:
                         for other in failures[:-1]:
                             error.add_note(f"It was asked at {other.url} before: {other.what}")
                         raise
@@ -229,8 +233,9 @@ class EngineSampler:
     def _engine_for(self, group: Hashable, tried: Sequence[int] = ()) -> int:
         """Return the engine that gets the next response of a group: none of `tried`, and none that failed just now
         while there are others."""
-        now = asyncio.get_running_loop().time()
-        serving = self._serves()
+        now, serving = asyncio.get_running_loop().time(), self._serves()
+        if self._router is not None:
+            return 0
         fresh = [engine for engine in serving if engine not in tried]
         well = [e for e in fresh if (failed := self._failed_at.get(e)) is None or now - failed > AVOIDED_S]
         among = well or fresh or serving
@@ -243,6 +248,11 @@ class EngineSampler:
         if len(self._homes) > MOST_HOMES:
             self._homes.popitem(last=False)
         return home
+
+    @property
+    def _most_tries(self) -> int:
+        """How often one request is sent."""
+        return min(MOST_ENGINES, len(self.engines.members))
 
     def _serves(self) -> list[int]:
         """Return the engines that may get requests. Raises EngineUnreachable when there is none."""
@@ -260,7 +270,8 @@ class EngineSampler:
         seen = {span.version for completion in completions for span in completion.weight_spans}
         if self._versions is None or seen <= self._versions:
             return
-        self._serving = frozenset(number for number in self._serves() if number != engine)
+        if self._router is None:
+            self._serving = frozenset(number for number in self._serves() if number != engine)
         raise EngineReplaced(
             client.url,
             f"it answered with weights {sorted(seen - self._versions)}, which this run has not published",
@@ -313,7 +324,9 @@ class EngineSampler:
             self._liveness.lose(client, f"its requests could not be aborted ({error.what})")
 
     def _busy_clients(self) -> list[EngineClient]:
-        """The clients of engines that have requests in flight."""
+        """The clients of engines that have requests in flight, or may have."""
+        if self._router is not None:
+            return self.engines.clients if self._in_flight.total() else []
         return [client for number, client in self.engines.members.items() if self._in_flight[number]]
 
     def release(self) -> None:
@@ -342,7 +355,8 @@ class EngineSampler:
                 self._liveness.go_on()
             else:
                 self._liveness.suspend()
-            self._liveness.keep(self.engines.clients)
+            if self._router is None:
+                self._liveness.keep(self.engines.clients)
             self._failed_at.clear()
 
         self.engines.run(take_over())
@@ -352,7 +366,8 @@ class EngineSampler:
         process, since the last call."""
 
         async def take() -> dict[int, list[Interval]]:
-            return dict.fromkeys(self.engines.numbers, []) | self._busy.take()
+            numbers = self.engines.numbers if self._router is None else [0]
+            return dict.fromkeys(numbers, []) | self._busy.take()
 
         return self.engines.run(take())
 
@@ -376,7 +391,7 @@ class EngineSampler:
 
     def score(self, token_ids: Sequence[int]) -> dict[int, NDArray[np.float32]]:
         """Return the [len - 1] log-probs of token_ids[1:] at temperature 1 by the number of the engine. One that does
-        not answer is left out, but for the last one, whose error is raised."""
+        not answer is left out. Where none answers, an error is raised."""
         self._check_tokens(token_ids, "the text to score")
         members = self.engines.members
 

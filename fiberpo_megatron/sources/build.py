@@ -21,6 +21,7 @@ from fiberpo_megatron.engines.connection import CONTROL_TIMEOUT_S
 from fiberpo_megatron.engines.errors import EngineError
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.engines.process import check_reachable
+from fiberpo_megatron.engines.router import RouterClient
 from fiberpo_megatron.engines.registry import SLACK_S, Registry
 from fiberpo_megatron.engines.servers import Servers, make_servers
 from fiberpo_megatron.engines.settings import EngineConfig, ScoringServers
@@ -112,7 +113,8 @@ def rollout_source(
                     pool.require_memory_saver()
         if shared is not None:
             shared.attach(pool)
-        sampler = make_sampler(config, parts.hf_config, parts.encoder, pool)
+        router = stack.enter_context(_router(config, pool))
+        sampler = make_sampler(config, parts.hf_config, parts.encoder, pool, router)
         publisher = stack.enter_context(
             closing(make_publisher(config, pool, parts.layout.rank, parts.layout.world_size))
         )
@@ -123,6 +125,7 @@ def rollout_source(
             places,
             sampler if environments is not None else None,
             min_healthy=config.rollout.engine.min_healthy,
+            router=router,
             changed=_unnoted if watch is None else watch.changed,
         )
         source = EngineSource(
@@ -183,7 +186,29 @@ def _handover(parts: SourceParts, sampler: EngineSampler, supply: Supply) -> Han
     )
 
 
-def make_sampler(config: Config, hf_config: Mapping[str, Any], encoder: Encoder, pool: EnginePool) -> EngineSampler:
+@contextmanager
+def _router(config: Config, pool: EnginePool) -> Iterator[RouterClient | None]:
+    """Yield a client of the router that the config names; None without one."""
+    engine = config.rollout.engine
+    if engine.router_url is None:
+        yield None
+        return
+    client = RouterClient(
+        EngineAddress(engine.router_url), engine.request_timeout_s, config.rollout.max_concurrent_requests
+    )
+    try:
+        yield client
+    finally:
+        pool.run(client.close())
+
+
+def make_sampler(
+    config: Config,
+    hf_config: Mapping[str, Any],
+    encoder: Encoder,
+    pool: EnginePool,
+    router: RouterClient | None = None,
+) -> EngineSampler:
     """Return a sampler with the settings of [rollout]."""
     rollout = config.rollout
     return EngineSampler(
@@ -200,6 +225,7 @@ def make_sampler(config: Config, hf_config: Mapping[str, Any], encoder: Encoder,
         routing=_routing_shape(hf_config) if config.needs_rollout_routing else None,
         segment_tokens=rollout.chunk_tokens,
         silence_s=rollout.engine.silence_timeout_s,
+        router=router,
     )
 
 

@@ -87,6 +87,8 @@ class EngineSource:
     """Asks the engines how they are after a step, on the rank that logs; returns metrics."""
     traces: Callable[[int, Sequence[Track]], None] = untraced
     """Writes the trace of a step, from the tracks of this rank's trajectories. Every rank calls it."""
+    clock: Callable[[], float] = time.monotonic
+    """What `patience_s` is measured by, where a filter waits for groups (s)."""
     exact: bool = True
     """Whether trainer and engines compute in float32, so that their log-probs agree."""
     _distrusted: dict[int, str] = field(default_factory=dict, init=False)
@@ -117,6 +119,7 @@ class EngineSource:
             patience_s=self.patience_s,
             stop=self.stop,
             filter=self.filter,
+            clock=self.clock,
         )
 
     @cached_property

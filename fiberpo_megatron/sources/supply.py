@@ -17,8 +17,6 @@ from fiberpo_megatron.together import together
 from fiberpo_megatron.types import Prompt, RolloutBatch, RolloutGroup, flatten, join_batches
 from fiberpo_megatron.user_warnings import warn_user
 
-POLL_S = 0.02
-"""How often it is looked which groups have ended, where a filter waits for them."""
 Read = Callable[[Sequence[Place]], list[Prompt]]
 """The prompts at some places; called on leaders only."""
 
@@ -76,6 +74,8 @@ class Supply:
     """Whether this rank was asked to stop."""
     filter: Filter | None = None
     """Chooses which groups a step trains on; None: all."""
+    clock: Callable[[], float] = time.monotonic
+    """What `patience_s` is measured by (s)."""
     filtered: Filtered | None = field(default=None, init=False)
     """What the filter saw of the step that was taken last."""
     _steps: dict[int, _Step] = field(default_factory=dict, init=False)
@@ -149,14 +149,14 @@ class Supply:
         parts = [range(filter.owned)]
         """Numbers of the groups that were begun together."""
         with self.timers("generate"):
-            until = time.monotonic() + self.patience_s
+            until = self.clock() + self.patience_s
             while not (choice := filter.choose(ended, parts[-1].stop)).certain:
                 if choice.refills:
                     parts.append(range(parts[-1].stop, parts[-1].stop + choice.refills))
                     self._refill(filter, admitted, step, parts[-1])
                 with together(self.layout, "generating rollouts"):
                     new = self._news(filter, admitted, ended)
-                    if time.monotonic() > until:
+                    if self.clock() > until:
                         raise TimeoutError(self._late(step, ended, parts[-1].stop))
                 rows = self.layout.gather_json([self.stop(), [[number, *facts] for number, facts in new.items()]])
                 ended |= news(row for _, found in rows for row in found)
@@ -208,14 +208,17 @@ class Supply:
     def _news(self, filter: Filter, admitted: _Step, ended: Mapping[int, Ended]) -> dict[int, Ended]:
         """Return this leader's groups that have ended and are not in `ended`, by number; it waits a moment for the
         first."""
-        until = time.monotonic() + (STOP_POLL_S if admitted.groups else 0.0)
-        while True:
+
+        def new() -> dict[int, RolloutGroup]:
             for groups in admitted.groups:
                 admitted.finished.update(groups.ended())
-            new = {number: group for number, group in admitted.finished.items() if number not in ended}
-            if new or self.stop() or time.monotonic() >= until:
-                return {number: filter.ended(group) for number, group in new.items()}
-            time.sleep(POLL_S)
+            return {number: group for number, group in admitted.finished.items() if number not in ended}
+
+        found = new()
+        if not found and self.generator is not None and not self.stop():
+            self.generator.loop.wait([groups.news for groups in admitted.groups], STOP_POLL_S)
+            found = new()
+        return {number: filter.ended(group) for number, group in found.items()}
 
     def _late(self, step: int, ended: Mapping[int, Ended], drawn: int) -> str:
         """Return the message about groups that take too long."""

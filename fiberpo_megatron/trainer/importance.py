@@ -49,7 +49,7 @@ class Weighing:
     rollouts: RolloutBatch
     """The trajectories that are trained on, which messages name tokens of."""
     quarantine: Callable[[Sequence[int], str], None] = trusting
-    """Is told the engines whose tokens are masked, on ranks of the last pipeline stage."""
+    """It is called with the engines whose tokens are masked and the reason, on ranks of the last pipeline stage."""
 
 
 def weighed(

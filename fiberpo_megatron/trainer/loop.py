@@ -182,7 +182,7 @@ def learn(run: Training, rollouts: RolloutBatch, version: int) -> dict[str, floa
             run.policy,
             run.objective,
             parts,
-            StepRouting(run.policy, run.algorithm, run.objective.uses_experts, rollouts),
+            StepRouting(run.policy, run.algorithm, run.objective.uses_experts, rollouts, version),
             epochs=run.batch.epochs,
             temperature=run.temperature,
             timers=run.timers,

@@ -207,6 +207,12 @@ def _check_routing(config: Config) -> None:
     """Refuse models whose routing the engine cannot return in a usable form."""
     if not config.needs_rollout_routing:
         return
+    if config.rollout.engine.router_url is not None:
+        raise ConfigError(
+            "routing was asked of the engine, but rollout.engine.router_url is set, and sglang-router does not pass on "
+            "that requests ask for it; remove router_url, or set rollout.return_routing = false and "
+            'algorithm.expert_routing and routing_replay to anything but "rollout"'
+        )
     architecture = read_architecture(read_hf_config(config.model.path, config.model.family))
     if architecture.experts is None:
         raise ConfigError(f"routing was asked for, but a {architecture.model_type} model has no experts")

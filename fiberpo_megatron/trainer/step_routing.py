@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fiberpo_megatron.interfaces import Passes
 from fiberpo_megatron.together import together
 from fiberpo_megatron.trainer.batch import MiniBatch
+from fiberpo_megatron.trainer.lags import route_lags
 from fiberpo_megatron.trainer.settings import AlgorithmConfig
 from fiberpo_megatron.types import RolloutBatch, RoutingMode
 
@@ -23,6 +25,8 @@ class StepRouting:
     uses_experts: bool
     """Whether the objective has an expert level."""
     rollouts: RolloutBatch
+    version: int = -1
+    """That of the trainer's weights; -1: it is not known how old those were that sampled a token."""
 
     @property
     def returned(self) -> bool:
@@ -49,7 +53,21 @@ class StepRouting:
         tokens = routing.tokens([batch for part in parts for batch in part.micro_batches])
         known, experts = layout.routes(self.rollouts, tokens, routing.layers)
         with together(layout, "taking the engines' expert routing"):
+            self._check(tokens[~known])
             routing.fill(tokens[known], experts, replay=self.mode == "replay")
+
+    def _check(self, unknown: Tensor) -> None:
+        """ValueError naming the first token without a route, where the run trains with the engines' routes."""
+        if not len(unknown) or "rollout" not in (self.algorithm.routing_replay, self.algorithm.expert_routing):
+            return
+        flat = int(unknown.min())
+        sequence = int(np.searchsorted(self.rollouts.offsets, flat, side="right")) - 1
+        place, trajectory = flat - int(self.rollouts.offsets[sequence]), int(self.rollouts.trajectories[sequence])
+        raise ValueError(
+            f"{len(unknown)} tokens have no route of an engine, the first is token {place} of trajectory {trajectory} "
+            f"(sequence {sequence}, token id {int(self.rollouts.tokens[flat])}); check that all engines serve this "
+            'model, or set algorithm.routing_replay and algorithm.expert_routing to anything but "rollout"'
+        )
 
     def attach(self, parts: Sequence[MiniBatch]) -> list[MiniBatch]:
         """Return the parts with their tokens' expert shares, for an objective with an expert level."""
@@ -65,16 +83,23 @@ class StepRouting:
         return partition_share(counts, partitions)
 
     def agreement(self, parts: Sequence[MiniBatch]) -> dict[str, float]:
-        """Return per layer the share of tokens whose expert set is the engine's; empty when there is nothing to
-        compare.
+        """Return per layer the share of tokens whose expert set is the engine's, and over all layers by the lag of the
+        weights that routed a token; empty when there is nothing to compare.
 
         Every rank calls it."""
         if not self.returned or self.mode != "record":
             return {}
-        found = [self.policy.routing.agreement(part.micro_batches) for part in parts]
-        equal, compared = torch.stack(found).sum(0).unbind(1)
-        layers = (equal / compared).tolist()
+        bins, lags = route_lags(self.rollouts, self.version)
+        of, count = torch.from_numpy(bins), len(lags) + 1
+        equal, compared = (
+            torch.stack([self.policy.routing.agreement(part.micro_batches, of, count) for part in parts])
+            .sum(0)
+            .unbind(-1)
+        )
+        layers = (equal.sum(1) / compared.sum(1)).tolist()
         metrics = {f"routing_agreement/layer_{layer}": share for layer, share in enumerate(layers)}
+        by_lag = (equal.sum(0) / compared.sum(0))[1:].tolist()
+        metrics |= {f"routing_agreement/lag/{lag}": share for lag, share in zip(lags, by_lag, strict=True)}
         return metrics | {"routing_agreement/mean": float(equal.sum() / compared.sum())}
 
 

@@ -7,7 +7,7 @@ next one, so that a publication takes as long as the slower of the two.
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -181,7 +181,7 @@ class RoundPublisher(Publisher):
         """Wait until the engines have taken what was sent. Raises its error, EngineTimeout, or RankFailed."""
         if sending is None:
             return
-        while not wait([sending], timeout=min(POLL_S, deadline.left())).done:
+        while not self.engines.wait([sending], min(POLL_S, deadline.left())):
             self.ranks.check(what)
             if deadline.passed():
                 sending.cancel()

@@ -129,3 +129,24 @@ def test_prompts_whose_trajectories_were_all_dropped_count_as_drawn() -> None:
     sets.observe(rollouts_of([place for i, place in enumerate(drawn) if i != lost], accuracy))
     whole.observe(rollouts_of(whole.prompts_at(0, 0, 8), accuracy))
     assert sets.mix == whole.mix and sum(sets.mix.drawn) == 8
+
+
+def test_groups_that_a_filter_has_dropped_are_observed() -> None:
+    """One group of each domain is trained on, but the easy domain's others were all right, the hard one's all wrong."""
+    sets, drawn = prompts(curriculum_rate=0.5), [Place(0, "train", 1), Place(2, "train", 1)]
+    sets.prompts_at(0, 0, 8)
+    sets.observe(rollouts_of(drawn, {0: 0.5, 2: 0.5}), {0: (14, 16), 1: (0, 0), 2: (2, 32)})
+    assert sets.mix.solve_rates == (0.5 + 0.5 * (14 / 16 - 0.5), 0.5, 0.5 + 0.5 * (2 / 32 - 0.5))
+
+
+def test_refills_are_mixed_like_the_prompts_that_the_step_drew() -> None:
+    """Whatever was observed since, and after a checkpoint too."""
+    sets = prompts(curriculum_rate=0.9)
+    counts = np.bincount([place.domain for place in sets.prompts_at(3, 5, 40)], minlength=3) / 40
+    before = sets.refills_at(3, 5, 1000)
+    assert np.bincount([place.domain for place in before], minlength=3) / 1000 == pytest.approx(counts, abs=0.01)
+    drawn = sets.prompts_at(3, 4, 8)
+    sets.observe(rollouts_of(drawn, {0: 1.0, 1: 1.0, 2: 0.5}))
+    resumed = prompts(curriculum_rate=0.9)
+    resumed.restore(json.loads(json.dumps(sets.state())))
+    assert sets.refills_at(3, 5, 1000) == resumed.refills_at(3, 5, 1000) == before

@@ -107,3 +107,20 @@ def test_held_out_prompts_are_fixed_spread_and_never_trained():
     trained = {text(p) for step in range(300) for p in sets.prompts_at(0, step, 16)}
     assert not trained & {text(p) for p in sets.held_out(10**6)}
     assert len(sets.held_out(10**6)) == sets.held_out_size == ADDITION.held_out_size + SORT.held_out_size
+
+
+def test_refills_are_a_pure_function_of_the_step_and_come_without_replacement() -> None:
+    sets = PromptSets([Domain("small", 1.0, 10, 1), Domain("large", 3.0, 10**6, 1)])
+    found = sets.refills_at(7, 3, 40)
+    assert found == sets.refills_at(7, 3, 60)[:40] and found != sets.refills_at(7, 4, 40)
+    assert found != sets.refills_at(8, 3, 40)
+    small = [place.index for place in found if place.domain == 0]
+    assert len(small) == 10 and sorted(small) == list(range(10))  # all tasks, before one comes again
+    assert sorted(p.index for p in sets.refills_at(7, 3, 80) if p.domain == 0) == sorted([*range(10)] * 2)
+    assert {sets.refills_at(7, step, 1)[0].domain for step in range(20)} == {0, 1}, "no domain has every first refill"
+    eased = PromptSets([Domain("eased", 1.0, 100, 1, curriculum_steps=10, curriculum_start=0.1)])
+    assert (
+        max(place.index for place in eased.refills_at(0, 0, 10))
+        < 10
+        <= max(place.index for place in eased.refills_at(0, 10, 10))
+    )

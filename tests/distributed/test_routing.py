@@ -27,6 +27,10 @@ SELECTIVE = {"recompute": "selective", "recompute_modules": ["moe"]}
 """The router is computed again, but not the layer that knows the micro-batch; pipelines have several in flight."""
 
 
+BINS = 3
+"""Sets of tokens whose agreement is counted apart."""
+
+
 def start(parallel: dict[str, int], budget: int, **model: Any) -> tuple[MegatronPolicy, list[MicroBatch]]:
     config = make_config(parallel=parallel, model=model, algorithm={"routing_replay": "old"})
     layout = start_layout(QWEN3_MOE, config.parallel, config.run)
@@ -42,7 +46,7 @@ def record(parallel: dict[str, int], recompute: dict[str, Any]) -> dict[str, Any
     index = concatenated_response_tokens(batches)
 
     fill(policy, batches, foreign_routes(tokens))
-    differing = policy.routing.agreement(batches)
+    differing = policy.routing.agreement(batches, torch.arange(tokens) % BINS, BINS)
     replayed = policy.routing.expert_counts(batches)
     steps = [policy.step(batches, fixed_gate(batches, tokens), TEMPERATURE) for _ in range(2)]
     return {
@@ -112,7 +116,11 @@ def test_counts_and_agreement(alone: dict[str, Any]):
         wanted = np.bincount(foreign[token - 1].ravel(), minlength=EXPERTS)  # of the position that predicts it
         assert row == wanted.tolist()
     assert all(sum(row) == LAYERS * TOP_K for row in alone["counts"].values())
-    assert all(same < 0.5 * compared for same, compared in alone["agreement"])
+    batch = make_batch()
+    routed = np.setdiff1d(np.arange(len(batch.tokens)), batch.offsets[1:] - 1)  # the last of a sequence is not read
+    for layer in alone["agreement"]:
+        assert [compared for _, compared in layer] == np.bincount(routed % BINS).tolist()
+        assert all(same < 0.5 * compared for same, compared in layer) and sum(same for same, _ in layer) > 0
 
 
 def replay_changes_the_step() -> tuple[list[float], str, str]:

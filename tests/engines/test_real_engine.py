@@ -95,7 +95,7 @@ def test_seeded_sampling_follows_the_policy(engine, checkpoint):
 def test_score_is_the_log_prob_of_the_given_tokens(engine, checkpoint):
     tokens = [3, 50, 7, 22, 8, 41]
     with sampler(engine, Sampling(1)) as engines:
-        (scores,) = engines.score(tokens)
+        (scores,) = engines.score(tokens).values()
     np.testing.assert_allclose(scores, log_probs(load(checkpoint), tokens), atol=ROUNDING)
 
 

@@ -173,3 +173,12 @@ def test_faster_hardware_is_never_slower():
         assert fast.total < slow.total, name
     assert step_time(scenario(gpu=GPUS["H20"]), A).train > 3 * slow.train
     assert step_time(scenario(gpu=GPUS["H800"]), A).train > slow.train
+
+
+def test_what_a_filter_draws_is_generated_and_not_trained_on():
+    """Twice the prompts are twice the trajectories of an engine; the trainer has those that it keeps."""
+    plain, drawn = scenario(), scenario(oversample=2.0)
+    assert engine_load(drawn, A).trajectories == 2 * engine_load(plain, A).trajectories
+    before, after = step_time(plain, A), step_time(drawn, A)
+    assert after.generate > 1.2 * before.generate and after.host == 2 * before.host
+    assert (after.train, after.old_log_probs) == (before.train, before.old_log_probs)

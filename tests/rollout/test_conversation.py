@@ -11,6 +11,7 @@ import pytest
 from fiberpo_megatron.environments import Message, Task, ToolCall, Turn
 from fiberpo_megatron.interfaces import SamplingChange
 from fiberpo_megatron.rollout.conversation import PolicyConversation, join_turns, response_seeds
+from fiberpo_megatron.rollout.segments import RoutesMissing
 from fiberpo_megatron.tracks import Track
 from fiberpo_megatron.types import Completion, Prompt, WeightSpan
 
@@ -32,6 +33,7 @@ class Scripted:
         self.prefixes: list[list[int]] = []
         self.seeds: list[int] = []
         self.limits: list[tuple[int | None, tuple[int, ...]]] = []
+        self.known_routes: list[int] = []
 
     async def sample(
         self,
@@ -43,8 +45,10 @@ class Scripted:
         change: SamplingChange | None = None,
         priority: int = 0,
         track: Track | None = None,
+        known_routes: int = 0,
     ) -> list[Completion]:
         (seed,) = seeds
+        self.known_routes.append(known_routes)
         self.prefixes.append(list(prompt))
         self.seeds.append(seed)
         self.limits.append((max_tokens, tuple(stop_token_ids)))
@@ -309,12 +313,27 @@ def test_joined_turns_mask_what_the_environment_wrote():
 
 
 def test_joined_turns_take_experts_from_the_pass_that_sampled():
-    """With a prompt of 2 tokens the first answer has experts of its first 2 + 2 - 1 positions, the second of all but
-    the last."""
-    first, second = (np.full((rows, 1, 2), value, np.int32) for rows, value in ((3, 1), (6, 2)))
+    """With a prompt of 2 tokens the first answer has experts of its first 2 + 2 - 1 positions, the second of the others
+    but the last: END of the first turn, 50, and 8."""
+    first, second = (np.full((rows, 1, 2), value, np.int32) for rows, value in ((3, 1), (3, 2)))
     joined = join_turns([turn(5, END, experts=first), turn(8, END, experts=second)], [(50,)])
     assert joined.routed_experts[:, 0, 0].tolist() == [1, 1, 1, 2, 2, 2]
-    assert len(joined.routed_experts) == 2 + len(joined.token_ids) - 1 and (second == 2).all()
+    assert len(joined.routed_experts) == 2 + len(joined.token_ids) - 1
+
+
+@pytest.mark.parametrize(("rows", "position"), [(2, 5), (4, 6), (None, 3)])
+def test_a_turn_without_the_experts_of_its_tokens_ends_the_run(rows: int | None, position: int):
+    first = np.zeros((3, 1, 2), np.int32)
+    second = None if rows is None else np.zeros((rows, 1, 2), np.int32)
+    with pytest.raises(RoutesMissing, match=rf"answer 1 of 2 .* position {position} has none or two"):
+        join_turns([turn(5, END, experts=first), turn(8, END, experts=second)], [(50,)])
+
+
+def test_an_engine_is_asked_for_the_experts_of_what_is_new():
+    """The prompt p0 is one token; behind the turns 5 END and 8 END stand what the environment says."""
+    engine = Scripted(turn(5, END), turn(8, END), turn(9, END))
+    said(conversation(engine), "p0", "1", "2")
+    assert engine.known_routes == [0, *(len(before) + 1 for before in engine.prefixes[:2])]
 
 
 def test_joined_turns_say_which_engine_sampled_them():

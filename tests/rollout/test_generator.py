@@ -52,6 +52,7 @@ class Seeded:
         change: SamplingChange | None = None,
         priority: int = 0,
         track: Track | None = None,
+        known_routes: int = 0,
     ) -> list[Completion]:
         self.asked.append((list(prompt), list(seeds)))
         return [self._one(tuple(self.answer(prompt, seed))) for seed in seeds]

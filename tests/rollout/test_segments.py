@@ -1,6 +1,7 @@
 """Responses that are sampled in several segments: cut, aborted, or asked for at another engine."""
 
 import asyncio
+import base64
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,13 +10,15 @@ import httpx
 import numpy as np
 import pytest
 
+from fiberpo_megatron.engines.answers import RoutingShape
 from fiberpo_megatron.engines.client import EngineAddress, Sampling
 from fiberpo_megatron.engines.errors import EngineUnreachable
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.rollout.sampler import EngineSampler
-from fiberpo_megatron.rollout.segments import join_segments
+from fiberpo_megatron.rollout.segments import RoutesMissing, join_segments
 from fiberpo_megatron.types import Completion, WeightSpan
 from tests.engines.fake_server import FakeServers, response
+from tests.tiny_model import LAYERS, TOP_K
 
 ENGINES = [EngineAddress("http://a:1"), EngineAddress("http://b:2")]
 END = 31
@@ -183,38 +186,103 @@ def test_requests_of_lower_priority_numbers_go_first():
 
 
 def test_each_segment_keeps_its_own_experts_versions_and_engines():
-    def segment(tokens: int, prompt: int, version: str, engine: int, value: int) -> Completion:
-        experts = np.full((prompt + tokens - 1, 1, 2), value, np.uint8)
+    def segment(tokens: int, rows: int, version: str, engine: int, value: int) -> Completion:
+        experts = np.full((rows, 1, 2), value, np.uint8)
         spans = (WeightSpan(version, 0, tokens),)
         engines = np.full(tokens, engine, np.int16)
         return Completion((7,) * tokens, np.full(tokens, -1.0, np.float32), "abort", spans, experts, engines=engines)
 
     none = Completion((), np.zeros(0, np.float32), "abort", (), engines=np.zeros(0, np.int16))
-    joined = join_segments([segment(2, 3, "1", 0, 10), none, segment(3, 5, "1", 1, 11), segment(1, 8, "2", 1, 12)])
+    first = segment(2, 4, "1", 0, 10)  # a prompt of 3 tokens, and the first token of its own
+    joined = join_segments([first, none, segment(3, 3, "1", 1, 11), segment(1, 1, "2", 1, 12)])
     assert joined.weight_spans == (WeightSpan("1", 0, 5), WeightSpan("2", 5, 6))
     assert joined.engines is not None and joined.engines.tolist() == [0, 0, 1, 1, 1, 1]
     assert joined.routed_experts is not None
     assert joined.routed_experts[:, 0, 0].tolist() == [10] * 4 + [11] * 3 + [12]
+    with pytest.raises(RoutesMissing, match="answer 1 of 2 .* of 2 positions, not of the 3 .* position 6 has none or"):
+        join_segments([first, segment(3, 2, "1", 1, 11)])
+
+
+class Routing(Drawing):
+    """Names the expert p mod 4 for position p, of those positions that it is asked for."""
+
+    def draw(self, host: str, body: Any) -> list[dict[str, Any]]:
+        answers = super().draw(host, body)
+        for prompt, answer in zip(body["input_ids"], answers, strict=True):
+            positions = np.arange(body["routed_experts_start_len"], len(prompt) + len(answer["output_ids"]) - 1)
+            experts = np.repeat(positions % 4, 2).astype("<i4")
+            answer["meta_info"]["routed_experts"] = base64.b64encode(experts.tobytes()).decode()
+        return answers
+
+
+@pytest.mark.parametrize("size", [1, 3, None])
+@pytest.mark.parametrize("known", [0, 2])
+def test_an_engine_is_asked_for_the_experts_of_what_is_new(known: int, size: int | None):
+    """A conversation has those of the first positions already; each request names each further position once."""
+    servers, shape = Routing(), RoutingShape(layers=1, top_k=2, experts=4)
+    with EnginePool(ENGINES, timeout_s=5, transport=servers) as pool:
+        engines = EngineSampler(pool, Sampling(8), max_concurrent=4, vocabulary=32, routing=shape, segment_tokens=size)
+        (found,) = pool.run(engines.sample(PROMPT, [1], known_routes=known))
+    asked = [(body["routed_experts_start_len"], len(body["input_ids"][0])) for _, _, body in servers.calls]
+    assert asked[0] == (known, len(PROMPT)) and all(start == length - 1 for start, length in asked[1:])
+    assert len(asked) == -(-len(found.token_ids) // (size or 8))
+    positions = np.arange(known, len(PROMPT) + len(found.token_ids) - 1)
+    assert found.routed_experts is not None and found.routed_experts[:, 0, 0].tolist() == (positions % 4).tolist()
+
+
+def test_experts_of_a_response_that_was_aborted_stand_at_their_tokens():
+    """A request that was aborted in its queue has read nothing: the next one names the prompt's experts."""
+    servers, shape = Routing(delay_s=0.05), RoutingShape(layers=1, top_k=2, experts=4)
+    with EnginePool(ENGINES, timeout_s=5, transport=servers) as pool:
+        engines = EngineSampler(pool, Sampling(40), max_concurrent=64, vocabulary=32, routing=shape)
+        work = pool.submit(asyncio.wait_for(_many(engines), 30))
+        while not servers.calls:
+            pass
+        engines.hold()
+        servers.cut = lambda length: len(servers.calls) % 3  # none, one or two tokens
+        engines.cut_short(10)
+        servers.cut = None
+        engines.release()
+        found = work.result(30)
+    for one in found:
+        positions = np.arange(len(PROMPT) + len(one.token_ids) - 1)
+        assert one.routed_experts is not None and one.routed_experts[:, 0, 0].tolist() == (positions % 4).tolist()
 
 
 @pytest.mark.sglang
 def test_a_real_engine_goes_on_with_the_same_draws(engine: EngineAddress):
-    """Cut at every token, and aborted in the middle: the same tokens, and log-probs to rounding."""
-    limit = 24
+    """Cut at every token, and aborted in the middle: the same tokens and experts, and log-probs to rounding."""
+    limit, shape = 24, RoutingShape(LAYERS, TOP_K, experts=4)
     with EnginePool([engine], timeout_s=60) as pool:
 
         def sampler(size: int | None, tokens: int = limit) -> EngineSampler:
-            return EngineSampler(pool, Sampling(tokens), max_concurrent=64, vocabulary=64, segment_tokens=size)
+            return EngineSampler(
+                pool, Sampling(tokens), max_concurrent=64, vocabulary=64, routing=shape, segment_tokens=size
+            )
 
         whole = ask(sampler(None), SEEDS[:3])
         for size in (1, 2, 5, limit - 1):
             for ours, theirs in zip(ask(sampler(size), SEEDS[:3]), whole, strict=True):
                 assert (ours.token_ids, ours.finish_reason) == (theirs.token_ids, theirs.finish_reason)
                 np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=1e-4)
+                assert ours.routed_experts is not None and theirs.routed_experts is not None
+                assert ours.routed_experts.shape == theirs.routed_experts.shape
+                same = (np.sort(ours.routed_experts, -1) == np.sort(theirs.routed_experts, -1)).all(-1)
+                assert same.mean() > 0.99  # an exact tie of two router scores may fall either way
+        (one, *_) = ask(sampler(None), SEEDS[:1])  # a conversation's next turn: it is asked for what is new
+        assert one.routed_experts is not None
+        turn = [*PROMPT, *one.token_ids, 9, 10]
+        known = len(PROMPT) + len(one.token_ids) - 1
+        (new,), (all_of_it,) = (pool.run(sampler(None).sample(turn, [3], known_routes=first)) for first in (known, 0))
+        assert new.token_ids == all_of_it.token_ids
+        assert new.routed_experts is not None and all_of_it.routed_experts is not None
+        assert len(new.routed_experts) == 3 + len(new.token_ids) - 1
+        np.testing.assert_array_equal(new.routed_experts, all_of_it.routed_experts[known:])
+        np.testing.assert_array_equal(one.routed_experts, all_of_it.routed_experts[:known])
         long = sampler(None, 400)
         undisturbed = pool.run(_many(long))
         work = pool.submit(_many(long))
-        while not any(long._in_flight):
+        while not long._in_flight.total():
             pass
         pool.run(asyncio.sleep(0.3))
         long.hold()
@@ -223,4 +291,5 @@ def test_a_real_engine_goes_on_with_the_same_draws(engine: EngineAddress):
         long.release()
         for ours, theirs in zip(work.result(60), undisturbed, strict=True):
             assert ours.token_ids == theirs.token_ids
+            assert ours.routed_experts is not None and len(ours.routed_experts) == len(PROMPT) + len(ours.token_ids) - 1
         assert long.take_counts()["continued"] > 0

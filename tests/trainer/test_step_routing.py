@@ -50,17 +50,29 @@ def test_mode_of_the_old_log_prob_pass(replay: Any, source: Any, uses_experts: b
 class FakeRouting:
     num_experts = 4
 
-    def agreement(self, micro_batches: Any) -> torch.Tensor:
-        return torch.tensor([[3.0, 4.0], [1.0, 4.0]], dtype=torch.float64)
+    def agreement(self, micro_batches: Any, bins: torch.Tensor, count: int) -> torch.Tensor:
+        """One token of unknown lag, three of the first known one; two layers."""
+        assert bins.tolist() == [0, 1, 1, 0, 1, 1, 1, 0] and count == 2
+        return torch.tensor([[[0.0, 1.0], [3.0, 3.0]], [[0.0, 1.0], [1.0, 3.0]]], dtype=torch.float64)
 
 
 class FakePolicy:
     routing = FakeRouting()
 
 
-def test_agreement_per_layer_over_all_parts():
-    routing = StepRouting(FakePolicy(), AlgorithmConfig(), True, rollouts(True))  # type: ignore[arg-type]
+def test_agreement_per_layer_and_lag_over_all_parts():
+    routing = StepRouting(FakePolicy(), AlgorithmConfig(), True, rollouts(True), 2)  # type: ignore[arg-type]
     part: Any = type("Part", (), {"micro_batches": []})()
     assert routing.agreement([part, part]) == {
-        "routing_agreement/layer_0": 0.75, "routing_agreement/layer_1": 0.25, "routing_agreement/mean": 0.5
+        "routing_agreement/layer_0": 0.75, "routing_agreement/layer_1": 0.25, "routing_agreement/mean": 0.5,
+        "routing_agreement/lag/2": 4 / 6,
     }  # fmt: skip
+
+
+def test_a_token_without_a_route_is_named_where_routes_are_used():
+    batch = rollouts(True)
+    missing = torch.tensor([5, 6])
+    for algorithm in (AlgorithmConfig(routing_replay="rollout"), AlgorithmConfig(expert_routing="rollout")):
+        with pytest.raises(ValueError, match=r"2 tokens have no route .* the first is token 1 of trajectory 1 \("):
+            StepRouting(None, algorithm, True, batch)._check(missing)  # type: ignore[arg-type]
+    StepRouting(None, AlgorithmConfig(), True, batch)._check(missing)  # type: ignore[arg-type]

@@ -253,10 +253,12 @@ class TokenRouting:
         counts = torch.zeros(len(chosen), self.num_experts)
         return counts.scatter_add_(1, chosen, torch.ones(chosen.shape))
 
-    def agreement(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    def agreement(self, micro_batches: Sequence[MicroBatch], bins: Tensor, count: int) -> Tensor:
         ours, theirs = (self._chosen(micro_batches, engine).sort(-1).values for engine in (False, True))
-        equal = (ours == theirs).all(-1).double().sum()
-        return torch.tensor([[float(equal), float(len(ours))]], dtype=torch.float64)
+        equal = (ours == theirs).all(-1).double()
+        of = bins[concatenated_response_tokens(micro_batches).long() - 1]
+        found = torch.zeros(count, 2, dtype=torch.float64)
+        return found.index_add_(0, of, torch.stack([equal, torch.ones_like(equal)], -1))[None]
 
     def _chosen(self, micro_batches: Sequence[MicroBatch], engine: bool) -> Tensor:
         """[n, 2] experts at the position that predicts each response token."""
@@ -319,6 +321,7 @@ class FakeEngine:
         change: SamplingChange | None = None,
         priority: int = 0,
         track: Track | None = None,
+        known_routes: int = 0,
     ) -> list[Completion]:
         assert not self.missing
         return [self._one(prompt[-1], change or SamplingChange()) for _ in seeds]
