@@ -19,6 +19,62 @@ class WriteFailed(OSError):
     """This error names a file or folder that could not be written, the cause, and what to do."""
 
 
+class Disk:
+    """These are the calls that reach the file system. A simulation of lost machines and full disks sets another one
+    with `use`."""
+
+    def open(self, path: Path, mode: str) -> IO[Any]:
+        """Open a file to write to; text is UTF-8."""
+        return path.open(mode, encoding=None if "b" in mode else "utf-8")
+
+    def sync(self, handle: int, path: Path) -> None:
+        """Have what was written to an open file, or the names in an open folder, reach the disk."""
+        os.fsync(handle)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a file or folder another name, which a file may have had."""
+        os.replace(old, new)
+
+    def remove(self, path: Path) -> None:
+        """Delete a file, which need not be there."""
+        path.unlink(missing_ok=True)
+
+    def remove_tree(self, folder: Path) -> None:
+        """Delete as much of a folder as can be deleted."""
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+_disk = Disk()
+
+
+@contextmanager
+def use(disk: Disk) -> Iterator[None]:
+    """Let every write of this process go to another disk inside the block."""
+    global _disk
+    before, _disk = _disk, disk
+    try:
+        yield
+    finally:
+        _disk = before
+
+
+def opened(path: Path, mode: str) -> IO[Any]:
+    """Open a file that is written to bit by bit, and is read up to where its last record is whole."""
+    return _disk.open(path, mode)
+
+
+def sync_handle(handle: int, path: Path) -> None:
+    """Have what was written to an open file reach the disk. Raises WriteFailed about `path`."""
+    with explained(path):
+        _disk.sync(handle, path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, which need not be there."""
+    with explained(path):
+        _disk.remove(path)
+
+
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Raise an OSError of the block again as WriteFailed about `path`.
@@ -64,23 +120,23 @@ def replaced(path: Path, *, text: bool = False, mode: int | None = None) -> Iter
     partial = path.with_name(f".{path.name}.partial")
     try:
         with explained(path):
-            with partial.open("w" if text else "wb", encoding="utf-8" if text else None) as file:
+            with _disk.open(partial, "w" if text else "wb") as file:
                 if mode is not None:
                     os.fchmod(file.fileno(), mode)
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                _disk.sync(file.fileno(), partial)
             rename(partial, path)
     except BaseException:
         with suppress(OSError):  # the first error is the one to raise
-            partial.unlink(missing_ok=True)
+            _disk.remove(partial)
         raise
 
 
 def rename(old: Path, new: Path) -> None:
     """Rename a file or a folder in the same parent folder, replacing a file of that name, and sync the parent."""
     with explained(new):
-        os.replace(old, new)
+        _disk.rename(old, new)
     sync(new.parent)
 
 
@@ -89,7 +145,7 @@ def sync(path: Path) -> None:
     with explained(path):
         handle = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            _disk.sync(handle, path)
         finally:
             os.close(handle)
 
@@ -103,6 +159,6 @@ def sync_tree(folder: Path) -> None:
 
 def remove_tree(folder: Path) -> None:
     """Delete a folder of which nothing is needed any more; what cannot be deleted is left there with a warning."""
-    shutil.rmtree(folder, ignore_errors=True)
+    _disk.remove_tree(folder)
     if folder.exists():
         _log.warning("%s could not be deleted and takes room; delete it by hand", folder)

@@ -402,6 +402,7 @@ class Sampler(Protocol):
         priority: int = 0,
         track: Track | None = None,
         known_routes: int = 0,
+        segments: "Segments | None" = None,
     ) -> list[Completion]:
         """Return one response to the prompt (token ids) for each seed. The limits narrow those of the run, which an
         evaluation may `change`. Where requests wait for each other, those of the lowest `priority` number come
@@ -411,6 +412,19 @@ class Sampler(Protocol):
 
     def score(self, token_ids: Sequence[int]) -> Mapping[int, ArrayLike]:
         """Return the log-probs [len - 1] of token_ids[1:] at temperature 1 by the number of the engine."""
+        ...
+
+
+class Segments(Protocol):
+    """It keeps the segments of the responses of one step on disk, each of which one request has sampled."""
+
+    def earlier(self, prompt: Sequence[int], seed: int) -> list[Completion]:
+        """Return the segments of the response that an earlier start of the run left, without a gap from the response's
+        beginning on. A response is known by its prompt (token ids) and the seed of its draws."""
+        ...
+
+    def ended(self, prompt: Sequence[int], seed: int, begin: int, segment: Completion) -> None:
+        """Keep a segment that has ended, before which its response had `begin` tokens."""
         ...
 
 

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -45,7 +46,8 @@ def test_named_settings_exist(page: Path):
         for part in name.split("."):
             assert at is not None and part in at.model_fields, f"{page.name}: no setting {name}"
             kind = at.model_fields[part].annotation
-            at = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+            kinds = [one for one in get_args(kind) if type(None) in get_args(kind)] or [kind]  # of X | None
+            at = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def test_the_page_of_settings_is_current():

@@ -1,16 +1,16 @@
 """This module says which servers must not sample for a run, by what they say about themselves (`/server_info`).
 
-Servers whose addresses are given were started by somebody else, perhaps with another SGLang or other arguments than a run
-would use. What is here was reported to lose or bias something without an error. SGLang's pull requests and issues are
-named by their numbers.
+Servers whose addresses are given were started by somebody else, perhaps with another SGLang or other arguments than a
+run would use. What is here was reported to lose or bias something without an error. SGLang's pull requests and issues
+are named by their numbers.
 """
 
 import re
 from collections.abc import Mapping
 
 OLDEST = (0, 5, 23)
-"""Before it a server refuses to empty its cache while requests wait in its queue, although it is paused (#33783, fixed by
-what #32153 proposed). A publication then stops it, or it goes on with prefixes of the old weights."""
+"""Before it a server refuses to empty its cache while requests wait in its queue, although it is paused (#33783, fixed
+by what #32153 proposed). A publication then stops it, or it goes on with prefixes of the old weights."""
 
 
 def known_faults(info: Mapping[str, object]) -> list[str]:

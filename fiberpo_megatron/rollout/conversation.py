@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fiberpo_megatron.environments import Message, ToolCall, Turn
-from fiberpo_megatron.interfaces import ConversationEncoder, Sampler
+from fiberpo_megatron.interfaces import ConversationEncoder, Sampler, Segments
 from fiberpo_megatron.rollout.segments import join_experts
 from fiberpo_megatron.tracks import Track
 from fiberpo_megatron.types import Completion, Prompt, WeightSpan
@@ -36,7 +36,8 @@ class PolicyConversation:
     that must not be trained on. `branch`: which of the trajectory's token sequences it is, for the seeds. `history`:
     the tokens behind which a branch goes on; empty where it begins with a prompt of its own. `tools`: those with which
     the history was written. `longest`: tokens that the policy may read and write in one sequence; None: any number.
-    `priority`: that of its requests (`Sampler.sample`). `track`: gets what the trajectory does.
+    `priority`: that of its requests (`Sampler.sample`). `track`: gets what the trajectory does. `segments`: keeps what
+    was sampled for a resumed run.
     """
 
     prompt: Prompt
@@ -52,6 +53,7 @@ class PolicyConversation:
     longest: int | None = None
     priority: int = 0
     track: Track = field(default_factory=Track)
+    segments: Segments | None = None
     prompt_ids: tuple[int, ...] = ()
     """The tokens before the first turn, the history among them."""
     turns: list[Completion] = field(default_factory=list)
@@ -95,6 +97,7 @@ class PolicyConversation:
             priority=self.priority,
             track=self.track,
             known_routes=len(prefix) - len(tokens) - 1 if self.turns else 0,  # the last token was not read
+            segments=self.segments,
         )
         self.check(self.prompt, completion)
         if self.turns:

@@ -175,10 +175,8 @@ class RolloutDump:
     def forget(self, steps: Sequence[int]) -> None:
         """Delete these steps, finished or not."""
         for step in steps:
-            with durable.explained(self.path(step)):
-                self.path(step).unlink(missing_ok=True)
-                for path in self.folder.glob(f"step_{step:06d}.routes-*.npz"):
-                    path.unlink(missing_ok=True)
+            for path in (self.path(step), *self.folder.glob(f"step_{step:06d}.routes-*.npz")):
+                durable.remove(path)
             durable.remove_tree(self.unfinished(step))
         if steps:
             self._index(dict.fromkeys(steps))

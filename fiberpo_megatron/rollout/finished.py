@@ -1,17 +1,19 @@
-"""This module keeps the finished groups of a step that is still being generated, in append-only files: one for each
-rank and start of the run.
+"""This module keeps what has ended of a step that is still being generated, in append-only files: one for each rank
+and start of the run.
 
-<folder>/rank_00003.0     where they come from (an Origin), then one record a group
+<folder>/rank_00003.0     where it comes from (an Origin), then a record for each segment and each group that has ended
 <folder>/rank_00003.1     of the next start
 
-A record is a head and its bytes. It reaches the kernel as a whole before the next group is taken, so that a killed
-process loses none; a record that was cut short by a kill, or lost with a machine, has another length or checksum than
-its head says, and the file ends before it.
+A record is a head and its bytes. It reaches the kernel as a whole before anything else is taken, so that a killed
+process loses none, and the disk within `SYNC_S`, so that a lost machine loses no older one. A record that was cut short
+has another length or checksum than its head says, and the file ends before it.
 """
 
+import asyncio
 import io
 import json
 import logging
+import os
 import struct
 import zlib
 from collections import UserDict
@@ -24,15 +26,19 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from fiberpo_megatron import durable
 from fiberpo_megatron.closeable import Closeable
 from fiberpo_megatron.printable import printable
 from fiberpo_megatron.rollout.dump import Origin
+from fiberpo_megatron.rollout.segment_records import HEAD_BYTES, Place, decode, encode, place_of, response_key
 from fiberpo_megatron.types import Branch, Completion, Prompt, RolloutGroup, TokenSequence, Trajectory, WeightSpan
 
 _HEAD = struct.Struct("<4sqQI")
 """Magic, index of the prompt (_ORIGIN for the first record), bytes that follow, their CRC-32."""
 _MAGIC = b"grp1"
-_ORIGIN = -1
+_ORIGIN, _SEGMENT = -1, -2
+SYNC_S = 1.0
+"""Seconds within which a record is on the disk."""
 _ARRAYS = (
     "token_ids",
     "log_probs",
@@ -56,6 +62,7 @@ class _Record(NamedTuple):
 
 class FinishedGroups(UserDict[int, RolloutGroup], Closeable):
     """These are the finished groups of one step by index of their prompt; what is set is appended to this rank's file.
+    It implements `Segments` as well, with the segments of groups that have not ended.
 
     `mine`: indices to read. `usable`: whether groups of that origin may stand beside those that `origin` describes.
     A damaged file is used up to the damage. Close it when the step's groups are complete (`with`).
@@ -73,6 +80,9 @@ class FinishedGroups(UserDict[int, RolloutGroup], Closeable):
         super().__init__()
         self._folder, self._origin, self._rank = folder, origin, rank
         self._file: IO[bytes] | None = None
+        self._dirty: asyncio.TimerHandle | None = None
+        self._segments: dict[bytes, dict[int, tuple[Path, _Record]]] = {}
+        """Where the segments of each response are that earlier starts left, by the tokens before them."""
         self.left: set[int] = set()
         """Indices of all usable groups that earlier starts left, whichever rank they are for."""
         for file in _files(folder):
@@ -82,6 +92,9 @@ class FinishedGroups(UserDict[int, RolloutGroup], Closeable):
                 _log.warning("%s is not used: it is of another configuration or other weights", file.name)
                 continue
             for record in records:
+                if record.prompt == _SEGMENT:
+                    self._note(file, record)
+                    continue
                 self.left.add(record.prompt)
                 group = _group(file, record, prompts[record.prompt]) if record.prompt in mine else None
                 if group is not None:
@@ -89,11 +102,40 @@ class FinishedGroups(UserDict[int, RolloutGroup], Closeable):
 
     def __setitem__(self, index: int, group: RolloutGroup) -> None:
         """Raises OSError naming the file and the fix when it cannot be written."""
+        self._keep(index, _encode(group))
+        super().__setitem__(index, group)
+
+    def earlier(self, prompt: Sequence[int], seed: int) -> list[Completion]:
+        """Return the segments of a response that earlier starts left, without a gap from its beginning on."""
+        places = self._segments.get(response_key(prompt, seed), {})
+        found: list[Completion] = []
+        begin = 0
+        while begin in places:
+            segment = _segment(*places.pop(begin))
+            if segment is None or not segment.token_ids:
+                break
+            found.append(segment)
+            begin += len(segment.token_ids)
+        return found
+
+    def ended(self, prompt: Sequence[int], seed: int, begin: int, segment: Completion) -> None:
+        """Keep a segment; see `Segments`. Raises OSError like `__setitem__`."""
+        self._keep(_SEGMENT, encode(Place(response_key(prompt, seed), begin), segment))
+
+    def _note(self, file: IO[bytes], record: _Record) -> None:
+        file.seek(record.begin)
+        head = file.read(min(record.size, HEAD_BYTES))
+        if len(head) == HEAD_BYTES:
+            place = place_of(head)
+            self._segments.setdefault(place.key, {})[place.begin] = Path(file.name), record
+
+    def _keep(self, kind: int, payload: bytes) -> None:
         try:
             if self._file is None:
                 self._file = self._new_file()
                 self._append(_ORIGIN, json.dumps(asdict(self._origin)).encode())
-            self._append(index, _encode(group))
+            self._append(kind, payload)
+            self._sync_soon()
         except OSError as error:
             file, self._file = self._file, None
             if file is not None:
@@ -105,7 +147,26 @@ class FinishedGroups(UserDict[int, RolloutGroup], Closeable):
                 "storage.unfinished = false",
                 str(self._folder),
             ) from error
-        super().__setitem__(index, group)
+
+    def _sync_soon(self) -> None:
+        """Have what was written on the disk within `SYNC_S`; at once where no event loop runs."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._sync()
+            return
+        if self._dirty is None:
+            self._dirty = loop.call_later(SYNC_S, self._begin_sync, loop)
+
+    def _begin_sync(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Sync beside the event loop, which a slow disk must not hold up."""
+        self._dirty = None
+        if self._file is not None:
+            loop.run_in_executor(None, _sync_copy, os.dup(self._file.fileno()), self._file.name)
+
+    def _sync(self) -> None:
+        assert self._file is not None
+        durable.sync_handle(self._file.fileno(), Path(self._file.name))
 
     def close(self) -> None:
         """Close this rank's file; idempotent."""
@@ -119,13 +180,26 @@ class FinishedGroups(UserDict[int, RolloutGroup], Closeable):
         for start in count():
             path = self._folder / f"rank_{self._rank:05d}.{start}"
             if not path.exists():
-                return path.open("xb")
+                file = durable.opened(path, "xb")
+                for folder in (self._folder, self._folder.parent):
+                    durable.sync(folder)  # the names, too, outlive a lost machine
+                return file
         raise AssertionError("unreachable")
 
     def _append(self, index: int, payload: bytes) -> None:
         assert self._file is not None
         self._file.write(_HEAD.pack(_MAGIC, index, len(payload), zlib.crc32(payload)) + payload)
         self._file.flush()
+
+
+def _sync_copy(handle: int, name: str) -> None:
+    """Sync a file by a handle of its own, and close that: the file itself may be closed meanwhile."""
+    try:
+        durable.sync_handle(handle, Path(name))
+    except OSError as error:
+        _log.warning("%s is perhaps not on the disk: %s", name, error.strerror)
+    finally:
+        os.close(handle)
 
 
 def origins(folder: Path) -> Iterator[Origin]:
@@ -184,6 +258,18 @@ def _group(file: IO[bytes], record: _Record, prompt: Prompt) -> RolloutGroup | N
         _log.warning(
             "%s: the record at byte %d is no group of rollouts and not used (%s)", file.name, record.begin, cause
         )
+        return None
+
+
+def _segment(path: Path, record: _Record) -> Completion | None:
+    """The segment of a record; None when it is damaged or of another program or version."""
+    try:
+        with path.open("rb") as file:
+            payload = _payload(file, record)
+        return None if payload is None else decode(payload)
+    except Exception as error:  # the bytes are what was written, but anything may have been
+        cause = printable(f"{type(error).__name__}: {error}")
+        _log.warning("%s: the record at byte %d is no segment and not used (%s)", path, record.begin, cause)
         return None
 
 

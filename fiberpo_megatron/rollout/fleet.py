@@ -85,8 +85,8 @@ class Fleet:
     """These are the engines of a run. Every rank makes one and calls its methods alike.
 
     `places`: where engines come from, on rank 0; None elsewhere. `requests`: this leader's requests; None on ranks that
-    have none. `min_healthy`: engines that must hold the weights after a publication. `router`: one before the engines, whose list of workers is kept. `changed` is called on rank 0 with
-    all members when their states may have changed.
+    have none. `min_healthy`: engines that must hold the weights after a publication. `router`: one before the engines,
+    whose list of workers is kept. `changed` is called on rank 0 with all members when their states may have changed.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from fiberpo_megatron.environments import Trajectory as EnvironmentTrajectory
 from fiberpo_megatron.environments.budget import StepBudget
 from fiberpo_megatron.environments.host import EnvironmentFailed, Failure
 from fiberpo_megatron.environments.jobs import Say
-from fiberpo_megatron.interfaces import ConversationEncoder, Sampler, Scorer
+from fiberpo_megatron.interfaces import ConversationEncoder, Sampler, Scorer, Segments
 from fiberpo_megatron.rollout.branches import BranchedConversation
 from fiberpo_megatron.rollout.conversation import ParseTools, PolicyConversation, response_seeds
 from fiberpo_megatron.rollout.environments import RunningEnvironment
@@ -41,6 +41,8 @@ class Sampled:
     """That of the first prompt's requests; each further prompt has the next number (`Sampler.sample`)."""
     step: int | None = None
     """The training step whose trajectories they are; None: no step trains on them (an evaluation)."""
+    segments: Segments | None = None
+    """Keeps what requests have sampled for a resumed run, and has what they sampled in an earlier start."""
 
     def of_prompt(self, index: int) -> "Sampled":
         """Return this for the prompt at `index`."""
@@ -159,7 +161,9 @@ class Generator:
         track: Track,
     ) -> _Sample:
         """Return one answer, which is scored as soon as it is there, whatever the other answers to the prompt do."""
-        completions = await self.sampler.sample(prompt.token_ids, [seed], priority=sampled.priority, track=track)
+        completions = await self.sampler.sample(
+            prompt.token_ids, [seed], priority=sampled.priority, track=track, segments=sampled.segments
+        )
         if len(completions) != 1:
             raise ValueError(f"the engine gave {len(completions)} answers to prompt {prompt.text!r}, not 1")
         completion = completions[0]
@@ -201,6 +205,7 @@ class Generator:
                 longest=self.longest,
                 priority=sampled.priority,
                 track=track,
+                segments=sampled.segments,
             )
             attempts.append(BranchedConversation(branch))
             return attempts[-1].say

@@ -6,16 +6,14 @@ that was cut anywhere goes on with the draws that it would have had, on any engi
 """
 
 import asyncio
-import heapq
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fiberpo_megatron.engines.answers import RoutingShape
 from fiberpo_megatron.engines.busy import BusyTimes, Interval
@@ -25,8 +23,10 @@ from fiberpo_megatron.engines.liveness import Liveness
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.engines.router import RouterClient
 from fiberpo_megatron.environments import ToolCall
-from fiberpo_megatron.interfaces import Sampler, SamplingChange
+from fiberpo_megatron.interfaces import SamplingChange, Segments
+from fiberpo_megatron.rollout.changed_sampler import changed
 from fiberpo_megatron.rollout.segments import join_segments
+from fiberpo_megatron.rollout.slots import Slots
 from fiberpo_megatron.tracks import Track
 from fiberpo_megatron.types import Completion
 
@@ -77,9 +77,10 @@ class EngineSampler:
         self.engines, self.sampling, self.vocabulary, self.routing = engines, sampling, vocabulary, routing
         self.segment_tokens = segment_tokens
         self.counts: Counter[str] = Counter()
-        """Requests that were asked again elsewhere (`retried`), and that went on behind an abort (`continued`)."""
+        """Requests that were asked again elsewhere (`retried`), that went on behind an abort (`continued`), and that an
+        earlier start of the run had asked (`resumed`)."""
         self._router = router
-        self._slots = _Slots(max_concurrent)
+        self._slots = Slots(max_concurrent)
         self._open = asyncio.Event()
         self._open.set()
         self._in_flight: Counter[int] = Counter()
@@ -105,6 +106,7 @@ class EngineSampler:
         priority: int = 0,
         track: Track | None = None,
         known_routes: int = 0,
+        segments: Segments | None = None,
     ) -> list[Completion]:
         """Return one response to the prompt for each seed; their first segments all come from one engine.
 
@@ -115,8 +117,9 @@ class EngineSampler:
 
         The same seed, weights and sampling give the same response, whatever else the engines do, where the servers
         honour seeds. `change` is how an evaluation samples differently from the run; `max_tokens` and `stop_token_ids`
-        narrow the sampling. `track` gets the requests and the waits for them. Raises EngineError when several engines,
-        or the only one, fail a request.
+        narrow the sampling. `track` gets the requests and the waits for them. `segments` keeps what requests have
+        sampled, and has what was sampled before a resume. Raises EngineError when several engines, or the only one,
+        fail a request.
         """
         self._check_tokens(prompt, "a prompt")
         sampling = changed(self.sampling, change)
@@ -124,34 +127,26 @@ class EngineSampler:
             limit = min(sampling.max_response_tokens, max_tokens or sampling.max_response_tokens)
             ends = (*sampling.stop_token_ids, *stop_token_ids)
             sampling = replace(sampling, max_response_tokens=limit, stop_token_ids=ends)
-        track = track or Track()
-        with track.phase("queued"):  # except while a request is at an engine
-            firsts = await self._segment(tuple(prompt), (), seeds, sampling, priority, track, known_routes)
-        responses = [
-            self._whole(tuple(prompt), one, seed, sampling, priority, track, known_routes)
-            for one, seed in zip(firsts, seeds)
-        ]
+        asked = _Response(tuple(prompt), sampling, priority, track or Track(), known_routes, segments)
+        earlier = [[] if segments is None else segments.earlier(asked.prompt, seed) for seed in seeds]
+        fresh = [number for number, known in enumerate(earlier) if not known]
+        if resumed := sum(map(len, earlier)):
+            self.counts["resumed"] += resumed
+        if fresh:
+            firsts = await self._segment(asked, (), [seeds[number] for number in fresh])
+            for number, first in zip(fresh, firsts, strict=True):
+                earlier[number] = [first]
+        responses = [self._whole(asked, known, seed) for known, seed in zip(earlier, seeds)]
         return [await responses[0]] if len(responses) == 1 else list(await asyncio.gather(*responses))
 
-    async def _whole(
-        self,
-        prompt: tuple[int, ...],
-        first: Completion,
-        seed: int,
-        sampling: Sampling,
-        priority: int,
-        track: Track,
-        known_routes: int,
-    ) -> Completion:
-        """Return the response that begins with the segment `first`."""
-        segments, sampled = [first], first.token_ids
-        limit = sampling.max_response_tokens
+    async def _whole(self, asked: "_Response", known: Sequence[Completion], seed: int) -> Completion:
+        """Return the response that begins with the segments `known`."""
+        segments, limit = list(known), asked.sampling.max_response_tokens
+        sampled = tuple(token for segment in segments for token in segment.token_ids)
         while not self._ended(segments[-1], limit - len(sampled) + len(segments[-1].token_ids)):
             if segments[-1].finish_reason == "abort":
                 self.counts["continued"] += 1
-            with track.phase("queued"):
-                known = len(prompt) + len(sampled) - 1 if sampled else known_routes  # the last token was not read
-                (further,) = await self._segment(prompt, sampled, [seed], sampling, priority, track, known)
+            (further,) = await self._segment(asked, sampled, [seed])
             segments.append(further)
             sampled = (*sampled, *further.token_ids)
         response = join_segments(segments)
@@ -165,20 +160,24 @@ class EngineSampler:
         # "length" before the segment's own limit is the end of the engine's context
         return segment.finish_reason == "length" and tokens < min(room, self.segment_tokens or room)
 
-    async def _segment(
-        self,
-        prompt: tuple[int, ...],
-        sampled: tuple[int, ...],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        priority: int,
-        track: Track,
-        known_routes: int,
-    ) -> list[Completion]:
+    async def _segment(self, response: "_Response", sampled: tuple[int, ...], seeds: Sequence[int]) -> list[Completion]:
         """Return what one request samples behind the prompt and the tokens that were sampled before, for each seed.
 
         A segment that `hold` has cut short ends with "abort", and may have no tokens.
         """
+        with response.track.phase("queued"):  # except while a request is at an engine
+            segments = await self._asked(response, sampled, seeds)
+        if response.segments is not None:
+            for seed, segment in zip(seeds, segments, strict=True):
+                if segment.token_ids:
+                    response.segments.ended(response.prompt, seed, len(sampled), segment)
+        return segments
+
+    async def _asked(self, response: "_Response", sampled: tuple[int, ...], seeds: Sequence[int]) -> list[Completion]:
+        """Return the answers to one request, which may be sent to several engines."""
+        prompt, sampling, priority, track = response.prompt, response.sampling, response.priority, response.track
+        # of the tokens that were sampled, the last one was not read
+        known_routes = len(prompt) + len(sampled) - 1 if sampled else response.known_routes
         left = sampling.max_response_tokens - len(sampled)
         asked = replace(sampling, max_response_tokens=min(left, self.segment_tokens or left))
         failures: list[EngineError] = []
@@ -417,91 +416,14 @@ class EngineSampler:
             )
 
 
-def changed(sampling: Sampling, change: SamplingChange | None) -> Sampling:
-    """Return the run's sampling with what an evaluation changes."""
-    if change is None:
-        return sampling
-    wanted = {name: value for name, value in vars(change).items() if value is not None}
-    if wanted.get("temperature") == 0:  # SGLang's own way to say greedy; its kernels do not divide by 0
-        wanted |= {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
-    return replace(sampling, **wanted)
-
-
 @dataclass(frozen=True)
-class ChangedSampler:
-    """It implements `interfaces.Sampler` for an evaluation that samples differently from the run."""
+class _Response:
+    """It says how the responses to one prompt are asked for."""
 
-    sampler: Sampler
-    change: SamplingChange
-
-    async def sample(
-        self,
-        prompt: Sequence[int],
-        seeds: Sequence[int],
-        *,
-        max_tokens: int | None = None,
-        stop_token_ids: Sequence[int] = (),
-        change: SamplingChange | None = None,
-        priority: int = 0,
-        track: Track | None = None,
-        known_routes: int = 0,
-    ) -> list[Completion]:
-        """Return responses that are sampled with the change of this sampler; `change` must be None."""
-        assert change is None, "a changed sampler is not changed again"
-        return await self.sampler.sample(
-            prompt,
-            seeds,
-            max_tokens=max_tokens,
-            stop_token_ids=stop_token_ids,
-            change=self.change,
-            priority=priority,
-            track=track,
-            known_routes=known_routes,
-        )
-
-    def score(self, token_ids: Sequence[int]) -> Mapping[int, ArrayLike]:
-        """Return what the engines say about tokens, which no change affects."""
-        return self.sampler.score(token_ids)
-
-
-class _Slots:
-    """Places for responses in flight. Requests of the lowest priority number come first, and among equals the one that
-    asked first. A request that wants more places than there are waits until it is alone."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._taken = 0
-        self._numbers = count()
-        self._waiting: list[tuple[int, int, int, asyncio.Future[None]]] = []
-        """A heap of (priority, when it asked, places, its turn)."""
-
-    @asynccontextmanager
-    async def taken(self, places: int, priority: int = 0) -> AsyncIterator[None]:
-        first = not self._waiting or priority < self._waiting[0][0]
-        if not first or not self._fits(places):
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            heapq.heappush(self._waiting, (priority, next(self._numbers), places, turn))
-            try:
-                await turn  # bounded by the deadlines of the requests that hold the slots
-            except BaseException:
-                if turn.done() and not turn.cancelled():
-                    self._taken -= places  # the slots were given just before the wait was cancelled
-                self._wake()
-                raise
-        else:
-            self._taken += places
-        try:
-            yield
-        finally:
-            self._taken -= places
-            self._wake()
-
-    def _fits(self, places: int) -> bool:
-        return self._taken == 0 or self._taken + places <= self._total
-
-    def _wake(self) -> None:
-        while self._waiting and (self._waiting[0][3].done() or self._fits(self._waiting[0][2])):
-            _, _, places, turn = heapq.heappop(self._waiting)
-            if not turn.done():
-                self._taken += places
-                turn.set_result(None)
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    priority: int
+    track: Track
+    known_routes: int
+    """Positions of the prompt whose experts an earlier answer has."""
+    segments: Segments | None

@@ -21,8 +21,8 @@ from fiberpo_megatron.engines.connection import CONTROL_TIMEOUT_S
 from fiberpo_megatron.engines.errors import EngineError
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.engines.process import check_reachable
-from fiberpo_megatron.engines.router import RouterClient
 from fiberpo_megatron.engines.registry import SLACK_S, Registry
+from fiberpo_megatron.engines.router import RouterClient
 from fiberpo_megatron.engines.servers import Servers, make_servers
 from fiberpo_megatron.engines.settings import EngineConfig, ScoringServers
 from fiberpo_megatron.engines.sizing import sized_engine
@@ -155,9 +155,7 @@ def rollout_source(
             handover=partial(_handover, parts, sampler),
             counts=partial(_counts, environments, scorers, sampler),
             busy=sampler.take_busy if environments is not None else dict,
-            traces=StepTraces(
-                config.run.folder, parts.layout, parts.timers, config.telemetry.trace_steps_kept
-            ).write,
+            traces=StepTraces(config.run.folder, parts.layout, parts.timers, config.telemetry.trace_steps_kept).write,
             watch=watch or unwatched,
             fleet=fleet,
         )

@@ -15,10 +15,10 @@ from fiberpo_megatron.engines.registry import SLACK_S
 from fiberpo_megatron.evaluation.results import prompt_result
 from fiberpo_megatron.evaluation.settings import EvaluationSet
 from fiberpo_megatron.interfaces import Evaluated, Policy, Publisher, Recorder, Sampler, SamplingChange
+from fiberpo_megatron.rollout.changed_sampler import ChangedSampler
 from fiberpo_megatron.rollout.filter import Filter
 from fiberpo_megatron.rollout.fleet import FixedFleet, Fleet
 from fiberpo_megatron.rollout.generator import Generator, share
-from fiberpo_megatron.rollout.sampler import ChangedSampler
 from fiberpo_megatron.rollout.tickets import Tickets
 from fiberpo_megatron.sources.device_sharing import DeviceSharing, SeparateDevices
 from fiberpo_megatron.sources.handover import GoesOn, Handover

@@ -1,13 +1,14 @@
 """This module has the trajectories of the steps that may be sampled already, and gives each step its own."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 from fiberpo_megatron.data.prompts import Place, PromptSets
-from fiberpo_megatron.interfaces import Layout, Recorder
+from fiberpo_megatron.interfaces import Layout, Recorder, Segments
 from fiberpo_megatron.rollout.filter import Ended, Filter, Filtered, news
+from fiberpo_megatron.rollout.finished import FinishedGroups
 from fiberpo_megatron.rollout.generator import Generator, Sampled, share
 from fiberpo_megatron.rollout.producer import STOP_POLL_S, Groups
 from fiberpo_megatron.rollout.tickets import Tickets
@@ -33,8 +34,10 @@ class _Step:
     """Its trajectories where they were on disk."""
     sampled: Sampled
     """How its trajectories are sampled."""
-    refills: list[Prompt] = field(default_factory=list)
-    """Prompts that take the places of dropped groups, on leaders."""
+    refills: Sequence[Prompt] = ()
+    """Prompts that may take the places of dropped groups, on leaders; they are read when the first one is needed."""
+    kept_refills: MutableMapping[int, RolloutGroup] = field(default_factory=dict)
+    """Groups of refills on disk, by index among the refills."""
     finished: dict[int, RolloutGroup] = field(default_factory=dict)
     """This leader's groups that have ended, by index of their prompt; those of refills follow the step's own."""
     groups: list[Groups] = field(default_factory=list)
@@ -92,7 +95,7 @@ class Supply:
         with self.timers("stored_rollouts"):
             stored = self.store.load(step, prompts, weights)
         name = str(step if version is None else version)
-        sampled = Sampled(name, frozenset(map(str, versions)), self.tickets.of_step(step)[0], step)
+        sampled = Sampled(name, frozenset(map(str, versions)), self.tickets.of_step(step)[0], step=step)
         admitted = self._steps[step] = _Step(prompts, weights, stored, sampled)
         if stored is None:
             with together(self.layout, f"looking for finished groups of step {step}"):
@@ -105,7 +108,8 @@ class Supply:
         kept = admitted.files.enter_context(self.store.unfinished(step, admitted.prompts, admitted.weights, mine))
         admitted.finished = {index: kept[index] for index in mine if index in kept}
         missing = {index: admitted.prompts[index] for index in mine if index not in kept}
-        admitted.groups.append(generator.begin(missing, self.samples_per_prompt, admitted.sampled, kept.__setitem__))
+        sampled = replace(admitted.sampled, segments=_segments(kept))
+        admitted.groups.append(generator.begin(missing, self.samples_per_prompt, sampled, kept.__setitem__))
 
     def _mine(self, indices: range) -> Sequence[int]:
         """Which of these prompts of a step are this leader's."""
@@ -183,22 +187,26 @@ class Supply:
         return join_batches(joined) if joined else flatten([])
 
     def _refill(self, filter: Filter, admitted: _Step, step: int, part: range) -> None:
-        """Begin to make the groups of refills, which go before all tickets: the step waits for nothing else."""
-        places = self.prompts.refills_at(self.seed, step, part.stop - filter.owned)[part.start - filter.owned :]
-        prompts = self.read_prompts(places, f"reading further tasks of step {step}")
+        """Begin to make the groups of refills, which go before all tickets: the step waits for nothing else. With the
+        first one all tasks are read, and what is on disk: which leader makes a refill is a matter of timing."""
+        owned, first = filter.owned, part.start == filter.owned
+        if first:
+            places = self.prompts.refills_at(self.seed, step, filter.most_refills)
+            admitted.refills = self.read_prompts(places, f"reading further tasks of step {step}")
         with together(self.layout, f"looking for finished groups of step {step}"):
             if self.generator is None:
                 return
-            mine, owned = self._mine(part), filter.owned
-            admitted.refills.extend(prompts)
-            asked = [number - owned for number in mine]
-            kept = admitted.files.enter_context(
-                self.store.unfinished(step, admitted.prompts, admitted.weights, asked, admitted.refills)
-            )
+            if first:
+                prompts, any_of_them = admitted.prompts, range(filter.most_refills)
+                unfinished = self.store.unfinished(step, prompts, admitted.weights, any_of_them, admitted.refills)
+                admitted.kept_refills = admitted.files.enter_context(unfinished)
+            kept, asked = admitted.kept_refills, [number - owned for number in self._mine(part)]
             admitted.finished |= {owned + index: kept[index] for index in asked if index in kept}
             missing = {owned + index: admitted.refills[index] for index in asked if index not in kept}
             name, priority = f"{admitted.sampled.name} refill", admitted.sampled.priority - owned - filter.most_refills
-            sampled = replace(admitted.sampled, name=name, priority=priority)  # a prompt may come twice: other samples
+            sampled = replace(  # a prompt may come twice: other samples
+                admitted.sampled, name=name, priority=priority, segments=_segments(kept)
+            )
 
             def keep(number: int, group: RolloutGroup) -> None:
                 kept[number - owned] = group
@@ -279,6 +287,11 @@ def observed(prompts: PromptSets, rollouts: RolloutBatch, filtered: Filtered | N
     if filtered is None:
         return dict(prompts.observe(rollouts))
     return {**prompts.observe(rollouts, filtered.solved), **filtered.metrics()}
+
+
+def _segments(kept: Mapping[int, RolloutGroup]) -> Segments | None:
+    """Return what keeps the segments of the groups that have not ended; None when nothing is kept on disk."""
+    return kept if isinstance(kept, FinishedGroups) else None
 
 
 def _all_dropped(asked: int) -> RuntimeError:

@@ -102,7 +102,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("idle/trainer_seconds", "time in which the trainer waited for trajectories", "s", "sum"),
     Metric("rollout/tail_seconds", "time from the end of the median trajectory to that of the last one", "s", "max"),
     Metric("idle/engine_seconds", "seconds in which an engine had no request, mean over the engines", "s"),
-    Metric("requests/*", "requests to engines that were asked again elsewhere, or went on behind an abort", "", "sum"),
+    Metric("requests/*", "requests that were asked elsewhere, went on behind an abort, or came from disk", "", "sum"),
     Metric("drift/lag/*", "|engine - trainer| log-prob by the lag of the weights that sampled a token", "nats"),
     Metric("drift/engine/*", "|engine - trainer| log-prob of an engine's tokens, trainer's weights", "nats"),
     Metric("mismatch/masked_engines", "engines whose tokens are masked", "", "max"),

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from tests.end_to_end.test_replay import assert_same_weights, metrics
-from tests.end_to_end.test_training import ROOT, command, processes_of, run
-from tests.rollout.finished_indices import finished_indices
+from tests.end_to_end.test_training import ROOT, command, processes_of, records, run
+from tests.rollout.finished_indices import finished_indices, segment_places
 
 INDEX = "model.safetensors.index.json"
 """The last file of a publication."""
@@ -177,3 +177,41 @@ def test_a_run_survives_kills_and_ends_as_if_nothing_had_happened(
     written = [path for name in ("checkpoints", "published", "hf") for path in (folder / name).rglob("*.*")]
     unreadable = [path for path in written if path.is_file() and path.stat().st_mode & 0o777 != file_mode(tmp_path)]
     assert written and not unreadable  # an engine, or somebody who goes on with it, may be another user
+
+
+@pytest.mark.sglang
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1500)
+def test_ten_kills_with_staleness_2(model: Path, engine: Any, tmp_path: Path):
+    """Responses are cut into segments of 5 tokens. After each kill no segment is on disk twice, so that none was asked
+    for again; the run that was killed ten times ends with the weights of the one that was not."""
+    options = [
+        "--evaluation.prompts", "0", "--weight_sync.method", "disk", "--rollout.max_response_tokens", "40",
+        "--rollout.engine.urls", f'["{engine.url}"]', "--rollout.max_concurrent_requests", "8",
+        "--rollout.staleness", "2", "--rollout.chunk_tokens", "5",
+        # weights of 0 or 1 do not depend on the last bits of the engine's log-probs
+        "--algorithm.importance.method", "sequence-mask",
+        "--optimizer.schedule", "constant", "--optimizer.warmup_steps", "2",
+    ]  # fmt: skip
+    draw = random.Random(SEED + 1)
+    folder = tmp_path / "killed" / "run"
+    folder.parent.mkdir()
+    watch = Watch(folder)
+    words = [*command(model, folder, *options, "--trainer.steps", str(ENDLESS)), "--resume"]
+    kept = 0
+    for _ in range(10):
+        disturb(words, watch, "any", draw.choice(["everything", "launcher", "rank"]), draw)
+        places = [segment_places(path) for path in (folder / "dump").glob("step_*.unfinished")]
+        assert all(len(of_step) == len(set(of_step)) for of_step in places)
+        kept += sum(map(len, places))
+    assert kept > 0, "no kill came while trajectories were sampled"
+    options += ["--trainer.steps", str(watch.done() + 1)]
+    done = run(model, folder, *options, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert sum(record.get("requests/resumed", 0) for record in records(folder, "train")) > 0
+    done = run(model, tmp_path / "straight", *options)
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(tmp_path / "straight", folder)
+    names = ("gradient_norm", "reward/mean", "lag/mean", "response_length/mean")
+    for one, other in zip(records(tmp_path / "straight", "train"), records(folder, "train"), strict=True):
+        assert [one[name] for name in names] == [other[name] for name in names]

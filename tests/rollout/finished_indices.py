@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from fiberpo_megatron.rollout.finished import _ORIGIN, _records
+from fiberpo_megatron.rollout.finished import _ORIGIN, _SEGMENT, _records
+from fiberpo_megatron.rollout.segment_records import HEAD_BYTES, Place, place_of
 
 
 def finished_indices(folder: Path) -> set[int]:
@@ -10,5 +11,17 @@ def finished_indices(folder: Path) -> set[int]:
     found: set[int] = set()
     for path in folder.glob("rank_*"):
         with path.open("rb") as file:
-            found |= {record.prompt for record in _records(file)} - {_ORIGIN}
+            found |= {record.prompt for record in _records(file)} - {_ORIGIN, _SEGMENT}
+    return found
+
+
+def segment_places(folder: Path) -> list[Place]:
+    """Return which segments of responses the folder holds, each as often as it was kept."""
+    found = []
+    for path in folder.glob("rank_*"):
+        with path.open("rb") as file:
+            for record in _records(file):
+                if record.prompt == _SEGMENT:
+                    file.seek(record.begin)
+                    found.append(place_of(file.read(HEAD_BYTES)))
     return found

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fiberpo_megatron.environments import Message, Task, ToolCall, Turn
-from fiberpo_megatron.interfaces import SamplingChange
+from fiberpo_megatron.interfaces import SamplingChange, Segments
 from fiberpo_megatron.rollout.conversation import PolicyConversation, join_turns, response_seeds
 from fiberpo_megatron.rollout.segments import RoutesMissing
 from fiberpo_megatron.tracks import Track
@@ -46,6 +46,7 @@ class Scripted:
         priority: int = 0,
         track: Track | None = None,
         known_routes: int = 0,
+        segments: Segments | None = None,
     ) -> list[Completion]:
         (seed,) = seeds
         self.known_routes.append(known_routes)

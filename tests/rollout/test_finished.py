@@ -94,9 +94,14 @@ def test_a_group_whose_trajectories_were_all_dropped_is_finished(tmp_path: Path)
 
 
 def test_branches_are_read_bitwise(tmp_path: Path) -> None:
+    def routed(trajectory: Trajectory, tokens: int) -> Completion:
+        experts = np.arange((tokens - 1) * 4, dtype=np.int32).reshape(-1, 2, 2)
+        return replace(trajectory.completion, routed_experts=experts)
+
     plain, turns, other = group(3, routing=True).trajectories
-    branches = Branch((9, 8), turns.completion), Branch((3,), replace(plain.completion, finish_reason="stop"))
-    written = RolloutGroup(PROMPTS[3], (plain, replace(turns, branches=branches), other))
+    branches = Branch((9, 8), turns.completion), Branch((3,), replace(routed(plain, 3), finish_reason="stop"))
+    own = replace(plain, completion=routed(plain, 4)), replace(other, completion=routed(other, 5))
+    written = RolloutGroup(PROMPTS[3], (own[0], replace(turns, branches=branches), own[1]))
     with opened(tmp_path) as groups:
         groups[3] = written
     read = opened(tmp_path)[3]

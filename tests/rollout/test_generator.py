@@ -18,7 +18,7 @@ from fiberpo_megatron.environments import Conversation, Environment, Outcome, Si
 from fiberpo_megatron.environments import Trajectory as EnvironmentTrajectory
 from fiberpo_megatron.environments.budget import StepBudget
 from fiberpo_megatron.environments.host import EnvironmentFailed, Failure
-from fiberpo_megatron.interfaces import SamplingChange
+from fiberpo_megatron.interfaces import SamplingChange, Segments
 from fiberpo_megatron.rollout.conversation import response_seeds
 from fiberpo_megatron.rollout.generator import Generator, share
 from fiberpo_megatron.rollout.sampler import EngineSampler
@@ -53,6 +53,7 @@ class Seeded:
         priority: int = 0,
         track: Track | None = None,
         known_routes: int = 0,
+        segments: Segments | None = None,
     ) -> list[Completion]:
         self.asked.append((list(prompt), list(seeds)))
         return [self._one(tuple(self.answer(prompt, seed))) for seed in seeds]

@@ -13,7 +13,8 @@ from fiberpo_megatron.engines.client import EngineAddress, Sampling
 from fiberpo_megatron.engines.errors import EngineRefused
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.rollout.conversation import response_seeds
-from fiberpo_megatron.rollout.sampler import SLACK, SPILL, EngineSampler, _Slots
+from fiberpo_megatron.rollout.sampler import SLACK, SPILL, EngineSampler
+from fiberpo_megatron.rollout.slots import Slots
 from tests.engines.fake_server import FakeServers, response
 from tests.rollout.in_order import in_order
 
@@ -181,7 +182,7 @@ def test_slots_are_given_in_the_order_of_asking():
     log: list[str] = []
 
     async def scenario() -> None:
-        slots = _Slots(4)
+        slots = Slots(4)
 
         async def hold(name: str, count: int) -> None:
             async with slots.taken(count):
@@ -198,7 +199,7 @@ def test_slots_are_given_in_the_order_of_asking():
 @pytest.mark.parametrize("given", [False, True], ids=["while it waits", "just as its turn comes"])
 def test_who_is_cancelled_gives_its_slots_back(given):
     async def scenario() -> None:
-        slots = _Slots(1)
+        slots = Slots(1)
         held = asyncio.Event()
 
         async def hold() -> None:

@@ -44,7 +44,12 @@ def test_engines_that_do_not_answer_are_named_and_cost_the_deadline_at_most(tmp_
         metrics = watch(7)
         took = time.perf_counter() - began
     assert took < 2.0, "five engines, two of which hang, take one deadline"
-    assert metrics == {"engines/serving": 1.0, "engines/not_answering": 4.0, "engines/queued": 4.0, "engines/restarts": 0}
+    assert metrics == {
+        "engines/serving": 1.0,
+        "engines/not_answering": 4.0,
+        "engines/queued": 4.0,
+        "engines/restarts": 0,
+    }
     found = read_engine_states(tmp_path)
     assert found is not None and found.step == 7 and [e.state for e in found.engines].count("serving") == 1
     fine, hangs, gone, odd, _ = found.engines

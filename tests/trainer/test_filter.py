@@ -1,6 +1,7 @@
 """Groups without a difference are dropped and replaced; which are trained on is a pure function of how groups ended."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -120,10 +121,10 @@ def test_the_loop_written_out_once_more_takes_the_same_groups():
 
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_the_choice_does_not_depend_on_which_group_ends_first(staleness: int):
-    first, memory, taken = filtered(Timed(timing=1), staleness)
+    first, memory, taken = filtered(Timed(timing=1, seconds=0.0), staleness)
     train(first)
-    for timing in (2, 3):
-        again, others, _ = filtered(Timed(timing), staleness)
+    for timing in (2, 3):  # so slow that the choice is asked for while some have ended and others have not
+        again, others, _ = filtered(Timed(timing, seconds=0.03), staleness)
         train(again)
         assert torch.equal(first.policy.table, again.policy.table)
         for kind, step, metrics in others.records:
@@ -243,7 +244,40 @@ def test_a_run_that_is_killed_at_any_time_goes_on_as_if_it_had_not_been(tmp_path
     assert in_refills > 0 and again_asked == sorted(again_asked, reverse=True)
 
 
-def test_a_committed_step_and_a_replay_train_on_the_same_groups(tmp_path: Path):
+def test_a_step_that_was_taken_and_not_saved_is_trained_on_after_a_kill(tmp_path: Path):
+    """Its trajectories are on disk, with what the curriculum has to see of the dropped ones."""
+    straight, recorded, _ = filtered(Timed(timing=1), prompts=adaptive())
+    train(straight)
+    run, memory, _ = filtered(Timed(timing=2), folder=tmp_path, prompts=adaptive())
+    states: dict[int, Any] = {}
+    tables: dict[int, torch.Tensor] = {}
+    save, step, steps = memory.save, run.policy.step, []
+
+    def noted(policy: Any, done: int, *, prompts: Any, **about: Any) -> None:
+        states[done], tables[done] = json.loads(json.dumps(prompts)), policy.table.detach().clone()
+        save(policy, done, prompts=prompts, **about)
+
+    def dying(*arguments: Any, **named: Any) -> Any:
+        steps.append(1)
+        if len(steps) > 7:  # the second optimiser step of training step 3
+            raise Killed
+        return step(*arguments, **named)
+
+    memory.save, run.policy.step = noted, dying  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        train(run)
+    assert memory.saved[-1] == 3 and dump_of(tmp_path).steps() == [3]
+    prompts = adaptive()
+    prompts.restore(states[3])
+    again, further, _ = filtered(Timed(timing=3), folder=tmp_path, start=3, prompts=prompts)
+    again.policy.table = tables[3].requires_grad_()  # type: ignore[misc]
+    train(again, start=3)
+    assert torch.equal(again.policy.table, straight.policy.table)
+    for name in ("filter/dropped_groups", "filter/refilled_groups", "filter/accuracy", "curriculum/solve_rate/other"):
+        assert further.values("train", name) == recorded.values("train", name)[3:]
+
+
+def test_a_replay_trains_on_the_same_groups(tmp_path: Path):
     """The curriculum sees the groups that were dropped as well, from what is stored of them."""
     run, recorded, _ = filtered(Timed(timing=1), folder=tmp_path / "a", storage={"dump": True}, prompts=adaptive())
     train(run)
@@ -349,6 +383,26 @@ def test_what_is_not_needed_is_aborted():
     assert again.filtered == straight.filtered
     LOOP.run(asyncio.sleep(0.05))  # what was cancelled ends
     assert engine.cancelled == (OWNED - engine.first) * SAMPLES
+
+
+class Backwards(Timed):
+    """The first three prompts of a step take far longer than the others."""
+
+    async def sample(self, prompt: Sequence[int], seeds: Sequence[int], **limits: Any) -> list[Completion]:
+        await asyncio.sleep(0.3 if limits["priority"] < 3 else 0.0)
+        return await super().sample(prompt, seeds, **limits)
+
+
+def test_a_group_that_ends_early_does_not_take_the_place_of_a_lower_ticket():
+    found = []
+    for engine in (Timed(0), Backwards(0)):
+        one = supply(SingleLayout(), engine, CountingPrompts(), Places(), replace(FILTER, wanted=3))
+        engine.table = 2.5 * torch.eye(VOCABULARY).roll(1, 1)  # half of the answers are right
+        one.admit(0, version=0)
+        batch = one.take(0)
+        assert batch is not None and one.filtered is not None and min(one.filtered.chosen) < 3
+        found.append((batch.tokens.tolist(), one.filtered))
+    assert found[0] == found[1]
 
 
 def test_a_request_to_stop_ends_the_wait_and_a_late_group_is_named(tmp_path: Path):

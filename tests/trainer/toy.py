@@ -39,6 +39,7 @@ from fiberpo_megatron.interfaces import (
     Routing,
     Sampler,
     SamplingChange,
+    Segments,
     WeightSource,
 )
 from fiberpo_megatron.rollout.environments import RunningEnvironment, Workers
@@ -322,6 +323,7 @@ class FakeEngine:
         priority: int = 0,
         track: Track | None = None,
         known_routes: int = 0,
+        segments: Segments | None = None,
     ) -> list[Completion]:
         assert not self.missing
         return [self._one(prompt[-1], change or SamplingChange()) for _ in seeds]
