@@ -199,8 +199,8 @@ def test_ten_kills_with_staleness_2(model: Path, engine: Any, tmp_path: Path):
     watch = Watch(folder)
     words = [*command(model, folder, *options, "--trainer.steps", str(ENDLESS)), "--resume"]
     kept = 0
-    for _ in range(10):
-        disturb(words, watch, "any", draw.choice(["everything", "launcher", "rank"]), draw)
+    for phase in draw.sample(["generate"] * 5 + ["publish", "save", "forward", "any", "any"], 10):
+        disturb(words, watch, phase, draw.choice(["everything", "launcher", "rank"]), draw)
         places = [segment_places(path) for path in (folder / "dump").glob("step_*.unfinished")]
         assert all(len(of_step) == len(set(of_step)) for of_step in places)
         kept += sum(map(len, places))
