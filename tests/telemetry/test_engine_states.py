@@ -9,10 +9,19 @@ from typing import Any
 import httpx
 import pytest
 
+from fiberpo_megatron.cli.engines import table
+from fiberpo_megatron.cli.main import main as fiberpo
 from fiberpo_megatron.engines.client import EngineAddress
 from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.rollout.fleet import Member
 from fiberpo_megatron.sources.engine_watch import EngineWatch
-from fiberpo_megatron.telemetry.engine_states import ENGINES_FILE, EngineState, read_engine_states
+from fiberpo_megatron.telemetry.engine_states import (
+    ENGINES_FILE,
+    EngineState,
+    EngineStates,
+    read_engine_states,
+    write_engine_states,
+)
 from tests.engines.fake_server import FakeServers
 
 LOAD = {
@@ -75,3 +84,55 @@ def test_the_file_is_read_with_suspicion(tmp_path: Path):
 def test_a_file_that_cannot_be_written_does_not_end_the_run(tmp_path: Path):
     with EnginePool([EngineAddress("http://fine:1")], timeout_s=5, transport=Servers({"/v1/loads": loads})) as pool:
         assert EngineWatch(pool, tmp_path / "gone")(0)["engines/serving"] == 1.0
+
+
+def test_what_the_fleet_knows_stands_beside_what_engines_say(tmp_path: Path):
+    """Engines that start, were quarantined or have left are in the file, and only those that should serve count."""
+    with EnginePool([EngineAddress("http://fine:1")], timeout_s=60, transport=Servers({"/v1/loads": loads})) as pool:
+        watch = EngineWatch(pool, tmp_path, deadline_s=1)
+        members = [
+            Member(0, "0", "serving", EngineAddress("http://fine:1"), 2, version="7"),
+            Member(1, "1", "starting", detail="its process ended with signal SIGKILL"),
+            Member(2, "2", "left", EngineAddress("http://old:1"), 0),
+        ]
+        watch.changed(members)
+        before = read_engine_states(tmp_path)
+        assert before is not None and before.step == -1
+        assert [(e.number, e.state, e.address, e.generation) for e in before.engines] == [
+            (0, "serving", "http://fine:1", 2), (1, "starting", "", 0), (2, "left", "http://old:1", 0)
+        ]  # fmt: skip
+        assert watch(3) == {
+            "engines/serving": 1.0, "engines/not_answering": 1.0, "engines/queued": 4.0, "engines/restarts": 2.0
+        }  # fmt: skip
+        written = (tmp_path / ENGINES_FILE).stat().st_mtime_ns
+        watch.changed(members)
+        found = read_engine_states(tmp_path)
+        assert found is not None and found.engines[0].running == 6, "its load is kept while it serves"
+        members[1].now("quarantined", "it computes something else")
+        watch.changed(members)
+        assert (tmp_path / ENGINES_FILE).stat().st_mtime_ns > written
+
+
+def test_the_table_of_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        fiberpo(["engines"])
+    assert fiberpo(["engines", str(tmp_path / "none")]) == 2 and "does not exist" in capsys.readouterr().err
+    assert fiberpo(["engines", str(tmp_path)]) == 2 and "has no engines.json" in capsys.readouterr().err
+    states = [
+        EngineState("http://a:1", "serving", number=0, generation=0, since=1000.0, weight_version="12", running=16,
+                    queued=3, token_usage=0.41, generation_tokens_per_second=812.4),
+        EngineState("", "starting", "it died", number=1, generation=1, since=880.0),
+        EngineState("http://c:1", "left", number=2, generation=0),
+    ]  # fmt: skip
+    lines = table(EngineStates(11, 1996.0, tuple(states)), 2000.0).splitlines()
+    assert [line.split() for line in lines[:4]] == [
+        ["engine", "address", "state", "for", "generation", "weights", "running", "queued", "cache", "tokens/s"],
+        ["0", "http://a:1", "serving", "17", "min", "0", "12", "16", "3", "41%", "812"],
+        ["1", "-", "starting", "19", "min", "1", "-", "-", "-", "-", "-"],
+        ["2", "http://c:1", "left", "-", "0", "-", "-", "-", "-", "-"],
+    ]
+    assert lines[4:] == ["As of 4 s ago, after step 11.", "engine 1: it died"]
+    write_engine_states(tmp_path, EngineStates(-1, 0.0, tuple(states)))
+    assert fiberpo(["engines", str(tmp_path)]) == 1 and "before the first step" in capsys.readouterr().out
+    write_engine_states(tmp_path, EngineStates(3, 0.0, (states[0], states[2])))
+    assert fiberpo(["engines", str(tmp_path)]) == 0

@@ -1,6 +1,7 @@
 """An engine that computes other log-probs than the trainer for the same weights is named, masked, or stops the run."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fiberpo_megatron.rollout.fleet import FixedFleet
 from fiberpo_megatron.trainer.importance import EngineMismatch, weighed
 from fiberpo_megatron.trainer.importance_settings import MismatchConfig
 from fiberpo_megatron.trainer.loop import train
@@ -46,6 +48,34 @@ def run(shifts: tuple[float, float], live: bool = True, **mismatch: float) -> tu
     train(replace(made, live=live))
     policy: Any = made.policy
     return memory, policy.table.detach()
+
+
+class Quarantine(FixedFleet):
+    """It takes engines out as a fleet does; `engine` gives every response of an engine that is out to engine 0."""
+
+    def __init__(self, engine: TwoEngines) -> None:
+        self.engine, self.said = engine, list[dict[int, str]]()
+
+    def quarantine(self, engines: Mapping[int, str]) -> None:
+        self.said.append(dict(engines))
+        for number in engines:
+            shifts = list(self.engine.shifts)
+            shifts[number] = shifts[0]
+            self.engine.shifts = (shifts[0], shifts[1])
+
+
+def test_a_shifted_engine_samples_nothing_after_the_step_that_shows_it():
+    engine = TwoEngines((0.0, 4.0))
+    made, memory = training(engine=engine, trainer={"steps": 3}, evaluation={"prompts": 0})
+    source: Any = made.source
+    source.fleet = Quarantine(engine)
+    with pytest.warns(UserWarning, match="it samples no more"):
+        train(replace(made, live=True))
+    first, *later = source.fleet.said
+    assert list(first) == [1] and first[1].startswith("step 0: engine 1 and the trainer differ by ")
+    assert later == [{}, {}], "it was named once, and nothing of it came in later steps"
+    steps = [record for kind, _, record in memory.records if kind == "train"]
+    assert [record["mismatch/masked_engines"] for record in steps] == [1, 0, 0]
 
 
 def test_a_shifted_engine_is_masked_in_the_step_that_shows_it():

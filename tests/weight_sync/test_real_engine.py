@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -14,13 +14,16 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from fiberpo_megatron.certify.processes import run_ranks
+from fiberpo_megatron.engines.answers import RoutingShape
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
 from fiberpo_megatron.engines.errors import EngineError, EngineTimeout
 from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.rollout.sampler import EngineSampler
+from fiberpo_megatron.types import Completion
 from fiberpo_megatron.weight_sync.compare import WeightMismatch, compare_log_probs
 from fiberpo_megatron.weight_sync.disk import DiskPublisher
 from fiberpo_megatron.weight_sync.rounds import RoundPublisher
-from tests.tiny_model import hugging_face_weights, load, log_probs, moved
+from tests.tiny_model import LAYERS, TOP_K, VOCABULARY, chosen_experts, hugging_face_weights, load, log_probs, moved
 from tests.weight_sync.per_rank import OWN, publish_from_megatron
 from tests.weight_sync.sources import Tensors, context
 from tests.weight_sync.trainer_rank import made_publisher, publish_and_die, publish_as_rank
@@ -94,26 +97,61 @@ def test_what_a_killed_trainer_left_behind_does_not_stop_the_next(method, engine
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_response_across_a_publication_names_both_versions(method, engine, checkpoint, tmp_path):
-    model = moved(checkpoint)
+def test_a_response_across_two_publications_names_three_versions(method, engine, checkpoint, tmp_path):
+    models = {"first": load(checkpoint), "second": moved(checkpoint, 1), "third": moved(checkpoint, 2)}
     with (
         EnginePool([engine], timeout_s=60) as pool,
         publisher(method, engine, checkpoint, tmp_path) as publishing,
     ):
-        publishing.publish(Tensors(hugging_face_weights(load(checkpoint))), "first")
-        running = pool.submit(pool.clients[0].generate([[3, 4, 5]] * 4, Sampling(300), seeds=range(4)))
-        time.sleep(0.5)
-        publishing.publish(Tensors(hugging_face_weights(model)), "second")
+        publishing.publish(Tensors(hugging_face_weights(models["first"])), "first")
+        running = pool.submit(pool.clients[0].generate([[3, 4, 5]] * 4, Sampling(400), seeds=range(4)))
+        for version in ("second", "third"):
+            time.sleep(0.5)
+            publishing.publish(Tensors(hugging_face_weights(models[version])), version)
         completions = running.result(60)
     longest = max(completions, key=lambda c: len(c.token_ids))
-    assert [span.version for span in longest.weight_spans] == ["first", "second"]
-    first, second = longest.weight_spans
-    assert first.start == 0 and first.end == second.start and second.end == len(longest.token_ids)
+    assert_spans(longest, models)
+
+
+def test_the_segments_of_a_response_have_the_experts_of_the_weights_that_sampled_them(engine, checkpoint, tmp_path):
+    """A publication aborts the requests; each goes on behind its tokens, with the next weights."""
+    models = {"first": load(checkpoint), "second": moved(checkpoint, 1), "third": moved(checkpoint, 2)}
+    with (
+        EnginePool([engine], timeout_s=60) as pool,
+        publisher("disk", engine, checkpoint, tmp_path) as publishing,
+    ):
+        shape = RoutingShape(LAYERS, TOP_K, experts=4)
+        sampler = EngineSampler(pool, Sampling(400), max_concurrent=8, vocabulary=VOCABULARY, routing=shape)
+        publishing.publish(Tensors(hugging_face_weights(models["first"])), "first")
+        running = pool.submit(sampler.sample([3, 4, 5], range(4)))
+        for version in ("second", "third"):
+            time.sleep(0.5)
+            sampler.hold()
+            sampler.cut_short(30)
+            publishing.publish(Tensors(hugging_face_weights(models[version])), version)
+            sampler.release()
+        completions = running.result(60)
+    longest = max(completions, key=lambda c: len(c.token_ids))
+    assert_spans(longest, models)
     tokens = [3, 4, 5, *longest.token_ids]
-    for span, weights in ((first, load(checkpoint)), (second, model)):
-        expected = log_probs(weights, tokens)[2:]
+    assert longest.routed_experts is not None and len(longest.routed_experts) == len(tokens) - 1
+    for span in longest.weight_spans:
+        # what sampled a token at position p had read position p - 1; the first span has the prompt as well
+        begin, end = (span.start + 2 if span.start else 0), span.end + 2
+        ours = np.sort(longest.routed_experts[begin:end], -1)
+        theirs = np.sort(chosen_experts(models[span.version], tokens)[begin:end], -1)
+        assert (ours == theirs).all(-1).mean() > 0.99  # an exact tie of two router scores may fall either way
+
+
+def assert_spans(completion: Completion, models: Mapping[str, PreTrainedModel]) -> None:
+    """Check that each span of a response behind [3, 4, 5] has the log-probs of its own weights."""
+    assert [span.version for span in completion.weight_spans] == list(models)
+    assert [span.start for span in completion.weight_spans] == [0, *(s.end for s in completion.weight_spans[:-1])]
+    assert completion.weight_spans[-1].end == len(completion.token_ids)
+    for span in completion.weight_spans:
+        expected = log_probs(models[span.version], [3, 4, 5, *completion.token_ids])[2:]
         np.testing.assert_allclose(
-            longest.log_probs[span.start : span.end], expected[span.start : span.end], atol=ROUNDING
+            completion.log_probs[span.start : span.end], expected[span.start : span.end], atol=ROUNDING
         )
 
 
