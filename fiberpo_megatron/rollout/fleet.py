@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient
-from fiberpo_megatron.engines.errors import EngineError, EngineTimeout, EngineUnreachable
+from fiberpo_megatron.engines.errors import EngineError, EngineRefused, EngineTimeout, EngineUnreachable
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.engines.router import RouterClient
 from fiberpo_megatron.engines.servers import Offer
@@ -118,7 +118,7 @@ class Fleet:
         try:
             yield
         finally:
-            self._serve()
+            self._serve(watched=bool(self._serving))  # where none serves yet, requests wait for those that join
 
     def published(self, version: str) -> None:
         """Note that all engines of the pool have weights `version`. Those that join do not serve yet."""
@@ -148,7 +148,7 @@ class Fleet:
         with together(self._layout, "looking for engines that do not answer"):
             if self._layout.rank == 0 and isinstance(error, EngineUnreachable | EngineTimeout):
                 answers = self._probe({n: client.address for n, client in self._pool.members.items()})
-                silent = {n: said for n, said in answers.items() if said is not None}
+                silent = {number: found[1] for number, found in answers.items() if found is not None}
         lost = self._of_rank_0(silent)
         for number, why in lost.items():
             self._lose(number, "not answering", why)
@@ -212,11 +212,11 @@ class Fleet:
             and member.state not in ("quarantined", "left")
         }
         listed: dict[int, tuple[str, str | None, str | None]] = {}
-        for number, said in self._probe(asked).items():
+        for number, found in self._probe(asked).items():
             member = self.members[number]
-            if said is not None:
-                self._tell(member, "not answering", said)
-                places.replace(member.place, member.offered, said)
+            if found is not None:
+                self._tell(member, *found)
+                places.replace(member.place, member.offered, found[1])
                 continue
             if member.state not in ("serving", "joining"):
                 member.generation += 1
@@ -248,10 +248,10 @@ class Fleet:
         self.members[number] = Member(number, place)
         return self.members[number]
 
-    def _probe(self, addresses: Mapping[int, EngineAddress | None]) -> dict[int, str | None]:
-        """Ask engines whether they answer; return for each None, or in words why it does not."""
+    def _probe(self, addresses: Mapping[int, EngineAddress | None]) -> dict[int, tuple[State, str] | None]:
+        """Ask engines whether they answer; return for each None, or the state that it is in, and why."""
 
-        async def ask(number: int, address: EngineAddress | None) -> str | None:
+        async def ask(number: int, address: EngineAddress | None) -> tuple[State, str] | None:
             known = self._pool.members.get(number)
             if known is not None and known.address == address:
                 return await _silence(known)
@@ -259,7 +259,7 @@ class Fleet:
             async with self._pool.client(address) as client:
                 return await _silence(client) or await _fault(client)
 
-        async def ask_all() -> list[str | None]:
+        async def ask_all() -> list[tuple[State, str] | None]:
             return await asyncio.gather(*(ask(number, address) for number, address in addresses.items()))
 
         return dict(zip(addresses, self._pool.run(ask_all()), strict=True))
@@ -339,21 +339,21 @@ class FixedFleet:
         return
 
 
-async def _fault(client: EngineClient) -> str | None:
-    """Return in words why an engine that wants to join must not sample; None when it may."""
+async def _fault(client: EngineClient) -> tuple[State, str] | None:
+    """Return why an engine that wants to join must not sample; None when it may."""
     try:
         await client.check_preferences()
-    except EngineError as error:
-        return error.what
+    except EngineRefused as error:
+        return "quarantined", error.what
     return None
 
 
-async def _silence(client: EngineClient) -> str | None:
-    """Return in words why an engine does not answer; None when it does, be it with a refusal."""
+async def _silence(client: EngineClient) -> tuple[State, str] | None:
+    """Return why an engine does not answer; None when it does, be it with a refusal."""
     try:
         await client.load(PROBE_S)
     except (EngineUnreachable, EngineTimeout) as error:
-        return error.what
+        return "not answering", error.what
     except EngineError:
         return None
     return None

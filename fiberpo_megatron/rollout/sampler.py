@@ -92,6 +92,8 @@ class EngineSampler:
         self._liveness = Liveness(silence_s)
         self._serving: frozenset[int] | None = None
         """Engines that may get requests; None: all that the pool has."""
+        self._publishing = False
+        """Whether a publication is under way, after which engines that join may serve."""
         self._versions: set[str] | None = None
         """Versions of the weights that engines may have; None: any."""
 
@@ -187,6 +189,8 @@ class EngineSampler:
             async with self._slots.taken(len(seeds), priority):
                 if not self._open.is_set():
                     continue  # the engines were held while this waited for its slots
+                while self._publishing and not self._can_serve():
+                    await asyncio.sleep(POLL_S)  # bounded by the deadline of the publication
                 engine = self._engine_for(priority or prompt, tried)
                 client: EngineClient = self._router or self.engines.members[engine]
                 tried.append(engine)
@@ -253,9 +257,13 @@ class EngineSampler:
         """How often one request is sent."""
         return min(MOST_ENGINES, len(self.engines.members))
 
+    def _can_serve(self) -> list[int]:
+        """Return the engines that may get requests."""
+        return [n for n in self.engines.numbers if self._serving is None or n in self._serving]
+
     def _serves(self) -> list[int]:
         """Return the engines that may get requests. Raises EngineUnreachable when there is none."""
-        found = [n for n in self.engines.numbers if self._serving is None or n in self._serving]
+        found = self._can_serve()
         if not found:
             client = self.engines.clients[0]
             raise EngineUnreachable(
@@ -350,6 +358,7 @@ class EngineSampler:
             if version is not None and version not in (self._versions or ()):
                 self._versions = (self._versions or set()) | {version}
                 self._homes.clear()  # with the old weights the engines' caches have gone
+            self._publishing = not watched
             if watched:
                 self._liveness.go_on()
             else:

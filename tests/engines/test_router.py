@@ -64,8 +64,6 @@ def test_what_goes_through_the_router_is_what_the_engine_gives(router: str, engi
         fleet = Fleet(SingleLayout(), pool, places, sampler, router=client)  # type: ignore[arg-type]
         with fleet.publication():
             assert pool.run(client.workers()) == {}, "no worker before its weights"
-            with pytest.raises(EngineUnreachable, match="no engine of the run serves"):
-                pool.run(sampler.sample(PROMPT, [1]))
             fleet.published("checkpoint")
         fleet.verified()
         assert list(pool.run(client.workers())) == [engine.url]

@@ -139,13 +139,17 @@ def a_run(*hosts: str, min_healthy: int = 1, silence_s: float = 0.0) -> Iterator
 def test_engines_serve_after_the_first_publication_and_not_before():
     with a_run("a:1", "b:1") as run:
         with run.fleet.publication():
-            with pytest.raises(EngineUnreachable, match="no engine of the run serves"):
-                run.asked()
+            waiting = run.pool.submit(run.sampler.sample(PROMPT, [0], priority=9))
+            time.sleep(0.2)
+            assert not waiting.done() and not [path for _, path, _ in run.servers.calls if path == "/generate"]
+            waiting.cancel()
             run.servers.publish(run.pool, "0")
             run.fleet.published("0")
-        with pytest.raises(EngineUnreachable, match="no engine of the run serves"):
-            run.asked()  # they have weights, but nobody has compared them with the trainer's
+        waiting = run.pool.submit(run.sampler.sample(PROMPT, [0], priority=9))
+        time.sleep(0.2)
+        assert not waiting.done(), "they have weights, but no rank has compared them with the trainer's"
         run.fleet.verified()
+        assert len(waiting.result(10)) == 1
         assert run.asked() == {"a:1", "b:1"} and run.states() == {0: "serving", 1: "serving"}
         assert run.noted[-1] == [(0, "serving"), (1, "serving")]
 
