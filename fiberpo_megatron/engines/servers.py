@@ -114,8 +114,8 @@ class StartedServers(Closeable):
 
     def _offer(self, number: int) -> Offer:
         process = self._processes[number]
-        if process is not None and (code := process.process.poll()) is not None:
-            self._again(number, f"its process ended with {exit_text(code)}")
+        if process is not None and process.process.poll() is not None:
+            self._again(number, "its process ended")
             process = self._processes[number]
         if process is None:
             return self._starting(number)
@@ -136,6 +136,8 @@ class StartedServers(Closeable):
     def _again(self, number: int, why: str) -> None:
         process, self._processes[number] = self._processes[number], None
         if process is not None:
+            if (code := process.process.poll()) is not None:
+                why = f"its process ended with {exit_text(code)}"
             stop_all([process])
         self._details[number] = why
         if self._generations[number] == self._config.restarts:

@@ -21,9 +21,9 @@ from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.engines.router import RouterClient
 from fiberpo_megatron.engines.servers import Offer
 from fiberpo_megatron.interfaces import Layout
+from fiberpo_megatron.printable import printable
 from fiberpo_megatron.telemetry.engine_states import State
 from fiberpo_megatron.together import together
-from fiberpo_megatron.user_warnings import on_console
 
 PROBE_S = 20.0
 """Seconds within which an engine answers before a publication, or is taken for lost."""
@@ -109,6 +109,8 @@ class Fleet:
         self.joining: set[int] = set()
         """Members of the pool that have not been verified since they joined; equal on every rank."""
         self._version: str | None = None
+        self._first: str | None = None
+        """The version that was published first, after which every engine serves without being mentioned."""
 
     @contextmanager
     def publication(self) -> Iterator[None]:
@@ -123,6 +125,7 @@ class Fleet:
     def published(self, version: str) -> None:
         """Note that all engines of the pool have weights `version`. Those that join do not serve yet."""
         self._version = version
+        self._first = self._first or version
         for number in self._pool.numbers:
             if (member := self.members.get(number)) is not None:
                 member.version = version
@@ -135,8 +138,11 @@ class Fleet:
             self._lose(number, "quarantined", why)
         self._serving.update(self.joining.difference(failed))
         self.joining.clear()
-        for number in self._serving if self._layout.rank == 0 else ():
-            self.members[number].now("serving")
+        for member in [self.members[number] for number in self._serving] if self._layout.rank == 0 else ():
+            if member.state != "serving" and (member.generation or self._version != self._first):
+                where = "" if member.address is None else f" ({member.address.url})"
+                _say(f"Engine {member.number}{where} holds weights {self._version}, was verified, and serves")
+            member.now("serving")
         self._require()
         self._serve()
         self._note()
@@ -280,7 +286,7 @@ class Fleet:
         """Bring an engine into a state in which it serves nothing, and say so."""
         if member.state != state and (why or member.generation >= 0):
             where = "" if member.address is None else f" ({member.address.url})"
-            on_console(f"engine {member.number}{where} is {state}: {why}; the run goes on without it")
+            _say(f"Engine {member.number}{where} is {state}: {why}; the run goes on without it")
         member.now(state, why)
 
     def _require(self) -> None:
@@ -315,6 +321,11 @@ class Fleet:
     def _note(self) -> None:
         if self._layout.rank == 0:
             self._changed(list(self.members.values()))
+
+
+def _say(text: str) -> None:
+    """Print a line for the person at the terminal; what ranks write to stderr is in files."""
+    print(printable(text, keep="\n\t"), flush=True)
 
 
 class FixedFleet:
