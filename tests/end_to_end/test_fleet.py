@@ -52,20 +52,24 @@ def test_a_run_loses_an_engine_and_gets_its_successor(
             assert time.monotonic() < deadline, f"{what}: {engines(folder)}"
             time.sleep(0.1)
 
-    wait_for("both engines serve", 2, 1, "serving", 0)
-    before = len(records(folder, "train"))
-    server(engines(folder)[1].address).kill()
-    wait_for("the other one goes on alone", before + 2, 1, "starting", 0)
-    assert fiberpo(["engines", str(folder)]) == 1
-    assert re.search(
-        r"engine 1: (its process ended with signal SIGKILL|the connection was lost)", capsys.readouterr().out
-    )
-    wait_for("its successor serves", before + 3, 1, "serving", 1)
-    joined = len(records(folder, "train"))
-    wait_for("the successor samples", joined + 2, 1, "serving", 1)
-    assert fiberpo(["engines", str(folder)]) == 0
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == STOPPED, (tmp_path / "log").read_text()
+    try:
+        wait_for("both engines serve", 2, 1, "serving", 0)
+        before = len(records(folder, "train"))
+        server(engines(folder)[1].address).kill()
+        wait_for("the other one goes on alone", before + 2, 1, "starting", 0)
+        assert fiberpo(["engines", str(folder)]) == 1
+        assert re.search(
+            r"engine 1: (its process ended with signal SIGKILL|the connection was lost)", capsys.readouterr().out
+        )
+        wait_for("its successor serves", before + 3, 1, "serving", 1)
+        joined = len(records(folder, "train"))
+        wait_for("the successor samples", joined + 2, 1, "serving", 1)
+        assert fiberpo(["engines", str(folder)]) == 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == STOPPED, (tmp_path / "log").read_text()
+    finally:
+        process.kill()  # its ranks and engines end with it
+        process.wait()
     told = (tmp_path / "log").read_text()
     assert re.search("Engine 1 .* is .*(SIGKILL|connection).*; the run goes on without it", told)
     assert re.search(r"Engine 1 \(http://\S+\) holds weights \d+, was verified, and serves", told)
