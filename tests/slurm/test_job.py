@@ -114,7 +114,7 @@ def test_a_job_that_is_stopped_and_requeued_ends_like_an_undisturbed_run(
         start_now(slurm, job)
     wait_for(lambda: slurm.state(job) == "COMPLETED", START_S, lambda: everything_said(folder))
     assert log.read_text().endswith("complete\n") and (folder / "slurm/complete").exists()
-    assert not processes_of(folder)
+    assert not processes_of(folder) and not list(folder.rglob("api_key"))
 
     undisturbed = tmp_path / "undisturbed"
     words = ["--rollout.engine.urls", f'["{engine.url}"]', *OPTIONS]
@@ -133,7 +133,7 @@ def check_engine(folder: Path, registered: Path, key: str) -> None:
     allowed = httpx.get(f"{server['url']}/model_info", headers={"Authorization": f"Bearer {key}"}, trust_env=False)
     assert allowed.status_code == 200
     said = [p for p in folder.rglob("*") if p.is_file() and key.encode() in p.read_bytes()]
-    assert not said, "the file with the key is deleted once all have read it"
+    assert said == [registered.with_name("api_key")], "further engines may join, until the run ends"
     for process in psutil.process_iter(["cmdline"]):
         assert key not in " ".join(process.info["cmdline"] or [])
 

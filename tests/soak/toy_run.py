@@ -113,7 +113,7 @@ def toy_config(folder: Path, model: Path, url: str, steps: int, **sections: dict
         "weight_sync": {"method": "disk", "verify_every": 5},
         "evaluation": {"prompts": 2, "every_steps": 50},
         "checkpoint": {"every_steps": 10, "keep": 2, "keep_best_metric": "eval/accuracy"},
-        "telemetry": {"rollout_steps_kept": 20},
+        "telemetry": {"rollout_steps_kept": 20, "trace_steps_kept": 20},
     }
     for name, values in sections.items():
         settings[name] = settings.get(name, {}) | values if isinstance(values, dict) else values

@@ -104,13 +104,13 @@ def test_a_response_across_two_publications_names_three_versions(method, engine,
         publisher(method, engine, checkpoint, tmp_path) as publishing,
     ):
         publishing.publish(Tensors(hugging_face_weights(models["first"])), "first")
-        running = pool.submit(pool.clients[0].generate([[3, 4, 5]] * 4, Sampling(400), seeds=range(4)))
+        running = pool.submit(pool.clients[0].generate([[3, 4, 5]] * 32, Sampling(400), seeds=range(32)))
         for version in ("second", "third"):
-            time.sleep(0.5)
+            time.sleep(0.4)
             publishing.publish(Tensors(hugging_face_weights(models[version])), version)
         completions = running.result(60)
-    longest = max(completions, key=lambda c: len(c.token_ids))
-    assert_spans(longest, models)
+    most = max(completions, key=lambda c: (len(c.weight_spans), len(c.token_ids)))
+    assert_spans(most, models)
 
 
 def test_the_segments_of_a_response_have_the_experts_of_the_weights_that_sampled_them(engine, checkpoint, tmp_path):
@@ -121,24 +121,24 @@ def test_the_segments_of_a_response_have_the_experts_of_the_weights_that_sampled
         publisher("disk", engine, checkpoint, tmp_path) as publishing,
     ):
         shape = RoutingShape(LAYERS, TOP_K, experts=4)
-        sampler = EngineSampler(pool, Sampling(400), max_concurrent=8, vocabulary=VOCABULARY, routing=shape)
+        sampler = EngineSampler(pool, Sampling(400), max_concurrent=64, vocabulary=VOCABULARY, routing=shape)
         publishing.publish(Tensors(hugging_face_weights(models["first"])), "first")
-        running = pool.submit(sampler.sample([3, 4, 5], range(4)))
+        running = pool.submit(sampler.sample([3, 4, 5], range(32)))
         for version in ("second", "third"):
-            time.sleep(0.5)
+            time.sleep(0.4)
             sampler.hold()
             sampler.cut_short(30)
             publishing.publish(Tensors(hugging_face_weights(models[version])), version)
             sampler.release()
         completions = running.result(60)
-    longest = max(completions, key=lambda c: len(c.token_ids))
-    assert_spans(longest, models)
-    tokens = [3, 4, 5, *longest.token_ids]
-    assert longest.routed_experts is not None and len(longest.routed_experts) == len(tokens) - 1
-    for span in longest.weight_spans:
+    most = max(completions, key=lambda c: (len(c.weight_spans), len(c.token_ids)))
+    assert_spans(most, models)
+    tokens = [3, 4, 5, *most.token_ids]
+    assert most.routed_experts is not None and len(most.routed_experts) == len(tokens) - 1
+    for span in most.weight_spans:
         # what sampled a token at position p had read position p - 1; the first span has the prompt as well
         begin, end = (span.start + 2 if span.start else 0), span.end + 2
-        ours = np.sort(longest.routed_experts[begin:end], -1)
+        ours = np.sort(most.routed_experts[begin:end], -1)
         theirs = np.sort(chosen_experts(models[span.version], tokens)[begin:end], -1)
         assert (ours == theirs).all(-1).mean() > 0.99  # an exact tie of two router scores may fall either way
 
