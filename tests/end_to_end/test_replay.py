@@ -22,7 +22,8 @@ FILTER = ["--batch.filter.on", "reward", "--batch.filter.oversample", "1.1", "--
 FILTER += ["--batch.samples_per_prompt", "3"]  # with coins for rewards a quarter of the groups do not differ
 OF_THE_MACHINE = (
     *("seconds/", "tokens_per_second", "tflops_per_gpu/", "mfu/", "gate/time_share", "gate/reduce_share", "idle_share"),
-    *("gpu/", "memory/", "disk/", "energy/", "slowest/", "engines/", "goodput", "restart/", "idle/", "requests/", "rollout/"),
+    *("gpu/", "memory/", "disk/", "energy/", "slowest/", "engines/", "goodput", "restart/", "idle/"),
+    *("requests/", "rollout/"),
 )
 """Metrics of time and machines, which differ between runs that learn the same."""
 COUNTED = ("dropped_groups", "refilled_groups", "aborted_groups")

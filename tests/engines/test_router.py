@@ -1,6 +1,8 @@
 """Requests for tokens through a real sglang-router."""
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,7 +49,7 @@ def router(tmp_path: Path) -> Iterator[str]:
                 time.sleep(0.1)
         yield url
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # the router is a child of what was started
         process.wait()
 
 
