@@ -116,6 +116,7 @@ def test_every_layout_with_branches(name: str):
     assert_parity(objective, budget, branches=True, **LAYOUTS[name])
 
 
+@pytest.mark.exhaustive
 def test_as_a_command():
     command = [
         sys.executable,

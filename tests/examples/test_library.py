@@ -19,6 +19,7 @@ def test_it_is_short():
 @pytest.mark.sglang
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.exhaustive
 def test_it_trains_on_two_ranks(model: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     options = ["--trainer.steps", "2", "--batch.prompts", "4", "--batch.epochs", "1", "--evaluation.prompts", "4"]
