@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient
-from fiberpo_megatron.engines.errors import EngineError, EngineRefused, EngineTimeout, EngineUnreachable
+from fiberpo_megatron.engines.errors import EngineError, EngineTimeout, EngineUnreachable
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.engines.router import RouterClient
 from fiberpo_megatron.engines.servers import Offer
@@ -149,12 +149,15 @@ class Fleet:
 
     def goes_on_without(self, error: BaseException) -> bool:
         """Return whether a publication that has failed with `error` on this rank may be repeated, because rank 0 lost
-        an engine that it published to. That engine is no member any more. Every rank calls it."""
+        an engine that it published to. That engine is no member any more, and joins at the next publication if it
+        answers by then: what it holds is not known. Every rank calls it."""
         silent: dict[int, str] = {}
         with together(self._layout, "looking for engines that do not answer"):
             if self._layout.rank == 0 and isinstance(error, EngineUnreachable | EngineTimeout):
                 answers = self._probe({n: client.address for n, client in self._pool.members.items()})
                 silent = {number: found[1] for number, found in answers.items() if found is not None}
+                if not silent and isinstance(error, EngineUnreachable) and len(answers) > self._min_healthy:
+                    silent = {n: error.what for n, client in self._pool.members.items() if client.url == error.url}
         lost = self._of_rank_0(silent)
         for number, why in lost.items():
             self._lose(number, "not answering", why)
@@ -218,13 +221,15 @@ class Fleet:
             and member.state not in ("quarantined", "left")
         }
         listed: dict[int, tuple[str, str | None, str | None]] = {}
-        for number, found in self._probe(asked).items():
+        answers = self._probe(asked)
+        again = self._started_again([number for number, found in answers.items() if found is None])
+        for number, found in answers.items():
             member = self.members[number]
             if found is not None:
                 self._tell(member, *found)
                 places.replace(member.place, member.offered, found[1])
                 continue
-            if member.state not in ("serving", "joining"):
+            if member.state not in ("serving", "joining") or number in again:
                 member.generation += 1
                 member.now("joining")
             assert member.address is not None
@@ -269,6 +274,23 @@ class Fleet:
             return await asyncio.gather(*(ask(number, address) for number, address in addresses.items()))
 
         return dict(zip(addresses, self._pool.run(ask_all()), strict=True))
+
+    def _started_again(self, numbers: Sequence[int]) -> set[int]:
+        """Return which of these engines serve, but no longer report the weights that they got last: another process is
+        at their address, and has to be verified like any that joins."""
+
+        async def other_weights(number: int) -> bool:
+            try:
+                info = await self._pool.members[number].model_info(PROBE_S)
+            except EngineError:
+                return False  # the publication that follows says more
+            return info.weight_version != self.members[number].version
+
+        async def ask_all(serving: Sequence[int]) -> list[bool]:
+            return await asyncio.gather(*map(other_weights, serving))
+
+        serving = [number for number in numbers if self.members[number].state == "serving"]
+        return {number for number, other in zip(serving, self._pool.run(ask_all(serving)), strict=True) if other}
 
     def _lose(self, number: int, state: State, why: str) -> None:
         """Take an engine out, on every rank."""
@@ -354,7 +376,9 @@ async def _fault(client: EngineClient) -> tuple[State, str] | None:
     """Return why an engine that wants to join must not sample; None when it may."""
     try:
         await client.check_preferences()
-    except EngineRefused as error:
+    except (EngineUnreachable, EngineTimeout) as error:
+        return "not answering", error.what
+    except EngineError as error:
         return "quarantined", error.what
     return None
 

@@ -213,7 +213,7 @@ class EngineSampler:
                 except FAILURES as error:
                     failures.append(error)
                     self._failed_at[engine] = asyncio.get_running_loop().time()
-                    if len(failures) >= self._most_tries:
+                    if len(failures) >= self._most_tries(tried):
                         for other in failures[:-1]:
                             error.add_note(f"It was asked at {other.url} before: {other.what}")
                         raise
@@ -252,10 +252,12 @@ class EngineSampler:
             self._homes.popitem(last=False)
         return home
 
-    @property
-    def _most_tries(self) -> int:
-        """How often one request is sent."""
-        return min(MOST_ENGINES, len(self.engines.members))
+    def _most_tries(self, tried: Collection[int]) -> int:
+        """Return how often a request may be sent that has failed at the engines `tried`: once for each engine, and more
+        often while one serves that it was not sent to, because those that failed may be no members any more."""
+        serving = self._can_serve()
+        others = not set(serving) <= set(tried) or (self._publishing and not serving)
+        return MOST_ENGINES if others and self._router is None else min(MOST_ENGINES, len(self.engines.members))
 
     def _can_serve(self) -> list[int]:
         """Return the engines that may get requests."""

@@ -17,7 +17,6 @@ from fiberpo_megatron.data.prompts import Place, PromptSets
 from fiberpo_megatron.engines.answers import RoutingShape
 from fiberpo_megatron.engines.api_key import new_key, read_key
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
-from fiberpo_megatron.engines.connection import CONTROL_TIMEOUT_S
 from fiberpo_megatron.engines.errors import EngineError
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.engines.process import check_reachable
@@ -41,7 +40,7 @@ from fiberpo_megatron.rollout.tickets import Tickets
 from fiberpo_megatron.sources.device_sharing import SeparateDevices, SharedDevices
 from fiberpo_megatron.sources.engine import EngineSource, unwatched
 from fiberpo_megatron.sources.engine_watch import EngineWatch
-from fiberpo_megatron.sources.handover import AllEnded, CutShort, GoesOn, Handover
+from fiberpo_megatron.sources.handover import CUT_S, AllEnded, CutShort, GoesOn, Handover
 from fiberpo_megatron.sources.replay import ReplaySource
 from fiberpo_megatron.sources.step_traces import StepTraces
 from fiberpo_megatron.sources.stored import StoredRollouts
@@ -179,7 +178,7 @@ def _handover(parts: SourceParts, sampler: EngineSampler, supply: Supply) -> Han
         parts.layout,
         sampler if parts.environments is not None else None,
         lambda: supply.unfinished,
-        CONTROL_TIMEOUT_S,
+        CUT_S,
         shared=rollout.engine.colocated,
     )
 

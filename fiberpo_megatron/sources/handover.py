@@ -4,10 +4,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, Protocol
 
+from fiberpo_megatron.engines.connection import CONTROL_TIMEOUT_S
 from fiberpo_megatron.interfaces import Layout
 from fiberpo_megatron.together import together
 
 Partial = Literal["drain", "retract", "segment"]
+CUT_S = 2 * CONTROL_TIMEOUT_S
+"""Seconds within which what is cut short comes back. An engine that does not even answer the abort is given up
+before."""
 
 
 class Traffic(Protocol):

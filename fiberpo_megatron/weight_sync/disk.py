@@ -85,6 +85,7 @@ class DiskPublisher(RoundPublisher):
             self._make_room(folder)
             folder.mkdir(parents=True)
             (folder / MARKER).write_text(self._run)  # before anything else, so that a resumed run knows its folder
+            durable.sync_tree(folder)
             (folder / ROUNDS).mkdir()
             copy_configuration(self.context.model, folder)
 
@@ -167,7 +168,8 @@ class DiskPublisher(RoundPublisher):
     def _make_room(self, folder: Path) -> None:
         if not folder.exists():
             return
-        empty = folder.is_dir() and not any(folder.iterdir())  # making or removing it was cut short
+        # with nothing but its marker, making or removing it was cut short, and the marker may be torn
+        empty = folder.is_dir() and all(path.name == MARKER for path in folder.iterdir())
         if not empty and not self._is_ours(folder):
             raise FileExistsError(f"{folder} was not published by this run; change weight_sync.folder")
         remove(folder)
@@ -192,6 +194,7 @@ def remove(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name != MARKER:
             path.unlink()
+    durable.sync(folder)
     (folder / MARKER).unlink(missing_ok=True)
     folder.rmdir()
 

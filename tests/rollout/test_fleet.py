@@ -14,7 +14,9 @@ import httpx
 import numpy as np
 import pytest
 
+from fiberpo_megatron.engines import client as client_module
 from fiberpo_megatron.engines.client import EngineAddress, Sampling
+from fiberpo_megatron.engines.connection import CONTROL_TIMEOUT_S
 from fiberpo_megatron.engines.errors import EngineTimeout, EngineUnreachable
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.engines.servers import Offer, StartedServers, make_servers
@@ -22,6 +24,7 @@ from fiberpo_megatron.engines.settings import EngineConfig
 from fiberpo_megatron.rollout import fleet as fleet_module
 from fiberpo_megatron.rollout.fleet import Fleet, Member, TooFewEngines
 from fiberpo_megatron.rollout.sampler import EngineSampler
+from fiberpo_megatron.sources.handover import CUT_S
 from tests.engines.fake_server import FakeServers, response
 from tests.trainer.toy import SingleLayout
 
@@ -190,6 +193,90 @@ def test_an_error_of_a_publication_that_no_engine_explains_is_raised():
         assert not run.fleet.goes_on_without(EngineTimeout("http://a:1", "was not complete in time", "Look"))
         assert not run.fleet.goes_on_without(ValueError("no weights"))
         assert run.states() == {0: "serving", 1: "serving"}
+
+
+def test_an_engine_whose_connection_is_lost_in_a_publication_joins_at_the_next_one():
+    """It answers again, but what it holds is not known: another process may be at its address."""
+    with a_run("a:1", "b:1") as run:
+        run.publish("0")
+        lost = [EngineUnreachable("http://b:1", "the connection was lost", "See its log")]
+        publish = run.servers.publish
+
+        def fails_once(pool: EnginePool, version: str) -> None:
+            if lost:
+                raise lost.pop()
+            publish(pool, version)
+
+        run.servers.publish = fails_once  # type: ignore[method-assign]
+        run.publish("1")
+        assert run.states() == {0: "serving", 1: "not answering"} and run.asked() == {"a:1"}
+        run.publish("2")
+        assert run.states() == {0: "serving", 1: "serving"} and run.fleet.members[1].generation == 1
+    with a_run("a:1") as run:
+        run.publish("0")
+        assert not run.fleet.goes_on_without(EngineUnreachable("http://a:1", "the connection was lost", "See its log"))
+
+
+def test_a_server_that_was_started_again_unseen_is_verified_like_one_that_joins():
+    """It gets the weights with the publication, and requests once it has been compared with the trainer."""
+    with a_run("a:1", "b:1") as run:
+        run.publish("0")
+        run.servers.start_again("b:1")
+        with run.fleet.publication():
+            assert run.states() == {0: "serving", 1: "joining"}
+            run.servers.publish(run.pool, "1")
+            run.fleet.published("1")
+        assert run.asked() == {"a:1"}
+        run.fleet.verified({1: "it computes something else"})
+        assert run.states() == {0: "serving", 1: "quarantined"} and run.asked() == {"a:1"}
+
+
+def test_a_server_that_dies_while_it_is_asked_about_itself_does_not_end_the_run():
+    with a_run("a:1", "b:1") as run:
+        run.publish("0")
+        run.places.found["2"] = Offer("2", EngineAddress("http://c:1"))
+
+        def dies(host: str, body: Any) -> Any:
+            raise httpx.ReadError("connection reset")
+
+        run.servers.rules["/server_info"] = dies
+        run.publish("1")
+        assert run.states() == {0: "serving", 1: "serving", 2: "not answering"}
+
+
+def test_an_engine_that_hangs_is_given_up_before_the_deadline_of_a_cut(monkeypatch: pytest.MonkeyPatch):
+    """It answers no abort either. Its requests are asked elsewhere once they are sent again."""
+    monkeypatch.setattr(client_module, "CONTROL_TIMEOUT_S", 0.3)
+    with a_run("a:1", "b:1") as run:
+        run.publish("0")
+        run.servers.hanging.add("b:1")
+
+        async def ask() -> list[Any]:
+            return await asyncio.gather(*(run.sampler.sample(PROMPT, [g], priority=g) for g in range(1, 7)))
+
+        asked = run.pool.submit(ask())
+        while ("b:1", "/generate", None) not in run.servers.calls:
+            time.sleep(0.01)
+        run.sampler.hold()
+        run.sampler.cut_short(0.3 * CUT_S / CONTROL_TIMEOUT_S)
+        run.sampler.release()
+        assert len(asked.result(10)) == 6
+
+
+def test_a_request_in_flight_to_an_engine_that_leaves_is_asked_at_the_only_one_that_stays():
+    with a_run("a:1", "b:1") as run:
+        run.publish("0")
+        run.servers.hanging.add("b:1")
+
+        async def ask() -> list[Any]:
+            return await asyncio.gather(*(run.sampler.sample(PROMPT, [g], priority=g) for g in range(1, 7)))
+
+        asked = run.pool.submit(ask())
+        while ("b:1", "/generate", None) not in run.servers.calls:
+            time.sleep(0.01)
+        run.places.found["1"] = Offer("1", None, 1, "its process ended", starting=True)
+        run.publish("1")
+        assert run.pool.numbers == [0] and len(asked.result(10)) == 6
 
 
 def test_below_min_healthy_the_run_stops_and_says_who_is_missing():
