@@ -169,7 +169,8 @@ class DiskPublisher(RoundPublisher):
         if not folder.exists():
             return
         # with nothing but its marker, making or removing it was cut short, and the marker may be torn
-        empty = folder.is_dir() and all(path.name == MARKER for path in folder.iterdir())
+        own = folder.is_dir() and not folder.is_symlink()
+        empty = own and all(path.name == MARKER for path in folder.iterdir())
         if not empty and not self._is_ours(folder):
             raise FileExistsError(f"{folder} was not published by this run; change weight_sync.folder")
         remove(folder)
