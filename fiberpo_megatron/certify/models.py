@@ -32,10 +32,10 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "model_type": "deepseek_v3",
         "num_key_value_heads": 8,
         "q_lora_rank": 32,
-        "kv_lora_rank": 24,
-        "qk_nope_head_dim": 16,
+        "kv_lora_rank": 40,
+        "qk_nope_head_dim": 24,
         "qk_rope_head_dim": 8,
-        "v_head_dim": 12,
+        "v_head_dim": 16,
         "moe_intermediate_size": 32,
         "n_routed_experts": 8,
         "n_shared_experts": 1,
@@ -47,7 +47,8 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "num_nextn_predict_layers": 0,
     },
 }
-"""Small models of three kinds, as the contents of config.json."""
+"""Small models of three kinds, as the contents of config.json. Heads have multiples of 8 elements, because cuDNN's fused
+attention takes no others, and on a GPU context parallelism has no other attention."""
 
 _SMALL: Mapping[str, Any] = {
     "vocab_size": 64,
@@ -66,10 +67,10 @@ _SMALL: Mapping[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
     "q_lora_rank": 32,
-    "kv_lora_rank": 24,
-    "qk_nope_head_dim": 16,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 24,
     "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
+    "v_head_dim": 16,
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 0,
 }

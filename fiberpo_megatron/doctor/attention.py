@@ -17,7 +17,7 @@ from typing import Any
 
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.doctor.report import Finding
-from fiberpo_megatron.mcore.cudnn import cudnn_folders, cudnn_versions, one_cudnn
+from fiberpo_megatron.mcore.cudnn import cudnn_folders, cudnn_versions, one_cudnn, prefer_torch_cudnn
 from fiberpo_megatron.printable import printable
 from fiberpo_megatron.subprocesses import without_launcher
 
@@ -149,6 +149,7 @@ def attempt(shape: Shape) -> Answer:
     answer, reasons = Answer(), _Reasons()
     logger = logging.getLogger("DotProductAttention")
     logger.addHandler(reasons)
+    prefer_torch_cudnn(os.environ)
     try:
         import transformer_engine.pytorch  # noqa: F401
 

@@ -2,12 +2,14 @@
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+_PLACES = ("CUDNN_HOME", "CUDNN_PATH")
+"""Variables by which Transformer Engine finds cuDNN before it looks elsewhere."""
 _LIBRARY = re.compile(r"(/\S*/libcudnn[^/\s]*\.so[^/\s]*)")
 
 
@@ -55,11 +57,27 @@ def cudnn_folders(maps: Path = Path("/proc/self/maps")) -> list[str]:
     return list(dict.fromkeys(str(Path(match[1]).parent) for match in found if match))
 
 
-def one_cudnn(path: Iterable[str] = ()) -> str:
-    """Return how to have one cuDNN. `path`: where packages are looked for, `sys.path` unless it is given."""
-    folders = (Path(entry) / "nvidia/cudnn/lib" for entry in path or sys.path)
-    own = next((str(folder) for folder in folders if folder.is_dir()), "the folder nvidia/cudnn/lib beside torch")
-    return (
-        f"let both load one libcudnn.so.9: put {own} (torch's own) before all others in LD_LIBRARY_PATH, or remove the "
-        "other cuDNN"
-    )
+def torch_cudnn() -> Path | None:
+    """Return the folder of the cuDNN package that torch was installed with; None where torch takes another one."""
+    folder = Path(torch.__file__).parent.parent / "nvidia/cudnn"
+    return folder if any(folder.glob("lib/libcudnn.so*")) else None
+
+
+def prefer_torch_cudnn(environment: MutableMapping[str, str]) -> None:
+    """Have Transformer Engine load the cuDNN that torch loads; it must run before Transformer Engine is imported.
+
+    Transformer Engine looks in CUDNN_HOME, CUDNN_PATH and the CUDA toolkit, then for the name `libcudnn.so`. Torch's
+    package has `libcudnn.so.9` alone, so that a cuDNN of the system is found instead of it, whatever LD_LIBRARY_PATH
+    says. Where the user has set one of the two variables, it stays.
+    """
+    folder = torch_cudnn()
+    if folder is not None and not any(environment.get(name) for name in _PLACES):
+        environment["CUDNN_HOME"] = str(folder)
+
+
+def one_cudnn() -> str:
+    """Return how to have one cuDNN."""
+    folder = torch_cudnn()
+    if folder is None:
+        return "let both load one libcudnn.so.9: set CUDNN_HOME to the folder of the one that torch loads"
+    return f"let both load one libcudnn.so.9: set CUDNN_HOME={folder} (torch's own), or remove the other cuDNN"

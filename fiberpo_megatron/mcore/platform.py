@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fiberpo_megatron.mcore.cudnn import prefer_torch_cudnn
 from fiberpo_megatron.subprocesses import set_gpu_variables
 
 
@@ -56,6 +57,7 @@ _HARMLESS_WARNINGS = (
 def prepare() -> None:
     """Set what must be set before Megatron-Core is first imported."""
     set_gpu_variables(os.environ)  # a rank has done so already; a program that uses this package may not have
+    prefer_torch_cudnn(os.environ)
     for message in _HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     if not torch.cuda.is_available():

@@ -48,7 +48,7 @@ def test_one_cudnn_and_the_fused_attention_pass(installed):
 
 def test_two_versions_of_cudnn_fail_with_their_folders(installed):
     finding = found(TWO)["cuDNN"]
-    assert finding.status == "fail" and "LD_LIBRARY_PATH" in finding.fix
+    assert finding.status == "fail" and "CUDNN_HOME" in finding.fix
     for text in ("torch runs 9.19.0", "Transformer Engine 9.14.0", "/image/lib, /venv/nvidia/cudnn/lib"):
         assert text in finding.seen
 
@@ -152,7 +152,7 @@ def test_a_rank_refuses_two_versions_of_cudnn_before_it_builds_anything(monkeypa
     two_versions(monkeypatch, (9, 19, 0))
     assert GpuPlatform().name == "gpu"
     two_versions(monkeypatch, (9, 14, 0))
-    with pytest.raises(ValueError, match=r"torch runs cuDNN 9.19.0, Transformer Engine 9.14.0; .*LD_LIBRARY_PATH"):
+    with pytest.raises(ValueError, match=r"torch runs cuDNN 9.19.0, Transformer Engine 9.14.0; .*CUDNN_HOME"):
         GpuPlatform()
 
 
@@ -167,5 +167,20 @@ def test_versions_and_folders_are_read(tmp_path: Path, monkeypatch: pytest.Monke
     )
     assert cudnn.cudnn_folders(maps) == ["/venv/nvidia/cudnn/lib", "/usr/lib"]
     assert cudnn.cudnn_folders(tmp_path / "none") == []
-    (tmp_path / "nvidia/cudnn/lib").mkdir(parents=True)
-    assert f"put {tmp_path}/nvidia/cudnn/lib" in cudnn.one_cudnn([str(tmp_path)])
+
+
+def test_transformer_engine_is_given_the_cudnn_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch/__init__.py"))
+    variables: dict[str, str] = {}
+    cudnn.prefer_torch_cudnn(variables)
+    assert not variables and "CUDNN_HOME" in cudnn.one_cudnn(), "torch has no package of its own"
+    library = tmp_path / "nvidia/cudnn/lib/libcudnn.so.9"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    cudnn.prefer_torch_cudnn(variables)
+    assert variables == {"CUDNN_HOME": str(tmp_path / "nvidia/cudnn")}
+    assert f"CUDNN_HOME={tmp_path}/nvidia/cudnn" in cudnn.one_cudnn()
+    for name in ("CUDNN_HOME", "CUDNN_PATH"):
+        variables = {name: "/theirs"}
+        cudnn.prefer_torch_cudnn(variables)
+        assert variables == {name: "/theirs"}

@@ -8,10 +8,12 @@ import torch
 from tests.gpu.alone import alone
 from tests.gpu.waits import counted_waits
 from tests.gpu_ready.strict_run import Steps, train
-from tests.gpu_ready.test_devices import OF_THE_OBJECTIVE, PER_LAYER, PER_MICRO_BATCH, PER_STEP
+from tests.gpu_ready.test_devices import PER_LAYER, PER_MICRO_BATCH, PER_STEP
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
+OF_THE_OBJECTIVE = ("fibration/", "kernels/")
+"""Folders of the objective's source."""
 PER_GATE = 2
 """Most waits of one call of the objective in its kernels."""
 

@@ -43,11 +43,14 @@ class Steps:
     parallel: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the config's [model]."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Values in place of those of config.json; what the model does not have is left out."""
 
     @property
     def hf_config(self) -> dict[str, Any]:
         """Contents of config.json."""
-        return {**MODELS[self.model], "num_hidden_layers": self.layers}
+        model = MODELS[self.model]
+        return {**model, **{k: v for k, v in self.sizes.items() if k in model}, "num_hidden_layers": self.layers}
 
     @property
     def config(self) -> Any:
