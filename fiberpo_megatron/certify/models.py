@@ -47,8 +47,8 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "num_nextn_predict_layers": 0,
     },
 }
-"""Small models of three kinds, as the contents of config.json. Heads have multiples of 8 elements, because cuDNN's fused
-attention takes no others, and on a GPU context parallelism has no other attention."""
+"""Small models of three kinds, as the contents of config.json. Heads have multiples of 8 elements, because cuDNN's
+fused attention takes no others, and on a GPU context parallelism has no other attention."""
 
 _SMALL: Mapping[str, Any] = {
     "vocab_size": 64,

@@ -57,10 +57,16 @@ def cudnn_folders(maps: Path = Path("/proc/self/maps")) -> list[str]:
     return list(dict.fromkeys(str(Path(match[1]).parent) for match in found if match))
 
 
-def torch_cudnn() -> Path | None:
-    """Return the folder of the cuDNN package that torch was installed with; None where torch takes another one."""
-    folder = Path(torch.__file__).parent.parent / "nvidia/cudnn"
-    return folder if any(folder.glob("lib/libcudnn.so*")) else None
+def torch_cudnn(maps: Path = Path("/proc/self/maps")) -> Path | None:
+    """Return the folder of the cuDNN that torch has loaded, or of the package that it was installed with.
+
+    It is None for a torch without cuDNN. Once Transformer Engine has loaded a second one, it is the package.
+    """
+    loaded = cudnn_folders(maps)
+    if len(loaded) == 1:
+        return Path(loaded[0])
+    folder = Path(torch.__file__).parent.parent / "nvidia/cudnn/lib"
+    return folder if any(folder.glob("libcudnn.so*")) else None
 
 
 def prefer_torch_cudnn(environment: MutableMapping[str, str]) -> None:

@@ -83,8 +83,8 @@ def _read_before(common: dict[str, Any]) -> Any:
 def set_grouped_layers(layer_spec: Any) -> None:
     """Put layers of grouped products that can be saved after FP8 into the specification of a layer with experts.
 
-    Of the recipes whose scales come from the tensor itself (all but "delayed") newer versions of Transformer Engine,
-    such as 2.20.2, give an empty tensor as the state. 0.16.1 takes a state with content for granted once FP8 has run,
+    Newer versions of Transformer Engine, such as 2.20.2, give an empty tensor as the state of recipes whose scales come
+    from the tensor itself. 0.16.1 takes a state with content for granted once FP8 has run,
     and fails with "'NoneType' object is not subscriptable".
     """
     layers = _experts(layer_spec).experts.submodules

@@ -4,7 +4,7 @@ import importlib.util
 
 import torch
 
-_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+_CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 """Compute capability of the first GPUs that have a recipe: Ada, Hopper, Blackwell."""
 
 

@@ -14,12 +14,6 @@ def check_reference(config: Config) -> None:
     kl, model = config.algorithm.kl, config.model
     if kl.coefficient == 0 or kl.servers is not None:
         return
-    if model.fp8 != "none" and model.fp8_recipe == "delayed":
-        raise ConfigError(
-            f'algorithm.kl.coefficient = {kl.coefficient} with model.fp8_recipe = "delayed": the scales of delayed '
-            "scaling come from earlier passes, and the reference's pass would move those of the policy; set "
-            'model.fp8_recipe = "tensorwise", or give the reference servers (algorithm.kl.servers)'
-        )
     if kl.reference is not None:
         _check_folder(kl.reference, read_architecture(read_hf_config(model.path, model.family)))
 

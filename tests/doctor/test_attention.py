@@ -178,8 +178,12 @@ def test_transformer_engine_is_given_the_cudnn_of_torch(tmp_path: Path, monkeypa
     library.parent.mkdir(parents=True)
     library.touch()
     cudnn.prefer_torch_cudnn(variables)
-    assert variables == {"CUDNN_HOME": str(tmp_path / "nvidia/cudnn")}
-    assert f"CUDNN_HOME={tmp_path}/nvidia/cudnn" in cudnn.one_cudnn()
+    assert variables == {"CUDNN_HOME": str(library.parent)}
+    assert f"CUDNN_HOME={library.parent}" in cudnn.one_cudnn()
+    maps = tmp_path / "maps"
+    for loaded, wanted in (["/usr/lib"], Path("/usr/lib")), (["/usr/lib", "/opt/lib"], library.parent):
+        maps.write_text("".join(f"7f00-7f01 r-xp 00000000 08:01 1  {folder}/libcudnn.so.9\n" for folder in loaded))
+        assert cudnn.torch_cudnn(maps) == wanted, "the one that torch has loaded is torch's"
     for name in ("CUDNN_HOME", "CUDNN_PATH"):
         variables = {name: "/theirs"}
         cudnn.prefer_torch_cudnn(variables)

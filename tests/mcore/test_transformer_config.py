@@ -35,6 +35,10 @@ def test_fp8(monkeypatch: pytest.MonkeyPatch):
 def test_fp8_needs_bfloat16():
     with pytest.raises(ValidationError, match='model.fp8 = "e4m3" with model.dtype = "float32"'):
         ModelConfig.model_validate({"path": "unused", "fp8": "e4m3", "dtype": "float32"})
+    with pytest.raises(
+        ValidationError, match='fp8_recipe\n.*delayed scaling come from earlier passes.*set "tensorwise" or'
+    ):
+        ModelConfig.model_validate({"path": "unused", "fp8_recipe": "delayed"})
 
 
 @pytest.mark.parametrize(

@@ -209,8 +209,7 @@ class _Planner(MCoreLoadPlanner):
 def _without_pickle(state: Any) -> Any:
     """Return an empty state in place of Transformer Engine's FP8 state, which is a pickle inside a tensor.
 
-    Transformer Engine would unpickle it. It holds the recipe, which the run's config gives as well, and the amax
-    history and scales of the recipe "delayed", which therefore begin anew.
+    Transformer Engine would unpickle it. What it holds, the recipe, the run's config gives as well.
     """
     return torch.empty(0, dtype=torch.uint8) if isinstance(state, Tensor) and state.numel() else state
 
