@@ -265,7 +265,7 @@ def report(found: dict[str, Any]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure, and print the figures; return 2 on a machine with a single core."""
+    """Measure and print the figures. The result is 2 on a machine with a single core."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = {
         "prompts": (8, "prompts of a step, 8 responses each"),
