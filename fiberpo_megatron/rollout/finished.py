@@ -15,10 +15,10 @@ import json
 import logging
 import os
 import struct
+import threading
 import zlib
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from itertools import count
 from pathlib import Path
@@ -65,7 +65,8 @@ class FinishedGroups(UserDict[int, RolloutGroup], Closeable):
     It implements `Segments` as well, with the segments of groups that have not ended.
 
     `mine`: indices to read. `usable`: whether groups of that origin may stand beside those that `origin` describes.
-    A damaged file is used up to the damage. Close it when the step's groups are complete (`with`).
+    A damaged file is used up to the damage. Close it when the step's groups are complete (`with`), in any thread,
+    whatever another one writes at that moment.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class FinishedGroups(UserDict[int, RolloutGroup], Closeable):
     ) -> None:
         super().__init__()
         self._folder, self._origin, self._rank = folder, origin, rank
+        self._writing, self._closed = threading.Lock(), False
         self._file: IO[bytes] | None = None
         self._dirty: asyncio.TimerHandle | None = None
         self._segments: dict[bytes, dict[int, tuple[Path, _Record]]] = {}
@@ -130,30 +132,31 @@ class FinishedGroups(UserDict[int, RolloutGroup], Closeable):
             self._segments.setdefault(place.key, {})[place.begin] = Path(file.name), record
 
     def _keep(self, kind: int, payload: bytes) -> None:
-        try:
-            if self._file is None:
-                self._file = self._new_file()
-                self._append(_ORIGIN, json.dumps(asdict(self._origin)).encode())
-            self._append(kind, payload)
-            self._sync_soon()
-        except OSError as error:
-            file, self._file = self._file, None
-            if file is not None:
-                with suppress(OSError):  # closing tries to write the rest once more
-                    file.close()
-            raise OSError(
-                error.errno,
-                f"keeping a finished rollout for a resume failed ({error.strerror}); make room, or set "
-                "storage.unfinished = false",
-                str(self._folder),
-            ) from error
+        with self._writing:
+            if self._closed:  # a request that was no longer wanted has ended all the same
+                return
+            try:
+                if self._file is None:
+                    self._file = self._new_file()
+                    self._append(_ORIGIN, json.dumps(asdict(self._origin)).encode())
+                self._append(kind, payload)
+                self._sync_soon()
+            except OSError as error:
+                file, self._file = self._file, None
+                if file is not None:
+                    _end(file, file.name)
+                raise OSError(
+                    error.errno,
+                    f"keeping a finished rollout for a resume failed ({error.strerror}); make room, or set "
+                    "storage.unfinished = false",
+                    str(self._folder),
+                ) from error
 
     def _sync_soon(self) -> None:
-        """Have what was written on the disk within `SYNC_S`; at once where no event loop runs."""
+        """Have what was written on the disk within `SYNC_S`; where no event loop runs, when the file is closed."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            self._sync()
             return
         if self._dirty is None:
             self._dirty = loop.call_later(SYNC_S, self._begin_sync, loop)
@@ -161,18 +164,23 @@ class FinishedGroups(UserDict[int, RolloutGroup], Closeable):
     def _begin_sync(self, loop: asyncio.AbstractEventLoop) -> None:
         """Sync beside the event loop, which a slow disk must not hold up."""
         self._dirty = None
-        if self._file is not None:
-            loop.run_in_executor(None, _sync_copy, os.dup(self._file.fileno()), self._file.name)
-
-    def _sync(self) -> None:
-        assert self._file is not None
-        durable.sync_handle(self._file.fileno(), Path(self._file.name))
+        with self._writing:
+            if self._file is None:  # closing has synced it
+                return
+            copy, name = (
+                os.fdopen(os.dup(self._file.fileno()), "rb"),
+                self._file.name,
+            )  # the file may be closed meanwhile
+        loop.run_in_executor(None, _end, copy, name)
 
     def close(self) -> None:
-        """Close this rank's file; idempotent."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close this rank's file; idempotent. What was kept is on the disk then, or a warning says that it may not be;
+        nothing more is kept."""
+        with self._writing:
+            self._closed = True
+            file, self._file = self._file, None
+        if file is not None:
+            _end(file, file.name)  # the sync that is due comes too late for a process that ends
 
     def _new_file(self) -> IO[bytes]:
         """Never one that an earlier start wrote: its end may be torn."""
@@ -192,14 +200,13 @@ class FinishedGroups(UserDict[int, RolloutGroup], Closeable):
         self._file.flush()
 
 
-def _sync_copy(handle: int, name: str) -> None:
-    """Sync a file by a handle of its own, and close that: the file itself may be closed meanwhile."""
+def _end(file: IO[bytes], name: str) -> None:
+    """Sync an open file and close it. A failure ends no run: only after the loss of a machine is it missed."""
     try:
-        durable.sync_handle(handle, Path(name))
+        with file:
+            durable.sync_handle(file.fileno(), Path(name))
     except OSError as error:
         _log.warning("%s is perhaps not on the disk: %s", name, error.strerror)
-    finally:
-        os.close(handle)
 
 
 def origins(folder: Path) -> Iterator[Origin]:

@@ -150,7 +150,7 @@ class Fleet:
     def goes_on_without(self, error: BaseException) -> bool:
         """Return whether a publication that has failed with `error` on this rank may be repeated, because rank 0 lost
         an engine that it published to. That engine is no member any more, and joins at the next publication if it
-        answers by then: what it holds is not known. Every rank calls it."""
+        answers by then: what it holds is not known. The others serve once they are verified. Every rank calls it."""
         silent: dict[int, str] = {}
         with together(self._layout, "looking for engines that do not answer"):
             if self._layout.rank == 0 and isinstance(error, EngineUnreachable | EngineTimeout):
@@ -162,6 +162,8 @@ class Fleet:
         for number, why in lost.items():
             self._lose(number, "not answering", why)
         if lost:
+            self.joining |= self._serving  # while rank 0 waited, other processes may have taken their places
+            self._serving.clear()
             self._require()
             self._note()
         return bool(lost)
@@ -276,14 +278,14 @@ class Fleet:
         return dict(zip(addresses, self._pool.run(ask_all()), strict=True))
 
     def _started_again(self, numbers: Sequence[int]) -> set[int]:
-        """Return which of these engines serve, but no longer report the weights that they got last: another process is
+        """Return which of these engines serve, but do not report the weights that they got last: another process may be
         at their address, and has to be verified like any that joins."""
 
         async def other_weights(number: int) -> bool:
             try:
                 info = await self._pool.members[number].model_info(PROBE_S)
             except EngineError:
-                return False  # the publication that follows says more
+                return True  # while it said nothing, another process may have come; a dead one fails the publication
             return info.weight_version != self.members[number].version
 
         async def ask_all(serving: Sequence[int]) -> list[bool]:

@@ -6,6 +6,7 @@ exactly.
 """
 
 import asyncio
+import math
 import selectors
 from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Executor, Future
@@ -49,7 +50,7 @@ class _Loop(asyncio.SelectorEventLoop):
     def __init__(self, clock: _Clock) -> None:
         super().__init__(clock)
         self._clock, self._numbers = clock, count()
-        self._clock_resolution = 1e-9
+        self._clock_resolution = max(1e-9, 2 * math.ulp(clock.now))  # below that a timer that is due never runs
         self.set_task_factory(lambda loop, work, **named: _Task(self._numbers, work, loop=loop, **named))
         self.set_exception_handler(lambda loop, context: None)  # tasks of a killed process say that they never ended
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -148,7 +148,7 @@ def _filter(config: Config) -> Filter | None:
     return None if filter is None else Filter(filter.on, batch.prompts, batch.drawn_prompts, filter.max_refills)
 
 
-@cache
+@lru_cache(2)
 def _config(scenario: Scenario, folder: str) -> Config:
     batch: dict[str, Any] = {"prompts": scenario.prompts, "samples_per_prompt": scenario.samples}
     if scenario.oversample is not None:
@@ -177,7 +177,7 @@ def _objective() -> Objective:
     return build_objective("ppo")
 
 
-@cache
+@lru_cache(2)
 def _advantage(scenario: Scenario, folder: str) -> AdvantageEstimator:
     return make_advantage(_config(scenario, folder), _objective())
 

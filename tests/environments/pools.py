@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fiberpo_megatron.environments import Task, Turn
-from fiberpo_megatron.environments.host import EnvironmentPool
+from fiberpo_megatron.environments import Outcome, Task, Turn
+from fiberpo_megatron.environments.host import EnvironmentPool, Failure
 from fiberpo_megatron.environments.jobs import Say
 from fiberpo_megatron.environments.settings import EnvironmentConfig
 from fiberpo_megatron.plugins import BUILT_IN
@@ -52,6 +52,25 @@ def policy(answer: Callable[[int, Any], str] | str = "hello", delay_s: float = 0
         return say
 
     return converse
+
+
+def run_all(
+    deeds: Sequence[str],
+    folder: Path | None = None,
+    converse: Callable[[], Say] | None = None,
+    use: str = "Talking",
+    **changes: Any,
+) -> tuple[list[Outcome | Failure], Mapping[str, int]]:
+    """Return the results of one conversation per deed, all at once, and what was counted."""
+
+    async def scenario() -> tuple[list[Outcome | Failure], Mapping[str, int]]:
+        async with pool_of(use, folder, **changes) as pool:
+            runs = (
+                pool.run(task(deed, number), converse or policy(), seed=number) for number, deed in enumerate(deeds)
+            )
+            return await asyncio.gather(*runs), pool.take_counts()
+
+    return asyncio.run(scenario())
 
 
 def failures_in(folder: Path) -> list[dict[str, Any]]:

@@ -1,102 +1,12 @@
-"""Conversations share a worker: only a culprit fails, time is charged to its user, and chance can be repeated."""
+"""Conversations share a worker: time is charged to its user, what is said arrives, and chance can be repeated."""
 
 import asyncio
-import os
-import re
-import signal
 import time
-from types import SimpleNamespace
 
 import pytest
 
 from fiberpo_megatron.environments import Outcome, Turn
-from fiberpo_megatron.environments.host import EnvironmentFailed, Failure
-from tests.environments.pools import failures_in, policy, pool_of, task
-
-EXPECTED = {
-    "loop": ("deadline", "held its worker longer than deadline_s = 1.5 s"),
-    "sleep": ("deadline", "held its worker longer"),
-    "child_loop": ("deadline", "held its worker longer"),
-    "wait": ("deadline", "it worked longer than deadline_s = 1.5 s"),
-    "stubborn": ("deadline", "it worked longer"),
-    "late_return": ("deadline", "it worked longer"),
-    "eat": ("memory", "MemoryError"),
-    "exit": ("died", r"(?s)ended with exit code 3; its last output:.*my last words"),
-    "raise": ("exception", "KeyError"),
-    "system_exit": ("exception", "SystemExit: I have had enough"),
-    "cancels": ("exception", "CancelledError"),
-    "number": ("invalid", r"run\(\) returned 1.0 \(float\); return an Outcome"),
-    "chatter": ("output", r"its output is \d+ KiB, above output_kib = 64"),
-    "cheat": ("output", r"its output is \d+ KiB, above output_kib = 64"),
-}
-SIBLINGS = 8
-
-
-def run_all(deeds, folder=None, converse=None, use="Talking", **changes):
-    """Return the results of one conversation per deed, all at once, and what was counted."""
-
-    async def scenario():
-        async with pool_of(use, folder, **changes) as pool:
-            runs = (
-                pool.run(task(deed, number), converse or policy(), seed=number) for number, deed in enumerate(deeds)
-            )
-            return await asyncio.gather(*runs), pool.take_counts()
-
-    return asyncio.run(scenario())
-
-
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory):
-    """Do all deeds at once, with patient conversations beside them in the same two workers."""
-    folder = tmp_path_factory.mktemp("run")
-    deeds = [*EXPECTED, *["patient"] * SIBLINGS]
-    results, counts = run_all(deeds, folder, workers=2, deadline_s=1.5)
-    return SimpleNamespace(results=list(zip(deeds, results)), counts=counts, folder=folder)
-
-
-@pytest.mark.parametrize("deed", EXPECTED)
-def test_a_culprit_fails_with_its_cause(everything, deed):
-    (failure,) = [result for name, result in everything.results if name == deed]
-    kind, message = EXPECTED[deed]
-    assert isinstance(failure, Failure) and failure.kind == kind
-    assert re.search(message, failure.message), failure.message
-
-
-def test_siblings_get_their_outcomes(everything):
-    assert [result for name, result in everything.results if name == "patient"] == [Outcome(5.0)] * SIBLINGS
-
-
-def test_failures_are_counted_and_written_once(everything):
-    assert everything.counts["failures"] == len(EXPECTED)
-    assert everything.counts["restarted"] >= 1
-    records = failures_in(everything.folder)
-    assert sorted(record["task"]["answer"] for record in records) == sorted(EXPECTED)
-    (wait,) = [record for record in records if record["task"]["answer"] == "wait"]
-    assert "misbehaving.py" in wait["traceback"] and "wait()" in wait["traceback"], "where it waited"
-    (child,) = [record for record in records if record["task"]["answer"] == "child_loop"]
-    assert " in block" in child["traceback"], "a task of the conversation held the loop"
-
-
-@pytest.mark.parametrize(("deed", "kind"), [("callback_loop", "deadline"), ("thread_exit", "died")])
-def test_a_culprit_that_nobody_saw_ends_alone(deed, kind):
-    """A callback and a thread are no steps of a conversation, so that only restarts in smaller groups find them."""
-    results, counts = run_all([deed, *["patient"] * 5], workers=1, deadline_s=1.5)
-    assert isinstance(results[0], Failure) and results[0].kind == kind
-    assert results[1:] == [Outcome(5.0)] * 5
-    assert counts["failures"] == 1 and counts["restarted"] >= 5
-
-
-def test_a_thread_that_does_not_end_costs_its_worker_once_the_others_are_done():
-    async def scenario():
-        async with pool_of("Talking", workers=1, deadline_s=1.5) as pool:
-            runs = (pool.run(task(deed), policy(), seed=0) for deed in ("thread_loop", "patient"))
-            first = await asyncio.gather(*runs)
-            return first, await pool.run(task("fine"), policy(), seed=0), pool.take_counts()
-
-    (stuck, beside), after, counts = asyncio.run(scenario())
-    assert stuck.kind == "deadline" and "to_thread" in stuck.traceback
-    assert beside == after == Outcome(5.0)
-    assert counts["worker_deaths"] == 1 and not counts["restarted"]
+from tests.environments.pools import policy, pool_of, run_all, task
 
 
 def test_the_policys_time_does_not_count():
@@ -226,18 +136,6 @@ def test_after_a_crash_a_conversation_starts_again_or_is_replayed(tmp_path, use)
     assert isinstance(beside, Outcome) and counts["restarted"] == 2 and "failures" not in counts
 
 
-def test_a_worker_that_someone_else_kills_costs_nothing_but_time():
-    async def scenario():
-        async with pool_of("Talking", workers=1, deadline_s=20.0) as pool:
-            run = asyncio.create_task(pool.run(task("fine"), policy(delay_s=1.0), seed=0))
-            await asyncio.sleep(0.5)
-            os.kill(pool._slots[0].process.pid, signal.SIGKILL)
-            return await run, pool.take_counts()
-
-    outcome, counts = asyncio.run(scenario())
-    assert outcome == Outcome(5.0) and counts == {"worker_deaths": 1, "restarted": 1}
-
-
 def test_a_replay_that_asks_something_else_is_invalid(tmp_path):
     results, counts = run_all(
         ["fickle", "crash"],
@@ -249,32 +147,3 @@ def test_a_replay_that_asks_something_else_is_invalid(tmp_path):
     )
     assert results[0].kind == "invalid" and "set deterministic = False" in results[0].message
     assert isinstance(results[1], Outcome) and counts["failures"] == 1
-
-
-def test_a_worker_that_does_not_start_again_ends_the_pool(tmp_path):
-    code = """
-import os
-from pathlib import Path
-from fiberpo_megatron.environments import SingleTurn, Task
-class Once(SingleTurn):
-    train_size = 1
-    def __init__(self, flag):
-        Path(flag).mkdir()
-    def train(self, index):
-        return Task("a")
-    def score(self, task, turn):
-        os._exit(1)
-"""
-    (tmp_path / "only_once.py").write_text(code)
-
-    async def scenario(monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        options = {"flag": str(tmp_path / "flag")}
-        async with pool_of("only_once:Once", workers=1, options=options) as pool:
-            first = await pool.score(task("x"), Turn("x"), seed=0)
-            with pytest.raises(EnvironmentFailed, match="does not start again: .*FileExistsError"):
-                await asyncio.wait_for(pool.score(task("x"), Turn("x"), seed=0), 60)
-            return first
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        assert asyncio.run(scenario(monkeypatch)).kind == "died"

@@ -217,6 +217,21 @@ def test_an_engine_whose_connection_is_lost_in_a_publication_joins_at_the_next_o
         assert not run.fleet.goes_on_without(EngineUnreachable("http://a:1", "the connection was lost", "See its log"))
 
 
+def test_after_a_publication_that_failed_every_engine_is_verified(monkeypatch: pytest.MonkeyPatch):
+    """While rank 0 waits for the one that hangs, another process may come to the address of any other."""
+    monkeypatch.setattr(fleet_module, "PROBE_S", 0.3)
+    with a_run("a:1", "b:1", "c:1") as run:
+        run.publish("0")
+        with run.fleet.publication():
+            run.servers.hanging.add("c:1")
+            assert run.fleet.goes_on_without(EngineUnreachable("http://b:1", "the connection was lost", "See its log"))
+            assert run.fleet.joining == {0, 1} and list(run.pool.numbers) == [0, 1]
+            run.servers.publish(run.pool, "1")
+            run.fleet.published("1")
+        run.fleet.verified({1: "it computes something else"})
+        assert run.states() == {0: "serving", 1: "quarantined", 2: "not answering"} and run.asked() == {"a:1"}
+
+
 def test_a_server_that_was_started_again_unseen_is_verified_like_one_that_joins():
     """It gets the weights with the publication, and requests once it has been compared with the trainer."""
     with a_run("a:1", "b:1") as run:
@@ -229,6 +244,26 @@ def test_a_server_that_was_started_again_unseen_is_verified_like_one_that_joins(
         assert run.asked() == {"a:1"}
         run.fleet.verified({1: "it computes something else"})
         assert run.states() == {0: "serving", 1: "quarantined"} and run.asked() == {"a:1"}
+
+
+def test_a_server_that_does_not_say_what_it_holds_is_verified_like_one_that_joins():
+    """Its process may have ended while it was asked, and another one have taken its place."""
+    with a_run("a:1", "b:1") as run:
+        run.publish("0")
+
+        def late(host: str, body: Any) -> Any:
+            if host == "b:1":
+                raise httpx.ReadTimeout("it takes too long")
+            return {"model_path": "/m", "weight_version": "0"}
+
+        run.servers.rules["/model_info"] = late
+        with run.fleet.publication():
+            assert run.states() == {0: "serving", 1: "joining"}
+            run.servers.publish(run.pool, "1")
+            run.fleet.published("1")
+        assert run.asked() == {"a:1"}
+        run.fleet.verified()
+        assert run.states() == {0: "serving", 1: "serving"}
 
 
 def test_a_server_that_dies_while_it_is_asked_about_itself_does_not_end_the_run():

@@ -1,6 +1,11 @@
 """Segments on disk: a resumed run goes on behind them, whenever the run before was killed."""
 
 import asyncio
+import errno
+import io
+import logging
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +27,7 @@ from tests.rollout.test_segments import ENGINES, Drawing
 ORIGIN = Origin(1, "1", "prompts", {}, "run", "sampling")
 PROMPTS = [[1, 2, 3], [4, 5], [6]]
 SEEDS = [11, 12]
+SEGMENT = Completion((5,), np.zeros(1, np.float32), "abort", ())
 
 
 class Killed(BaseException):
@@ -145,6 +151,76 @@ def test_keys_tell_prompts_and_seeds_apart():
     assert len(keys) == 16
 
 
+class Watched(durable.Disk):
+    """This disk has the size up to which each file was synced, and the files that were opened. It is full once a file
+    has `room` bytes, and syncs no file whose sync `fails`."""
+
+    def __init__(self, room: int = sys.maxsize, fails: str | None = None) -> None:
+        self.synced: dict[str, int] = {}
+        self.opened: list[IO[Any]] = []
+        self._room, self._fails = room, fails
+
+    def open(self, path: Path, mode: str) -> IO[Any]:
+        self.opened.append(_Filling(path, mode.replace("b", ""), self._room))
+        return self.opened[-1]
+
+    def sync(self, handle: int, path: Path) -> None:
+        if path.name == self._fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self.synced[path.name] = os.fstat(handle).st_size
+
+
+class _Filling(io.BufferedWriter):
+    def __init__(self, path: Path, mode: str, room: int) -> None:
+        super().__init__(io.FileIO(path, mode))
+        self._room = room
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > self._room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+async def keep(folder: Path, segments: int) -> None:
+    with opened(folder) as kept:
+        for begin in range(segments):
+            kept.ended([1], 0, begin, SEGMENT)
+
+
+def test_closing_does_not_wait_for_the_sync_that_is_due(tmp_path: Path):
+    """A run that ends for another reason, and whose machine is lost later, has what was kept in its last second."""
+    with durable.use(disk := Watched()):
+        asyncio.run(keep(tmp_path, 3))
+    assert disk.synced["rank_00000.0"] == (tmp_path / "rank_00000.0").stat().st_size > 0
+
+
+def test_a_full_disk_leaves_what_was_kept_before_on_the_disk(tmp_path: Path):
+    asyncio.run(keep(tmp_path / "one", 1))
+    room = (tmp_path / "one" / "rank_00000.0").stat().st_size
+    with durable.use(disk := Watched(room)), pytest.raises(OSError, match=r"No space left.*set storage.unfinished"):
+        asyncio.run(keep(tmp_path / "step", 2))
+    assert disk.synced["rank_00000.0"] == room and all(file.closed for file in disk.opened)
+    assert opened(tmp_path / "step").earlier([1], 0)[0].token_ids == SEGMENT.token_ids
+
+
+def test_a_sync_that_fails_when_the_file_is_closed_is_said_and_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.WARNING), durable.use(disk := Watched(fails="rank_00000.0")):
+        asyncio.run(keep(tmp_path, 1))
+    assert f"{tmp_path / 'rank_00000.0'} is perhaps not on the disk: Input/output error" in caplog.text
+    assert [file.closed for file in disk.opened] == [True]
+
+
+def test_nothing_is_kept_once_the_files_are_closed(tmp_path: Path):
+    """A filter aborts groups; the last request of one of them may end all the same, when the step's folder is gone."""
+    groups = opened(tmp_path / "step")
+    groups.close()
+    groups.ended([1], 0, 0, SEGMENT)
+    groups.close()
+    assert not (tmp_path / "step").exists()
+
+
 def test_what_is_older_than_a_second_outlives_a_lost_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The names of file and folder are synced with the first record, and later ones together, beside the event loop."""
     monkeypatch.setattr(finished_module, "SYNC_S", 0.1)
@@ -155,15 +231,12 @@ def test_what_is_older_than_a_second_outlives_a_lost_machine(tmp_path: Path, mon
             super().sync(handle, path)
             synced.append((path.name, path.stat().st_size if path.is_file() else 0))
 
-        def open(self, path: Path, mode: str) -> IO[Any]:
-            return super().open(path, mode)
-
     async def write() -> list[int]:
         sizes = []
         with opened(tmp_path / "step") as kept:
             for begin in range(3):
                 for seed in range(5):
-                    kept.ended([1], seed, begin, Completion((5,), np.zeros(1, np.float32), "abort", ()))
+                    kept.ended([1], seed, begin, SEGMENT)
                 sizes.append(next((tmp_path / "step").glob("rank_*")).stat().st_size)
                 await asyncio.sleep(0.3)
         return sizes
@@ -171,4 +244,5 @@ def test_what_is_older_than_a_second_outlives_a_lost_machine(tmp_path: Path, mon
     with durable.use(Noting()):
         sizes = asyncio.run(write())
     assert [name for name, _ in synced[:2]] == ["step", tmp_path.name]
-    assert synced[2:] == [("rank_00000.0", size) for size in sizes], "one sync for all that came together"
+    ends = [*sizes, sizes[-1]]  # one sync for all that came together, and one when the file is closed
+    assert synced[2:] == [("rank_00000.0", size) for size in ends]

@@ -1,7 +1,6 @@
 """These tests simulate trainings: what must hold does, a seed repeats, and a bug in production is found."""
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from fiberpo_megatron.rollout.generator import Generator
 from fiberpo_megatron.rollout.sampler import EngineSampler
 from fiberpo_megatron.rollout.tickets import Tickets
 from fiberpo_megatron.simulation import __main__ as command
+from fiberpo_megatron.simulation.clock import VirtualLoop
 from fiberpo_megatron.simulation.engines import FAULTS
 from fiberpo_megatron.simulation.invariants import INVARIANTS
 from fiberpo_megatron.simulation.run import Simulated, simulate, simulate_training
@@ -88,6 +88,15 @@ def test_everything_that_may_befall_a_run_does():
     assert {f"engine {one}" for one in FAULTS} | {"killed", "machine lost", "SIGTERM", "disk full"} <= seen.keys()
 
 
+@pytest.mark.parametrize("began", [0.0, 1e6, 1.8e9])
+def test_virtual_time_passes_wherever_it_begins(began: float):
+    """1.8e9 is a time in seconds since 1970; floats are 2e-7 s apart there."""
+    events = iter(range(100))
+    loop = VirtualLoop(began, lambda: next(events))
+    loop.sleep(0.25)
+    assert loop.time() - began == pytest.approx(0.25, abs=1e-6)
+
+
 # Planted bugs
 
 
@@ -145,7 +154,7 @@ def _loses_the_last_prompt() -> Any:
 
 def _syncs_no_journal() -> Any:
     """Finished groups are written, and no machine that is lost has them."""
-    return _bug((finished, "_sync_copy", lambda handle, name: os.close(handle)))
+    return _bug((finished, "_end", lambda file, name: file.close()))
 
 
 def _forgets_what_was_committed() -> Any:

@@ -4,12 +4,15 @@ import asyncio
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fiberpo_megatron.rollout.generator import Generator
+from fiberpo_megatron.simulation.clock import VirtualLoop
+from fiberpo_megatron.sources.engine import EngineSource
 from fiberpo_megatron.sources.step_traces import StepTraces, tail_metrics
 from fiberpo_megatron.telemetry.settings import TelemetryConfig
 from fiberpo_megatron.telemetry.step_trace import TRACES, StepTrace, read_trace
@@ -20,6 +23,8 @@ from fiberpo_megatron.types import Completion
 from tests.trainer.test_loop import Memory
 from tests.trainer.test_supply import PROMPTS, SAMPLES, STEPS, Timed, ahead
 from tests.trainer.toy import SingleLayout
+
+STEP_S, PUBLISH_S = 0.03, 0.01
 
 
 class Noted(Timed):
@@ -34,10 +39,26 @@ class Noted(Timed):
         return found
 
 
-def traced(folder: Path, staleness: int, keep: int = 50, seconds: float = 0.002) -> tuple[Training, Memory]:
-    run, memory, _ = ahead(staleness, Noted(timing=1, seconds=seconds), drain=False)
-    run.source.traces = StepTraces(folder, SingleLayout(), run.timers, keep).write  # type: ignore[attr-defined]
-    return run, memory
+def traced(folder: Path, staleness: int, keep: int = 50) -> tuple[Training, Memory]:
+    """Return a run on a virtual clock, on which sampling, passes over mini-batches and publications take time alone."""
+    run, memory, _ = ahead(staleness, Noted(timing=1, seconds=0.02), drain=False)
+    loop, source, policy = VirtualLoop(1000.0, lambda: None), run.source, run.policy
+    assert isinstance(source, EngineSource) and source.generator is not None
+    timers = source.timers = PhaseTimers(clock=loop.time)
+    source.generator = replace(source.generator, loop=loop, timeline=Timeline(clock=loop.time))
+    source.traces = StepTraces(folder, SingleLayout(), timers, keep, clock=loop.time).write
+    step, publish = policy.step, source.publisher.publish
+
+    def slow_step(*arguments: Any, **named: Any) -> Any:
+        loop.sleep(STEP_S)
+        return step(*arguments, **named)
+
+    def slow_publish(*arguments: Any) -> None:
+        loop.sleep(PUBLISH_S)
+        publish(*arguments)
+
+    policy.step, source.publisher.publish = slow_step, slow_publish  # type: ignore[method-assign]
+    return replace(run, timers=timers), memory
 
 
 def traces(folder: Path) -> list[StepTrace]:
@@ -46,7 +67,7 @@ def traces(folder: Path) -> list[StepTrace]:
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_every_step_has_the_trace_of_its_trajectories(tmp_path: Path, staleness: int):
-    run, memory = traced(tmp_path, staleness, seconds=0.02)
+    run, memory = traced(tmp_path, staleness)
     train(run)
     generator: Generator = run.source.generator  # type: ignore[attr-defined]
     assert not generator.timeline._steps, "a long run keeps no track of what it has trained on"
@@ -57,16 +78,17 @@ def test_every_step_has_the_trace_of_its_trajectories(tmp_path: Path, staleness:
         assert len(trace.trajectories) == PROMPTS * SAMPLES
         assert all(one.ended is not None and one.requests == 1 and one.tokens for one in trace.trajectories)
         assert trace.tail_s == pytest.approx(tail, abs=1e-5), "the metric is that of the trace"
-        assert trace.end - trace.begin == pytest.approx(record, abs=0.05)
+        assert trace.end - trace.begin == pytest.approx(record, abs=1e-5)
         parts = trace.parts()
         assert sum(parts.values()) == pytest.approx(trace.end - trace.begin)
-        assert {"waiting", "train", "publish"} <= parts.keys() and parts["train"] > 0
-        assert staleness or parts["sampling"] > 0, "ahead: half of them may have ended before they are waited for"
+        published = PUBLISH_S * (1 if trace.step else 2)  # the first step publishes the weights that sample it, too
+        assert (parts["train"], parts["publish"]) == pytest.approx((2 * STEP_S, published), abs=1e-5)
+        assert staleness or min(parts["waiting"], parts["sampling"]) > 0, "ahead: all may have ended before their turn"
         assert min(parts.values()) > -1e-5, "no part counts twice"
     for before, trace in zip(found, found[1:]):
-        assert trace.begin == pytest.approx(before.end, abs=0.05)
+        assert trace.begin == pytest.approx(before.end, abs=1e-5)
         first = min(one.began for one in trace.trajectories)
-        assert first > trace.begin if not staleness else first < before.end, "ahead: sampled beside the step before"
+        assert (first < before.end - 1e-5) == (staleness > 0), "ahead: sampled beside the step before"
 
 
 def test_traces_change_nothing_that_is_learned_and_none_are_kept_where_none_are_wanted(tmp_path: Path):

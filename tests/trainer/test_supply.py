@@ -164,16 +164,3 @@ def test_a_request_to_stop_ends_the_wait_for_other_trajectories_and_keeps_what_h
     straight, _, _ = ahead(1, Timed(timing=6))
     train(straight)
     assert torch.equal(again.policy.table, straight.policy.table)
-
-
-@pytest.mark.parametrize("staleness", range(5))
-def test_the_trained_lengths_are_those_of_the_data(staleness: int):
-    """No response is preferred because it is short: trained lengths over admitted lengths is 1."""
-    run, memory, taken = ahead(staleness, Timed(timing=7), drain=False)
-    train(run)
-    lengths = sorted(n for batch in taken for n in batch.response_lengths.tolist())
-    synchronous, _, all_of_them = ahead(0, Timed(timing=8))
-    train(synchronous)
-    assert lengths == sorted(n for batch in all_of_them for n in batch.response_lengths.tolist())
-    assert 1 < sum(lengths) / len(lengths) < 3
-    assert memory.values("train", "response_length/mean") == [float(b.response_lengths.mean()) for b in taken]
