@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from fiberpo_megatron import durable
 from fiberpo_megatron.plugins import PluginError
@@ -133,12 +134,19 @@ def test_the_names_of_the_files_last(tmp_path, monkeypatch):
     assert synced == [tmp_path] * 2 and [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
 
 
+@pytest.fixture
+def own_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads files in the order of their names: of the second, the process, and a counter without leading
+    zeros, so that a process's files 9 and 10 change places if they are of one second. A resumed run is a later one."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+
+
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_has_every_number_and_hides_repeated_steps(tmp_path):
+def test_tensorboard_has_every_number_and_hides_repeated_steps(tmp_path, own_counter):
     first = TensorBoardSink(SinkContext(tmp_path, 0, 9), "events")
     for step in (1, 2, 3):
         first.write(step, "train", {"own/x": step, "text": "skipped"})
@@ -187,7 +195,7 @@ def test_wandb_missing_names_the_command(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
-def test_all_sinks_of_a_run(tmp_path, capsys):
+def test_all_sinks_of_a_run(tmp_path, capsys, own_counter):
     for first_step in (0, 1):
         opened = open_sinks(tmp_path, TelemetryConfig(), title="t", first_step=first_step, total_steps=2)
         with closing(opened) as sinks:
