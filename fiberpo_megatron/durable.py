@@ -43,6 +43,10 @@ class Disk:
         """Delete as much of a folder as can be deleted."""
         shutil.rmtree(folder, ignore_errors=True)
 
+    def free(self, folder: Path) -> int:
+        """Return how many bytes the file system of a folder can still take."""
+        return shutil.disk_usage(folder).free
+
 
 _disk = Disk()
 
@@ -106,7 +110,7 @@ def _fix(number: int | None, path: Path) -> str:
 def _free(path: Path) -> str:
     """Return how much room a file system has, as far as it says."""
     existing = next((folder for folder in (path, *path.parents) if folder.exists()), Path("/"))
-    return f"{shutil.disk_usage(existing).free / 2**20:.0f} MiB are free there"
+    return f"{_disk.free(existing) / 2**20:.0f} MiB are free there"
 
 
 @contextmanager
