@@ -86,7 +86,7 @@ def model(mib: int, dtype: torch.dtype, device: torch.device) -> tuple[dict[str,
 
 
 class Source:
-    """Gives tensors out as a policy's weight source does; each export copies them, as Megatron's does."""
+    """Gives tensors out as the weight source of a policy on one rank does: views of its parameters, without a copy."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors

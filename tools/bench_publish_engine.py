@@ -77,7 +77,7 @@ class Weights:
                     self.load(fiberpo_weights.tensors(payload, self.device))
                 finally:
                     if body.get("weight_version") is not None:  # as the plugin does in `fiberpo_weights.update`
-                        fiberpo_weights._open.clear()
+                        fiberpo_weights.release()
             case "/update_weights_from_disk":
                 request = SimpleNamespace(model_path=body["model_path"])
                 found = asyncio.run(fiberpo_delta.update_from_disk(self._files, None, request))

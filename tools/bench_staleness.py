@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -205,10 +205,9 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     engine = EngineConfig(dtype="float32", max_running_requests=8 * options.prompts, max_total_tokens=65536)
     print(f"the rank runs on core {first}, the server on core {second}; the server starts", flush=True)
     found: dict[int, list[dict[str, Any]]] = {0: [], 1: []}
-    with on_core(second):
-        started = engines(engine, model, work / "engines", dtype="float32")
-        addresses = started.__enter__()
-    try:
+    with ExitStack() as stack:
+        with on_core(second):
+            addresses = stack.enter_context(engines(engine, model, work / "engines", dtype="float32"))
         url = addresses[0].url
         given = ["--rollout.engine.urls", json.dumps([url])]
         for turn in range(options.turns):
@@ -220,8 +219,6 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         alone = train(config, work / "alone", first, *stored)
         with busy(url, options, second):
             beside = train(config, work / "beside", first, *stored)
-    finally:
-        started.__exit__(None, None, None)
     return figures(found[0], found[1], alone, beside)
 
 

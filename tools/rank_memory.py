@@ -38,10 +38,10 @@ def main() -> None:
     print(json.dumps({"kib": found}))
 
 
-def measure_ranks(ranks: int) -> list[dict[str, float]]:
-    """Return the KiB of every rank of a run with so many data-parallel ranks."""
+def measure_ranks(ranks: int, sizes: argparse.Namespace = SIZES) -> list[dict[str, float]]:
+    """Return the KiB of every rank of a run with so many data-parallel ranks and a model of these sizes."""
     with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(ranks, measure, folder, on_cpu=True)
+        return run_ranks(ranks, measure, folder, sizes, on_cpu=True)
 
 
 def fullest(ranks: list[dict[str, float]]) -> dict[str, float]:
@@ -49,7 +49,7 @@ def fullest(ranks: list[dict[str, float]]) -> dict[str, float]:
     return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
 
 
-def measure(folder: str) -> dict[str, float]:
+def measure(folder: str, sizes: argparse.Namespace) -> dict[str, float]:
     """Return the KiB of this rank."""
     from fiberpo_megatron.config import Config
     from fiberpo_megatron.data.packing import pack
@@ -63,9 +63,9 @@ def measure(folder: str) -> dict[str, float]:
             "algorithm": {"routing_replay": "old"},
         }
     )
-    hf_config = architecture(SIZES)
+    hf_config = architecture(sizes)
     layout = start_layout(hf_config, config.parallel, config.run)
-    batch, rows = trajectories(SIZES)
+    batch, rows = trajectories(sizes)
 
     def gate(log_probs: Tensor, part: slice) -> Coefficients:
         return Coefficients(torch.full_like(log_probs, 1e-3))

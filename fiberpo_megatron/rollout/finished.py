@@ -5,8 +5,9 @@ and start of the run.
 <folder>/rank_00003.1     of the next start
 
 A record is a head and its bytes. It reaches the kernel as a whole before anything else is taken, so that a killed
-process loses none, and the disk within `SYNC_S`, so that a lost machine loses no older one. A record that was cut short
-has another length or checksum than its head says, and the file ends before it.
+process loses none, and the disk within `SYNC_S`, so that a lost machine loses no older one; where the disk refuses, a
+warning says so. A record that was cut short has another length or checksum than its head says, and the file ends before
+it.
 """
 
 import asyncio

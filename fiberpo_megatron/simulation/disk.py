@@ -25,6 +25,8 @@ class SimulatedDisk(Disk):
         """What the files hold after the machine was lost, whatever happens."""
         self._synced: set[Path] = set()
         """Files whose present content is safe under some name."""
+        self.unsynced: set[Path] = set()
+        """Files and folders whose last sync failed."""
         self._kept: dict[Path, bytes] | None = None
 
     def open(self, path: Path, mode: str) -> IO[Any]:
@@ -33,7 +35,12 @@ class SimulatedDisk(Disk):
         return super().open(path, mode)
 
     def sync(self, handle: int, path: Path) -> None:
-        self._event("sync", path.name)
+        try:
+            self._event("sync", path.name)
+        except OSError:
+            self.unsynced.add(path)
+            raise
+        self.unsynced.discard(path)
         if path.is_dir():
             for file in {*self._safe, *_files(path)}:
                 if file.parent == path:
@@ -84,6 +91,7 @@ class SimulatedDisk(Disk):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         self._safe, self._synced, self._kept = self._kept, set(self._kept), None
+        self.unsynced = set()
 
     def _after(self, current: dict[Path, bytes], machine: Random) -> dict[Path, bytes]:
         """Return what a lost machine leaves of the files."""

@@ -85,7 +85,8 @@ def no_ticket_lost(
 
 
 def kept_is_used(found: Mapping[int, Sequence[object]], kept: Mapping[int, Sequence[object]]) -> None:
-    """Require that a resumed run trains on what was on disk when the process before it ended."""
+    """Require that a resumed run trains on what was on disk when the process before it ended. `kept` has nothing that a
+    failed sync may have left off the disk of a machine that was lost: production has warned of it."""
     for number in sorted(found.keys() & kept.keys()):
         if found[number] != kept[number]:
             raise Broken(f"prompt {number} was on disk as {kept[number]}, but {found[number]} is trained on")

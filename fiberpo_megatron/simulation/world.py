@@ -149,10 +149,16 @@ class World:
             self.kept = {
                 step: {number: one for number, one in groups.items() if one[0] < safe}
                 for step, groups in self.kept.items()
+                if not self._warned(step)
             }
             for engine in self.engines.engines if self.scenario.successors else ():
                 self.engines.end(engine, starts=True)
         raise Killed
+
+    def _warned(self, step: int) -> bool:
+        """Return whether production has warned that a file of an unfinished step is perhaps not on the disk."""
+        folder = f"step_{step:06d}.unfinished"
+        return any(folder in path.parts for path in self.disk.unsynced)
 
     def _disk_event(self, what: str, name: str) -> None:
         if self._ended or "killed" in self.reasons:

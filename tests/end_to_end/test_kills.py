@@ -28,11 +28,12 @@ SEED = 20260401
 
 @dataclass
 class Watch:
-    """What a run is doing, seen from outside: its folder."""
+    """What a run is doing, seen from outside: its folder. Sampling may be `ahead` so many steps."""
 
     folder: Path
+    ahead: int = 0
     _step: int = 0
-    _left: set[int] = field(default_factory=set)
+    _left: set[tuple[int, int]] = field(default_factory=set)
     _started: float = 0.0
 
     def done(self) -> int:
@@ -63,7 +64,7 @@ class Watch:
             return (self.folder / "checkpoints" / f".step-{done + 1:08d}.partial").exists()
         if phase == "forward":
             return self.generated(done) and self.published(done)
-        return not self._left and bool(self.finished(done)) and not self.generated(done)
+        return bool(self.finished(done) - self._left)
 
     def generated(self, step: int) -> bool:
         return (self.folder / "dump" / f"step_{step:06d}.npz").exists()
@@ -75,9 +76,14 @@ class Watch:
         except FileNotFoundError:
             return False
 
-    def finished(self, step: int) -> set[int]:
-        """Prompts of an unfinished step that have been generated."""
-        return finished_indices(self.folder / "dump" / f"step_{step:06d}.unfinished")
+    def finished(self, step: int) -> set[tuple[int, int]]:
+        """Prompts that have been generated, by step, of the steps that are being sampled while `step` is next."""
+        return {
+            (one, prompt)
+            for one in range(step, step + self.ahead + 1)
+            if not self.generated(one)
+            for prompt in finished_indices(self.folder / "dump" / f"step_{one:06d}.unfinished")
+        }
 
 
 def kill(launcher: subprocess.Popen, victim: str, draw: random.Random) -> str | None:
@@ -196,7 +202,7 @@ def test_ten_kills_with_staleness_2(model: Path, engine: Any, tmp_path: Path):
     draw = random.Random(SEED + 1)
     folder = tmp_path / "killed" / "run"
     folder.parent.mkdir()
-    watch = Watch(folder)
+    watch = Watch(folder, ahead=2)
     words = [*command(model, folder, *options, "--trainer.steps", str(ENDLESS)), "--resume"]
     kept = 0
     for phase in draw.sample(["generate"] * 5 + ["publish", "save", "forward", "any", "any"], 10):

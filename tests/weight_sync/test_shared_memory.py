@@ -84,6 +84,15 @@ def test_memory_of_an_earlier_publication_is_released(plugin):
     assert set(plugin._open) == {second.token}
 
 
+def test_host_memory_is_mapped_once_for_all_publications(plugin):
+    buffer = SharedBuffer(64, CPU)
+    payload = described(buffer, ["a", "uint8", [64], 0, 0])
+    ((_, first),) = plugin.tensors(payload, CPU)
+    plugin.release()
+    ((_, second),) = plugin.tensors(payload, CPU)
+    assert first.data_ptr() == second.data_ptr()
+
+
 def test_the_memory_has_no_name_in_a_file_system():
     """So that it ends with its process, however that ends."""
     buffer = SharedBuffer(4096, CPU)

@@ -18,7 +18,7 @@ MAGIC = b"fiberpo-weights-1\n"
 TYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "int32", "int64")
 
 _open: dict[str, Any] = {}
-"""The buffers of the publication that is in progress, by the token that the trainer drew for each."""
+"""The buffers that this process has opened, by the token that the trainer drew for each."""
 
 
 class BadDescription(ValueError):
@@ -98,6 +98,17 @@ def _on_gpu(handle: dict[str, Any], device: Any) -> Any:
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (int(handle["bytes"]),))
 
 
+def release() -> None:
+    """Release the buffers on GPUs, which torch in the trainer counts.
+
+    Host memory stays mapped until the trainer announces other buffers: the first read through a new mapping of 128 MiB
+    took 13 to 20 ms more than another one, and taking the mapping down 4 to 12 ms. The trainer keeps that memory for
+    the whole run as well.
+    """
+    for token in [token for token, buffer in _open.items() if buffer.is_cuda]:
+        del _open[token]
+
+
 def update(original: Callable[..., Any], manager: Any, request: Any) -> Any:
     """Load a description in place of SGLang's pickled tensors; a request of another kind is SGLang's own.
 
@@ -130,7 +141,7 @@ def update(original: Callable[..., Any], manager: Any, request: Any) -> Any:
     finally:
         worker.__dict__.pop("deserialize_own_rank", None)
         if request.weight_version is not None:  # the last round, or the first, whose buffers are opened again
-            _open.clear()
+            release()
 
 
 def register() -> None:
