@@ -17,21 +17,25 @@ sum_k L_k 2^(top - 40 k). `Range` gives the top exponent and the number of limbs
                above 2^24 units is exact.
     across     before they cross ranks, limbs are normalised to 0 <= L_k < 2^40 for k > 0, so that the sums over up to
     ranks      8,192 ranks are integers below 2^53, which float64 carries exactly.
-    locally    int64 limbs take 2^23 terms of 2^40 before `Limbs` normalises them.
+    locally    int64 limbs take 2^23 terms of 2^40 before `Limbs` normalises them. Terms are first added up over runs
+               of tokens, in slices of few enough bits that a run's sum is an int64 (`slices`, `Prefixes`).
 
 The last rounding adds L_k 2^(top - 40 k) from the top, in normalised form: within two units in the last place.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fiberpo_megatron.fibration.runs import CPU_CHUNK, GPU_CHUNK
+from fiberpo_megatron.fibration.runs import CPU_CHUNK, GPU_CHUNK, RunSlice
 
 WIDTH = 40
 """Bits of a limb."""
@@ -43,6 +47,8 @@ FINEST = -120
 """Exponent that the unit of the last limb does not exceed."""
 SHARE_UNIT = -48
 """Exponent of the unit to which expert shares are rounded: a share is at most 1, so that a multiple has 49 bits."""
+MOST_SLICE_BITS = 50
+"""Bits of a slice with its sign: `magic` leaves room for 51."""
 MOST_WAITING = 1 << 20
 """Values that `Limbs` puts aside at most before it adds them up."""
 MOST_ADDS = 1 << 22
@@ -73,9 +79,10 @@ class Range:
         """Return the exponent of the unit to which terms are rounded."""
         return self.units[-1]
 
-    def term_unit(self, *, shared: bool) -> int:
-        """Return the exponent of the unit to which a term is rounded before it is multiplied by a share, if it is."""
-        return self.unit - SHARE_UNIT if shared else self.unit
+    @property
+    def shared_unit(self) -> int:
+        """Return the exponent of the unit to which a term is rounded before it is multiplied by a share."""
+        return self.unit - SHARE_UNIT
 
     @property
     def limit(self) -> float:
@@ -90,40 +97,67 @@ WEIGHT = Range.covering(1.0)
 LARGEST_ADVANTAGE = 1e3
 
 
-def slice_bits(like: Tensor) -> int:
+def slice_bits(terms: int) -> int:
+    """Return how many bits a slice may have, so that the sum of so many of its integers fits int64."""
+    return min(MOST_SLICE_BITS, 63 - terms.bit_length())
+
+
+def float_slice_bits(like: Tensor) -> int:
     """Return how many bits the slices of a chunk's terms may have, so that any of them add up exactly in float64."""
     return 52 - (CPU_CHUNK if like.device.type == "cpu" else GPU_CHUNK).bit_length() + 1
 
 
-def rounded(values: Tensor, unit: int) -> Tensor:
-    """Return float64 values, all below 2^(51 + unit), rounded to multiples of 2^unit; ties go to even.
+def magic(unit: int) -> float:
+    """Return the number whose sum with a value below 2^(51 + unit) has units of 2^unit; ties go to even.
 
-    The sum with 1.5 * 2^(52 + unit) has units of 2^unit. No flag of a compiler may reorder the two operations; torch
-    and Triton do not.
+    No flag of a compiler may reorder the sum and what follows; torch and Triton do not.
     """
-    magic = 1.5 * 2.0 ** (52 + unit)
-    return (values + magic).sub_(magic)
+    return 1.5 * 2.0 ** (52 + unit)
+
+
+def magic_integer(unit: int) -> int:
+    """Return `magic` as the int64 that has its bits. Those of a sum with a value are larger by the value's units."""
+    return (1023 + 52 + unit) << 52 | 1 << 51
+
+
+def rounded(values: Tensor, unit: int) -> Tensor:
+    """Return float64 values, all below 2^(51 + unit), rounded to multiples of 2^unit."""
+    return (values + magic(unit)).sub_(magic(unit))
 
 
 def slices(values: Tensor, unit: int, limit: float, bits: int) -> Iterator[tuple[Tensor, int]] | None:
-    """Cut float64 terms into slices that add up to the terms, rounded to multiples of 2^unit.
+    """Cut terms into slices that add up to the terms, rounded to multiples of 2^unit.
 
-    Each slice comes with its unit's exponent and holds multiples of it, of at most 2^bits units. The cut depends on the
-    values at hand, the sum does not. Returns None if a value is not below `limit`. `values` are used up.
+    Each slice comes with its unit's exponent and holds multiples of it, of at most 2^bits units. It is a float64 tensor
+    of its own that has `magic` of that unit still in it, and it is used up when the next one is asked for. The cut
+    depends on the values at hand, the sum does not. Returns None if a value is not below `limit`.
     """
-    largest = _largest(values)
-    return _slices(values, unit, largest, bits) if largest < limit else None
+    largest, finest = _reach(values)
+    return _slices(values, unit, largest, finest, bits) if largest < limit else None
 
 
-def _slices(values: Tensor, unit: int, largest: float, bits: int) -> Iterator[tuple[Tensor, int]]:
+def _slices(values: Tensor, unit: int, largest: float, finest: float, bits: int) -> Iterator[tuple[Tensor, int]]:
     while largest > 0.0:
         here = max(math.frexp(largest)[1] - bits, unit)
-        part = rounded(values, here)
+        part = values.to(torch.float64, copy=True).add_(magic(here))
         yield part, here
-        if here == unit:
+        if here == unit or here <= finest:
             return
-        values = values.sub_(part)
-        largest = _largest(values)
+        values = values - part.sub_(magic(here))
+        largest, finest = _reach(values)
+
+
+def _reach(values: Tensor) -> tuple[float, float]:
+    """Return the largest magnitude (not a number if one of the values is), and an exponent e such that all values are
+    multiples of 2^e."""
+    if values.dtype != torch.float32 or values.numel() == 0:
+        return _largest(values), -math.inf
+    # A look at the smallest magnitude is cheaper than a slice, and magnitudes in float32 compare as integers do.
+    bits = values.view(torch.int32) & 0x7FFFFFFF
+    smallest, largest = (int(end) for end in torch.aminmax(bits))
+    if smallest == 0:  # zeros wrap around to the largest integer
+        smallest = int(bits.add_(0x7FFFFFFF).amin()) + (1 << 31) + 1
+    return struct.unpack("<f", struct.pack("<I", largest))[0], max(smallest >> 23, 1) - 127 - 23
 
 
 def _largest(values: Tensor) -> float:
@@ -142,6 +176,7 @@ class Limbs:
         self.table = torch.zeros((rows, *shape), dtype=torch.int64, device=device)
         self.overflow = torch.zeros(1, dtype=torch.float64, device=device)
         self._pending: list[list[tuple[Tensor, Tensor]]] = [[] for _ in ranges]
+        self._prefixes: list[list[Prefixes]] = [[] for _ in ranges]
         self._waiting = 0
         self._adds = 0
 
@@ -161,12 +196,37 @@ class Limbs:
         are put aside first, because cutting few values takes as long as cutting many.
         """
         self._pending[row].append((index, values))
+        self._wait_for(values)
+
+    def add_runs(self, row: int, index: Tensor, values: Tensor, runs: RunSlice) -> None:
+        """Add the sums of values [n], float32 or float64, over runs to the entries `index` [r] of a row of [., 1].
+
+        It notes values beyond the range.
+        """
+        it = self.ranges[row]
+        parts = slices(values, it.unit, it.limit, slice_bits(runs.longest))
+        if parts is None:
+            self.flag()
+            return
+        for part, unit in parts:
+            up_to_end = part.view(torch.int64).cumsum(0).index_select(0, runs.last).unsqueeze(1)
+            self.add_prefixes(row, Prefixes(index, up_to_end, runs.lengths, magic_integer(unit), unit))
+
+    def add_prefixes(self, row: int, prefixes: Prefixes) -> None:
+        """Add what the runs of a chunk add up to."""
+        self._prefixes[row].append(prefixes)
+        self._wait_for(prefixes.up_to_end)
+
+    def _wait_for(self, values: Tensor) -> None:
         self._waiting += values.numel()
         if self._waiting > MOST_WAITING:
             self._work_off()
 
     def _work_off(self) -> None:
-        for row, pending in enumerate(self._pending):
+        for row, (pending, prefixes) in enumerate(zip(self._pending, self._prefixes, strict=True)):
+            if prefixes:
+                pending.append(_sums_of_runs(prefixes))
+                prefixes.clear()
             if pending:
                 index, values = (
                     torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*pending, strict=True)
@@ -176,19 +236,26 @@ class Limbs:
         self._waiting = 0
 
     def _add(self, row: int, index: Tensor, values: Tensor) -> None:
-        if not _largest(values) < self.ranges[row].limit:
+        largest = _largest(values)
+        if not largest < self.ranges[row].limit:
             self.flag()
             return
         self._adds += values.shape[0]
         if self._adds > MOST_ADDS:
             normalise(self.table, self.ranges)
             self._adds = values.shape[0]
+        if values.dim() > 1:  # a table of one dimension takes a small part of the time
+            columns = values.shape[1]
+            index = (index.unsqueeze(1) * columns + torch.arange(columns, device=index.device)).view(-1)
+            values = values.reshape(-1)
         units = self.ranges[row].units
         for limb, unit in zip(self.rows(row), units, strict=True):
-            part = rounded(values, unit)
+            if largest < 2.0 ** (unit - 1):
+                continue
+            part = values + magic(unit)
+            limb.view(-1).index_add_(0, index, part.view(torch.int64) - magic_integer(unit))
             if unit != units[-1]:
-                values = values - part
-            limb.index_add_(0, index, part.mul_(2.0**-unit).long())
+                values = values - part.sub_(magic(unit))
 
     def to_send(self) -> Tensor:
         """Return the limbs in normalised form, float64 [rows, ...]: sums over up to 8,192 ranks are exact."""
@@ -206,6 +273,38 @@ class Limbs:
         for row, it in zip(found, self.ranges, strict=True):
             row.masked_fill_(row.abs() >= it.limit, math.inf)
         return found
+
+
+class Prefixes(NamedTuple):
+    """Holds sums of a chunk's integers from its first token on, from which follows what each run adds up to.
+
+    Sums of int64 wrap around on the way. What a run adds up to must not, nor leave int64.
+    """
+
+    entry: Tensor
+    """Entry of each run in the table, int64 [r]."""
+    up_to_end: Tensor
+    """Sum up to the end of each run, int64 [r, C]."""
+    lengths: Tensor
+    """Tokens of each run, int64 [r]."""
+    excess: int
+    """What each token's integer is above the token's number of units."""
+    unit: int
+    """Exponent of the unit."""
+
+
+def _sums_of_runs(prefixes: Sequence[Prefixes]) -> tuple[Tensor, Tensor]:
+    """Return entries [2 R] and float64 values [2 R, C] of what R runs add up to: two each, because one has 53 bits."""
+    entry, lengths = torch.cat([it.entry for it in prefixes]), torch.cat([it.lengths for it in prefixes])
+    up_to_end = torch.cat([it.up_to_end for it in prefixes])
+    sizes = [it.entry.shape[0] for it in prefixes]
+    which = torch.arange(len(prefixes), device=entry.device).repeat_interleave(entry.new_tensor(sizes))
+    before = up_to_end.roll(1, 0).index_fill_(0, entry.new_tensor([0, *itertools.accumulate(sizes[:-1])]), 0)
+    excess = lengths * entry.new_tensor([it.excess for it in prefixes])[which]
+    units = (up_to_end - before).sub_(excess.unsqueeze(1))
+    low = units & 0xFFFFFFFF
+    scale = torch.tensor([2.0**it.unit for it in prefixes], dtype=torch.float64, device=entry.device)[which]
+    return entry.repeat(2), torch.cat([units.sub_(low), low]).double().mul_(scale.repeat(2).unsqueeze(1))
 
 
 class FloatSums:
@@ -233,8 +332,8 @@ def normalise(table: Tensor, ranges: Sequence[Range]) -> None:
     first = 0
     for it in ranges:
         for limb in range(first + it.limbs - 1, first, -1):
-            table[limb - 1] += table[limb] >> WIDTH
-            table[limb] &= MASK
+            table[limb - 1].add_(table[limb] >> WIDTH)
+            table[limb].bitwise_and_(MASK)
         first += it.limbs
 
 
@@ -244,20 +343,29 @@ def decode(sent: Tensor, ranges: Sequence[Range]) -> Tensor:
     normalise(table, ranges)
     found = sent.new_empty((len(ranges), *sent.shape[1:]))
     first = 0
-    for row, it in enumerate(ranges):
-        total = found[row].zero_()
-        for limb, unit in enumerate(it.units):
-            total += table[first + limb].double().mul_(2.0**unit)
+    for total, it in zip(found, ranges, strict=True):
+        total.zero_()
+        for limb, unit in zip(table[first : first + it.limbs], it.units, strict=True):
+            total.add_(limb.double(), alpha=2.0**unit)
         first += it.limbs
     return found
 
 
 def sum_by_index(values: Tensor, index: Tensor, size: int, ranges: Sequence[Range]) -> Tensor:
     """Return the sums of float64 values [C, n] by index [n]: [C, size], for any order of the n; a range per row."""
+    if len(set(ranges)) == 1:  # one sum of pairs, triples, ... costs as much as one of numbers
+        limbs = Limbs(ranges[:1], (size, len(ranges)), values.device)
+        limbs.add(0, index, values.t())
+        return decode(limbs.to_send(), ranges[:1])[0].t()
     limbs = Limbs(ranges, (size,), values.device)
     for row, value in enumerate(values):
         limbs.add(row, index, value)
     return decode(limbs.to_send(), ranges)
+
+
+def _wrapped(number: int) -> int:
+    """Return the int64 that a number is up to multiples of 2^64, as sums of int64 are."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 class Totals:
@@ -269,14 +377,15 @@ class Totals:
         self.overflows = False
 
     def add(self, row: int, values: Tensor) -> None:
-        """Add float64 values [n], of one chunk of tokens; they are used up."""
-        it = self.ranges[row]
-        parts = slices(values, it.unit, it.limit, slice_bits(values))
+        """Add values [n], float32 or float64."""
+        it, terms = self.ranges[row], values.numel()
+        parts = slices(values, it.unit, it.limit, slice_bits(terms))
         if parts is None:
             self.overflows = True
             return
         for part, unit in parts:
-            self.numbers[row] += int(float(part.sum()) * 2.0**-unit) << (unit - it.unit)
+            units = int(part.view(torch.int64).sum()) - terms * magic_integer(unit)
+            self.numbers[row] += _wrapped(units) << (unit - it.unit)
 
     def to_send(self) -> Tensor:
         """Return the limbs of all sums, float64 [rows]; `overflows` then says whether one is beyond its range."""

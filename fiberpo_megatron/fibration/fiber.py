@@ -268,7 +268,7 @@ class FiberGating(Gating):
         log_ratio = own_clipped.sub_(other_clipped).add_(log_weight)
         beyond = self._pessimistic(chunk, log_ratio) if self.rule.pessimistic else None
         ratio = log_ratio.exp_()
-        scale = chunk.weights * chunk.advantages
+        scale = chunk.scale
         weight = scale * ratio
         gradient, free = weight * own_free, own_free
         if beyond is not None:

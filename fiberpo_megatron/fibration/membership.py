@@ -18,9 +18,20 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.fibration.budgets import OTHERS
-from fiberpo_megatron.fibration.exact import SHARE_UNIT, FloatSums, Limbs, NodeSums, Range, rounded, slice_bits, slices
+from fiberpo_megatron.fibration.exact import (
+    SHARE_UNIT,
+    FloatSums,
+    Limbs,
+    NodeSums,
+    Prefixes,
+    float_slice_bits,
+    magic,
+    rounded,
+    slice_bits,
+    slices,
+)
 from fiberpo_megatron.fibration.levels import Choice, level_name
-from fiberpo_megatron.fibration.runs import CPU_CHUNK, GPU_CHUNK, RunSlice
+from fiberpo_megatron.fibration.runs import BLOCK, CPU_CHUNK, GPU_CHUNK, RunSlice
 from fiberpo_megatron.fibration.tokens import LONE, TokenBatch, table_size
 
 if TYPE_CHECKING:
@@ -36,8 +47,6 @@ SLOT_UNIT = -8
 """Exponent of the unit of shares that need no second part: those of 2, 4, 8, ... routed slots a token."""
 SLOT_BITS = 9
 """Bits of such a share."""
-PIECE_BITS = 12
-"""Logarithm of the tokens that one matrix product adds up at most, so that it is exact in 53 bits."""
 NATIVE_PRODUCT = 400
 """Products of matrices with fewer multiplications than this are computed by torch itself, one after the other, so that
 the bits of one do not depend on how many there are; larger ones go to a library."""
@@ -105,27 +114,21 @@ class NodeMap:
         if isinstance(sums, FloatSums):
             _sum_floats(sums.table, base, values, kernel, runs)
             return
-        cut = _CutValues(sums, shared=kernel is not None)
         if kernel is None:
             for row, value in enumerate(values):
                 if value is None:
                     sums.add(row, base, runs.lengths.double().unsqueeze(1))
-                    continue
-                for part in cut(row, value, slice_bits(value)):
-                    sums.add(row, base, runs.sums(part).unsqueeze(1))
+                else:
+                    sums.add_runs(row, base, value, runs)
             return
-        ones = torch.ones_like(kernel[:, 0], dtype=torch.float64)
         shares, share_bits = self._share_parts(kernel)
         if runs.long_on_cpu:
-            bits = 53 - PIECE_BITS - share_bits if share_bits else slice_bits(ones)
-            found = [[ones] if value is None else cut(row, value, bits) for row, value in enumerate(values)]
-            _add_products(sums, base, found, shares, runs)
+            bits = min(54 - BLOCK.bit_length(), slice_bits(runs.longest)) - share_bits
+            _add_products(sums, base, _cut(sums, values, bits, runs), shares, runs)
             return
-        bits = slice_bits(ones) - share_bits
-        for row, value in enumerate(values):
-            for part in [ones] if value is None else cut(row, value, bits):
-                for share in shares:
-                    sums.add(row, base, runs.sums(share * part.unsqueeze(1)))
+        for row, part, _ in _cut(sums, values, float_slice_bits(kernel) - share_bits, runs):
+            for share, _ in shares:
+                sums.add(row, base, runs.sums(share * part.unsqueeze(1)))
 
     @cached_property
     def _by_slots(self) -> bool:
@@ -139,19 +142,20 @@ class NodeMap:
 
     def _multiples_of(self, unit: int) -> bool:
         assert self.share is not None
-        units = (part * 2.0**-unit for part in self.share.split(GPU_CHUNK if self.share.is_cuda else CPU_CHUNK // 4))
-        return all(torch.equal(part, part.round()) for part in units)
+        parts = self.share.split(GPU_CHUNK if self.share.is_cuda else CPU_CHUNK // 4)
+        return not any(float((part * 2.0**-unit).frac_().max()) for part in parts)
 
-    def _share_parts(self, kernel: Tensor) -> tuple[list[Tensor], int]:
-        """K as parts [n, P] that add up to it, to a unit of 2^`SHARE_UNIT`, and the bits of a part."""
+    def _share_parts(self, kernel: Tensor) -> tuple[list[tuple[Tensor, int]], int]:
+        """K as parts [n, P] that add up to it, to a unit of 2^`SHARE_UNIT`, each with its unit, and the bits of a
+        part."""
         if not self.soft:
-            return [kernel], 0
+            return [(kernel, 0)], 0
         if self._by_slots:
-            return [kernel], SLOT_BITS
+            return [(kernel, SLOT_UNIT)], SLOT_BITS
         if self._needs_rounding:
             kernel = rounded(kernel.double(), SHARE_UNIT)
         coarse = (kernel + 1.0).sub_(1.0) if kernel.dtype == torch.float32 else rounded(kernel, COARSE_SHARE_UNIT)
-        return [coarse, kernel - coarse], SHARE_BITS
+        return [(coarse, COARSE_SHARE_UNIT), (kernel - coarse, SHARE_UNIT)], SHARE_BITS
 
     def gather(self, table: Tensor, tokens: slice, runs: RunSlice) -> list[Tensor]:
         """Return sum_n K(i, n) table[c, n] for each token of the chunk and each c of [C, base_nodes, P]."""
@@ -160,12 +164,28 @@ class NodeMap:
         if kernel is None:
             return [runs.spread(row.view(-1).index_select(0, base)) for row in table]
         if table.shape[0] * table.shape[2] < NATIVE_PRODUCT and not kernel.is_cuda:
-            rows = runs.spread(table.transpose(0, 1).index_select(0, base))
-            found = rows.new_empty(table.shape[0], runs.tokens)
-            torch.bmm(rows, kernel.to(rows.dtype).unsqueeze(2), out=found.t().unsqueeze(2))
-            return list(found)
+            return list(_products(table.transpose(0, 1).index_select(0, base), kernel.to(table.dtype), runs))
         # No large matrix product: in one, a token's bits could depend on how many tokens there are.
         return [runs.spread(row.index_select(0, base)).mul_(kernel).sum(1) for row in table]
+
+
+def _products(rows: Tensor, kernel: Tensor, runs: RunSlice) -> Tensor:
+    """The products of each run's rows [r, C, P] with the shares [n, P] of its tokens: [C, n].
+
+    Blocks of tokens in one run are multiplied at once, as many as torch itself still multiplies one after the other.
+    """
+    (_, values, partitions), tokens = rows.shape, runs.tokens
+    block = (NATIVE_PRODUCT - 1) // (values * partitions) if runs.long_on_cpu else 1
+    count = tokens // block
+    found = rows.new_empty(values, tokens)
+    first, last = (runs.run_of_token[at : count * block : block] for at in (0, block - 1))
+    whole = kernel[: count * block].view(count, block, partitions).transpose(1, 2)
+    out = found[:, : count * block].unflatten(1, (count, block)).transpose(0, 1)
+    torch.bmm(rows.index_select(0, first), whole, out=out)
+    cut = ((first != last).nonzero() * block + torch.arange(block)).view(-1)
+    alone = torch.cat([cut, torch.arange(count * block, tokens)])
+    of_token, shares = rows.index_select(0, runs.run_of_token[alone]), kernel.index_select(0, alone)
+    return found.index_copy_(1, alone, torch.bmm(of_token, shares.unsqueeze(2)).squeeze(2).t())
 
 
 def _sum_floats(
@@ -185,46 +205,56 @@ def _sum_floats(
             row.index_add_(0, base, runs.float_sums(kernel if value is None else kernel * value.unsqueeze(1)))
 
 
-class _CutValues:
-    """Cuts token values into slices; where one is beyond its range, it flags that and returns no slice."""
+def _cut(sums: Limbs, values: Sequence[Tensor | None], bits: int, runs: RunSlice) -> list[tuple[int, Tensor, int]]:
+    """Cut token values [n], before shares multiply them, into slices: the row, the slice in float64, its unit.
 
-    def __init__(self, sums: Limbs, *, shared: bool) -> None:
-        self.sums, self.shared = sums, shared
-
-    def __call__(self, row: int, value: Tensor, bits: int) -> list[Tensor]:
-        it: Range = self.sums.ranges[row]
-        parts = slices(value.to(torch.float64, copy=True), it.term_unit(shared=self.shared), it.limit, bits)
+    Where a value is beyond its range, it flags that, and the row has no slice.
+    """
+    found = []
+    for row, (value, it) in enumerate(zip(values, sums.ranges, strict=True)):
+        if value is None:
+            found.append((row, torch.ones(runs.tokens, dtype=torch.float64, device=runs.lengths.device), 0))
+            continue
+        parts = slices(value, it.shared_unit, it.limit, bits)
         if parts is None:
-            self.sums.flag()
-            return []
-        return [part for part, _ in parts]
+            sums.flag()
+            continue
+        found.extend((row, part - magic(unit), unit) for part, unit in parts)
+    return found
 
 
 def _add_products(
-    sums: Limbs, base: Tensor, found: Sequence[Sequence[Tensor]], shares: Sequence[Tensor], runs: RunSlice
+    sums: Limbs,
+    base: Tensor,
+    found: Sequence[tuple[int, Tensor, int]],
+    shares: Sequence[tuple[Tensor, int]],
+    runs: RunSlice,
 ) -> None:
-    """Add the matrix products of the slices `found` of each row [n] and the parts of shares [n, P], by pieces of
-    runs."""
-    rows = [row for row, parts in enumerate(found) for _ in parts]
-    if not rows:
+    """Add the sums over each run of slices [n] times parts of shares [n, P], both with the exponents of their units.
+
+    All blocks of tokens are multiplied at once, whatever runs they hold; then those in which a run ends, up to its end.
+    A block's product is exact in float64, because its slices and shares have few enough bits (`sum_into`).
+    """
+    if not found:
         return
-    tokens = shares[0].shape[0]
+    count = -(-runs.tokens // BLOCK)
     # Rows of a matrix that are a power of two apart share cache lines, which makes products three times slower.
-    stacked = torch.empty(len(rows), tokens + 8, dtype=torch.float64)[:, :tokens]
-    for place, part in zip(stacked, (part for parts in found for part in parts), strict=True):
-        place.copy_(part)
-    piece = 1 << PIECE_BITS
-    pieces = [
-        (run, at, min(at + piece, end))
-        for run, (start, end) in enumerate(runs.bounds)
-        for at in range(start, end, piece)
-    ]
-    nodes = base if len(pieces) == base.shape[0] else base[[run for run, _, _ in pieces]]
-    for share in shares:
-        wide = share.double()
-        products = torch.stack([stacked[:, start:end] @ wide[start:end] for _, start, end in pieces], 1)
-        for row, product in zip(rows, products, strict=True):
-            sums.add(row, nodes, product)
+    left = torch.empty(len(found), count * BLOCK + 8, dtype=torch.float64)
+    left[:, runs.tokens :] = 0.0
+    torch.stack([part for _, part, _ in found], out=left[:, : runs.tokens])
+    rows = left[:, : count * BLOCK].unflatten(1, (count, BLOCK)).transpose(0, 1)
+    at, up_to_end = runs.last // BLOCK, torch.arange(BLOCK) <= (runs.last % BLOCK).view(-1, 1, 1)
+    ends = rows.index_select(0, at).mul_(up_to_end)
+    for share, share_unit in shares:
+        wide = torch.empty(count * BLOCK, share.shape[1], dtype=torch.float64)
+        wide[: runs.tokens], wide[runs.tokens :] = share, 0.0
+        wide = wide.view(count, BLOCK, -1)
+        scale = torch.tensor([[2.0 ** -(unit + share_unit)] for _, _, unit in found], dtype=torch.float64)
+        whole = torch.bmm(rows, wide).mul_(scale).long()
+        prefixes = (whole.cumsum(0).sub_(whole)).index_select(0, at)
+        prefixes += torch.bmm(ends, wide.index_select(0, at)).mul_(scale).long()
+        for place, (row, _, unit) in enumerate(found):
+            sums.add_prefixes(row, Prefixes(base, prefixes[:, place], runs.lengths, 0, unit + share_unit))
 
 
 def make_node_map(

@@ -81,8 +81,8 @@ class Passes:
             ratio[chunk.tokens] = gated.ratio
             # The third pass adds zero to most tokens, but is skipped where nothing is active: -0.0 must not tell.
             torch.add(gated.gradient, 0.0, out=gradient[chunk.tokens])
-            share = (chunk.weights * chunk.advantages).mul_(gated.ratio)
-            value.add(0, share.to(torch.float64, copy=share.dtype == torch.float64))
+            share = chunk.scale * gated.ratio
+            value.add(0, share)
             if self.nodes is not None and sums is not None and gated.node_terms:
                 self.nodes.sum_into(sums, gated.node_terms, chunk.tokens, chunk.runs)
             if statistics is not None:

@@ -55,6 +55,11 @@ class Chunk:
         return self.log_ratio.exp()
 
     @cached_property
+    def scale(self) -> Tensor:
+        """Return mu A, the gradient of a token while nothing has moved."""
+        return self.weights * self.advantages
+
+    @cached_property
     def positive(self) -> Tensor:
         """Return 1 where log_ratio >= 0, else 0: zero belongs to the positive channel."""
         return torch.ge(self.log_ratio, 0.0, out=torch.empty_like(self.log_ratio))

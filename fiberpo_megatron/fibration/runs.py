@@ -11,13 +11,15 @@ from torch import Tensor
 
 from fiberpo_megatron.fibration.tokens import TokenBatch
 
-CPU_CHUNK = 1 << 16
-"""Tokens per chunk on a CPU: each float32 temporary is 256 KiB."""
+CPU_CHUNK = 1 << 17
+"""Tokens per chunk on a CPU: each float32 temporary is 512 KiB."""
 GPU_CHUNK = 1 << 20
-"""Tokens per chunk on a GPU: so many slices of a term still add up exactly (`exact.slice_bits`)."""
+"""Tokens per chunk on a GPU: so many slices of a term still add up exactly (`exact.float_slice_bits`)."""
 
-LONG_RUN = 64
-"""Mean tokens per run from which a loop over runs pays off on a CPU."""
+BLOCK = 64
+"""Tokens that are worked on at once where runs are long, whether they belong to one run or to several."""
+LONG_RUN = BLOCK
+"""Mean tokens per run from which blocks of tokens, or a loop over runs, pay off on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,19 @@ def find_runs(batch: TokenBatch, keys: tuple[str, ...]) -> Runs:
     for key in keys:
         ids = batch.ids[key]
         cut[1:] |= ids[1:] != ids[:-1]
-    starts = cut.nonzero().squeeze(1)
+    starts = _places(cut)
     lengths = torch.diff(starts, append=starts.new_tensor([size]))
     return Runs(size, chunk, starts, lengths, {key: batch.ids[key].index_select(0, starts).long() for key in keys})
+
+
+def _places(marked: Tensor) -> Tensor:
+    """The places of n flags that are set, int64 [k]. Where they are few, it is faster to look at eight at a time."""
+    whole = marked.shape[0] // 8 * 8
+    words = marked[:whole].view(torch.int64).nonzero()
+    near = (words * 8 + torch.arange(8, device=marked.device)).view(-1)
+    rest = torch.arange(whole, marked.shape[0], device=marked.device)
+    near = torch.cat([near, rest])
+    return near[marked[near]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ class RunSlice:
 
     @property
     def long_on_cpu(self) -> bool:
-        """Return whether a python loop over runs costs less than vectorised passes over [n, P] values."""
+        """Return whether work on blocks of tokens, or a loop over runs, costs less than passes token by token."""
         return self.lengths.device.type == "cpu" and self.tokens >= LONG_RUN * (self.end - self.first)
 
     @cached_property
@@ -111,10 +123,15 @@ class RunSlice:
         """Return the last token of each run within the slice, int64 [r]."""
         return self.lengths.cumsum(0) - 1
 
+    @cached_property
+    def longest(self) -> int:
+        """Return the tokens of the longest run."""
+        return int(self.lengths.max())
+
     def sums(self, values: Tensor) -> Tensor:
         """Return the sums of float64 [n] or [n, C] values over each run: [r] or [r, C].
 
-        They are exact where every sum of consecutive values is, as those of `exact.slices` are.
+        They are exact where every sum of consecutive values is, as those of slices of `exact.float_slice_bits` are.
         """
         ends = values.cumsum(0).index_select(0, self.last)
         return torch.diff(ends, dim=0, prepend=torch.zeros_like(ends[:1]))
@@ -125,7 +142,23 @@ class RunSlice:
 
     def spread(self, per_run: Tensor) -> Tensor:
         """Return [r] or [r, C] values handed to their tokens: [n] or [n, C]."""
-        return per_run.index_select(0, self.run_of_token)
+        if per_run.dim() > 1 or not self.long_on_cpu:
+            return per_run.index_select(0, self.run_of_token)
+        first, cut, run_of_cut = self._blocks
+        out = per_run.index_select(0, first).unsqueeze(1).expand(-1, BLOCK).contiguous()
+        out.index_copy_(0, cut, per_run.index_select(0, run_of_cut).view(-1, BLOCK))
+        return out.view(-1)[: self.tokens]
+
+    @cached_property
+    def _blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The run of the first token of each block of tokens, the blocks that hold several runs, and the runs of all
+        tokens of these. Most blocks lie in one run and are filled at once."""
+        run = self.run_of_token
+        first = run[::BLOCK]
+        last = torch.cat([run[BLOCK - 1 :: BLOCK], run[-1:]])[: first.shape[0]]
+        cut = (first != last).nonzero().squeeze(1)
+        tokens = (cut.unsqueeze(1) * BLOCK + torch.arange(BLOCK)).view(-1).clamp_(max=self.tokens - 1)
+        return first, cut, run.index_select(0, tokens)
 
 
 def iterate(runs: Runs) -> Iterator[tuple[slice, RunSlice]]:

@@ -72,7 +72,7 @@ class _GSPOGating(_MeanRatio):
     def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
         ratio = pessimistic_clip(values[0], chunk.advantages, self.epsilon)
         free = equal(ratio, values[0])
-        return GatedChunk(ratio, (chunk.weights * chunk.advantages).mul_(ratio).mul_(free), free)
+        return GatedChunk(ratio, (chunk.scale * ratio).mul_(free), free)
 
     def clip(self, chunk: Chunk, values: list[Tensor]) -> Clip:
         high, low = self.epsilon
@@ -130,7 +130,7 @@ class GMPO(Objective):
 class _GMPOGating(_MeanRatio):
     def gate(self, chunk: Chunk, values: list[Tensor]) -> GatedChunk:
         free = equal(_clipped(chunk, self.epsilon), chunk.log_ratio)
-        return GatedChunk(values[0], (chunk.weights * chunk.advantages).mul_(values[0]).mul_(free), free)
+        return GatedChunk(values[0], (chunk.scale * values[0]).mul_(free), free)
 
     def clip(self, chunk: Chunk, values: list[Tensor]) -> Clip:
         high, low = self.epsilon

@@ -67,21 +67,18 @@ class TokenStatistics:
         if self.share is not None:
             share = self.share[chunk.tokens]
             log_share = share.clamp(min=torch.finfo(share.dtype).tiny).log_()
-            self._add(ENTROPY, log_share.mul_(share).sum(1).mul_(mu).neg_())
-        self._add(SQUARE, self._square(weighted, ratio))
-        self._add(WEIGHTED, weighted)
-        self._add(MU, mu)
+            self.sums.add(ENTROPY, log_share.mul_(share).sum(1).mul_(mu).neg_())
+        self.sums.add(SQUARE, self._square(weighted, ratio))
+        self.sums.add(WEIGHTED, weighted)
+        self.sums.add(MU, mu)
         if chunk.any_weightless:
             held = mu > 0
             x, ratio = x[held], ratio[held]
-        self._add(RATIO, ratio)
+        self.sums.add(RATIO, ratio)
         tokens = None if self.tokens_of is None else _per_run(chunk, chunk.counted)
         self.counts += histogram.histogram(x)
         if self.tokens_of is not None and tokens is not None:
             self.tokens_of.index_add_(0, self.runs.ids[TRAJECTORY_KEY][chunk.runs.rows], tokens)
-
-    def _add(self, row: int, values: Tensor) -> None:
-        self.sums.add(row, values.to(torch.float64, copy=True))
 
     def _square(self, weighted: Tensor, ratio: Tensor) -> Tensor:
         """Return mu r^2. Its terms overflow float32 where r is above exp(44): wherever that can be, they are float64,

@@ -34,7 +34,7 @@ class PPO(RatioClip, TokenObjective):
         """Return the clipped ratio, and a gradient of zero where the clip holds it."""
         ratio = pessimistic_clip(chunk.ratio, chunk.advantages, self.bounds, self.dual_clip)
         free = equal(ratio, chunk.ratio)
-        return GatedChunk(ratio, (chunk.weights * chunk.advantages).mul_(ratio).mul_(free), free)
+        return GatedChunk(ratio, (chunk.scale * ratio).mul_(free), free)
 
     def clip(self, chunk: Chunk) -> Clip:
         """Return the bound of the ratio that can bind for the sign of the advantage."""
@@ -120,7 +120,7 @@ class CISPO(RatioClip, TokenObjective):
         high, low = self.bounds
         ratio = chunk.ratio.clamp(1.0 - low, 1.0 + high)
         free = equal(ratio, chunk.ratio)
-        return GatedChunk(ratio, (chunk.weights * chunk.advantages).mul_(ratio), free)
+        return GatedChunk(ratio, chunk.scale * ratio, free)
 
     def clip(self, chunk: Chunk) -> Clip:
         """Return both bounds of the ratio."""
@@ -138,7 +138,7 @@ class Reinforce(TokenObjective):
     def gate(self, chunk: Chunk) -> GatedChunk:
         """Return the ratio, and mu A r as the gradient."""
         ratio = chunk.ratio
-        return GatedChunk(ratio, (chunk.weights * chunk.advantages).mul_(ratio))
+        return GatedChunk(ratio, chunk.scale * ratio)
 
 
 @register("rloo")

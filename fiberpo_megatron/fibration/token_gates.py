@@ -46,7 +46,7 @@ class SAPO(TokenObjective):
         passed = 0.5 * (1 + torch.tanh(0.5 * tau * (chunk.ratio - 1)))  # the sigmoid, whose own operation on a CPU
         gated = 1 + 4 / tau * (passed - 0.5)  # gives a token other bits where it stands at another place
         slope = 4 * passed * (1 - passed)  # dG/dr; and dr/dx = r
-        return GatedChunk(gated, chunk.weights * chunk.advantages * slope * chunk.ratio)
+        return GatedChunk(gated, chunk.scale * slope * chunk.ratio)
 
 
 @register("dppo")
@@ -99,7 +99,7 @@ class DPPO(TokenObjective):
         free = torch.ones_like(moved).masked_fill_(out, 0.0)
         ratio = chunk.ratio.clamp(max=self.truncation) if self.truncation is not None else chunk.ratio
         gated = ratio * free
-        return GatedChunk(gated, chunk.weights * chunk.advantages * gated, free)
+        return GatedChunk(gated, chunk.scale * gated, free)
 
     def clip(self, chunk: Chunk) -> Clip:
         """Return the bound of pi - pi_old on the side of the advantage."""

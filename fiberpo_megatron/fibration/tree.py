@@ -50,7 +50,7 @@ class LevelNodes:
     def total(self, finest: Tensor) -> Tensor:
         """Return the sums of finest-node values [C, F] over this level's nodes: [C, n]."""
         own = finest if self.members is None else finest.index_select(-1, self.members)
-        return sum_by_index(own, self.of_member, self.mass.shape[0], (ADJOINT,) * own.shape[0])
+        return _sums(own, self.of_member, self.mass.shape[0], (ADJOINT,) * own.shape[0])
 
     def add_to(self, finest: Tensor, values: Tensor) -> None:
         """Add this level's node values [..., n] to those of its finest nodes, [..., F], in place."""
@@ -145,7 +145,7 @@ def build_tree(tree: LevelTree, nodes: NodeMap, sums: Tensor, parents: Tensor | 
         if level.parent is not None:
             parent = _parent(tree, level, own, _of(own.members, placed[level.parent].of_finest), ids)
         held = finest if own.members is None else finest.index_select(1, own.members)
-        total = sum_by_index(held, own.of_member, own.size, NODE_RANGES)
+        total = _sums(held, own.of_member, own.size, NODE_RANGES)
         mass, tokens, aggregate = total[0], total[1].clamp(min=1.0), total[2:] / total[0]
         budget = _budget(level, own, nodes, ids, sizes)
         levels.append(LevelNodes(level, own.members, own.of_member, parent, mass, tokens, aggregate, budget))
@@ -154,6 +154,13 @@ def build_tree(tree: LevelTree, nodes: NodeMap, sums: Tensor, parents: Tensor | 
         for chain, finest_nodes in zip(tree.branches, of_branch, strict=True)
     )
     return NodeTree(tree, tuple(levels), leaves, index, flat.shape[1])
+
+
+def _sums(own: Tensor, node: Tensor, size: int, ranges: Sequence[Range]) -> Tensor:
+    """The sums [C, size] of values [C, m] over nodes that have at least one of the m each."""
+    if size == node.shape[0]:  # one each
+        return torch.empty_like(own).index_copy_(1, node, own)
+    return sum_by_index(own, node, size, ranges)
 
 
 def node_ids(tree: LevelTree, nodes: NodeMap, index: int, parents: Tensor | None) -> tuple[int, dict[str, int]]:

@@ -69,6 +69,39 @@ def test_the_error_is_below_1e_11_of_the_absolute_terms(dtype: torch.dtype, leng
                 assert error <= Fraction(1e-11) * sum(map(abs, products))
 
 
+@pytest.mark.parametrize("membership", ["none", "soft", "slots", "hard"])
+def test_long_runs_and_single_tokens_give_the_same_bits(membership: str) -> None:
+    """Tokens of long runs are added and given node values by blocks, shuffled ones each on its own."""
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.arange(9).repeat_interleave(torch.tensor([1, 63, 64, 65, 130, 257, 2, 300, 191]))
+    size, partitions = ids.shape[0], 1 if membership == "none" else 8
+    x = 10.0 ** (-7.0 * torch.rand(size, generator=draw)) * torch.randn(size, generator=draw)
+    x[::5], x[1::50] = 0.0, 1e-42  # zeros, and numbers below the normal ones
+    share = None
+    if membership != "none":
+        share = torch.softmax(torch.randn(size, partitions, generator=draw), 1)
+    if membership == "slots":
+        share = torch.nn.functional.one_hot(torch.randint(0, 8, (size, 8), generator=draw), 8).sum(1).float() / 8
+    table = torch.randn(2, 9, partitions, generator=draw)
+
+    def found(order: Tensor) -> tuple[Tensor, Tensor, RunSlice]:
+        values: list[Tensor | None] = [x.abs()[order], None, x[order], -0.0 * x[order]]
+        own = None if share is None else share[order]
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), (ids[order].diff() != 0).nonzero().squeeze(1) + 1])
+        lengths = torch.diff(starts, append=torch.tensor([size]))
+        nodes, runs = ids[order][starts], RunSlice(size, lengths, 0, starts.shape[0])
+        held = NodeMap((("trajectory",),), {"trajectory": 9}, None, nodes, own, membership != "hard", partitions, {})
+        sums = node_sums(values, ids[order], own, soft=membership != "hard")
+        return sums, torch.stack(held.gather(table, slice(0, size), runs)), runs
+
+    order = torch.randperm(size, generator=draw)
+    sums, given, runs = found(torch.arange(size))
+    shuffled, given_shuffled, single = found(order)
+    assert runs.long_on_cpu and not single.long_on_cpu
+    assert torch.equal(sums, shuffled)
+    assert torch.equal(given[:, order], given_shuffled)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), max_size=30), st.randoms(use_true_random=False))
 def test_sums_by_index_do_not_depend_on_the_order(values: list[float], random) -> None:
@@ -102,10 +135,20 @@ def test_totals_are_exact() -> None:
     it = exact.Range.covering(1e3)
     totals = exact.Totals((it,), torch.device("cpu"))
     values = torch.tensor([1e3, 1e-20, -1e3, 3e-9], dtype=torch.float64)
-    totals.add(0, values.clone())
+    totals.add(0, values)
     unit = Fraction(2) ** it.unit
     true = float(sum(round(Fraction(value) / unit) * unit for value in values.tolist()))
     assert totals.values(0) == true == exact.decode_totals(totals.to_send(), (it,))[0]
+
+
+def test_totals_of_float32_are_exact() -> None:
+    """Zeros of both signs and numbers below the normal ones are no reason to stop after one slice."""
+    it = exact.Range.covering(1e3, -160)
+    for values in ([1.0, 2.0**-20, 0.0, -0.0, -3.0], [1e3, 1e-42, 0.0, -1e3], [7.0, 2.0**-60, -7.0], [0.0, -0.0], []):
+        totals = exact.Totals((it,), torch.device("cpu"))
+        terms = torch.tensor(values)
+        totals.add(0, terms)
+        assert totals.values(0) == float(sum(Fraction(value) for value in terms.tolist()))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fiberpo_megatron.fibration import ObjectiveOutput, build_objective, exact
+from fiberpo_megatron.fibration.runs import RunSlice
 from tests.fibration.oracle import Case, random_case
 from tests.fibration.ranks import Collective, joined, run_ranks
 from tests.fibration.registered import NAMES, tight
@@ -98,6 +99,9 @@ def test_a_sum_in_float64_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         floats = limbs.__dict__.setdefault("floats", {}).setdefault(row, torch.zeros(table.shape, dtype=torch.float64))
         floats.index_add_(0, index, values)
 
+    def runs_in_order(limbs: exact.Limbs, row: int, index: Tensor, values: Tensor, runs: RunSlice) -> None:
+        in_order(limbs, row, index, runs.float_sums(values).unsqueeze(1))
+
     def send(limbs: exact.Limbs) -> Tensor:
         for row, floats in limbs.__dict__.get("floats", {}).items():
             limbs._add(row, torch.arange(floats.shape[0]), floats)
@@ -105,6 +109,7 @@ def test_a_sum_in_float64_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     whole = exact.Limbs.to_send
     monkeypatch.setattr(exact.Limbs, "add", in_order)
+    monkeypatch.setattr(exact.Limbs, "add_runs", runs_in_order)
     monkeypatch.setattr(exact.Limbs, "to_send", send)
     different = 0
     for seed in range(5):

@@ -27,6 +27,7 @@ from fiberpo_megatron.fibration import (
     objective_class,
     objective_options,
     register,
+    registry,
 )
 from tests.fibration import topr
 from tests.fibration.oracle import random_case
@@ -78,6 +79,7 @@ def test_a_module_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "objective_of_mine.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))  # other tests do not know this name
     case = random_case(0)
     found = case.call(build_objective("objective_of_mine:TOPR"))
     assert torch.equal(found.gradient, case.call(TOPR()).gradient)
