@@ -38,7 +38,7 @@ class Objective(Rule):
 
     exact_sums: bool = field(default=True, kw_only=True)
     """Whether sums over tokens in torch are exact, so that a result has the same bits in any layout. False adds up in
-    float64, which takes a third to two thirds of the time on a CPU (docs/fibration.md); kernels are always exact."""
+    float64; docs/fibration.md has what that saves on a CPU. Kernels are always exact."""
 
     gradient_is_derivative: ClassVar[bool] = True
     """Whether the gradient is the derivative of the value; False for an objective with a stop-gradient, such as CISPO.

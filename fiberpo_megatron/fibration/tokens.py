@@ -214,8 +214,8 @@ def _check_share(share: Tensor) -> None:
         at = int(share.argmin()) // share.shape[1]
         raise ValueError(f"expert_share[{at}] holds {low}; a share of routed slots must not be negative")
     error = (share @ share.new_ones(share.shape[1])).sub_(1.0).abs_()
-    worst = int(error.argmax())
-    if float(error[worst]) > SHARE_TOLERANCE:
+    if error.numel() and float(error.max()) > SHARE_TOLERANCE:
+        worst = int(error.argmax())
         raise ValueError(
             f"level key 'expert': expert_share[{worst}] sums to {float(share[worst].sum())}, not 1; divide "
             "each token's counts by their sum in float32"
