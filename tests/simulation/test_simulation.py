@@ -88,6 +88,14 @@ def test_a_seed_repeats_event_by_event(monkeypatch: pytest.MonkeyPatch):
         assert first.trace == second.trace
 
 
+def test_what_a_full_disk_did_not_sync_may_be_lost_with_the_machine():
+    """Production warns of it. In this seed the sync of two groups fails, and the machine is lost a second later."""
+    found = simulate(9013)
+    happened = [what for _, what, _ in found.trace]
+    assert found.broken is None
+    assert happened.index("disk full") < happened.index("machine lost")
+
+
 def test_everything_that_may_befall_a_run_does():
     seen = sum((command._befell(_sound(seed)) for seed in range(40)), Counter[str]())
     assert {f"engine {one}" for one in FAULTS} | {"killed", "machine lost", "SIGTERM", "disk full"} <= seen.keys()
