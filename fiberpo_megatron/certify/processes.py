@@ -10,9 +10,12 @@ in which it had begun. Function, arguments and results are pickled, and travel o
 children hold.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +35,8 @@ DEADLINE_S = 600.0
 """Seconds that the processes of one layout get altogether, if the caller does not say."""
 _GRACE_S = 10.0
 """Seconds that the others get to report after one has failed: its error may be the consequence of another's."""
+_EXIT_S = 5.0
+"""Seconds that the system gets to say how a process ended whose pipe is closed."""
 
 
 @dataclass(frozen=True)
@@ -89,19 +96,22 @@ def collect_ranks(
     variables = {} if on_cpu else {"NVIDIA_TF32_OVERRIDE": os.environ.get("NVIDIA_TF32_OVERRIDE", "0")}
     store = store_on("127.0.0.1")
     call = pickle.dumps((function, arguments))
-    processes, pipes = [], []
+    processes: list[BaseProcess] = []
+    pipes = []
+    crashes = tempfile.TemporaryDirectory(prefix="fiberpo-ranks-")
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
+            crash = Path(crashes.name) / str(rank)
             process = context.Process(
-                target=_rank, args=(rank, world_size, store.port, on_cpu, call, theirs), daemon=True
+                target=_rank, args=(rank, world_size, store.port, on_cpu, call, theirs, crash), daemon=True
             )
             with _environment(**variables):
                 process.start()
             theirs.close()
             processes.append(process)
             pipes.append(ours)
-        return _collect(pipes, timeout_s)
+        return _collect(pipes, processes, Path(crashes.name), timeout_s)
     finally:
         for process in processes:
             process.join(timeout=0.5)
@@ -110,6 +120,7 @@ def collect_ranks(
                 process.join()
         for pipe in pipes:
             pipe.close()
+        crashes.cleanup()
 
 
 def _context(on_cpu: bool) -> Any:
@@ -137,7 +148,7 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _collect(pipes: list[Connection], timeout_s: float) -> list[Outcome]:
+def _collect(pipes: list[Connection], processes: list[BaseProcess], crashes: Path, timeout_s: float) -> list[Outcome]:
     outcomes: dict[int, Outcome] = {}
     deadline = time.monotonic() + timeout_s
     while len(outcomes) < len(pipes) and time.monotonic() < deadline:
@@ -148,14 +159,30 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Outcome]:
             try:
                 outcomes[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                outcomes[rank] = Outcome(rank, error="the process died silently (killed, or crashed in native code)")
+                outcomes[rank] = Outcome(rank, error=_end_of(processes[rank]), trace=_read(crashes / str(rank)))
             if outcomes[rank].error is not None:
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
     late = f"still running when its time was over ({timeout_s:.0f} s, less once another rank has failed)"
     return [outcomes.get(rank, Outcome(rank, error=late)) for rank in range(len(pipes))]
 
 
-def _rank(rank: int, world_size: int, port: int, on_cpu: bool, call: bytes, pipe: Connection) -> None:
+def _end_of(process: BaseProcess) -> str:
+    """Return in words how a process ended that has reported nothing."""
+    process.join(timeout=_EXIT_S)
+    code = process.exitcode
+    if code is None:
+        return f"the process closed its pipe without a report and still runs {_EXIT_S:.0f} s later"
+    if code < 0:
+        return f"the process was ended by {signal.Signals(-code).name} (killed, or crashed in native code)"
+    return f"the process exited with status {code} without a report"
+
+
+def _read(crash: Path) -> str:
+    """Return the Python stacks that the process wrote while it crashed; nothing if it was killed."""
+    return crash.read_text(errors="replace") if crash.exists() else ""
+
+
+def _rank(rank: int, world_size: int, port: int, on_cpu: bool, call: bytes, pipe: Connection, crash: Path) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -167,6 +194,7 @@ def _rank(rank: int, world_size: int, port: int, on_cpu: bool, call: bytes, pipe
         GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
     )
+    faulthandler.enable(crash.open("w"))  # the open file lives as long as the process: faulthandler holds it
     try:
         function, arguments = pickle.loads(call)
         message = pickle.dumps(Outcome(rank, value=function(*arguments)))

@@ -1,12 +1,15 @@
 """Every patch of the CPU platform is needed: leave it out, and the scenario that passes with it fails."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _coalescing_manager
 
-from fiberpo_megatron.certify.processes import collect_ranks
+from fiberpo_megatron.certify.processes import collect_ranks, run_ranks
 from fiberpo_megatron.mcore.cpu import patches
 from tests.distributed.parity import (
     DEEPSEEK_V3,
@@ -60,8 +63,34 @@ def train_and_resume(left_out: str | None, parallel: dict[str, int], folder: str
     return found
 
 
+def gather_in_flight(left_out: str | None, seconds: float) -> int:
+    """Gather parts of many buckets at the same time, again and again, and return how often."""
+    patches.install()
+    if left_out is not None:
+        patches.leave_out(left_out)
+    dist.init_process_group("gloo")
+    buckets = [[torch.zeros(2000) for _ in range(2)] for _ in range(12)]
+    end, rounds = time.monotonic() + seconds, 0
+    going = torch.ones(())
+    while going:
+        rounds += 1
+        sent = []
+        for bucket in buckets:
+            with _coalescing_manager(async_ops=True) as work:
+                for whole in bucket:
+                    own = whole.chunk(2)[dist.get_rank()].fill_(10 * dist.get_rank() + rounds)
+                    dist.all_gather_single(whole, own, async_op=True)
+            sent.append(work)
+        for work, bucket in zip(sent, buckets, strict=True):
+            work.wait()
+            assert all(whole[0] == rounds and whole[-1] == 10 + rounds for whole in bucket)
+        going.fill_(time.monotonic() < end)
+        dist.broadcast(going, 0)
+    return rounds
+
+
 def test_table_is_tested():
-    assert set(SCENARIOS) == {patch.name for patch in patches.PATCHES}
+    assert {*SCENARIOS, "gather_separately"} == {patch.name for patch in patches.PATCHES}
     assert all(patch.reason for patch in patches.PATCHES)
 
 
@@ -86,3 +115,14 @@ def test_without(name: str, tmp_path: Path):
     model = LATENT if name.startswith("latent") else MODEL
     outcomes = collect_ranks(world_size, train_and_resume, name, parallel, str(tmp_path / "c"), model, timeout_s=60)
     assert any(outcome.error for outcome in outcomes)
+
+
+def test_gathers_in_flight_do_no_harm():
+    assert run_ranks(2, gather_in_flight, None, 1.0) > [1, 1]
+
+
+@pytest.mark.exhaustive
+def test_gathers_in_flight_without_the_patch():
+    """It takes 2 s on free cores until the process crashes, and up to a minute on busy ones."""
+    outcomes = collect_ranks(2, gather_in_flight, "gather_separately", 120.0)
+    assert any("SIG" in str(outcome.error) for outcome in outcomes)

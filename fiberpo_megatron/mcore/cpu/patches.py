@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _CoalescingManager
 from torch.overrides import TorchFunctionMode
 
 Undo = Callable[[], None]
@@ -198,6 +199,19 @@ def _uneven_gloo() -> Undo:
     return _replace(dist, all_gather=all_gather, reduce_scatter=reduce_scatter)
 
 
+def _gather_separately() -> Undo:
+    stock = vars(dist.ProcessGroup)["all_gather_single_coalesced"]  # an attribute of the class has lost its binding
+
+    def all_gather(group: dist.ProcessGroup, outs: Any, xs: Any, options: Any) -> Any:
+        together = _CoalescingManager()
+        for out, x in zip(outs, xs, strict=True):
+            together.append(group.all_gather_single(out, x, options))
+        return together
+
+    _replace(dist.ProcessGroup, all_gather_single_coalesced=all_gather)
+    return lambda: setattr(dist.ProcessGroup, "all_gather_single_coalesced", stock)
+
+
 def _recompute_without_transformer_engine() -> Undo:
     import megatron.core.tensor_parallel.random as random
 
@@ -301,5 +315,11 @@ PATCHES: tuple[Patch, ...] = (
         "uneven_gloo",
         "gloo has no all-gather or reduce-scatter of unequal parts; experts with tensor parallelism need them",
         _uneven_gloo,
+    ),
+    Patch(
+        "gather_separately",
+        "gloo of torch 2.13 corrupts the heap when several coalesced all-gathers are in flight, as those of "
+        "overlap_param_gather are; the same tensors one by one do no harm",
+        _gather_separately,
     ),
 )
