@@ -326,8 +326,8 @@ def _time(
 ) -> None:
     source, carried, checks, used, floors = Source(tensors), [], [], [], []
     for attempt in range(options.attempts + 1):  # the first one connects, and is not counted
-        if way != "delta" and attempt in {1, options.attempts // 2 + 1}:
-            floors.append(_floor(way, made, options, folder, gpu))  # in turn with them: other work comes and goes
+        if way != "delta" and attempt:  # in turn with the publications: other work comes and goes
+            floors.append(_floor(way, made, options, folder, gpu))
         if way == "delta" and attempt:
             source = Source(changed(source.tensors, options.changed))
         made.publish(source, str(attempt))
