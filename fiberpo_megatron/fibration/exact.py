@@ -27,15 +27,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fiberpo_megatron.fibration.runs import CPU_CHUNK, GPU_CHUNK, RunSlice
+from fiberpo_megatron.fibration.runs import RunSlice
+from fiberpo_megatron.fibration.slices import largest_of, magic, magic_integer, slice_bits, slices
 
 WIDTH = 40
 """Bits of a limb."""
@@ -47,8 +47,6 @@ FINEST = -120
 """Exponent that the unit of the last limb does not exceed."""
 SHARE_UNIT = -48
 """Exponent of the unit to which expert shares are rounded: a share is at most 1, so that a multiple has 49 bits."""
-MOST_SLICE_BITS = 50
-"""Bits of a slice with its sign: `magic` leaves room for 51."""
 MOST_WAITING = 1 << 20
 """Values that `Limbs` puts aside at most before it adds them up."""
 MOST_ADDS = 1 << 22
@@ -95,76 +93,6 @@ COUNT = Range.covering(1.0, SHARE_UNIT)
 WEIGHT = Range.covering(1.0)
 """The range of sums of mu."""
 LARGEST_ADVANTAGE = 1e3
-
-
-def slice_bits(terms: int) -> int:
-    """Return how many bits a slice may have, so that the sum of so many of its integers fits int64."""
-    return min(MOST_SLICE_BITS, 63 - terms.bit_length())
-
-
-def float_slice_bits(like: Tensor) -> int:
-    """Return how many bits the slices of a chunk's terms may have, so that any of them add up exactly in float64."""
-    return 52 - (CPU_CHUNK if like.device.type == "cpu" else GPU_CHUNK).bit_length() + 1
-
-
-def magic(unit: int) -> float:
-    """Return the number whose sum with a value below 2^(51 + unit) has units of 2^unit; ties go to even.
-
-    No flag of a compiler may reorder the sum and what follows; torch and Triton do not.
-    """
-    return 1.5 * 2.0 ** (52 + unit)
-
-
-def magic_integer(unit: int) -> int:
-    """Return `magic` as the int64 that has its bits. Those of a sum with a value are larger by the value's units."""
-    return (1023 + 52 + unit) << 52 | 1 << 51
-
-
-def rounded(values: Tensor, unit: int) -> Tensor:
-    """Return float64 values, all below 2^(51 + unit), rounded to multiples of 2^unit."""
-    return (values + magic(unit)).sub_(magic(unit))
-
-
-def slices(values: Tensor, unit: int, limit: float, bits: int) -> Iterator[tuple[Tensor, int]] | None:
-    """Cut terms into slices that add up to the terms, rounded to multiples of 2^unit.
-
-    Each slice comes with its unit's exponent and holds multiples of it, of at most 2^bits units. It is a float64 tensor
-    of its own that has `magic` of that unit still in it, and it is used up when the next one is asked for. The cut
-    depends on the values at hand, the sum does not. Returns None if a value is not below `limit`.
-    """
-    largest, finest = _reach(values)
-    return _slices(values, unit, largest, finest, bits) if largest < limit else None
-
-
-def _slices(values: Tensor, unit: int, largest: float, finest: float, bits: int) -> Iterator[tuple[Tensor, int]]:
-    while largest > 0.0:
-        here = max(math.frexp(largest)[1] - bits, unit)
-        part = values.to(torch.float64, copy=True).add_(magic(here))
-        yield part, here
-        if here == unit or here <= finest:
-            return
-        values = values - part.sub_(magic(here))
-        largest, finest = _reach(values)
-
-
-def _reach(values: Tensor) -> tuple[float, float]:
-    """Return the largest magnitude (not a number if one of the values is), and an exponent e such that all values are
-    multiples of 2^e."""
-    if values.dtype != torch.float32 or values.numel() == 0:
-        return _largest(values), -math.inf
-    # A look at the smallest magnitude is cheaper than a slice, and magnitudes in float32 compare as integers do.
-    bits = values.view(torch.int32) & 0x7FFFFFFF
-    smallest, largest = (int(end) for end in torch.aminmax(bits))
-    if smallest == 0:  # zeros wrap around to the largest integer
-        smallest = int(bits.add_(0x7FFFFFFF).amin()) + (1 << 31) + 1
-    return struct.unpack("<f", struct.pack("<I", largest))[0], max(smallest >> 23, 1) - 127 - 23
-
-
-def _largest(values: Tensor) -> float:
-    if values.numel() == 0:
-        return 0.0
-    low, high = torch.aminmax(values)
-    return max(-float(low), float(high)) if low == low else math.nan
 
 
 class Limbs:
@@ -236,7 +164,7 @@ class Limbs:
         self._waiting = 0
 
     def _add(self, row: int, index: Tensor, values: Tensor) -> None:
-        largest = _largest(values)
+        largest = largest_of(values)
         if not largest < self.ranges[row].limit:
             self.flag()
             return

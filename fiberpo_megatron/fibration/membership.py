@@ -18,38 +18,18 @@ import torch
 from torch import Tensor
 
 from fiberpo_megatron.fibration.budgets import OTHERS
-from fiberpo_megatron.fibration.exact import (
-    SHARE_UNIT,
-    FloatSums,
-    Limbs,
-    NodeSums,
-    Prefixes,
-    float_slice_bits,
-    magic,
-    rounded,
-    slice_bits,
-    slices,
-)
+from fiberpo_megatron.fibration.exact import FloatSums, NodeSums
 from fiberpo_megatron.fibration.levels import Choice, level_name
-from fiberpo_megatron.fibration.runs import BLOCK, CPU_CHUNK, GPU_CHUNK, RunSlice
+from fiberpo_megatron.fibration.runs import RunSlice
+from fiberpo_megatron.fibration.shares import Shares, add_products, handed
 from fiberpo_megatron.fibration.tokens import LONE, TokenBatch, table_size
 
 if TYPE_CHECKING:
     from fiberpo_megatron.fibration.rule import Rule
 
 MAX_TABLE_NODES = 1 << 24
-
-COARSE_SHARE_UNIT = -23
-"""Exponent of the unit of a share's larger part; the smaller part, at most half a unit, has that of `SHARE_UNIT`."""
-SHARE_BITS = 25
-"""Bits of either part, with its sign."""
-SLOT_UNIT = -8
-"""Exponent of the unit of shares that need no second part: those of 2, 4, 8, ... routed slots a token."""
-SLOT_BITS = 9
-"""Bits of such a share."""
-NATIVE_PRODUCT = 400
-"""Products of matrices with fewer multiplications than this are computed by torch itself, one after the other, so that
-the bits of one do not depend on how many there are; larger ones go to a library."""
+LOOPED = 400
+"""A token's products with node values are added up one by one if they are fewer than this."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +65,12 @@ class NodeMap:
         """Return the first base node of each branch, and the number of all."""
         return first_nodes(self.branches, self.sizes)
 
+    @cached_property
+    def shares(self) -> Shares:
+        """Return the shares as products take them; there must be some."""
+        assert self.share is not None
+        return Shares(self.share, self.soft)
+
     def check_size(self) -> None:
         if self.base_nodes * self.partitions > MAX_TABLE_NODES:
             keys = max(self.branches, key=lambda keys: math.prod(self.sizes[key] for key in keys))
@@ -96,13 +82,7 @@ class NodeMap:
 
     def kernel(self, tokens: slice) -> Tensor | None:
         """Return K(i, p) of a chunk, [n, P]: omega when soft, one-hot at its first maximum when hard."""
-        if self.share is None:
-            return None
-        share = self.share[tokens]
-        if self.soft:
-            return share
-        partition = share.argmax(dim=1)  # the first of equal maxima: the lowest p wins a tie
-        return torch.zeros_like(share).scatter_(1, partition.unsqueeze(1), 1.0)
+        return None if self.share is None else self.shares.kernel(tokens)
 
     def sum_into(self, sums: NodeSums, values: Sequence[Tensor | None], tokens: slice, runs: RunSlice) -> None:
         """Add sum_i K(i, n) value_i to C sums over [base_nodes, P], for C token values [n].
@@ -121,71 +101,18 @@ class NodeMap:
                 else:
                     sums.add_runs(row, base, value, runs)
             return
-        shares, share_bits = self._share_parts(kernel)
-        if runs.long_on_cpu:
-            bits = min(54 - BLOCK.bit_length(), slice_bits(runs.longest)) - share_bits
-            _add_products(sums, base, _cut(sums, values, bits, runs), shares, runs)
-            return
-        for row, part, _ in _cut(sums, values, float_slice_bits(kernel) - share_bits, runs):
-            for share, _ in shares:
-                sums.add(row, base, runs.sums(share * part.unsqueeze(1)))
-
-    @cached_property
-    def _by_slots(self) -> bool:
-        """Whether all shares are multiples of 2^`SLOT_UNIT`: those of slots whose number is a power of two."""
-        return self._multiples_of(SLOT_UNIT)
-
-    @cached_property
-    def _needs_rounding(self) -> bool:
-        """Whether a share is no multiple of 2^`SHARE_UNIT`. The shares of counts in float32 all are."""
-        return not self._multiples_of(SHARE_UNIT)
-
-    def _multiples_of(self, unit: int) -> bool:
-        assert self.share is not None
-        parts = self.share.split(GPU_CHUNK if self.share.is_cuda else CPU_CHUNK // 4)
-        return not any(float((part * 2.0**-unit).frac_().max()) for part in parts)
-
-    def _share_parts(self, kernel: Tensor) -> tuple[list[tuple[Tensor, int]], int]:
-        """K as parts [n, P] that add up to it, to a unit of 2^`SHARE_UNIT`, each with its unit, and the bits of a
-        part."""
-        if not self.soft:
-            return [(kernel, 0)], 0
-        if self._by_slots:
-            return [(kernel, SLOT_UNIT)], SLOT_BITS
-        if self._needs_rounding:
-            kernel = rounded(kernel.double(), SHARE_UNIT)
-        coarse = (kernel + 1.0).sub_(1.0) if kernel.dtype == torch.float32 else rounded(kernel, COARSE_SHARE_UNIT)
-        return [(coarse, COARSE_SHARE_UNIT), (kernel - coarse, SHARE_UNIT)], SHARE_BITS
+        add_products(sums, base, values, self.shares, tokens, runs)
 
     def gather(self, table: Tensor, tokens: slice, runs: RunSlice) -> list[Tensor]:
         """Return sum_n K(i, n) table[c, n] for each token of the chunk and each c of [C, base_nodes, P]."""
         base = self.base_of_run[runs.first : runs.end]
-        kernel = self.kernel(tokens)
-        if kernel is None:
+        if self.share is None:
             return [runs.spread(row.view(-1).index_select(0, base)) for row in table]
-        if table.shape[0] * table.shape[2] < NATIVE_PRODUCT and not kernel.is_cuda:
-            return list(_products(table.transpose(0, 1).index_select(0, base), kernel.to(table.dtype), runs))
+        if table.shape[0] * table.shape[2] < LOOPED and not table.is_cuda:
+            return list(handed(table.transpose(0, 1).index_select(0, base), self.shares, tokens, runs))
         # No large matrix product: in one, a token's bits could depend on how many tokens there are.
+        kernel = self.shares.kernel(tokens)
         return [runs.spread(row.index_select(0, base)).mul_(kernel).sum(1) for row in table]
-
-
-def _products(rows: Tensor, kernel: Tensor, runs: RunSlice) -> Tensor:
-    """The products of each run's rows [r, C, P] with the shares [n, P] of its tokens: [C, n].
-
-    Blocks of tokens in one run are multiplied at once, as many as torch itself still multiplies one after the other.
-    """
-    (_, values, partitions), tokens = rows.shape, runs.tokens
-    block = (NATIVE_PRODUCT - 1) // (values * partitions) if runs.long_on_cpu else 1
-    count = tokens // block
-    found = rows.new_empty(values, tokens)
-    first, last = (runs.run_of_token[at : count * block : block] for at in (0, block - 1))
-    whole = kernel[: count * block].view(count, block, partitions).transpose(1, 2)
-    out = found[:, : count * block].unflatten(1, (count, block)).transpose(0, 1)
-    torch.bmm(rows.index_select(0, first), whole, out=out)
-    cut = ((first != last).nonzero() * block + torch.arange(block)).view(-1)
-    alone = torch.cat([cut, torch.arange(count * block, tokens)])
-    of_token, shares = rows.index_select(0, runs.run_of_token[alone]), kernel.index_select(0, alone)
-    return found.index_copy_(1, alone, torch.bmm(of_token, shares.unsqueeze(2)).squeeze(2).t())
 
 
 def _sum_floats(
@@ -203,58 +130,6 @@ def _sum_floats(
     else:
         for row, value in zip(table, values, strict=True):
             row.index_add_(0, base, runs.float_sums(kernel if value is None else kernel * value.unsqueeze(1)))
-
-
-def _cut(sums: Limbs, values: Sequence[Tensor | None], bits: int, runs: RunSlice) -> list[tuple[int, Tensor, int]]:
-    """Cut token values [n], before shares multiply them, into slices: the row, the slice in float64, its unit.
-
-    Where a value is beyond its range, it flags that, and the row has no slice.
-    """
-    found = []
-    for row, (value, it) in enumerate(zip(values, sums.ranges, strict=True)):
-        if value is None:
-            found.append((row, torch.ones(runs.tokens, dtype=torch.float64, device=runs.lengths.device), 0))
-            continue
-        parts = slices(value, it.shared_unit, it.limit, bits)
-        if parts is None:
-            sums.flag()
-            continue
-        found.extend((row, part - magic(unit), unit) for part, unit in parts)
-    return found
-
-
-def _add_products(
-    sums: Limbs,
-    base: Tensor,
-    found: Sequence[tuple[int, Tensor, int]],
-    shares: Sequence[tuple[Tensor, int]],
-    runs: RunSlice,
-) -> None:
-    """Add the sums over each run of slices [n] times parts of shares [n, P], both with the exponents of their units.
-
-    All blocks of tokens are multiplied at once, whatever runs they hold; then those in which a run ends, up to its end.
-    A block's product is exact in float64, because its slices and shares have few enough bits (`sum_into`).
-    """
-    if not found:
-        return
-    count = -(-runs.tokens // BLOCK)
-    # Rows of a matrix that are a power of two apart share cache lines, which makes products three times slower.
-    left = torch.empty(len(found), count * BLOCK + 8, dtype=torch.float64)
-    left[:, runs.tokens :] = 0.0
-    torch.stack([part for _, part, _ in found], out=left[:, : runs.tokens])
-    rows = left[:, : count * BLOCK].unflatten(1, (count, BLOCK)).transpose(0, 1)
-    at, up_to_end = runs.last // BLOCK, torch.arange(BLOCK) <= (runs.last % BLOCK).view(-1, 1, 1)
-    ends = rows.index_select(0, at).mul_(up_to_end)
-    for share, share_unit in shares:
-        wide = torch.empty(count * BLOCK, share.shape[1], dtype=torch.float64)
-        wide[: runs.tokens], wide[runs.tokens :] = share, 0.0
-        wide = wide.view(count, BLOCK, -1)
-        scale = torch.tensor([[2.0 ** -(unit + share_unit)] for _, _, unit in found], dtype=torch.float64)
-        whole = torch.bmm(rows, wide).mul_(scale).long()
-        prefixes = (whole.cumsum(0).sub_(whole)).index_select(0, at)
-        prefixes += torch.bmm(ends, wide.index_select(0, at)).mul_(scale).long()
-        for place, (row, _, unit) in enumerate(found):
-            sums.add_prefixes(row, Prefixes(base, prefixes[:, place], runs.lengths, 0, unit + share_unit))
 
 
 def make_node_map(

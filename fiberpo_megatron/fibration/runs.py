@@ -14,7 +14,7 @@ from fiberpo_megatron.fibration.tokens import TokenBatch
 CPU_CHUNK = 1 << 17
 """Tokens per chunk on a CPU: each float32 temporary is 512 KiB."""
 GPU_CHUNK = 1 << 20
-"""Tokens per chunk on a GPU: so many slices of a term still add up exactly (`exact.float_slice_bits`)."""
+"""Tokens per chunk on a GPU: so many slices of a term still add up exactly (`slices.float_slice_bits`)."""
 
 BLOCK = 64
 """Tokens that are worked on at once where runs are long, whether they belong to one run or to several."""
@@ -59,20 +59,21 @@ def find_runs(batch: TokenBatch, keys: tuple[str, ...]) -> Runs:
     """Return the runs of the batch over `keys`; ids are taken from the first token of each run."""
     size, device = batch.size, batch.log_ratio.device
     chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
-    if batch.expert_share is not None:  # tensors [n, P]
-        chunk //= 2
+    half = chunk // 2 if batch.expert_share is not None else chunk
     if size == 0:
         none = torch.zeros(0, dtype=torch.int64, device=device)
         return Runs(size, chunk, none, none, dict.fromkeys(keys, none))
     if not keys:
-        starts = torch.arange(0, size, chunk, device=device)
-        return Runs(size, chunk, starts, torch.diff(starts, append=starts.new_tensor([size])), {})
+        starts = torch.arange(0, size, half, device=device)
+        return Runs(size, half, starts, torch.diff(starts, append=starts.new_tensor([size])), {})
     cut = torch.zeros(size, dtype=torch.bool, device=device)
-    cut[::chunk] = True
+    cut[::half] = True
     for key in keys:
         ids = batch.ids[key]
         cut[1:] |= ids[1:] != ids[:-1]
     starts = _places(cut)
+    if device.type != "cpu" or size < LONG_RUN * starts.shape[0]:  # with experts, tensors [n, P]
+        chunk = half
     lengths = torch.diff(starts, append=starts.new_tensor([size]))
     return Runs(size, chunk, starts, lengths, {key: batch.ids[key].index_select(0, starts).long() for key in keys})
 
@@ -131,7 +132,7 @@ class RunSlice:
     def sums(self, values: Tensor) -> Tensor:
         """Return the sums of float64 [n] or [n, C] values over each run: [r] or [r, C].
 
-        They are exact where every sum of consecutive values is, as those of slices of `exact.float_slice_bits` are.
+        They are exact where every sum of consecutive values is, as those of slices of `slices.float_slice_bits` are.
         """
         ends = values.cumsum(0).index_select(0, self.last)
         return torch.diff(ends, dim=0, prepend=torch.zeros_like(ends[:1]))
@@ -144,21 +145,24 @@ class RunSlice:
         """Return [r] or [r, C] values handed to their tokens: [n] or [n, C]."""
         if per_run.dim() > 1 or not self.long_on_cpu:
             return per_run.index_select(0, self.run_of_token)
-        first, cut, run_of_cut = self._blocks
-        out = per_run.index_select(0, first).unsqueeze(1).expand(-1, BLOCK).contiguous()
-        out.index_copy_(0, cut, per_run.index_select(0, run_of_cut).view(-1, BLOCK))
-        return out.view(-1)[: self.tokens]
+        first, others, run_of_others = self.blocks
+        out = per_run.new_empty(self.tokens)
+        out[: first.shape[0] * BLOCK].view(-1, BLOCK).copy_(per_run.index_select(0, first).unsqueeze(1))
+        return out.index_copy_(0, others, per_run.index_select(0, run_of_others))
 
     @cached_property
-    def _blocks(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The run of the first token of each block of tokens, the blocks that hold several runs, and the runs of all
-        tokens of these. Most blocks lie in one run and are filled at once."""
-        run = self.run_of_token
-        first = run[::BLOCK]
-        last = torch.cat([run[BLOCK - 1 :: BLOCK], run[-1:]])[: first.shape[0]]
-        cut = (first != last).nonzero().squeeze(1)
-        tokens = (cut.unsqueeze(1) * BLOCK + torch.arange(BLOCK)).view(-1).clamp_(max=self.tokens - 1)
-        return first, cut, run.index_select(0, tokens)
+    def blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return how long runs fall into whole blocks of tokens.
+
+        The run in which each block begins, [b]; the tokens that are not of that run, or behind the last block, [a]; and
+        the runs of these tokens, [a].
+        """
+        run, end = self.run_of_token, self.tokens // BLOCK * BLOCK
+        first, last = run[:end:BLOCK], run[BLOCK - 1 : end : BLOCK]
+        cut = (first != last).nonzero()
+        tokens = cut * BLOCK + torch.arange(BLOCK)
+        others = torch.cat([tokens[run[tokens] != first[cut]], torch.arange(end, self.tokens)])
+        return first, others, run.index_select(0, others)
 
 
 def iterate(runs: Runs) -> Iterator[tuple[slice, RunSlice]]:

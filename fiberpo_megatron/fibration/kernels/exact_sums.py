@@ -35,7 +35,7 @@ def layout_of(ranges: Sequence[exact.Range]) -> dict[str, tuple[int, ...]]:
 
 @triton.jit
 def _rounded(values, UNIT: tl.constexpr):
-    """Return float64 values rounded to multiples of 2^UNIT, as `exact.rounded` does.
+    """Return float64 values rounded to multiples of 2^UNIT, as `slices.rounded` does.
 
     Triton may hold the constant, as those below, in float32: it is exact in every format.
     """
