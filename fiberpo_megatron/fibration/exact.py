@@ -152,6 +152,7 @@ class Limbs:
 
     def _work_off(self) -> None:
         for row, (pending, prefixes) in enumerate(zip(self._pending, self._prefixes, strict=True)):
+            finest = -math.inf if pending else min((it.unit for it in prefixes), default=-math.inf)
             if prefixes:
                 pending.append(_sums_of_runs(prefixes))
                 prefixes.clear()
@@ -159,11 +160,12 @@ class Limbs:
                 index, values = (
                     torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*pending, strict=True)
                 )
-                self._add(row, index, values)
+                self._add(row, index, values, finest)
                 pending.clear()
         self._waiting = 0
 
-    def _add(self, row: int, index: Tensor, values: Tensor) -> None:
+    def _add(self, row: int, index: Tensor, values: Tensor, finest: float) -> None:
+        """Add values that are multiples of 2^`finest`; beyond the range's last limb they are rounded."""
         largest = largest_of(values)
         if not largest < self.ranges[row].limit:
             self.flag()
@@ -182,8 +184,9 @@ class Limbs:
                 continue
             part = values + magic(unit)
             limb.view(-1).index_add_(0, index, part.view(torch.int64) - magic_integer(unit))
-            if unit != units[-1]:
-                values = values - part.sub_(magic(unit))
+            if unit == units[-1] or unit <= finest:
+                return
+            values = values - part.sub_(magic(unit))
 
     def to_send(self) -> Tensor:
         """Return the limbs in normalised form, float64 [rows, ...]: sums over up to 8,192 ranks are exact."""

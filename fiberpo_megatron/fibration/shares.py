@@ -161,15 +161,14 @@ def _add_blocks(
     count = left.shape[1] // BLOCK
     rows = left[:, : count * BLOCK].unflatten(1, (count, BLOCK)).transpose(0, 1)
     at, up_to_end = runs.last // BLOCK, torch.arange(BLOCK) <= (runs.last % BLOCK).view(-1, 1, 1)
-    ends = rows.index_select(0, at).mul_(up_to_end)
+    ends = rows.index_select(0, at).mul_(up_to_end.double())
     tokens = ((at * BLOCK).unsqueeze(1) + torch.arange(BLOCK)).clamp_(max=runs.tokens - 1).view(-1)
     parts = shares.parts(shares.kernel(chunk).index_select(0, tokens))
     whole = _products(rows, shares, shares.by_partition(chunk))
     for share_unit, blocks, part in zip(shares.units, whole, parts, strict=True):
         scale = torch.tensor([[2.0 ** -(unit + share_unit)] for _, unit in found], dtype=torch.float64)
-        units = blocks.mul_(scale).long()
-        up_to_ends = torch.bmm(ends, part.double().view(-1, BLOCK, part.shape[1])).mul_(scale).long()
-        prefixes = units.cumsum(0).sub_(units).index_select(0, at).add_(up_to_ends)
+        prefixes = blocks.mul_(scale).long().cumsum(0).index_select(0, at)
+        prefixes += torch.bmm(ends, part.double().view(-1, BLOCK, part.shape[1])).mul_(scale).long()
         for place, (row, unit) in enumerate(found):
             sums.add_prefixes(row, Prefixes(base, prefixes[:, place], runs.lengths, 0, unit + share_unit))
 
@@ -203,14 +202,19 @@ def _sliced(
 
 
 def _products(rows: Tensor, shares: Shares, kernel: Tensor) -> list[Tensor]:
-    """The products [b, R, P] of blocks of slices, float64 [b, R, BLOCK], with each part of the shares [P, n]."""
+    """The products of blocks of slices, float64 [b, R, BLOCK], with each part of the shares [P, n].
+
+    Those with one part are [1 + b, R, P], and begin with a block of zeros.
+    """
     (blocks, height, _), partitions = rows.shape, kernel.shape[0]
     step = max(1, CACHED // (BLOCK * partitions))
     wide = torch.zeros(partitions, step * BLOCK + 8, dtype=torch.float64)
     right = wide[:, : step * BLOCK].view(partitions, step, BLOCK).permute(1, 2, 0)
-    found = [torch.empty(blocks, height, partitions, dtype=torch.float64) for _ in shares.units]
-    pieces = zip(kernel.split(step * BLOCK, 1), rows.split(step), *(it.split(step) for it in found), strict=True)
-    for part, left, *out in pieces:
+    found = [torch.empty(1 + blocks, height, partitions, dtype=torch.float64) for _ in shares.units]
+    for it in found:
+        it[0] = 0.0
+    outs = zip(*(it[1:].split(step) for it in found), strict=True)
+    for part, left, out in zip(kernel.split(step * BLOCK, 1), rows.split(step), outs, strict=True):
         for numbers, into in zip(shares.parts(part), out, strict=True):
             wide[:, : part.shape[1]] = numbers
             torch.bmm(left, right[: left.shape[0]], out=into)  # beyond the last token, slices are zero

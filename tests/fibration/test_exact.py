@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fiberpo_megatron.fibration import build_objective, exact
+from fiberpo_megatron.fibration import build_objective, exact, slices
 from fiberpo_megatron.fibration.membership import NodeMap
 from fiberpo_megatron.fibration.objective import Objective
 from fiberpo_megatron.fibration.rule import Chunk, GatedChunk, Gating
@@ -100,6 +100,25 @@ def test_long_runs_and_single_tokens_give_the_same_bits(membership: str) -> None
     assert runs.long_on_cpu and not single.long_on_cpu
     assert torch.equal(sums, shuffled)
     assert torch.equal(given[:, order], given_shuffled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [0.0, 3.0, 30.0])
+def test_slices_have_few_bits_and_add_up_to_the_rounded_values(dtype: torch.dtype, spread: float) -> None:
+    draw = torch.Generator().manual_seed(5)
+    values = (torch.randn(200, generator=draw) * 10.0 ** (-spread * torch.rand(200, generator=draw))).to(dtype)
+    values[::7] = 0.0
+    unit, bits = -90, 20
+    cut = slices.cut(values, unit, 1e3, bits)
+    assert cut is not None
+    parts = torch.empty(len(cut.units), 200, dtype=torch.float64)
+    cut.write(parts)
+    for part, own in zip(parts.tolist(), cut.units, strict=True):
+        units = [Fraction(value) / Fraction(2) ** own for value in part]
+        assert all(it.denominator == 1 and abs(it) <= 1 << bits for it in units)
+    for value, column in zip(values.tolist(), parts.t().tolist(), strict=True):
+        assert sum(map(Fraction, column)) == round(Fraction(value) / Fraction(2) ** unit) * Fraction(2) ** unit
+    assert slices.cut(values, unit, float(values.abs().max()), bits) is None
 
 
 @settings(max_examples=60, deadline=None)
