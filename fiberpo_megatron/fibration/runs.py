@@ -157,12 +157,15 @@ class RunSlice:
         The run in which each block begins, [b]; the tokens that are not of that run, or behind the last block, [a]; and
         the runs of these tokens, [a].
         """
-        run, end = self.run_of_token, self.tokens // BLOCK * BLOCK
-        first, last = run[:end:BLOCK], run[BLOCK - 1 : end : BLOCK]
-        cut = (first != last).nonzero()
-        tokens = cut * BLOCK + torch.arange(BLOCK)
-        others = torch.cat([tokens[run[tokens] != first[cut]], torch.arange(end, self.tokens)])
-        return first, others, run.index_select(0, others)
+        end = self.tokens // BLOCK * BLOCK
+        whole, rest = self.run_of_token[:end].view(-1, BLOCK), self.run_of_token[end:]
+        first = whole[:, 0].contiguous()
+        cut = (first != whole[:, -1]).nonzero()
+        of_cut = whole.index_select(0, cut.squeeze(1))
+        at = (of_cut != of_cut[:, :1]).view(-1).nonzero().squeeze(1)
+        tokens = (cut * BLOCK + torch.arange(BLOCK)).view(-1).index_select(0, at)
+        others = torch.cat([tokens, torch.arange(end, self.tokens)])
+        return first, others, torch.cat([of_cut.view(-1).index_select(0, at), rest])
 
 
 def iterate(runs: Runs) -> Iterator[tuple[slice, RunSlice]]:
