@@ -164,8 +164,8 @@ class Limbs:
                 pending.clear()
         self._waiting = 0
 
-    def _add(self, row: int, index: Tensor, values: Tensor, finest: float) -> None:
-        """Add values that are multiples of 2^`finest`; beyond the range's last limb they are rounded."""
+    def _add(self, row: int, index: Tensor, values: Tensor, finest: float = -math.inf) -> None:
+        """Add values, rounded to the last limb; limbs are left out below 2^`finest`, of which all are multiples."""
         largest = largest_of(values)
         if not largest < self.ranges[row].limit:
             self.flag()
