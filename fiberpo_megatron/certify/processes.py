@@ -173,7 +173,8 @@ def _end_of(process: BaseProcess) -> str:
     if code is None:
         return f"the process closed its pipe without a report and still runs {_EXIT_S:.0f} s later"
     if code < 0:
-        return f"the process was ended by {signal.Signals(-code).name} (killed, or crashed in native code)"
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"  # real-time signals
+        return f"the process was ended by {name} (killed, or crashed in native code)"
     return f"the process exited with status {code} without a report"
 
 

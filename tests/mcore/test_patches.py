@@ -118,7 +118,7 @@ def test_without(name: str, tmp_path: Path):
 
 
 def test_gathers_in_flight_do_no_harm():
-    assert run_ranks(2, gather_in_flight, None, 1.0) > [1, 1]
+    assert min(run_ranks(2, gather_in_flight, None, 1.0)) > 1
 
 
 @pytest.mark.exhaustive
