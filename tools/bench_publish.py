@@ -162,7 +162,10 @@ def _move(way: str, index: int, own: Tensor, slots: list[Tensor], group: Any, nu
 
 def floor(way: str, readers: int, sizes: list[int], folder: str) -> float:
     """Return the least seconds of three attempts in which the bytes of all rounds pass over the link of a way."""
-    context = multiprocessing.get_context("fork")  # its children need not import torch, and copy host memory alone
+    # Its children need not import torch. They are not children of this process: after a fork, its next write to each of
+    # its own pages would cost a page fault, so that a publication after it would be slower than in a training run.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench_publish"])
     barrier, report = context.Barrier(readers + 1), context.Queue()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if way == "ipc" else folder) as place:
         for slot in range(2):
@@ -255,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=1024, help="size of the weights")
     parser.add_argument("--engines", type=int, default=2)
-    parser.add_argument("--round-mib", type=int, default=128)
+    parser.add_argument("--round-mib", type=int, default=256, help="size of a round; weight_sync.bucket_mib by default")
     parser.add_argument("--attempts", type=int, default=6, help="publications of each way; the fastest counts")
     parser.add_argument("--ways", nargs="+", choices=(*WAYS, "delta"), help="default: all that can run here")
     parser.add_argument("--real", action="store_true", help="start SGLang servers instead of stand-ins")

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,6 +54,8 @@ class Weights:
         self.version = "default"
         self.groups: dict[str, Any] = {}
         self.received = torch.empty(0, dtype=torch.uint8)
+        self.taking = threading.Lock()
+        """It is held by the request in progress. As in SGLang, a second one waits until the first has been taken."""
 
     def load(self, tensors: Any) -> None:
         for name, tensor in tensors:
@@ -132,7 +135,8 @@ def main() -> None:
             body = json.loads(self.rfile.read(length) or b"null") or {}
             status = 200
             try:
-                answer = weights.handle(self.path, body)
+                with weights.taking:
+                    answer = weights.handle(self.path, body)
             except Exception as error:
                 status, answer = 400, {"success": False, "message": f"{type(error).__name__}: {error}"}
             text = json.dumps(answer).encode()

@@ -1,12 +1,14 @@
 """This module publishes by broadcast from the training ranks to the engines (NCCL, gloo without a GPU).
 
-Every rank that has a share of the weights (at least one for each pipeline stage and each shard of the experts) has a
-process group of its own with the engines, and broadcasts its share from there. Rank 0 asks the engines to receive.
+Every rank that has a share of the weights (at least one for each pipeline stage and each shard of the experts) has
+process groups of its own with the engines, and broadcasts its share from there. Rank 0 asks the engines to receive.
 """
 
+import asyncio
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from urllib.parse import urlsplit
@@ -16,11 +18,12 @@ from torch import Tensor
 
 from fiberpo_megatron.engines.addresses import local_address
 from fiberpo_megatron.engines.client import EngineClient
+from fiberpo_megatron.engines.errors import EngineError
 from fiberpo_megatron.weight_sync.base import Deadline, PublisherContext
 from fiberpo_megatron.weight_sync.group import UpdateGroup
 from fiberpo_megatron.weight_sync.rounds import Round, RoundPublisher
-from fiberpo_megatron.weight_sync.session import QUICK_S, end_quietly, open_update, quietly
-from fiberpo_megatron.weight_sync.waiting import both, in_thread, together
+from fiberpo_megatron.weight_sync.session import QUICK_S, end_quietly, open_update
+from fiberpo_megatron.weight_sync.waiting import Sending, all_of, both, in_thread, success_of, together
 
 MIB = 1024**2
 
@@ -43,9 +46,18 @@ class DistributedPublisher(RoundPublisher):
         super().__init__(context, bucket_mib * MIB)
         self.backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
         self.device = torch.device("cuda" if self.backend == "nccl" else "cpu")
-        self._group: UpdateGroup | None = None
-        self._names: dict[int, str] = {}
+        self._groups: list[UpdateGroup] = []
+        """This rank's groups: one for all engines with NCCL, else one for each; none when it has no share."""
+        self._names: dict[int, list[str]] = {}
         """Names of the groups of all sources, by rank; empty when they have to be made."""
+        self._members: list[EngineClient] = []
+        """The engines that have joined the groups."""
+        self._broadcasts: list[Future[None]] = []
+        """The last broadcast in each of this rank's groups."""
+        self._asked: list[asyncio.Task[None]] = []
+        """The last request for the engines of each group (rank 0)."""
+        self._leaving: dict[int, list[Future[None]]] = {}
+        """The broadcasts out of each buffer; one that fails stays open."""
         self._slots: list[Tensor] = []
         """Two buffers that take turns: one is sent while the next round is written into the other."""
         self._flat: Tensor | None = None
@@ -61,54 +73,78 @@ class DistributedPublisher(RoundPublisher):
     def engines_changed(self) -> None:
         """Have the next publication make new groups. A group with an engine that has gone cannot be left in order."""
         names, self._names = self._names, {}
-        if self.leads:
-            for name in names.values():
-                quietly(self.engines, partial(_leave, name=name))
-        if self._group is not None:
-            self._group.close()
-            self._group = None
+        if self.leads and names:
+            self.engines.run(self._leave(names))
+        self._close_groups()
+
+    async def _leave(self, names: dict[int, list[str]]) -> None:
+        """Have those engines leave that are still there. A failure says only that there is nothing to leave."""
+
+        async def leave(client: EngineClient, name: str) -> None:
+            with suppress(EngineError):
+                await client.destroy_weights_update_group(name, QUICK_S)
+
+        present = self.engines.clients
+        for of_rank in names.values():
+            parts = zip(self._parts(), of_rank, strict=True)
+            await asyncio.gather(
+                *(leave(self._members[i], name) for part, name in parts for i in part if self._members[i] in present)
+            )
 
     def exchange(self, plan: Sequence[Round], deadline: Deadline) -> None:
-        """Make the groups at the first publication: one for each rank that has a share, with all engine ranks."""
+        """Make the groups of each rank that has a share, at the first publication."""
         if self._names:
             return
+        self._members = self.engines.clients
         what = "making the process groups for weights"
         sizes: list[int] = []
         with self.ranks.step(what, deadline):
             if self.leads:
                 sizes = self.engines.on_all(lambda client: client.tensor_parallel_size(deadline.left()))
         sizes = self.ranks.gather(sizes, what, deadline)[0]
-        mine: dict[str, str | int] | None = None
+        mine: list[dict[str, str | int]] = []
         with self.ranks.step(what, deadline):
             if any(this.buckets[self.context.rank].tensors for this in plan):
-                hosts = [urlsplit(client.url).hostname or "" for client in self.engines.clients]
-                host, name = local_address(hosts), f"fiberpo-{uuid.uuid4().hex[:8]}"
-                self._group = UpdateGroup(name, self.backend, host, 1 + sum(sizes), self.context.timeout_s)
-                mine = {"name": name, "host": host, "port": self._group.port}
+                hosts = [urlsplit(client.url).hostname or "" for client in self._members]
+                host = local_address(hosts)
+                for part in self._parts():
+                    name, size = f"fiberpo-{uuid.uuid4().hex[:8]}", 1 + sum(sizes[i] for i in part)
+                    self._groups.append(UpdateGroup(name, self.backend, host, size, self.context.timeout_s))
+                mine = [{"name": group.name, "host": host, "port": group.port} for group in self._groups]
         groups = self.ranks.gather(mine, what, deadline)
         with self.ranks.step(what, deadline):
-            own = None if self._group is None else in_thread(self._group.connect)
+            own = in_thread(partial(_connect, list(self._groups))) if self._groups else None
             joined = self.engines.submit(self._join(groups, sizes, deadline)) if self.leads else None
-            self.await_sent(both(own, joined), f"the group of rank 0 and {sum(sizes)} engine ranks", deadline)
-        self._names = {rank: group["name"] for rank, group in enumerate(groups) if group}
+            self.wait_for(both(own, joined), f"the groups of rank 0 and {sum(sizes)} engine ranks", deadline)
+        self._names = {rank: [group["name"] for group in of_rank] for rank, of_rank in enumerate(groups) if of_rank}
+
+    def _parts(self) -> list[range]:
+        """Return the engines of each group of a rank, by their place in the pool.
+
+        With NCCL all engines are in one group, and the bytes leave a rank once. With gloo, which serves machines
+        without a GPU, each engine has a group: it goes on to the next round without waiting for slower ones.
+        """
+        count = len(self._members)
+        return [range(count)] if self.backend == "nccl" else [range(i, i + 1) for i in range(count)]
 
     async def _join(
-        self, groups: Sequence[dict[str, str | int] | None], sizes: Sequence[int], deadline: Deadline
+        self, groups: Sequence[list[dict[str, str | int]]], sizes: Sequence[int], deadline: Deadline
     ) -> None:
-        """Have every engine join the group of every source, one source after the other."""
-        offsets = list(accumulate(sizes, initial=1))
-        for group in filter(None, groups):
-            calls = [
-                (
-                    client.init_weights_update_group,
-                    (str(group["host"]), int(group["port"]), offset, offsets[-1], str(group["name"]), self.backend),
-                )
-                for client, offset in zip(self.engines.clients, offsets)
-            ]
-            await together(call(*arguments, deadline.left()) for call, arguments in calls)
+        """Have every engine join the groups of every source, one source after the other."""
+        for of_rank in filter(None, groups):
+            calls = []
+            for part, group in zip(self._parts(), of_rank, strict=True):
+                offsets = list(accumulate((sizes[i] for i in part), initial=1))
+                place = (str(group["host"]), int(group["port"]))
+                for i, offset in zip(part, offsets):
+                    described = (*place, offset, offsets[-1], str(group["name"]), self.backend, deadline.left())
+                    calls.append(self._members[i].init_weights_update_group(*described))
+            await together(calls)
 
     def prepare(self, this: Round, tensors: list[tuple[str, Tensor]], version: str, deadline: Deadline) -> None:
-        """Put this rank's share of the round into one flat tensor."""
+        """Put this rank's share of the round into a flat buffer, when the broadcasts out of it have ended."""
+        for leaving in self._leaving.pop(this.number % 2, []):
+            self.wait_for(leaving, f"publishing weights {version}", deadline)
         own = this.buckets[self.context.rank]
         self._flat = self._slots[this.number % 2][: own.nbytes]
         own.fill(self._flat, tensors)
@@ -121,30 +157,61 @@ class DistributedPublisher(RoundPublisher):
         super().pause(deadline)
         open_update(self.engines, deadline)
 
-    def send(self, this: Round, version: str, deadline: Deadline) -> "Future[None] | None":
-        """Broadcast this rank's bucket; rank 0 asks the engines to receive the buckets of all ranks, in rank order."""
-        flat, group = self._flat, self._group
-        own = None
-        if group is not None and flat is not None and len(flat):
-            own = in_thread(lambda: group.broadcast(flat))
+    def send(self, this: Round, version: str, deadline: Deadline) -> Sending:
+        """Broadcast this rank's bucket; rank 0 asks the engines to receive the buckets of all ranks, in rank order.
+
+        The engines of a group are asked for a round when they have loaded the one before. A broadcast of NCCL would
+        occupy the GPU while it waits for them, so the whole round waits.
+        """
+        flat, own = self._flat, []
+        if flat is not None and len(flat):
+            before: Sequence[Future[None] | None] = self._broadcasts or [None] * len(self._groups)
+            own = [
+                in_thread(partial(_broadcast, group, flat, last))
+                for group, last in zip(self._groups, before, strict=True)
+            ]
+            self._broadcasts = own
         received = self.engines.submit(self._receive(this, version, deadline)) if self.leads else None
-        return both(own, received)
+        loaded = both(all_of(own), received)
+        if self.backend == "nccl":
+            return Sending(loaded, loaded)
+        self._leaving[this.number % 2] = [success_of(one) for one in own]
+        return Sending(None, loaded)
 
     async def _receive(self, this: Round, version: str, deadline: Deadline) -> None:
+        before: Sequence[asyncio.Task[None] | None] = self._asked if this.number else [None] * len(self._parts())
+        self._asked = [
+            asyncio.ensure_future(self._ask(number, part, last, this, version, deadline))
+            for number, (part, last) in enumerate(zip(self._parts(), before, strict=True))
+        ]
+        await together(self._asked)
+
+    async def _ask(
+        self,
+        group: int,
+        part: Sequence[int],
+        before: "asyncio.Task[None] | None",
+        this: Round,
+        version: str,
+        deadline: Deadline,
+    ) -> None:
+        """Have the engines of a group receive the round, when they have loaded the one before."""
+        if before is not None:
+            await asyncio.shield(before)
         sources = [(rank, bucket) for rank, bucket in enumerate(this.buckets) if bucket.tensors]
         reported = this.version(version)
         for number, (rank, bucket) in enumerate(sources):
             now = number == (len(sources) - 1 if this.last else 0)
             await together(
-                client.update_weights_from_distributed(
+                self._members[i].update_weights_from_distributed(
                     bucket.names,
                     bucket.dtypes,
                     bucket.shapes,
-                    self._names[rank],
+                    self._names[rank][group],
                     reported if now else None,
                     deadline.left(),
                 )
-                for client in self.engines.clients
+                for i in part
             )
 
     def finish(self, version: str, deadline: Deadline) -> None:
@@ -153,9 +220,8 @@ class DistributedPublisher(RoundPublisher):
 
     def give_up(self) -> None:
         """Drop the groups after a failure: their state is unknown, and an update must not stay open."""
-        if self._group is not None:
-            self._group.close()
-        self._group, self._names = None, {}
+        self._close_groups()
+        self._names = {}
         self._slots = []  # a broadcast that hangs may still read them
         if self.leads:
             end_quietly(self.engines)
@@ -166,11 +232,24 @@ class DistributedPublisher(RoundPublisher):
         if self.device.type == "cuda":
             self._slots = []
 
+    def _close_groups(self) -> None:
+        for group in self._groups:
+            group.close()
+        self._groups, self._broadcasts, self._leaving = [], [], {}
+
     def close(self) -> None:
         """Leave the process groups. A second call does nothing."""
         self.engines_changed()
         super().close()
 
 
-async def _leave(client: EngineClient, name: str) -> None:
-    await client.destroy_weights_update_group(name, QUICK_S)
+def _connect(groups: Sequence[UpdateGroup]) -> None:
+    for group in groups:
+        group.connect()
+
+
+def _broadcast(group: UpdateGroup, flat: Tensor, before: "Future[None] | None") -> None:
+    """Broadcast after the one before in the same group. Raises the error of that one if it failed."""
+    if before is not None:
+        before.result()
+    group.broadcast(flat)

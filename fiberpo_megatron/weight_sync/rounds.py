@@ -20,6 +20,7 @@ from fiberpo_megatron.weight_sync.base import Deadline, Publisher, PublisherCont
 from fiberpo_megatron.weight_sync.buckets import Bucket, bucket
 from fiberpo_megatron.weight_sync.manifest import Manifest
 from fiberpo_megatron.weight_sync.ranks import Ranks
+from fiberpo_megatron.weight_sync.waiting import Sending
 
 POLL_S = 0.2
 """How often a rank that waits for the engines looks whether another rank has failed."""
@@ -66,6 +67,8 @@ class RoundPublisher(Publisher):
         self.plan: list[Round] = []
         self._known: list[EngineClient] = []
         """The engines of the last publication."""
+        self._on_their_way: list[Future[None]] = []
+        """Those rounds of this publication of which it is not known yet that the engines have loaded them."""
 
     def publish(self, source: WeightSource, version: str) -> None:
         """Load the weights into every engine as `version`; running requests go on with the new weights.
@@ -79,9 +82,9 @@ class RoundPublisher(Publisher):
         self._known = self.engines.clients
         plan = self._planned(source, deadline)
         share = source.share(self.limit)
-        sending: Future[None] | None = None
+        before: Sending | None = None
         began = time.perf_counter()
-        paused, self.sent = False, False
+        paused, self.sent, self._on_their_way = False, False, []
         what = f"publishing weights {version}"
         try:
             with self.ranks.step(f"{what}: beginning", deadline):
@@ -96,13 +99,16 @@ class RoundPublisher(Publisher):
                     if self.leads and not this.number:
                         paused = True
                         self.pause(deadline)
-                    self.await_sent(sending, what, deadline)
-                    sending = None
-                sending = self.send(this, version, deadline)
-                self.sent = self.sent or sending is not None
+                    self.wait_for(before.passed if before else None, what, deadline)
+                sent = self.send(this, version, deadline)
+                before = sent if isinstance(sent, Sending) else Sending(sent, sent)
+                if before.loaded is not None:
+                    self.sent = True
+                    self._on_their_way.append(before.loaded)
             self.conclude(version, deadline)
             with self.ranks.step(f"{what}: loading", deadline):
-                self.await_sent(sending, what, deadline)
+                for loaded in list(self._on_their_way):
+                    self.wait_for(loaded, what, deadline)
                 self.seconds["carried"] = time.perf_counter() - began
                 if self.leads:
                     self.finish(version, deadline)
@@ -143,15 +149,22 @@ class RoundPublisher(Publisher):
 
     @abstractmethod
     def prepare(self, this: Round, tensors: list[tuple[str, Tensor]], version: str, deadline: Deadline) -> None:
-        """Take this rank's share of a round, while the round before it travels. The round two before has arrived."""
+        """Take this rank's share of a round, while the round before it travels.
+
+        The round two before has passed, on every rank; where `send` says None for that, this method waits for it.
+        """
 
     def pause(self, deadline: Deadline) -> None:
         """Make the engines ready for the first round (rank 0)."""
         self.engines.on_all(lambda client: client.pause("retract"))
 
     @abstractmethod
-    def send(self, this: Round, version: str, deadline: Deadline) -> "Future[None] | None":
-        """Begin to carry a round that every rank has prepared. The future ends when the engines have loaded it."""
+    def send(self, this: Round, version: str, deadline: Deadline) -> "Sending | Future[None] | None":
+        """Begin to carry a round that every rank has prepared. The round before it has passed, on every rank.
+
+        The future ends when the engines have loaded the round; only then is the next one sent. A `Sending` says apart
+        when the next round may be sent. None stands for a rank that has nothing to wait for.
+        """
 
     def conclude(self, version: str, deadline: Deadline) -> None:  # noqa: B027 - optional
         """Exchange what the ranks found out in all rounds. Every rank makes the same collective calls."""
@@ -177,14 +190,23 @@ class RoundPublisher(Publisher):
             with suppress(EngineError):  # the first error is the one to raise
                 self.resume()
 
-    def await_sent(self, sending: "Future[None] | None", what: str, deadline: Deadline) -> None:
-        """Wait until the engines have taken what was sent. Raises its error, EngineTimeout, or RankFailed."""
-        if sending is None:
-            return
-        while not self.engines.wait([sending], min(POLL_S, deadline.left())):
+    def wait_for(self, work: "Future[None] | None", what: str, deadline: Deadline) -> None:
+        """Wait until `work` is done, and meanwhile for a failure of any round that is on its way.
+
+        Raises the error of the one that failed, EngineTimeout, or RankFailed.
+        """
+        if work is None:
+            return None
+        while True:
+            self._on_their_way = [sent for sent in self._on_their_way if not sent.done() or sent.result()]
+            if work.done():
+                return work.result()
+            if self.engines.wait([work, *self._on_their_way], min(POLL_S, deadline.left())):
+                continue
             self.ranks.check(what)
             if deadline.passed():
-                sending.cancel()
+                for sent in {work, *self._on_their_way}:
+                    sent.cancel()
                 client = self.engines.clients[0]
                 raise EngineTimeout(
                     client.url,
@@ -192,7 +214,6 @@ class RoundPublisher(Publisher):
                     "Check the network between them, raise weight_sync.timeout_s, or use weight_sync.method = 'disk'",
                     client.address.log,
                 )
-        sending.result()
 
     def close(self) -> None:
         """Leave the ranks' group. A second call does nothing."""

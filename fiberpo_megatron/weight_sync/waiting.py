@@ -2,12 +2,23 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 GRACE_S = 2.0
 """Seconds that an engine may take to say why a collective failed."""
+
+
+@dataclass(frozen=True)
+class Sending:
+    """Holds the futures of a round that is on its way; None stands for a rank that has nothing to wait for."""
+
+    passed: "Future[None] | None"
+    """It ends when the next round may be sent. None says that it may be sent at once."""
+    loaded: "Future[None] | None"
+    """It ends when the engines have loaded the round, and has the error of a failure."""
 
 
 async def together(calls: Iterable[Awaitable[Any]]) -> None:
@@ -36,6 +47,45 @@ def in_thread(work: Callable[[], None]) -> "Future[None]":
     return future
 
 
+def success_of(own: "Future[None]") -> "Future[None]":
+    """Return a future that ends when `own` succeeds, and stays open when it fails."""
+    result: Future[None] = Future()
+    result.set_running_or_notify_cancel()  # a caller cannot cancel it any more
+
+    def ended(done: "Future[None]") -> None:
+        if done.exception() is None:
+            result.set_result(None)
+
+    own.add_done_callback(ended)
+    return result
+
+
+def all_of(futures: Sequence["Future[None]"]) -> "Future[None] | None":
+    """Return a future that ends when all have ended, or with the first failure; None for no futures."""
+    if not futures:
+        return None
+    result: Future[None] = Future()
+    lock = threading.Lock()
+    left = set(futures)
+
+    def ended(done: "Future[None]") -> None:
+        with lock:
+            left.discard(done)
+            if not result.done() and (done.exception() is not None or not left):
+                _settle(result, done.exception())
+
+    for future in futures:
+        future.add_done_callback(ended)
+    return result
+
+
+def _settle(result: "Future[None]", error: BaseException | None) -> None:
+    if error is None:
+        result.set_result(None)
+    else:
+        result.set_exception(error)
+
+
 def both(own: "Future[None] | None", engines: "Future[None] | None") -> "Future[None] | None":
     """Return a future that ends when this side and the engines have done their parts of a collective.
 
@@ -49,10 +99,7 @@ def both(own: "Future[None] | None", engines: "Future[None] | None") -> "Future[
     def settle(error: BaseException | None) -> None:
         with lock:
             if not result.done():
-                if error is None:
-                    result.set_result(None)
-                else:
-                    result.set_exception(error)
+                _settle(result, error)
 
     def of_engines(done: "Future[None]") -> None:
         error = done.exception() if not done.cancelled() else TimeoutError("the request was cancelled")

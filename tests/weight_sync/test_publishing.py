@@ -235,8 +235,8 @@ class JoiningServers(FakeServers):
     def __init__(self, rules=None, deaf: int | None = None, name: str | None = None) -> None:
         super().__init__(rules)
         self.deaf, self.name = deaf, name
-        self.groups: dict[str, dist.ProcessGroupGloo] = {}
-        self.received: dict[str, list[torch.Tensor]] = {}
+        self.groups: dict[tuple[str, str], dist.ProcessGroupGloo] = {}
+        self.held: dict[str, dict[str, torch.Tensor]] = {}
         self.failures: list[str] = []
         self.threads: list[threading.Thread] = []
 
@@ -258,7 +258,8 @@ class JoiningServers(FakeServers):
         name = body["group_name"]
         for prefix in (name, f"{name}/", "cpu/"):
             store = dist.PrefixStore(prefix, store)
-        self.groups[host] = dist.ProcessGroupGloo(store, body["rank_offset"], body["world_size"], timedelta(seconds=60))
+        group = dist.ProcessGroupGloo(store, body["rank_offset"], body["world_size"], timedelta(seconds=60))
+        self.groups[host, name] = group
 
     def _receive(self, host, body):
         size = sum(torch.Size(shape).numel() for shape in body["shapes"]) * 4
@@ -266,11 +267,12 @@ class JoiningServers(FakeServers):
         options = dist.BroadcastOptions()
         options.rootRank = 0
         try:
-            self.groups[host].broadcast([flat], options).wait()
+            self.groups[host, body["group_name"]].broadcast([flat], options).wait()
         except RuntimeError as error:
             self.failures.append(f"{host}: {error}")
             return False
-        self.received.setdefault(host, []).append(flat.view(torch.float32))
+        values = flat.view(torch.float32).split([torch.Size(shape).numel() for shape in body["shapes"]])
+        self.held.setdefault(host, {}).update(zip(body["names"], values, strict=True))
         return True
 
 
@@ -282,14 +284,13 @@ def test_distributed_sends_buckets_to_all_engines_and_the_version_with_the_last(
         buffers = [slot.data_ptr() for slot in publishing._slots]
         publishing.publish(Tensors(WEIGHTS.items()), "2")
         assert len(buffers) == 2 and buffers == [slot.data_ptr() for slot in publishing._slots], "they are kept"
-    expected = torch.cat(list(WEIGHTS.values())).repeat(2)
     for host in ("127.0.0.1:1", "127.0.0.1:2"):
-        assert torch.equal(torch.cat(servers.received[host]), expected)
+        torch.testing.assert_close(servers.held[host], WEIGHTS, rtol=0, atol=0)
         updates = [b for h, p, b in servers.calls if (h, p) == (host, "/update_weights_from_distributed")]
         assert [u.get("weight_version") for u in updates] == ["incomplete-1", "1", "incomplete-2", "2"]
         assert [u["names"] for u in updates[:2]] == [["w0", "w1"], ["w2", "w3"]]
     joins = [body for _, path, body in servers.calls if path == "/init_weights_update_group"]
-    assert [(j["rank_offset"], j["world_size"]) for j in joins] == [(1, 3), (2, 3)], "one group for both publications"
+    assert [(j["rank_offset"], j["world_size"]) for j in joins] == [(1, 2)] * 2, "each engine has one group"
     assert servers.paths().count("/destroy_weights_update_group") == 2
 
 
@@ -310,7 +311,7 @@ def test_an_update_that_a_killed_trainer_left_open_is_closed(model):
     servers = JoiningServers({"/begin_weight_update": begin, "/end_weight_update": end})
     with distributed(model, servers) as publishing:
         publishing.publish(Tensors(WEIGHTS.items()), "1")
-    assert not open_at and set(servers.received) == {"127.0.0.1:1", "127.0.0.1:2"}
+    assert not open_at and set(servers.held) == {"127.0.0.1:1", "127.0.0.1:2"}
 
 
 def test_engines_with_several_ranks_get_ranks_of_their_own(model):
@@ -318,7 +319,7 @@ def test_engines_with_several_ranks_get_ranks_of_their_own(model):
     with distributed(model, servers, timeout_s=0.5) as publishing, pytest.raises(EngineTimeout, match="8 engine ranks"):
         publishing.publish(Tensors(WEIGHTS.items()), "1")
     joins = [body for _, path, body in servers.calls if path == "/init_weights_update_group"]
-    assert [(j["rank_offset"], j["world_size"]) for j in joins] == [(1, 9), (5, 9)]
+    assert [(j["rank_offset"], j["world_size"]) for j in joins] == [(1, 5)] * 2, "each engine has a group"
 
 
 def test_an_engine_that_takes_no_part_does_not_hang_the_broadcast(model):
@@ -340,18 +341,51 @@ def test_a_failure_in_a_later_round_ends_the_publication_and_the_next_one_is_who
         with pytest.raises(EngineRefused, match="127.0.0.1:2: .*no such group") as raised:
             publishing.publish(weights, "1")
         assert "mixture of weights" in str(raised.value.__notes__) and weights.drained
-        asked = [body for _, path, body in servers.calls if path == "/update_weights_from_distributed"]
-        assert [(body["names"], body.get("weight_version")) for body in asked] == [
-            *[(["w0"], "incomplete-1")] * 2,
-            *[(["w1"], None)] * 2,
+        asked = [
+            (body["names"], body.get("weight_version"))
+            for host, path, body in servers.calls
+            if path == "/update_weights_from_distributed" and host == "127.0.0.1:2"
         ]
+        assert asked == [(["w0"], "incomplete-1"), (["w1"], None)], "nothing after the refusal"
         assert "/continue_generation" not in servers.paths() and publishing._slots == []
         servers.deaf = None
+        servers.held.clear()
         publishing.publish(Tensors(WEIGHTS.items()), "2")
     for host in ("127.0.0.1:1", "127.0.0.1:2"):
-        assert torch.equal(torch.cat(servers.received[host][-4:]), torch.cat(list(WEIGHTS.values())))
-    assert servers.paths().count("/init_weights_update_group") == 4, "another group"
+        torch.testing.assert_close(servers.held[host], WEIGHTS, rtol=0, atol=0)
+    assert servers.paths().count("/init_weights_update_group") == 4, "other groups"
     assert servers.paths().count("/continue_generation") == 2
+
+
+class Slow(JoiningServers):
+    """The second engine answers for the first round only when the first engine was asked for the second round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ahead = threading.Event()
+
+    def _receive(self, host, body):
+        if body["names"] == ["w1"] and host.endswith(":1"):
+            self.ahead.set()
+        done = super()._receive(host, body)
+        if body["names"] == ["w0"] and host.endswith(":2"):
+            assert self.ahead.wait(20), "the first engine was not asked for w1 before the second had loaded w0"
+        return done
+
+
+def test_an_engine_goes_on_while_another_loads_and_each_takes_the_rounds_in_order(model):
+    servers = Slow()
+    with distributed(model, servers, timeout_s=60) as publishing:
+        publishing.limit = 20
+        publishing.publish(Tensors(WEIGHTS.items()), "1")
+    for address in ("127.0.0.1:1", "127.0.0.1:2"):
+        asked = [
+            (body["names"], body.get("weight_version"))
+            for host, path, body in servers.calls
+            if path == "/update_weights_from_distributed" and host == address
+        ]
+        assert asked == [(["w0"], "incomplete-1"), (["w1"], None), (["w2"], None), (["w3"], "1")]
+        torch.testing.assert_close(servers.held[address], WEIGHTS, rtol=0, atol=0)
 
 
 def test_a_reported_version_that_is_not_the_published_one(model, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -56,6 +57,10 @@ def publish_and_die(method: str, engine: EngineAddress, checkpoint: Path, folder
         def share(self, limit):
             for number, tensors in enumerate(super().share(limit)):
                 if number == 2:
+                    deadline = time.monotonic() + 30
+                    while pool.run(pool.clients[0].model_info()).weight_version != "incomplete-killed":
+                        assert time.monotonic() < deadline, "the engine did not take the first round within 30 s"
+                        time.sleep(0.1)
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield tensors
 
