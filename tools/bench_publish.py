@@ -18,12 +18,13 @@ import argparse
 import json
 import multiprocessing
 import os
+import queue
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -176,10 +177,22 @@ def floor(way: str, readers: int, sizes: list[int], folder: str) -> float:
         ]
         for process in processes:
             process.start()
-        took = float(report.get(timeout=DEADLINE_S))
+        took = _reported(report, processes)
         for process in processes:
             process.join(DEADLINE_S)
     return took
+
+
+def _reported(report: Any, processes: Sequence[Any]) -> float:
+    """Return what process 0 reports. Raises RuntimeError when a process ends without it, or DEADLINE_S have passed."""
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        with suppress(queue.Empty):
+            return float(report.get(timeout=0.2))
+        if any(process.exitcode for process in processes):
+            break
+    ended = [process.exitcode for process in processes]
+    raise RuntimeError(f"the floor was not measured: its processes have the exit codes {ended} (None: still running)")
 
 
 # The ways
