@@ -1,5 +1,6 @@
 """This module holds what all processes that this package starts have in common."""
 
+import signal
 from collections.abc import Mapping, MutableMapping
 
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -16,6 +17,16 @@ def set_gpu_variables(environment: MutableMapping[str, str]) -> None:
     """Set `GPU_VARIABLES` where they have no value yet; it must run before CUDA is first used."""
     for name, value in GPU_VARIABLES.items():
         environment.setdefault(name, value)
+
+
+def exit_text(code: int) -> str:
+    """Return an exit code of a process in words: "exit code 3" or, when it is negative, "signal SIGKILL".
+
+    Real-time signals have no name of their own, so that their number stands there: "signal 40".
+    """
+    if code >= 0:
+        return f"exit code {code}"
+    return f"signal {signal.Signals(-code).name if -code in set(signal.Signals) else -code}"
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:

@@ -14,7 +14,6 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
-import signal
 import tempfile
 import time
 import traceback
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 
 from fiberpo_megatron.rendezvous import store_on
+from fiberpo_megatron.subprocesses import exit_text
 
 DEADLINE_S = 600.0
 """Seconds that the processes of one layout get altogether, if the caller does not say."""
@@ -172,10 +172,8 @@ def _end_of(process: BaseProcess) -> str:
     code = process.exitcode
     if code is None:
         return f"the process closed its pipe without a report and still runs {_EXIT_S:.0f} s later"
-    if code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"  # real-time signals
-        return f"the process was ended by {name} (killed, or crashed in native code)"
-    return f"the process exited with status {code} without a report"
+    hint = " (killed, or crashed in native code)" if code < 0 else ""
+    return f"the process ended with {exit_text(code)}{hint} without a report"
 
 
 def _read(crash: Path) -> str:

@@ -19,7 +19,7 @@ from fiberpo_megatron.config import Config
 from fiberpo_megatron.doctor.report import Finding
 from fiberpo_megatron.mcore.cudnn import cudnn_folders, cudnn_versions, one_cudnn, prefer_torch_cudnn
 from fiberpo_megatron.printable import printable
-from fiberpo_megatron.subprocesses import without_launcher
+from fiberpo_megatron.subprocesses import exit_text, without_launcher
 
 DEADLINE_S = 150.0
 """Importing Transformer Engine took 17 s on a machine with an H200; cuDNN compiles its first attention."""
@@ -124,7 +124,7 @@ def tried(shape: Shape, deadline_s: float = DEADLINE_S) -> Answer:
         if line.startswith(_MARK):
             return Answer(**json.loads(line.removeprefix(_MARK)))
     last = (ended.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-    return Answer(error=f"the trial ended with exit code {ended.returncode}: {_short(last)}")
+    return Answer(error=f"the trial ended with {exit_text(ended.returncode)}: {_short(last)}")
 
 
 def _short(text: object) -> str:

@@ -20,6 +20,7 @@ from fiberpo_megatron.engines.command import Server, interpreter, server_command
 from fiberpo_megatron.engines.errors import EngineRefused, EngineStartError, EngineUnreachable
 from fiberpo_megatron.engines.settings import EngineConfig
 from fiberpo_megatron.engines.temporary import TemporaryFolder, make_temporary
+from fiberpo_megatron.subprocesses import exit_text
 
 POLL_S = 0.1
 CHECK_TIMEOUT_S = 30.0
@@ -186,7 +187,3 @@ def _status(http: httpx.Client, method: str, path: str, **request: Any) -> int:
     """Return the status of an answer, whose content is not read: nothing bounds its size."""
     with http.stream(method, path, **request) as answer:
         return answer.status_code
-
-
-def exit_text(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -18,12 +18,12 @@ from fiberpo_megatron.engines.process import (
     EngineProcess,
     check_reachable,
     check_startable,
-    exit_text,
     start_server,
     stop_all,
 )
 from fiberpo_megatron.engines.settings import EngineConfig
 from fiberpo_megatron.engines.temporary import remove_leftovers
+from fiberpo_megatron.subprocesses import exit_text
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fiberpo_megatron.environments import wire
 from fiberpo_megatron.environments.results import FailureKind
 from fiberpo_megatron.plugins import PluginError
 from fiberpo_megatron.printable import printable
-from fiberpo_megatron.subprocesses import without_launcher
+from fiberpo_megatron.subprocesses import exit_text, without_launcher
 
 BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
 PIPE_BYTES = 1 << 20
@@ -278,12 +278,9 @@ def interpreter(python: Path | None, name: str) -> str:
 
 
 def describe_exit(code: int) -> str:
-    """Return an exit code in words."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
-    hint = " (the kernel does that when the machine has no memory left)" if -code == signal.SIGKILL else ""
-    return f"was ended by {name}{hint}"
+    """Return how a worker ended, in words and with a hint at the likely cause."""
+    hint = " (the kernel does that when the machine has no memory left)" if code == -signal.SIGKILL else ""
+    return f"ended with {exit_text(code)}{hint}"
 
 
 def descendants(pid: int) -> list[int]:

@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from fiberpo_megatron.launch.failures import lost_a_peer, quoted, shown
 from fiberpo_megatron.rendezvous import store_on
+from fiberpo_megatron.subprocesses import exit_text
 from fiberpo_megatron.types import EXIT_ALARM, EXIT_STOPPED
 
 LAUNCHER = "FIBERPO_LAUNCHER_PID"
@@ -128,8 +129,8 @@ def _wrote_error(failure: ProcessFailure) -> bool:
 
 def _message(failure: ProcessFailure) -> str:
     if failure.exitcode < 0:
-        return f"was killed by signal {failure.signal_name()} (pid {failure.pid})"
+        return f"was killed by {exit_text(failure.exitcode)} (pid {failure.pid})"
     if not _wrote_error(failure):
-        return f"stopped with exit code {failure.exitcode}"
+        return f"stopped with {exit_text(failure.exitcode)}"
     message = failure.message
     return str(message["message"] if isinstance(message, dict) else message)

@@ -49,11 +49,13 @@ def test_an_exception_names_its_rank(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_vanished_rank_is_told():
     (outcome,) = collect_ranks(1, vanish)
-    assert outcome.error == "the process exited with status 3 without a report"
+    assert outcome.error == "the process ended with exit code 3 without a report"
 
 
 def test_a_crash_in_native_code_names_its_signal_and_the_line_of_python():
-    with pytest.raises(RanksFailed, match="(?s)rank 0 of 1 failed: the process was ended by SIGABRT.*line .* in abort"):
+    with pytest.raises(
+        RanksFailed, match="(?s)rank 0 of 1 failed: the process ended with signal SIGABRT.*line .* in abort"
+    ):
         run_ranks(1, abort)
 
 

@@ -29,7 +29,7 @@ SCORED = {
     "late": ("deadline", "longer than deadline_s = 1 s"),
     "eat": ("memory", "MemoryError"),
     "exit": ("died", r"(?s)ended with exit code 3; its last output:.*these are my last words"),
-    "segfault": ("died", "was ended by SIGABRT"),
+    "segfault": ("died", "ended with signal SIGABRT"),
     "raise": ("exception", "KeyError: 'no such thing'"),
     "raise_escapes": ("exception", r"no number: \\x1b\[2J\\u202e\\ud800"),
     "raise_badly": ("exception", "Unshowable, whose text raises RuntimeError"),
