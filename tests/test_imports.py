@@ -91,8 +91,8 @@ PARTS = {
         "telemetry",
         "trainer",
     },
-    "certify": {"config", "types", "fibration", "mcore", "rendezvous", "trainer"},
-    "launch": {"config", "types", "rendezvous", "engines"},
+    "certify": {"config", "types", "fibration", "mcore", "rendezvous", "trainer", "subprocesses"},
+    "launch": {"config", "types", "rendezvous", "engines", "subprocesses"},
     "doctor": {
         "config",
         "rendezvous",
