@@ -84,9 +84,9 @@ def server_command(server: Server, config: EngineConfig) -> list[str]:
         "--sleep-on-idle",
         "--skip-server-warmup",
     ]
+    command += ["--tp-size", str(config.tensor)]
     if server.gpu:
-        command += ["--tp-size", str(config.tensor), "--base-gpu-id", str(server.first_gpu)]
-        command += ["--mem-fraction-static", str(config.memory_fraction)]
+        command += ["--base-gpu-id", str(server.first_gpu), "--mem-fraction-static", str(config.memory_fraction)]
     tokens = config.max_total_tokens or (None if server.gpu else CPU_KV_TOKENS)
     if tokens is not None:
         command += ["--max-total-tokens", str(tokens)]
@@ -170,6 +170,8 @@ def server_environment(
         environment["FIBERPO_API_KEY_FD"] = str(key)
     if server.gpu:
         return _on_gpu(environment, config)
+    if config.tensor > 1:  # SGLang asks for the cores of each rank where ranks outnumber NUMA nodes
+        environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _cores(config.tensor))
     return environment | {
         "SGLANG_USE_CPU_ENGINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -178,6 +180,16 @@ def server_environment(
         "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",  # with the core dump: 5 s between a crash and the exit
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
     }
+
+
+def _cores(ranks: int) -> str:
+    """Return the cores of each rank of a server without a GPU, as SGLang reads them: "0,2|1,3" for two ranks.
+
+    Ranks share cores where there are fewer cores than ranks.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
+    return "|".join(",".join(map(str, share)) for share in shares)
 
 
 def _on_gpu(environment: dict[str, str], config: EngineConfig) -> dict[str, str]:

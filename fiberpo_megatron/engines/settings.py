@@ -69,7 +69,7 @@ class EngineConfig(Section):
     count: int = Field(1, ge=1)
     """Servers started on this node when `urls` is empty."""
     tensor: int = Field(1, ge=1)
-    """Tensor-parallel GPUs per server."""
+    """Tensor-parallel ranks of a server: its GPUs, or processes on a platform without GPU."""
     port: int | None = Field(None, ge=1, le=65535)
     """First port; server i listens on port + i. Unset: free ports are found."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"

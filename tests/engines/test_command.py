@@ -80,6 +80,18 @@ def test_the_launchers_variables_do_not_reach_the_server():
     assert (CPU_STAND_INS / "triton" / "__init__.py").is_file()
 
 
+def test_a_server_without_a_gpu_has_as_many_ranks_as_asked_for(monkeypatch):
+    """SGLang refuses more ranks than NUMA nodes unless it is told the cores of each."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5, 1, 3})
+    where = server(Path("/m"))
+    assert value(server_command(where, EngineConfig(tensor=2)), "--tp-size") == "2"
+    cores = "SGLANG_CPU_OMP_THREADS_BIND"
+    assert server_environment({}, EngineConfig(tensor=2), where, key=None)[cores] == "1,5|3"
+    assert server_environment({}, EngineConfig(tensor=4), where, key=None)[cores] == "1|3|5|1"
+    assert server_environment({cores: "0|1"}, EngineConfig(tensor=2), where, key=None)[cores] == "0|1"
+    assert cores not in server_environment({}, EngineConfig(), where, key=None)
+
+
 def test_engines_and_ranks_have_the_same_variables_for_nccl(monkeypatch):
     """SGLang sets NCCL_CUMEM_ENABLE and NCCL_NVLS_ENABLE to 0 where they are unset; the ranks must not differ."""
     from fiberpo_megatron.mcore import platform
