@@ -4,7 +4,7 @@
 
 The link is memory that processes share (ipc), gloo's broadcast over the loopback device (distributed), or files (disk).
 Its speed is measured with as many readers as there are engines, in rounds of the same size: the writer fills a round
-while the readers take the one before. The engines are stand-ins (tools/bench_publish_engine.py) that copy every tensor
+while the readers take the one before, or any file that is complete. The engines are stand-ins (tools/bench_publish_engine.py) that copy every tensor
 as a model's loader does, or with --real SGLang servers. Where torch sees a GPU, weights and engines lie on the first
 one, and the floor of ipc is that of copies on it; an empty CUDA_VISIBLE_DEVICES keeps everything in host memory.
 
@@ -118,8 +118,14 @@ class Source:
 # The floor
 
 
-def _link_process(way: str, index: int, readers: int, sizes: list[int], folder: str, barrier: Any, report: Any) -> None:
-    """Take part in moving rounds of these sizes over a link: process 0 writes, the others read."""
+def _link_process(
+    way: str, index: int, readers: int, sizes: list[int], folder: str, barrier: Any, written: Sequence[Any], report: Any
+) -> None:
+    """Take part in moving rounds of these sizes over a link: process 0 writes, the others read.
+
+    Nobody waits for longer than the link demands. A broadcast waits for all; two buffers that take turns are filled in
+    step with those who read them; files are read as soon as they are written, which `written` counts for each reader.
+    """
     torch.set_num_threads(1)
     own = [torch.ones(size, dtype=torch.uint8) for size in sizes]
     group: Any = None
@@ -133,12 +139,17 @@ def _link_process(way: str, index: int, readers: int, sizes: list[int], folder: 
     for _ in range(3):
         barrier.wait(DEADLINE_S)
         began = time.perf_counter()
-        for number in range(len(sizes) + (way != "distributed")):
-            at = number if index == 0 or way == "distributed" else number - 1
+        for number in range(len(sizes) + (way == "ipc")):
+            at = number - 1 if index and way == "ipc" else number
+            if index and way == "disk" and not written[index - 1].acquire(timeout=DEADLINE_S):
+                raise TimeoutError(f"round {number} was not written within {DEADLINE_S:.0f} s")
             if 0 <= at < len(sizes):
                 _move(way, index, own[at], slots, group, at, folder)
-            if way != "distributed":
+            if way == "ipc":
                 barrier.wait(DEADLINE_S)
+            if not index and way == "disk":
+                for one in written:
+                    one.release()
         barrier.wait(DEADLINE_S)
         took.append(time.perf_counter() - began)
     if index == 0:
@@ -168,11 +179,14 @@ def floor(way: str, readers: int, sizes: list[int], folder: str) -> float:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench_publish"])
     barrier, report = context.Barrier(readers + 1), context.Queue()
+    written = [context.Semaphore(0) for _ in range(readers)]
     with tempfile.TemporaryDirectory(dir="/dev/shm" if way == "ipc" else folder) as place:
         for slot in range(2):
             os.truncate(os.open(f"{place}/{slot}", os.O_CREAT | os.O_RDWR), max(sizes))
         processes = [
-            context.Process(target=_link_process, args=(way, i, readers, sizes, place, barrier, report), daemon=True)
+            context.Process(
+                target=_link_process, args=(way, i, readers, sizes, place, barrier, written, report), daemon=True
+            )
             for i in range(readers + 1)
         ]
         for process in processes:
