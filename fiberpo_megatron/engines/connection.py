@@ -69,6 +69,8 @@ class Connection:
         self.address = address
         self.url = address.url.rstrip("/")
         self.timeout_s = timeout_s
+        self.unanswered = 0
+        """Commands, such as those that change weights, that the server has not answered yet."""
         limits = httpx.Limits(max_connections=max_connections, keepalive_expiry=KEEP_ALIVE_S)
         # trust_env=False: a proxy of the environment must not stand between trainer and engines
         self._http = httpx.AsyncClient(
@@ -96,7 +98,11 @@ class Connection:
 
     async def _command(self, path: str, request: Mapping[str, object], timeout_s: float) -> Any:
         """Send a request whose answer carries `success`."""
-        answer = await self._call("POST", path, request, timeout_s)
+        self.unanswered += 1
+        try:
+            answer = await self._call("POST", path, request, timeout_s)
+        finally:
+            self.unanswered -= 1
         with self._answer_errors(path):
             if not answers.field(answer, "success", bool):
                 raise self._refused(path, answers.short(answer.get("message", answer), 1000))

@@ -82,8 +82,9 @@ class EnginePool(Closeable):
         """Return the engines' addresses, in the order of their numbers."""
         return [client.address for client in self.clients]
 
-    def change(self, addresses: Mapping[int, EngineAddress]) -> None:
-        """Have these engines, by number, from now on. A client stays where its engine's address does.
+    def change(self, addresses: Mapping[int, EngineAddress], new: Collection[int] = ()) -> None:
+        """Have these engines, by number, from now on. A client stays where its engine's address does, unless the engine
+        is `new`: another server may have come to its address.
 
         What is in flight to an engine that goes fails with EngineUnreachable or goes on to its end; its connections are
         closed with the pool.
@@ -93,7 +94,7 @@ class EnginePool(Closeable):
         before = self.members
         self.members = {
             number: client
-            if (client := before.get(number)) is not None and client.address == address
+            if (client := before.get(number)) is not None and client.address == address and number not in new
             else self.client(address)
             for number, address in sorted(addresses.items())
         }

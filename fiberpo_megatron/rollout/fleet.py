@@ -203,7 +203,7 @@ class Fleet:
         self.joining = set(joining)
         self._serving = self._serving.intersection(addresses) - self.joining
         if len(addresses) >= self._min_healthy:
-            self._pool.change(addresses)
+            self._pool.change(addresses, new=self.joining)  # what was agreed with a server that has gone must not stay
         self._note()
         self._require()
 

@@ -6,7 +6,7 @@ process groups of its own with the engines, and broadcasts its share from there.
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from fiberpo_megatron.engines.addresses import local_address
 from fiberpo_megatron.engines.client import EngineClient
-from fiberpo_megatron.engines.errors import EngineError
+from fiberpo_megatron.engines.errors import EngineError, EngineRefused, EngineUnreachable
 from fiberpo_megatron.weight_sync.base import Deadline, PublisherContext
 from fiberpo_megatron.weight_sync.group import UpdateGroup
 from fiberpo_megatron.weight_sync.rounds import Round, RoundPublisher
-from fiberpo_megatron.weight_sync.session import QUICK_S, end_quietly, open_update
-from fiberpo_megatron.weight_sync.waiting import Sending, all_of, both, in_thread, success_of, together
+from fiberpo_megatron.weight_sync.session import QUICK_S, open_update
+from fiberpo_megatron.weight_sync.waiting import GRACE_S, Sending, all_of, both, in_thread, success_of, together
 
 MIB = 1024**2
 
@@ -46,14 +46,18 @@ class DistributedPublisher(RoundPublisher):
         super().__init__(context, bucket_mib * MIB)
         self.backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
         self.device = torch.device("cuda" if self.backend == "nccl" else "cpu")
+        self._one_group = self.backend == "nccl"
+        """Whether all engines are in one group of a rank, and not each in a group of its own (`_parts`)."""
         self._groups: list[UpdateGroup] = []
-        """This rank's groups: one for all engines with NCCL, else one for each; none when it has no share."""
+        """This rank's groups; none when it has no share."""
         self._names: dict[int, list[str]] = {}
         """Names of the groups of all sources, by rank; empty when they have to be made."""
         self._members: list[EngineClient] = []
         """The engines that have joined the groups."""
-        self._broadcasts: list[Future[None]] = []
-        """The last broadcast in each of this rank's groups."""
+        self._last: list[Future[None]] = []
+        """What was begun last in each of this rank's groups: its making, or a broadcast."""
+        self._receiving: set[asyncio.Task[None]] = set()
+        """The rounds that the engines have not loaded yet (rank 0)."""
         self._asked: list[asyncio.Task[None]] = []
         """The last request for the engines of each group (rank 0)."""
         self._leaving: dict[int, list[Future[None]]] = {}
@@ -72,24 +76,39 @@ class DistributedPublisher(RoundPublisher):
 
     def engines_changed(self) -> None:
         """Have the next publication make new groups. A group with an engine that has gone cannot be left in order."""
-        names, self._names = self._names, {}
-        if self.leads and names:
-            self.engines.run(self._leave(names))
+        if self.leads and self._names:
+            self.engines.run(self._leave(ends_update=False))
+        self._names = {}
         self._close_groups()
 
-    async def _leave(self, names: dict[int, list[str]]) -> None:
-        """Have those engines leave that are still there. A failure says only that there is nothing to leave."""
+    async def _leave(self, ends_update: bool) -> None:
+        """Have those engines leave the groups that are still there, all at once, and close the update on each.
 
-        async def leave(client: EngineClient, name: str) -> None:
+        An engine that does not answer is asked for nothing more. One that refuses has nothing to leave.
+        """
+
+        async def leave(client: EngineClient) -> None:
             with suppress(EngineError):
-                await client.destroy_weights_update_group(name, QUICK_S)
+                for name in self._names_of(client):
+                    with suppress(EngineRefused):
+                        await client.destroy_weights_update_group(name, QUICK_S)
+                if ends_update:
+                    await client.end_weight_update(QUICK_S)
 
-        present = self.engines.clients
-        for of_rank in names.values():
-            parts = zip(self._parts(), of_rank, strict=True)
-            await asyncio.gather(
-                *(leave(self._members[i], name) for part, name in parts for i in part if self._members[i] in present)
-            )
+        for task in self._receiving:
+            task.cancel()
+        if self._receiving:
+            await asyncio.wait(self._receiving, timeout=QUICK_S)
+        await asyncio.gather(*map(leave, self.engines.clients))
+
+    def _names_of(self, client: EngineClient) -> list[str]:
+        """Return the names of the groups that an engine was asked to join."""
+        return [
+            name
+            for of_rank in self._names.values()
+            for part, name in zip(self._parts(), of_rank, strict=True)
+            if any(self._members[i] is client for i in part)
+        ]
 
     def exchange(self, plan: Sequence[Round], deadline: Deadline) -> None:
         """Make the groups of each rank that has a share, at the first publication."""
@@ -112,11 +131,40 @@ class DistributedPublisher(RoundPublisher):
                     self._groups.append(UpdateGroup(name, self.backend, host, size, self.context.timeout_s))
                 mine = [{"name": group.name, "host": host, "port": group.port} for group in self._groups]
         groups = self.ranks.gather(mine, what, deadline)
-        with self.ranks.step(what, deadline):
-            own = in_thread(partial(_connect, list(self._groups))) if self._groups else None
-            joined = self.engines.submit(self._join(groups, sizes, deadline)) if self.leads else None
-            self.wait_for(both(own, joined), f"the groups of rank 0 and {sum(sizes)} engine ranks", deadline)
         self._names = {rank: [group["name"] for group in of_rank] for rank, of_rank in enumerate(groups) if of_rank}
+        with self.ranks.step(what, deadline):
+            # each in a thread of its own: one waits for an engine that has died, the others must not
+            self._last = [self._begin(number, group.connect) for number, group in enumerate(self._groups)]
+            joined = self.engines.submit(self._join(groups, sizes, deadline)) if self.leads else None
+            made = both(all_of(self._last), joined)
+            self.wait_for(made, f"the groups of rank {self.context.rank} and {sum(sizes)} engine ranks", deadline)
+
+    def _begin(self, number: int, work: Callable[[], None], before: "Future[None] | None" = None) -> "Future[None]":
+        """Run `work` in one of this rank's groups, behind `before`, in a thread.
+
+        The future has EngineUnreachable with the engines of the group when either fails.
+        """
+        members = [self._members[i] for i in self._parts()[number]]
+
+        def run() -> None:
+            if before is not None:
+                before.result()
+            try:
+                work()
+            except RuntimeError as error:
+                raise EngineUnreachable(
+                    ", ".join(client.url for client in members),
+                    f"its group for weights broke off on rank {self.context.rank} ({error})",
+                    "It died, or the network between them failed: see its log",
+                    members[0].address.log,
+                ) from error
+
+        return in_thread(run)
+
+    def late(self) -> list[EngineClient]:
+        """Return the engines that have not answered, or else those of the groups in which this rank still waits."""
+        waits = [part for part, last in zip(self._parts(), self._last) if not last.done()]
+        return super().late() or [self._members[i] for part in waits for i in part]
 
     def _parts(self) -> list[range]:
         """Return the engines of each group of a rank, by their place in the pool.
@@ -125,7 +173,7 @@ class DistributedPublisher(RoundPublisher):
         without a GPU, each engine has a group: it goes on to the next round without waiting for slower ones.
         """
         count = len(self._members)
-        return [range(count)] if self.backend == "nccl" else [range(i, i + 1) for i in range(count)]
+        return [range(count)] if self._one_group else [range(i, i + 1) for i in range(count)]
 
     async def _join(
         self, groups: Sequence[list[dict[str, str | int]]], sizes: Sequence[int], deadline: Deadline
@@ -139,7 +187,8 @@ class DistributedPublisher(RoundPublisher):
                 for i, offset in zip(part, offsets):
                     described = (*place, offset, offsets[-1], str(group["name"]), self.backend, deadline.left())
                     calls.append(self._members[i].init_weights_update_group(*described))
-            await together(calls)
+            # An engine that came too late for the store would look for it until its own deadline, and do nothing else.
+            await together(calls, GRACE_S)
 
     def prepare(self, this: Round, tensors: list[tuple[str, Tensor]], version: str, deadline: Deadline) -> None:
         """Put this rank's share of the round into a flat buffer, when the broadcasts out of it have ended."""
@@ -165,15 +214,12 @@ class DistributedPublisher(RoundPublisher):
         """
         flat, own = self._flat, []
         if flat is not None and len(flat):
-            before: Sequence[Future[None] | None] = self._broadcasts or [None] * len(self._groups)
-            own = [
-                in_thread(partial(_broadcast, group, flat, last))
-                for group, last in zip(self._groups, before, strict=True)
-            ]
-            self._broadcasts = own
+            groups = enumerate(zip(self._groups, self._last, strict=True))
+            own = [self._begin(number, partial(group.broadcast, flat), last) for number, (group, last) in groups]
+            self._last = own
         received = self.engines.submit(self._receive(this, version, deadline)) if self.leads else None
         loaded = both(all_of(own), received)
-        if self.backend == "nccl":
+        if self._one_group:
             return Sending(loaded, loaded)
         self._leaving[this.number % 2] = [success_of(one) for one in own]
         return Sending(None, loaded)
@@ -184,6 +230,10 @@ class DistributedPublisher(RoundPublisher):
             asyncio.ensure_future(self._ask(number, part, last, this, version, deadline))
             for number, (part, last) in enumerate(zip(self._parts(), before, strict=True))
         ]
+        this_one = asyncio.current_task()
+        assert this_one is not None, "it runs on the pool's event loop"
+        self._receiving.add(this_one)
+        this_one.add_done_callback(self._receiving.discard)
         await together(self._asked)
 
     async def _ask(
@@ -221,10 +271,10 @@ class DistributedPublisher(RoundPublisher):
     def give_up(self) -> None:
         """Drop the groups after a failure: their state is unknown, and an update must not stay open."""
         self._close_groups()
-        self._names = {}
         self._slots = []  # a broadcast that hangs may still read them
         if self.leads:
-            end_quietly(self.engines)
+            self.engines.run(self._leave(ends_update=True))
+        self._names = {}
 
     def released(self) -> None:
         """Release the buffers on a GPU. In host memory they stay: the kernel would have to clear every page again."""
@@ -235,21 +285,9 @@ class DistributedPublisher(RoundPublisher):
     def _close_groups(self) -> None:
         for group in self._groups:
             group.close()
-        self._groups, self._broadcasts, self._leaving = [], [], {}
+        self._groups, self._last, self._leaving = [], [], {}
 
     def close(self) -> None:
         """Leave the process groups. A second call does nothing."""
         self.engines_changed()
         super().close()
-
-
-def _connect(groups: Sequence[UpdateGroup]) -> None:
-    for group in groups:
-        group.connect()
-
-
-def _broadcast(group: UpdateGroup, flat: Tensor, before: "Future[None] | None") -> None:
-    """Broadcast after the one before in the same group. Raises the error of that one if it failed."""
-    if before is not None:
-        before.result()
-    group.broadcast(flat)

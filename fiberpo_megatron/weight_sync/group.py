@@ -26,18 +26,16 @@ class UpdateGroup:
         self.name, self.backend, self.size = name, backend, size
         self.timeout = timedelta(seconds=timeout_s)
         self.host = host
-        self._store = store_on(host, size, self.timeout)
+        self._store: dist.TCPStore | None = store_on(host, size, self.timeout)
+        self.port = int(self._store.port)
+        """The port of the rendezvous store."""
         self._group: Any = None
 
-    @property
-    def port(self) -> int:
-        """Return the port of the rendezvous store."""
-        return int(self._store.port)
-
     def connect(self) -> None:
-        """Join the group as rank 0."""
+        """Join the group as rank 0. Raises RuntimeError when the group is closed meanwhile."""
         device = next(iter(BackendConfig(dist.Backend(self.backend)).get_device_backend_map()))
-        store: Any = self._store
+        # It is a client like the engines: were it the host, it would keep the store alive for as long as it waits.
+        store: Any = dist.TCPStore(self.host, self.port, None, False, self.timeout, wait_for_workers=False)
         for prefix in (self.name, f"{self.name}/", f"{device}/"):
             store = dist.PrefixStore(prefix, store)
         if self.backend == "nccl":
@@ -69,7 +67,8 @@ class UpdateGroup:
         stream.synchronize()
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group. Whoever still waits for others to join, here or in an engine, fails at once."""
+        self._store = None
         if self._group is not None and self.backend == "nccl":
             self._group.abort()  # ends a broadcast that the others take no part in
         self._group = None

@@ -90,13 +90,24 @@ class IpcPublisher(RoundPublisher):
         if self.device is None:
             own.fill(flat, tensors)
             return
-        begin = 0
-        parts = []
+        try:
+            begin = sum(other.padded_bytes for other in this.buckets[: self.context.rank])
+            own.fill(flat[begin : begin + own.padded_bytes], tensors)
+        finally:
+            # After a failure as well: the others have no way out of NCCL. `Ranks.step` says to them that it failed.
+            self._share(this)
+
+    def not_prepared(self, this: Round) -> None:
+        """Take part in the broadcasts of the other ranks on GPUs."""
+        if self.device is not None:
+            self._share(this)
+
+    def _share(self, this: Round) -> None:
+        """Have every rank's part of the round in the buffers of all ranks."""
+        flat, begin, parts = self._slots[this.number % 2].bytes, 0, []
         for rank, other in enumerate(this.buckets):
             part = flat[begin : begin + other.padded_bytes]
             begin += other.padded_bytes
-            if rank == self.context.rank:
-                other.fill(part, tensors)
             if self.context.world_size > 1 and other.tensors:
                 parts.append(dist.broadcast(part, rank, async_op=True))
         for work in parts:

@@ -4,12 +4,24 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from fiberpo_megatron.engines.errors import EngineError, EngineTimeout, EngineUnreachable
+from fiberpo_megatron.rendezvous import start_key
 from fiberpo_megatron.weight_sync.base import Deadline
+
+TIDY_S = 10.0
+"""Seconds after a deadline within which the ranks still meet, so that one that has waited for an engine until the
+deadline can say so to the others."""
+_made = count()
+"""Every rank makes its `Ranks` in the same order, so that a number tells one from the next in the store."""
+_LOST = {kind.__name__: kind for kind in (EngineUnreachable, EngineTimeout)}
+"""Errors about an engine without which a run can go on; every rank raises them, whichever rank has seen it."""
 
 
 class RankFailed(RuntimeError):
@@ -26,46 +38,64 @@ class Ranks:
         self.rank, self.size = rank, size
         self._group: Any = None
         self._store: Any = None
-        self._publication = 0
+        self._number, self._publication = next(_made), 0
         self._timeout = timedelta(seconds=timeout_s)
 
     @contextmanager
     def step(self, what: str, deadline: Deadline) -> Iterator[None]:
         """Leave the block when every rank has done its part of `what`.
 
-        A rank whose part failed raises its own error, all others RankFailed with that rank's number. Raises
-        TimeoutError that names the ranks which did not arrive before the deadline.
+        A rank whose part failed raises its own error, all others that of `failure`. Raises TimeoutError that names the
+        ranks which did not arrive within TIDY_S after the deadline.
         """
         try:
             yield
         except BaseException as error:
             if not isinstance(error, TimeoutError):  # ranks that are late would be waited for once more
-                self._signal()
-                self._failed(True, what, deadline)
+                self._signal(error)
+                try:
+                    self._failed(True, what, deadline)
+                except Exception as late:  # the first error is the one to raise
+                    error.add_note(f"Not every rank knows of it: {type(late).__name__}: {late}")
             raise
         failed = self._failed(False, what, deadline)
         if failed:
             listed = ", ".join(map(str, failed))
-            raise RankFailed(f"{what}: it failed on rank {listed}, whose own message says why")
+            raise self.failure(what) or RankFailed(f"{what}: it failed on rank {listed}, whose own message says why")
 
-    def check(self, what: str) -> None:
-        """Raise RankFailed when another rank has failed since this publication began. Call it in long waits."""
-        if self._store is not None and self._store.check([self._key]):
-            raise RankFailed(f"{what}: another rank failed, and its own message says why")
+    def failure(self, what: str) -> RankFailed | EngineError | None:
+        """Return the error of the rank that failed first since this publication began. Ask for it in long waits.
+
+        It is RankFailed with that rank's number; EngineUnreachable or EngineTimeout where the rank has lost an engine.
+        """
+        if self._store is None or not self._store.check([self._key]):
+            return None
+        said = json.loads(self._store.get(self._key))
+        if said["lost"] is None:
+            return RankFailed(f"{what}: it failed on rank {said['rank']}, whose own message says why")
+        kind, url, seen, fix, log = said["lost"]
+        return _LOST[kind](url, f"{seen} (seen by rank {said['rank']})", fix, None if log is None else Path(log))
 
     def begin(self) -> None:
-        """Begin another publication, for `check`."""
+        """Begin another publication, for `failure`."""
         self._publication += 1
         if self.size > 1 and self._store is None:
-            self._store = dist.PrefixStore("fiberpo-weights", dist.distributed_c10d._get_default_store())
+            prefix = start_key(f"weights-{self._number}")
+            self._store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
 
     @property
     def _key(self) -> str:
         return f"failed-{self._publication}"
 
-    def _signal(self) -> None:
-        if self._store is not None:
-            self._store.set(self._key, str(self.rank))
+    def _signal(self, error: BaseException) -> None:
+        """Leave a failure for the other ranks to see, unless one was left already."""
+        if self._store is None:
+            return
+        lost = None
+        if isinstance(error, EngineError) and type(error).__name__ in _LOST:
+            log = None if error.log is None else str(error.log)
+            lost = [type(error).__name__, error.url, error.what, error.fix, log]
+        self._store.compare_set(self._key, "", json.dumps({"rank": self.rank, "lost": lost}))
 
     def gather(self, value: object, what: str, deadline: Deadline) -> list[Any]:
         """Return every rank's JSON value, in rank order."""
@@ -97,7 +127,7 @@ class Ranks:
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         try:
-            dist.monitored_barrier(self._group, timedelta(seconds=deadline.left()), wait_all_ranks=True)
+            dist.monitored_barrier(self._group, timedelta(seconds=deadline.left() + TIDY_S), wait_all_ranks=True)
         except RuntimeError as error:
             raise TimeoutError(
                 f"{what}: not every rank arrived within weight_sync.timeout_s ({error}); see the log of the rank that "

@@ -20,7 +20,7 @@ from fiberpo_megatron.weight_sync.base import Deadline, Publisher, PublisherCont
 from fiberpo_megatron.weight_sync.buckets import Bucket, bucket
 from fiberpo_megatron.weight_sync.manifest import Manifest
 from fiberpo_megatron.weight_sync.ranks import Ranks
-from fiberpo_megatron.weight_sync.waiting import Sending
+from fiberpo_megatron.weight_sync.waiting import GRACE_S, Sending
 
 POLL_S = 0.2
 """How often a rank that waits for the engines looks whether another rank has failed."""
@@ -75,7 +75,8 @@ class RoundPublisher(Publisher):
 
         Raises EngineError that names the engine, and ValueError for weights that are not the model's.
         """
-        deadline = Deadline(self.context.timeout_s)
+        # Rank 0 gives up first: it alone hears from the engines, and knows which one is late.
+        deadline = Deadline(self.context.timeout_s + (0.0 if self.leads else GRACE_S))
         self.ranks.begin()
         if self._known and self._known != self.engines.clients:
             self.engines_changed()
@@ -92,9 +93,13 @@ class RoundPublisher(Publisher):
             self.exchange(plan, deadline)
             for this in plan:
                 with self.ranks.step(f"{what}: round {this.number + 1} of {len(plan)}", deadline):
-                    tensors = next(share, None)
-                    if tensors is None:
-                        raise ValueError(f"the policy announced {len(plan)} rounds, but exported {this.number}")
+                    try:
+                        tensors = next(share, None)
+                        if tensors is None:
+                            raise ValueError(f"the policy announced {len(plan)} rounds, but exported {this.number}")
+                    except BaseException:
+                        self.not_prepared(this)
+                        raise
                     self.prepare(this, tensors, version, deadline)
                     if self.leads and not this.number:
                         paused = True
@@ -154,6 +159,10 @@ class RoundPublisher(Publisher):
         The round two before has passed, on every rank; where `send` says None for that, this method waits for it.
         """
 
+    def not_prepared(self, this: Round) -> None:  # noqa: B027 - optional
+        """Make the collective calls of `prepare` on a rank whose export failed, so that the others come to the end of
+        theirs, and learn of it."""
+
     def pause(self, deadline: Deadline) -> None:
         """Make the engines ready for the first round (rank 0)."""
         self.engines.on_all(lambda client: client.pause("retract"))
@@ -183,6 +192,8 @@ class RoundPublisher(Publisher):
         self.engines.on_all(lambda client: client.resume())
 
     def _abandon(self, error: BaseException, paused: bool) -> None:
+        for sent in self._on_their_way:
+            sent.cancel()
         self.give_up()
         if self.sent:
             error.add_note("the engines may hold a mixture of weights; they stay paused until a publication succeeds")
@@ -193,7 +204,8 @@ class RoundPublisher(Publisher):
     def wait_for(self, work: "Future[None] | None", what: str, deadline: Deadline) -> None:
         """Wait until `work` is done, and meanwhile for a failure of any round that is on its way.
 
-        Raises the error of the one that failed, EngineTimeout, or RankFailed.
+        Raises the error of the one that failed, EngineTimeout that names the engines which are late, or what
+        `Ranks.failure` says.
         """
         if work is None:
             return None
@@ -203,17 +215,25 @@ class RoundPublisher(Publisher):
                 return work.result()
             if self.engines.wait([work, *self._on_their_way], min(POLL_S, deadline.left())):
                 continue
-            self.ranks.check(what)
-            if deadline.passed():
-                for sent in {work, *self._on_their_way}:
-                    sent.cancel()
-                client = self.engines.clients[0]
-                raise EngineTimeout(
-                    client.url,
-                    f"{what} was not complete in time, with this engine or one after it",
-                    "Check the network between them, raise weight_sync.timeout_s, or use weight_sync.method = 'disk'",
-                    client.address.log,
-                )
+            if (failure := self.ranks.failure(what)) is not None:
+                raise failure
+            if not deadline.passed():
+                continue
+            late = self.late()
+            if not late and self.engines.wait([work, *self._on_their_way], POLL_S):
+                continue  # a request has just run out of time itself, and says so
+            late = late or self.engines.clients
+            work.cancel()
+            raise EngineTimeout(
+                ", ".join(client.url for client in late),
+                f"{what} was not complete in time",
+                "Check the network between them, raise weight_sync.timeout_s, or use weight_sync.method = 'disk'",
+                late[0].address.log,
+            )
+
+    def late(self) -> list[EngineClient]:
+        """Return the engines for which this rank waits."""
+        return [client for client in self.engines.clients if client.unanswered]
 
     def close(self) -> None:
         """Leave the ranks' group. A second call does nothing."""

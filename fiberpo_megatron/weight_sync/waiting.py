@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 GRACE_S = 2.0
-"""Seconds that an engine may take to say why a collective failed."""
+"""Seconds that an engine may take to say to rank 0 why a collective failed. SGLang's server looks every second whether
+its processes live."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,23 @@ class Sending:
     """It ends when the engines have loaded the round, and has the error of a failure."""
 
 
-async def together(calls: Iterable[Awaitable[Any]]) -> None:
-    """Await all calls; the first failure is raised at once, because the other engines may then wait in vain."""
+async def together(calls: Iterable[Awaitable[Any]], grace_s: float = 0.0) -> None:
+    """Await all calls; the first failure is raised at once, because the other engines may then wait in vain.
+
+    `grace_s`: seconds in which the other calls may end before that.
+    """
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
-        await asyncio.gather(*tasks)
+        try:
+            await asyncio.gather(*tasks)
+        except Exception:
+            if grace_s:
+                await asyncio.wait(tasks, timeout=grace_s)
+            raise
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def in_thread(work: Callable[[], None]) -> "Future[None]":
@@ -89,10 +99,11 @@ def _settle(result: "Future[None]", error: BaseException | None) -> None:
 def both(own: "Future[None] | None", engines: "Future[None] | None") -> "Future[None] | None":
     """Return a future that ends when this side and the engines have done their parts of a collective.
 
-    The first failure ends it. An engine's answer says more than this side's error, so it is waited for briefly.
+    The first failure ends it. An engine's answer says more than this side's error, so it is waited for briefly, also on
+    ranks without `engines`, because rank 0 gets the answer.
     """
-    if own is None or engines is None:
-        return own or engines
+    if own is None:
+        return engines
     result: Future[None] = Future()
     lock = threading.Lock()
 
@@ -110,9 +121,10 @@ def both(own: "Future[None] | None", engines: "Future[None] | None") -> "Future[
         error = done.exception()
         if error is not None:
             threading.Timer(GRACE_S, settle, (error,)).start()
-        elif engines.done() and not engines.cancelled() and engines.exception() is None:
+        elif engines is None or engines.done() and not engines.cancelled() and engines.exception() is None:
             settle(None)
 
-    engines.add_done_callback(of_engines)
+    if engines is not None:
+        engines.add_done_callback(of_engines)
     own.add_done_callback(of_own)
     return result

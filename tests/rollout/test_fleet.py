@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fiberpo_megatron.engines import client as client_module
 from fiberpo_megatron.engines.client import EngineAddress, Sampling
@@ -25,8 +27,12 @@ from fiberpo_megatron.rollout import fleet as fleet_module
 from fiberpo_megatron.rollout.fleet import Fleet, Member, TooFewEngines
 from fiberpo_megatron.rollout.sampler import EngineSampler
 from fiberpo_megatron.sources.handover import CUT_S
+from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
+from fiberpo_megatron.weight_sync.ipc import IpcPublisher
 from tests.engines.fake_server import FakeServers, response
 from tests.trainer.toy import SingleLayout
+from tests.weight_sync.joining import JoiningServers
+from tests.weight_sync.sources import Tensors, context
 
 PROMPT = [1, 2, 3]
 
@@ -244,6 +250,37 @@ def test_a_server_that_was_started_again_unseen_is_verified_like_one_that_joins(
         assert run.asked() == {"a:1"}
         run.fleet.verified({1: "it computes something else"})
         assert run.states() == {0: "serving", 1: "quarantined"} and run.asked() == {"a:1"}
+
+
+@pytest.mark.parametrize("method", ["distributed", "ipc"])
+def test_a_server_that_was_started_again_at_its_address_gets_the_weights_of_the_next_publication(
+    method: str, tmp_path: Path
+):
+    """It is in none of the process groups, and has opened no memory: what was agreed with its forerunner is void."""
+    (tmp_path / "config.json").write_text('{"model_type": "x"}')
+    weights = {f"w{i}": torch.full((5,), float(i)) for i in range(4)}
+    save_file(weights, tmp_path / "model.safetensors")
+    servers, hosts = JoiningServers(), ("127.0.0.1:1", "127.0.0.1:2")
+    with EnginePool([EngineAddress(f"http://{host}") for host in hosts], timeout_s=5, transport=servers) as pool:
+        fleet = Fleet(SingleLayout(), pool, Places(*hosts), None)  # type: ignore[arg-type]
+        kind = DistributedPublisher if method == "distributed" else IpcPublisher
+        with closing(kind(context(pool, tmp_path, tmp_path, timeout_s=20))) as publisher:
+            for version, ended in (("1", False), ("2", True), ("3", False)):
+                if ended:
+                    servers.end("127.0.0.1:2")
+                asked = len(servers.calls)
+                with fleet.publication():
+                    assert fleet.joining == ({0, 1} if version == "1" else {1} if ended else set())
+                    publisher.publish(Tensors(weights.items()), version)
+                    fleet.published(version)
+                fleet.verified()
+                agreed = ("/init_weights_update_group", "/end_weight_update")  # ipc asks whether memory can be opened
+                again = [path for _, path, _ in servers.calls[asked:] if path == agreed[method == "ipc"]]
+                assert len(again) == (2 if version != "3" else 0) + (2 if method == "ipc" else 0), again
+                assert servers.version == dict.fromkeys(hosts, version)
+                if method == "distributed":
+                    for host in hosts:
+                        torch.testing.assert_close(servers.held[host], weights, rtol=0, atol=0)
 
 
 def test_a_server_that_does_not_say_what_it_holds_is_verified_like_one_that_joins():

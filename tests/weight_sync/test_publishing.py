@@ -1,5 +1,6 @@
 """Publishing against fake servers: the order of calls, several engines, refusals, and that nothing hangs."""
 
+import asyncio
 import json
 import os
 import threading
@@ -19,9 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.engines.client import EngineAddress
-from fiberpo_megatron.engines.errors import EngineError, EngineRefused, EngineTimeout
+from fiberpo_megatron.engines.errors import EngineError, EngineRefused, EngineTimeout, EngineUnreachable
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.plugins import PluginError
+from fiberpo_megatron.weight_sync import base, session
+from fiberpo_megatron.weight_sync import distributed as distributed_module
 from fiberpo_megatron.weight_sync.choose import check_publisher, make_publisher
 from fiberpo_megatron.weight_sync.disk import MARKER, DiskPublisher
 from fiberpo_megatron.weight_sync.distributed import DistributedPublisher
@@ -29,6 +32,7 @@ from fiberpo_megatron.weight_sync.group import UpdateGroup
 from fiberpo_megatron.weight_sync.settings import WeightSyncConfig
 from tests.distributed.parity import make_config
 from tests.engines.fake_server import FakeServers
+from tests.weight_sync.joining import JoiningServers
 from tests.weight_sync.sources import Tensors, context
 
 ENGINES = [EngineAddress("http://127.0.0.1:1"), EngineAddress("http://127.0.0.1:2")]
@@ -59,17 +63,26 @@ class Counted(Tensors):
 
 
 @contextmanager
-def disk(model: Path, servers: FakeServers, folder: Path, **options) -> Iterator[DiskPublisher]:
+def disk(
+    model: Path, servers: FakeServers, folder: Path, timeout_s: float = 5, **options: Any
+) -> Iterator[DiskPublisher]:
     with EnginePool(ENGINES, timeout_s=5, transport=servers) as pool:
-        made = DiskPublisher(context(pool, model, folder.parent, timeout_s=5), folder=folder, **options)
+        made = DiskPublisher(context(pool, model, folder.parent, timeout_s=timeout_s), folder=folder, **options)
         with closing(made):
             yield made
 
 
+ONE_GROUP = pytest.mark.parametrize("one_group", [False, True], ids=["a group each", "one group"])
+"""With NCCL all engines are in one group; here over gloo."""
+
+
 @contextmanager
-def distributed(model: Path, servers: FakeServers, timeout_s: float = 5) -> Iterator[DistributedPublisher]:
+def distributed(
+    model: Path, servers: FakeServers, timeout_s: float = 5, one_group: bool = False
+) -> Iterator[DistributedPublisher]:
     with EnginePool(ENGINES, timeout_s=5, transport=servers) as pool:
         made = DistributedPublisher(context(pool, model, model, timeout_s=timeout_s), bucket_mib=1, backend="gloo")
+        made._one_group = one_group
         with closing(made):
             yield made
 
@@ -207,78 +220,113 @@ def test_a_refused_begin_sends_nothing(model):
     assert servers.paths().count("/continue_generation") == 2
 
 
-def test_an_engine_that_refuses_to_join_is_named_at_once(model):
+@ONE_GROUP
+def test_an_engine_that_refuses_to_join_is_named_at_once(model, one_group):
     began = time.monotonic()
     with (
-        distributed(model, refusing("/init_weights_update_group", 1), timeout_s=60) as publishing,
+        distributed(model, refusing("/init_weights_update_group", 1), 60, one_group) as publishing,
         pytest.raises(EngineRefused, match="127.0.0.1:1: /init_weights_update_group was refused"),
     ):
         publishing.publish(Tensors(WEIGHTS.items()), "1")
     assert time.monotonic() - began < 20
 
 
-def test_engines_that_say_they_joined_but_did_not(model):
+class Joining(JoiningServers):
+    """Counts the engines that are in the middle of joining. The first one refuses when the second one has begun."""
+
+    def __init__(self, refuses: bool) -> None:
+        super().__init__()
+        self.refuses, self.begun, self.waiting = refuses, threading.Event(), 0
+
+    def _join(self, host, body):
+        if self.refuses and host.endswith(":1"):
+            assert self.begun.wait(10)
+            raise httpx.ReadError("connection reset")
+        self.waiting += 1
+        self.begun.set()
+        try:
+            super()._join(host, body)
+        finally:
+            self.waiting -= 1
+
+
+@ONE_GROUP
+def test_an_engine_that_joins_does_not_wait_for_one_that_died(model, one_group):
+    """Its scheduler would do nothing else until the group's timeout."""
+    servers = Joining(refuses=True)
+    with distributed(model, servers, 60, one_group) as publishing:
+        with pytest.raises(EngineUnreachable, match="127.0.0.1:1: the connection was lost"):
+            publishing.publish(Tensors(WEIGHTS.items()), "1")
+        deadline = time.monotonic() + 5
+        while servers.waiting:
+            assert time.monotonic() < deadline, "the second engine still waits for the group"
+            time.sleep(0.05)
+        servers.refuses = False
+        publishing.publish(Tensors(WEIGHTS.items()), "2")
+    for host in ("127.0.0.1:1", "127.0.0.1:2"):
+        torch.testing.assert_close(servers.held[host], WEIGHTS, rtol=0, atol=0)
+
+
+@ONE_GROUP
+def test_engines_that_say_they_joined_but_did_not(model, one_group):
+    late = "engine http://127.0.0.1:1, http://127.0.0.1:2: the groups of rank 0 and 2 engine ranks was not complete"
     with (
-        distributed(model, FakeServers(), timeout_s=1) as publishing,
-        pytest.raises(EngineTimeout, match="rank 0 and 2 engine ranks was not complete in time"),
+        distributed(model, FakeServers(), 1, one_group) as publishing,
+        pytest.raises(EngineTimeout, match=late),
     ):
         publishing.publish(Tensors(WEIGHTS.items()), "1")
 
 
-class JoiningServers(FakeServers):
-    """Fake servers whose "engines" are threads that really join the gloo group and receive the broadcasts.
+def test_the_one_of_two_engines_that_did_not_join_is_named(model):
+    class Half(JoiningServers):
+        def _join(self, host, body):
+            if host.endswith(":1"):
+                super()._join(host, body)
 
-    `deaf`: the port of one that refuses updates, and so never takes part in a broadcast; with `name`, only those with
-    this tensor.
-    """
-
-    def __init__(self, rules=None, deaf: int | None = None, name: str | None = None) -> None:
-        super().__init__(rules)
-        self.deaf, self.name = deaf, name
-        self.groups: dict[tuple[str, str], dist.ProcessGroupGloo] = {}
-        self.held: dict[str, dict[str, torch.Tensor]] = {}
-        self.failures: list[str] = []
-        self.threads: list[threading.Thread] = []
-
-    async def _usual(self, host, path, body):
-        import asyncio
-
-        if path == "/init_weights_update_group":
-            await asyncio.to_thread(self._join, host, body)
-        if path == "/update_weights_from_distributed":
-            if host.endswith(f":{self.deaf}") and (self.name is None or self.name in body["names"]):
-                return httpx.Response(400, json={"success": False, "message": "no such group"})
-            task = asyncio.create_task(asyncio.to_thread(self._receive, host, body))
-            if not await task:
-                return httpx.Response(400, json={"success": False, "message": "receive failed"})
-        return await super()._usual(host, path, body)
-
-    def _join(self, host, body):
-        store = dist.TCPStore(body["master_address"], body["master_port"], body["world_size"], False)
-        name = body["group_name"]
-        for prefix in (name, f"{name}/", "cpu/"):
-            store = dist.PrefixStore(prefix, store)
-        group = dist.ProcessGroupGloo(store, body["rank_offset"], body["world_size"], timedelta(seconds=60))
-        self.groups[host, name] = group
-
-    def _receive(self, host, body):
-        size = sum(torch.Size(shape).numel() for shape in body["shapes"]) * 4
-        flat = torch.empty(size, dtype=torch.uint8)
-        options = dist.BroadcastOptions()
-        options.rootRank = 0
-        try:
-            self.groups[host, body["group_name"]].broadcast([flat], options).wait()
-        except RuntimeError as error:
-            self.failures.append(f"{host}: {error}")
-            return False
-        values = flat.view(torch.float32).split([torch.Size(shape).numel() for shape in body["shapes"]])
-        self.held.setdefault(host, {}).update(zip(body["names"], values, strict=True))
-        return True
+    with (
+        distributed(model, Half(), timeout_s=1) as publishing,
+        pytest.raises(EngineTimeout, match="engine http://127.0.0.1:2: the groups"),
+    ):
+        publishing.publish(Tensors(WEIGHTS.items()), "1")
 
 
-def test_distributed_sends_buckets_to_all_engines_and_the_version_with_the_last(model):
+@pytest.mark.parametrize("method", ["disk", "distributed"])
+def test_the_engine_that_does_not_answer_is_named(model, tmp_path, monkeypatch, method):
+    """One before it has answered. Its requests end before its update is closed."""
+    monkeypatch.setattr(session, "QUICK_S", 0.2)
+    monkeypatch.setattr(distributed_module, "QUICK_S", 0.2)
+
+    class Hangs(JoiningServers):
+        open = 0
+
+        async def _usual(self, host, path, body):
+            if host.endswith(":2") and path in ("/update_weights_from_distributed", "/update_weights_from_disk"):
+                self.open += 1
+                try:
+                    await asyncio.sleep(3600)
+                finally:
+                    self.open -= 1
+            if path == "/end_weight_update":
+                assert not self.open, "a request of the publication that failed is still open"
+            return await super()._usual(host, path, body)
+
+    servers = Hangs()
+    # the request itself has a little more time, so that it is the publisher that gives up
+    monkeypatch.setattr(base.Deadline, "left", lambda self, left=base.Deadline.left: left(self) + 0.5)
+    made = disk(model, servers, tmp_path / "published", timeout_s=1) if method == "disk" else None
+    with made or distributed(model, servers, timeout_s=1) as publishing:
+        with pytest.raises(EngineTimeout, match=r"engine http://127.0.0.1:2: publishing weights 1 was not complete"):
+            publishing.publish(Tensors(WEIGHTS.items()), "1")
+        deadline = time.monotonic() + 2
+        while servers.open:
+            assert time.monotonic() < deadline, "a request of the publication that failed is still open"
+            time.sleep(0.01)
+
+
+@ONE_GROUP
+def test_distributed_sends_buckets_to_all_engines_and_the_version_with_the_last(model, one_group):
     servers = JoiningServers()
-    with distributed(model, servers) as publishing:
+    with distributed(model, servers, one_group=one_group) as publishing:
         publishing.limit = 40
         publishing.publish(Tensors(WEIGHTS.items()), "1")
         buffers = [slot.data_ptr() for slot in publishing._slots]
@@ -290,8 +338,10 @@ def test_distributed_sends_buckets_to_all_engines_and_the_version_with_the_last(
         assert [u.get("weight_version") for u in updates] == ["incomplete-1", "1", "incomplete-2", "2"]
         assert [u["names"] for u in updates[:2]] == [["w0", "w1"], ["w2", "w3"]]
     joins = [body for _, path, body in servers.calls if path == "/init_weights_update_group"]
-    assert [(j["rank_offset"], j["world_size"]) for j in joins] == [(1, 2)] * 2, "each engine has one group"
-    assert servers.paths().count("/destroy_weights_update_group") == 2
+    places = [(j["rank_offset"], j["world_size"]) for j in joins]
+    assert places == ([(1, 3), (2, 3)] if one_group else [(1, 2), (1, 2)])
+    assert len({j["group_name"] for j in joins}) == (1 if one_group else 2)
+    assert servers.paths().count("/destroy_weights_update_group") == 2 and not servers.groups
 
 
 def test_an_update_that_a_killed_trainer_left_open_is_closed(model):
@@ -314,29 +364,37 @@ def test_an_update_that_a_killed_trainer_left_open_is_closed(model):
     assert not open_at and set(servers.held) == {"127.0.0.1:1", "127.0.0.1:2"}
 
 
-def test_engines_with_several_ranks_get_ranks_of_their_own(model):
+@ONE_GROUP
+def test_engines_with_several_ranks_get_ranks_of_their_own(model, one_group):
     servers = FakeServers({"/server_info": lambda host, body: {"tp_size": 4, "dp_size": 1}})
-    with distributed(model, servers, timeout_s=0.5) as publishing, pytest.raises(EngineTimeout, match="8 engine ranks"):
+    with (
+        distributed(model, servers, 0.5, one_group) as publishing,
+        pytest.raises(EngineTimeout, match="8 engine ranks"),
+    ):
         publishing.publish(Tensors(WEIGHTS.items()), "1")
     joins = [body for _, path, body in servers.calls if path == "/init_weights_update_group"]
-    assert [(j["rank_offset"], j["world_size"]) for j in joins] == [(1, 5)] * 2, "each engine has a group"
+    assert [(j["rank_offset"], j["world_size"]) for j in joins] == ([(1, 9), (5, 9)] if one_group else [(1, 5)] * 2)
 
 
-def test_an_engine_that_takes_no_part_does_not_hang_the_broadcast(model):
+@ONE_GROUP
+def test_an_engine_that_takes_no_part_does_not_hang_the_broadcast(model, one_group):
     servers = JoiningServers(deaf=2)
     began = time.monotonic()
-    with distributed(model, servers, timeout_s=60) as publishing:
+    with distributed(model, servers, 60, one_group) as publishing:
         with pytest.raises(EngineRefused, match="127.0.0.1:2: /update_weights_from_distributed .*no such group"):
             publishing.publish(Tensors(WEIGHTS.items()), "1")
-        assert servers.paths()[-2:] == ["/end_weight_update"] * 2, "they may hold a mixture, and stay paused"
+        assert servers.paths().count("/end_weight_update") == 2, "of the publication that failed"
+        assert "/continue_generation" not in servers.paths(), "they may hold a mixture, and stay paused"
+        assert not servers.groups, "no engine stays in a group that is not used again"
     assert time.monotonic() - began < 20
 
 
-def test_a_failure_in_a_later_round_ends_the_publication_and_the_next_one_is_whole(model):
+@ONE_GROUP
+def test_a_failure_in_a_later_round_ends_the_publication_and_the_next_one_is_whole(model, one_group):
     """A broadcast that was refused may hang and read its buffer, which the next publication must not write into."""
     servers = JoiningServers(deaf=2, name="w1")
     weights = Counted()
-    with distributed(model, servers, timeout_s=60) as publishing:
+    with distributed(model, servers, 60, one_group) as publishing:
         publishing.limit = 20
         with pytest.raises(EngineRefused, match="127.0.0.1:2: .*no such group") as raised:
             publishing.publish(weights, "1")

@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,6 +19,8 @@ from fiberpo_megatron.engines.answers import RoutingShape
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
 from fiberpo_megatron.engines.errors import EngineError, EngineTimeout
 from fiberpo_megatron.engines.pool import EnginePool
+from fiberpo_megatron.engines.servers import StartedServers, make_servers
+from fiberpo_megatron.engines.settings import EngineConfig
 from fiberpo_megatron.rollout.sampler import EngineSampler
 from fiberpo_megatron.types import Completion
 from fiberpo_megatron.weight_sync.compare import WeightMismatch, compare_log_probs
@@ -26,7 +29,12 @@ from fiberpo_megatron.weight_sync.rounds import RoundPublisher
 from tests.tiny_model import LAYERS, TOP_K, VOCABULARY, chosen_experts, hugging_face_weights, load, log_probs, moved
 from tests.weight_sync.per_rank import OWN, publish_from_megatron
 from tests.weight_sync.sources import Tensors, context
-from tests.weight_sync.trainer_rank import made_publisher, publish_and_die, publish_as_rank
+from tests.weight_sync.trainer_rank import (
+    made_publisher,
+    publish_and_die,
+    publish_as_its_scheduler_dies,
+    publish_as_rank,
+)
 
 pytestmark = pytest.mark.sglang
 ROUNDING = 1e-4
@@ -201,24 +209,58 @@ def test_a_half_loaded_publication_is_never_served_and_can_be_repeated(method, e
     np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
 
 
-@pytest.mark.parametrize("method", ["ipc", *(pytest.param(way, marks=SLOW) for way in ("disk", "distributed"))])
-def test_a_trainer_that_is_killed_in_the_middle_leaves_a_paused_engine_and_the_next_publishes(
-    method, engine, checkpoint, tmp_path
+KILLED = [
+    *((method, stage) for method in METHODS for stage in ("beginning", "round", "commit")),
+    ("delta", "loading"),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "stage"),
+    [pytest.param(*one, marks=() if one == ("ipc", "round") else SLOW, id="-".join(one)) for one in KILLED],
+)
+def test_a_trainer_that_is_killed_leaves_whole_weights_or_a_paused_engine_and_the_next_publishes(
+    method, stage, engine, checkpoint, tmp_path
 ):
+    """What an engine generates with is the publication before, until the next one is complete."""
     model = moved(checkpoint)
     context = torch.multiprocessing.get_context("spawn")
-    killed = context.Process(target=publish_and_die, args=(method, engine, checkpoint, tmp_path))
+    killed = context.Process(target=publish_and_die, args=(method, engine, checkpoint, tmp_path, stage))
     killed.start()
-    killed.join(60)
+    killed.join(120)
     assert killed.exitcode == -signal.SIGKILL
-    with EnginePool([engine], timeout_s=1) as pool:
-        assert pool.run(pool.clients[0].model_info()).weight_version == "incomplete-killed"
-        with pytest.raises(EngineTimeout):
-            pool.run(pool.clients[0].generate([[3, 4, 5]], Sampling(1)))
+    untouched = stage == "beginning" or (method == "delta" and stage != "loading")
+    before = "first" if method == "delta" else "checkpoint"
+    held = {"round": {"incomplete-killed"}, "commit": {"killed"}, "loading": {"first", "killed"}}
+    with EnginePool([engine], timeout_s=5 if untouched else 1) as pool:
+        version = pool.run(pool.clients[0].model_info()).weight_version
+        assert version in ({before} if untouched else held[stage])
+        if untouched:
+            (completion,) = pool.run(pool.clients[0].generate([[3, 4, 5]], Sampling(1)))
+            assert [span.version for span in completion.weight_spans] == [before]
+        else:
+            with pytest.raises(EngineTimeout):
+                pool.run(pool.clients[0].generate([[3, 4, 5]], Sampling(1)))
     with publisher(method, engine, checkpoint, tmp_path) as publishing:
         publishing.publish(Tensors(hugging_face_weights(model)), "next")
         assert publishing.checksums == [after_a_full_load(engine, model, tmp_path)]
     np.testing.assert_allclose(scores(engine), log_probs(model, PROBE), atol=ROUNDING)
+
+
+@pytest.mark.exhaustive
+def test_an_engine_whose_scheduler_dies_in_a_round_is_named_on_every_rank(checkpoint, tmp_path):
+    """The broadcasts of both ranks break off at once; SGLang's server says so a second later, by ending."""
+    config = EngineConfig(start_timeout_s=180)
+    with make_servers(config, checkpoint, tmp_path / "engines", dtype="float32", gpu=False, api_key="key") as servers:
+        assert isinstance(servers, StartedServers) and servers._processes[0] is not None
+        children = psutil.Process(servers._processes[0].process.pid).children(recursive=True)
+        (scheduler,) = [child.pid for child in children if "scheduler" in " ".join(child.cmdline())]
+        arguments = (str(tmp_path), servers.addresses[0], checkpoint, scheduler)
+        torch.multiprocessing.spawn(publish_as_its_scheduler_dies, args=arguments, nprocs=2)
+        for rank in range(2):
+            seconds, said = (tmp_path / f"error-{rank}").read_text().split("\n", 1)
+            assert said.startswith(f"EngineUnreachable: engine {servers.addresses[0].url}: "), said
+            assert float(seconds) < 30, "long before weight_sync.timeout_s"
 
 
 def test_a_publication_under_another_version_is_noticed(engine, checkpoint, tmp_path):
