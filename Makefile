@@ -43,6 +43,14 @@ $(TRANSFORMER_ENGINE): .venv/%: tools/requirements-%.lock | env
 		--target $@ -r $<
 	touch $@
 
+# The newest supported Megatron-Core asks for Python 3.12; what this package uses of it runs on 3.11 too, and only from
+# this folder, which is on no path.
+LATER_MEGATRON := .venv/megatron-core-0.19.2
+$(LATER_MEGATRON): tools/requirements-megatron-core-0.19.2.lock | env
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --only-binary :all: \
+		--python-version 3.12 --ignore-requires-python --target $@ -r $<
+	touch $@
+
 # The package of the environment "reasoning_gym" and what it needs go into the environment in a step of their own: three of
 # its requirements are source archives, and one of them has to be compiled. Without a C compiler its tests are skipped.
 REASONING_GYM := .venv/.reasoning-gym-0.1.25
@@ -76,7 +84,7 @@ test: env $(TEST_PACKAGES)
 	$(PYTEST) -m "not exhaustive" $(TEST_ARGS)
 
 # Everything, the cases included that only vary what others cover (marked `exhaustive`).
-test-all: env $(TEST_PACKAGES) $(VERIFIERS)/.made
+test-all: env $(TEST_PACKAGES) $(VERIFIERS)/.made $(LATER_MEGATRON)
 	$(PYTEST) $(TEST_ARGS)
 
 format: env

@@ -69,6 +69,12 @@ LOCKS = (
         for version in ("2.20.2", "2.10.0")
     ),
     Lock(
+        TOOLS / "requirements-megatron-core-0.19.2.lock",
+        (),
+        "3.12",
+        alone=(TOOLS / "requirements-megatron-core-0.19.2.txt",),
+    ),
+    Lock(
         TOOLS / "requirements-reasoning-gym.lock",
         (),
         "3.11",

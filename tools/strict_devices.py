@@ -152,7 +152,7 @@ class _Operations(TorchDispatchMode):
             self._count(name, given, device, args, kwargs)
         result = func(*args, **kwargs)
         # Autograd makes zeros for gradients that are missing, on the device of what they belong to.
-        if any(device) or (not given and torch._C._current_autograd_node() is not None):
+        if any(device) or (not given and _zeros_of_the_device(result)):
             inputs = {id(_storage(tensor)) for tensor in given}
             for made in _tensors(result):
                 if id(_storage(made)) not in inputs:
@@ -181,7 +181,10 @@ class _Operations(TorchDispatchMode):
         elif name in _INDEXED:
             index = [tensor for tensor in given[1:] if tensor.dtype in (torch.bool, torch.uint8)]
             if any(on_device(tensor) for tensor in index):
-                self.found.wait("boolean mask")
+                if _fills_masked(name, args):
+                    self.found.operations += 1
+                else:
+                    self.found.wait("boolean mask")
             elif not all(device):
                 self.found.wait("upload")
             else:
@@ -195,6 +198,23 @@ class _Operations(TorchDispatchMode):
             self.found.wait(name)
         else:
             self.found.operations += 1
+
+
+def _zeros_of_the_device(made: object) -> bool:
+    """Return whether autograd makes a tensor of its own for what is on the device, in the current pass. The number of
+    `x[mask] = number` is on the host, and so is the zero that takes its place in the gradient."""
+    node = torch._C._current_autograd_node()
+    number = isinstance(made, Tensor) and not made.dim()
+    return node is not None and not (number and node.name().startswith("IndexPut"))
+
+
+def _fills_masked(name: str, args: Any) -> bool:
+    """Return whether `x[mask] = number` is meant, for which torch starts the kernel of masked_fill: it need not know
+    how many elements there are. Torch keeps such a number on the host."""
+    if not name.lstrip("_").startswith("index_put") or (len(args) > 3 and args[3]):
+        return False
+    masks = [index for index in args[1] if index is not None]
+    return len(masks) == 1 and args[2].numel() == 1 and not on_device(args[2])
 
 
 class _Devices(TorchFunctionMode):

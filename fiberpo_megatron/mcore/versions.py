@@ -1,7 +1,9 @@
 """This module holds everything in which the supported versions of Megatron-Core differ for this package.
 
-0.16.1 is the newest version for Python 3.11, and what CI runs; 0.19.2 needs Python 3.12. All other names that the
-package imports from Megatron-Core exist in both. `tests/mcore/test_versions.py` tests both shapes of each difference.
+The CPU platform's patches are apart: `mcore/cpu/patches.py` says which of them concern one version alone. 0.16.1 is the
+newest version for Python 3.11, and what CI runs; 0.19.2 asks for Python 3.12. All other names that the package imports
+from Megatron-Core exist in both. `tests/mcore/test_versions.py` tests both shapes of each difference, and
+`tests/distributed/test_later_megatron.py` runs whole suites over 0.19.2.
 """
 
 import functools
@@ -20,12 +22,13 @@ def set_router(layer_spec: Any, router: type) -> None:
 
     0.16.1 describes the experts' part by a ModuleSpec, 0.19.2 by a `functools.partial` of the module's class.
     """
-    _experts(layer_spec).router = router
+    _parts(layer_spec.submodules.mlp).router = router
 
 
-def _experts(layer_spec: Any) -> Any:
-    experts = layer_spec.submodules.mlp
-    return experts.keywords["submodules"] if isinstance(experts, functools.partial) else experts.submodules
+def _parts(description: Any) -> Any:
+    """Return the submodules of a description of either version."""
+    partial = isinstance(description, functools.partial)
+    return description.keywords["submodules"] if partial else description.submodules
 
 
 def group_identity(group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -85,9 +88,12 @@ def set_grouped_layers(layer_spec: Any) -> None:
 
     Newer versions of Transformer Engine, such as 2.20.2, give an empty tensor as the state of recipes whose scales come
     from the tensor itself. 0.16.1 takes a state with content for granted once FP8 has run,
-    and fails with "'NoneType' object is not subscriptable".
+    and fails with "'NoneType' object is not subscriptable". 0.19.2 takes an empty one, and keeps its own layers.
     """
-    layers = _experts(layer_spec).experts.submodules
+    experts = _parts(layer_spec.submodules.mlp).experts
+    if isinstance(experts, functools.partial):
+        return  # the shape of 0.19.2
+    layers = experts.submodules
     for name in ("linear_fc1", "linear_fc2"):
         setattr(layers, name, _saves_empty_states(getattr(layers, name)))
 

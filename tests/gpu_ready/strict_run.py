@@ -160,6 +160,28 @@ def publication(case: Steps, folder: Path) -> list[Call]:
         return record.calls
 
 
+def save_and_load(case: Steps, folder: Path) -> list[Call]:
+    """Write a checkpoint after a step and read it into another policy, which must then hold the same weights; return
+    the collectives of both."""
+    with device_platform(), recorded_collectives() as record, strict_devices(record):
+        from fiberpo_megatron.mcore import checkpoint
+        from fiberpo_megatron.mcore.parallel.layout import start_layout
+        from fiberpo_megatron.mcore.policy import build_policy
+
+        layout = start_layout(case.hf_config, case.config.parallel, case.config.run)
+        saved, loaded = (build_policy(case.config, case.hf_config, layout) for _ in range(2))
+        train(case, case.config, layout, saved)
+        begin = len(record.calls)
+        where = checkpoint.step_folder(folder, case.steps)
+        saved.save(str(where), {"step": case.steps})
+        assert loaded.load(str(where)) == {"step": case.steps}
+        calls = record.calls[begin:]
+        for one, other in zip(saved.models, loaded.models, strict=True):
+            for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+                assert on_device(theirs) and bool((mine == theirs).all())
+        return calls
+
+
 def train(case: Steps, config: Any, layout: Any, policy: Any) -> None:
     """Take one training step as `trainer.loop.learn` does, from rollouts to the optimiser's last step."""
     from fiberpo_megatron.fibration import build_objective

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from fiberpo_megatron.certify.processes import collect_ranks, run_ranks
-from tests.gpu_ready.strict_run import Steps, publication, training_steps
+from tests.gpu_ready.strict_run import Steps, publication, save_and_load, training_steps
+from tests.gpu_ready.test_devices import PER_LAYER, counted
 from tests.variations import varied
 from tools.checked_collectives import Call, Collectives, disagreements, recorded_collectives
 from tools.strict_devices import put_on_device, strict_devices
@@ -40,12 +41,39 @@ def ranks_of(case: Steps) -> int:
     return count
 
 
+WAITS = {
+    "TP2 EP2": (10, 0),
+    "PP2": (12, 7),
+    "PP2 VPP2": (13, 15),
+    "CP2 EP2": (10, 0),
+    "DP2 EP2": (10, 0),
+    "latent TP2": (10, 0),
+    "dense DP2": (9, 0),
+    "TP2 PP2": (12, 7),
+}
+"""Most waits of the host on any rank: in a step, and for each micro-batch of it beside those of layers with experts.
+A stage tells the next one the shape of what it sends: the sender copies it to the device and the receiver reads it.
+Both then wait for the device, and once more for the message where messages go in batches (no virtual pipeline)."""
+
+
+@pytest.mark.parametrize("grown", varied(["", "layers", "micro_batches"], [""]))
 @pytest.mark.parametrize("name", varied(LAYOUTS, ["TP2 EP2", "PP2"]))
-def test_training_steps(name: str):
+def test_training_steps(name: str, grown: str):
+    """All ranks agree, and wait for the device no more often than `WAITS` and the layers with experts say."""
     case = replace(LAYOUTS[name], steps=1)
+    case = replace(case, **{grown: 2 * getattr(case, grown)}) if grown else case
     found = run_ranks(ranks_of(case), training_steps, case, timeout_s=250)
     calls = {rank: calls for rank, ((_, calls),) in enumerate(found)}
     assert disagreements(calls) == []
+    of_step, of_micro_batch = WAITS[name]
+    experts = 0 if case.model == "dense" else case.layers - case.hf_config.get("first_k_dense_replace", 0)
+    of_layers = PER_LAYER * experts // case.parallel.get("pipeline", 1)
+    most = of_step + case.micro_batches * (of_micro_batch + of_layers)
+    for rank, ((asked, _),) in enumerate(found):
+        waits = counted(asked.waits)
+        table = "\n".join(f"{count:5d} {place}" for place, count in sorted(waits.items()))
+        print(f"rank {rank}: {sum(waits.values())} waits, at most {most}\n{table}")
+        assert sum(waits.values()) <= most, table
     backends = Counter(call.backend for made in calls.values() for call in made)
     assert backends["nccl"] > 10
     assert backends["gloo"] > 1
@@ -57,6 +85,14 @@ def test_publications(name: str, tmp_path: Path):
     calls = dict(enumerate(run_ranks(ranks_of(case), publication, case, tmp_path, timeout_s=250)))
     assert disagreements(calls) == []
     assert any(call.backend == "nccl" for call in calls[0])
+
+
+@pytest.mark.parametrize("name", varied(["TP2 EP2", "PP2", "DP2 EP2"], ["TP2 EP2"]))
+def test_checkpoints(name: str, tmp_path: Path):
+    case = replace(LAYOUTS[name], steps=1)
+    calls = dict(enumerate(run_ranks(ranks_of(case), save_and_load, case, tmp_path, timeout_s=250)))
+    assert disagreements(calls) == []
+    assert all(any(call.backend == "gloo" for call in made) for made in calls.values())
 
 
 def wrong(fault: str) -> list[Call]:

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fiberpo_megatron.mcore import versions
-from fiberpo_megatron.mcore.versions import group_identity, load_checkpoint, save_common, set_router
+from fiberpo_megatron.mcore.versions import group_identity, load_checkpoint, save_common, set_grouped_layers, set_router
 
 
 class Experts:
@@ -25,6 +26,32 @@ def test_the_router_of_either_description(wrap: Any):
     set_router(spec, int)
     built = spec.submodules.mlp() if isinstance(spec.submodules.mlp, functools.partial) else spec.submodules.mlp
     assert built.submodules.router is int
+
+
+class Grouped:
+    """A stand-in for Megatron's layer of grouped products, as 0.16.1 has it."""
+
+    num_gemms = 2
+
+    def _split_extra_state(self, state: torch.Tensor) -> list[torch.Tensor]:
+        assert state.numel(), "0.16.1 takes content for granted"
+        return list(state.chunk(self.num_gemms))
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_the_grouped_layers_of_either_description(later: bool):
+    """0.16.1 gets layers that take an empty state; 0.19.2, which takes one itself, keeps its own."""
+    layers = SimpleNamespace(linear_fc1=Grouped, linear_fc2=Grouped)
+    wrap = functools.partial(functools.partial, Experts) if later else Experts
+    experts = wrap(submodules=layers)
+    set_grouped_layers(
+        SimpleNamespace(submodules=SimpleNamespace(mlp=wrap(submodules=SimpleNamespace(experts=experts))))
+    )
+    for layer in (layers.linear_fc1, layers.linear_fc2):
+        assert (layer is Grouped) == later
+        if not later:
+            assert [part.numel() for part in layer()._split_extra_state(torch.empty(0))] == [0, 0]
+            assert [part.numel() for part in layer()._split_extra_state(torch.ones(4))] == [2, 2]
 
 
 class Strategy:

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from tests.tools.setup_requirements import setup_requirements
 
 ROOT = Path(__file__).parents[2]
-CPU, TRITON, PEERS, ENGINE, OLD_ENGINE, GYM, VERIFIERS, SGLANG = (
+CPU, TRITON, PEERS, ENGINE, OLD_ENGINE, LATER_MEGATRON, GYM, VERIFIERS, SGLANG = (
     ROOT / "tools" / name
     for name in (
         "requirements-cpu.lock",
@@ -21,6 +21,7 @@ CPU, TRITON, PEERS, ENGINE, OLD_ENGINE, GYM, VERIFIERS, SGLANG = (
         "requirements-peers.lock",
         "requirements-transformer-engine-2.20.2.lock",
         "requirements-transformer-engine-2.10.0.lock",
+        "requirements-megatron-core-0.19.2.lock",
         "requirements-reasoning-gym.lock",
         "requirements-verifiers.lock",
         "image/sglang.lock",
@@ -37,7 +38,7 @@ def pins(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "path", [CPU, TRITON, PEERS, ENGINE, OLD_ENGINE, GYM, VERIFIERS, SGLANG], ids=lambda path: path.name
+    "path", [CPU, TRITON, PEERS, ENGINE, OLD_ENGINE, LATER_MEGATRON, GYM, VERIFIERS, SGLANG], ids=lambda path: path.name
 )
 def test_every_package_has_one_version_and_hashes_and_no_address(path: Path):
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
@@ -69,6 +70,9 @@ def test_the_lock_has_what_the_requirement_files_ask_for():
     for lock in (ENGINE, OLD_ENGINE):
         assert pins(lock) == pins(lock.with_suffix(".txt"))
         assert f".venv/transformer-engine-{pins(lock)['transformer-engine']}" in (ROOT / "Makefile").read_text()
+    assert pins(LATER_MEGATRON) == pins(LATER_MEGATRON.with_suffix(".txt"))
+    for reader in ("Makefile", "tests/distributed/test_later_megatron.py"):
+        assert f"megatron-core-{pins(LATER_MEGATRON)['megatron-core']}" in (ROOT / reader).read_text()
     peers = pins(PEERS)
     assert peers == pins(ROOT / "tools/requirements-peers.txt")
     folder = f".venv/peers-verl-{peers['verl']}-trl-{peers['trl']}"
