@@ -281,7 +281,8 @@ def in_use() -> list[int]:
     return [torch.cuda.memory_allocated(), total - free]
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parsed(arguments: Sequence[str] | None, gpu: bool) -> argparse.Namespace:
+    """Return the parsed command line, with the ways that can be timed on a GPU or without."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=1024, help="size of the weights")
     parser.add_argument("--engines", type=int, default=2)
@@ -292,12 +293,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--changed", type=float, default=0.02, help="share of elements that change for `delta`")
     parser.add_argument("--folder", type=Path, default=None, help="where `disk` and its floor write")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    gpu = torch.cuda.is_available()
     try:
         options.ways = chosen_ways(options.ways, gpu)
     except ValueError as error:
         parser.error(str(error))
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    torch.set_num_threads(1)
+    gpu = torch.cuda.is_available()
+    options = parsed(arguments, gpu)
     dtype, device = (torch.bfloat16, torch.device("cuda", 0)) if gpu else (torch.float32, torch.device("cpu"))
     config, tensors = model(options.mib, dtype, device)
     total = sum(tensor.nbytes for tensor in tensors.values())

@@ -304,8 +304,8 @@ def report(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Print the times and the ratios."""
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = {
         "ranks": (2, "processes"),
@@ -328,7 +328,12 @@ def main() -> None:
         "--fused-loss", choices=("native", "te"), help="time the bare step with this fused loss of Megatron's as well"
     )
     parser.add_argument("--whole-optimizer", action="store_true", help="do not shard the optimizer's state")
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Print the times and the ratios."""
+    options = arguments()
     found = [run_rank(options)] if options.ranks == 1 else run_ranks(options.ranks, run_rank, options)
     ratios = report(found)
     print(json.dumps({"device": found[0]["device"], "ranks": options.ranks, **ratios}))
