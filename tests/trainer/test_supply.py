@@ -92,6 +92,28 @@ def test_staleness_0_is_the_synchronous_loop():
     assert torch.equal(run.policy.table, plain.policy.table)
 
 
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_ranks_are_as_patient_as_the_settings_say_wherever_they_wait_for_rollouts(staleness: int):
+    """Without `patience_s` they would wait inside a collective, which ends after `run.distributed_timeout_s`."""
+    waits: list[tuple[str, float]] = []
+
+    class Patient(SingleLayout):
+        def wait_for_all(self, where: str, deadline_s: float) -> None:
+            waits.append((where, deadline_s))
+
+    run, _, _ = ahead(staleness, Timed(timing=1), evaluation={"prompts": 4, "every_steps": STEPS})
+    run.policy.layout = Patient()  # type: ignore[attr-defined]
+    source = run.source
+    assert isinstance(source, EngineSource)
+    source.patience_s = 123.0
+    train(run)
+    evaluations = 2  # before the first step and after the last one
+    publications = STEPS + 1
+    wanted = {"generating rollouts": STEPS + evaluations, "waiting for all trajectories to end": publications}
+    assert {where: sum(1 for one, _ in waits if one == where) for where in wanted} == wanted
+    assert {deadline for where, deadline in waits if where in wanted} == {123.0}
+
+
 def test_drain_repeats_bitwise_whatever_the_timing_and_a_trajectory_has_one_version():
     first, memory, taken = ahead(2, Timed(timing=1))
     train(first)
