@@ -1,7 +1,10 @@
 """What a rank holds in each phase: on its GPU and in host memory, expert routing and saving included."""
 
 import json
+import re
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -79,26 +82,48 @@ def test_more_ranks_hold_less():
     assert peaks(many)["train"].host < peaks(few)["train"].host
 
 
+QWEN3_8B = {
+    **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "attention_bias": False},
+    **{"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960},
+    **{"rms_norm_eps": 1e-6, "rope_theta": 1e6, "initializer_range": 0.02, "tie_word_embeddings": False},
+}
+"""The published sizes of a model whose config.json is not part of this repository."""
+
+
 @pytest.mark.parametrize(
-    ("example", "gpus"),
+    ("example", "billions"),
     [
-        ("qwen3_30b_a3b/train.toml", 32),
-        ("slurm/one_node.toml", 8),
-        ("slurm/four_nodes.toml", 32),
-        ("slurm/thirty_two_nodes.toml", 256),
+        ("qwen3_30b_a3b/train.toml", 30.5),
+        ("slurm/one_node.toml", 8.2),
+        ("slurm/four_nodes.toml", 30.5),
+        ("slurm/thirty_two_nodes.toml", 235.1),
     ],
 )
-def test_the_command_says_the_peaks_of_the_cluster_examples(
-    example: str, gpus: int, capsys: pytest.CaptureFixture[str]
+def test_the_cluster_examples_have_the_peaks_that_their_comments_say(
+    example: str, billions: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    words = ["plan", str(ROOT / "examples" / example), "--model.path", str(MODELS / "qwen3_30b_a3b")]
-    words += ["--gpus", str(gpus)]
-    main(words)
-    said = capsys.readouterr().out
-    assert "GB of a training rank at the peak of each phase:" in said and "| 0: host of a leader |" in said
-    main([*words, "--json"])
+    """The plan in the comment, of the config's own model, gives the figure in the comment, and fits."""
+    text = (ROOT / "examples" / example).read_text()
+    comment = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    said = re.search(r"a training GPU holds (\d+) GB at most", comment, re.IGNORECASE)
+    command = re.search(rf"fiberpo plan examples/{example} --gpus (\d+) --gpu-memory (\d+)", comment)
+    assert said is not None and command is not None
+    model = MODELS / Path(tomllib.loads(text)["model"]["path"]).name.lower().replace("-", "_")
+    if not model.is_dir():
+        assert model.name == "qwen3_8b"
+        model = tmp_path
+        (model / "config.json").write_text(json.dumps(QWEN3_8B))
+    words = ["plan", str(ROOT / "examples" / example), "--model.path", str(model)]
+    words += ["--gpus", command[1], "--gpu-memory", command[2]]
+    assert main(words) == 0
+    page = capsys.readouterr().out
+    assert "GB of a training rank at the peak of each phase:" in page and "| 0: host of a leader |" in page
+    assert f": {billions:.1f}" in re.sub(r"(\d+\.\d\d)e9 parameters", lambda it: f"{float(it[1]):.1f}", page)
+    assert main([*words, "--json"]) == 0
     phases = json.loads(capsys.readouterr().out)["phases"]
     assert [one["phase"] for one in phases][: len(PHASES)] == list(PHASES)
+    assert round(max(one["device"] for one in phases) / 1e9) == int(said[1])
 
 
 def test_buffers_that_publish_by_ipc_are_kept_in_every_phase():
