@@ -416,10 +416,11 @@ def resume(place: Place) -> list[list[str]]:
     # rollouts on a GPU differ from run to run, so that bits are compared in the warm-up; of reinforcement learning the
     # resume is seen to go on, with an engine that gets the weights as files
     by_files = ["--weight_sync.method", "disk"]
+    constant = ["--optimizer.warmup_steps", "0"]  # a rate that rises over the steps depends on how many there are
     return [
-        sft(place, "resume_whole", 4),
-        sft(place, "resume_sft", 2),
-        sft(place, "resume_sft", 4, "--resume"),
+        sft(place, "resume_whole", 4, *constant),
+        sft(place, "resume_sft", 2, *constant),
+        sft(place, "resume_sft", 4, *constant, "--resume"),
         train(place, "resume", 2, *by_files),
         train(place, "resume", 3, *by_files, "--resume"),
     ]

@@ -83,10 +83,22 @@ def test_more_ranks_hold_less():
 
 
 QWEN3_8B = {
-    **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "attention_bias": False},
-    **{"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36},
-    **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960},
-    **{"rms_norm_eps": 1e-6, "rope_theta": 1e6, "initializer_range": 0.02, "tie_word_embeddings": False},
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
 }
 """The published sizes of a model whose config.json is not part of this repository."""
 
