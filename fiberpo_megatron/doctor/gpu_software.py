@@ -78,12 +78,18 @@ def _given(environment: Mapping[str, str]) -> dict[str, str]:
 def engine_libraries(config: Config) -> list[Finding]:
     """Compare torch and NCCL of the engines' own interpreter, if they have one, with the trainer's."""
     engine, name = config.rollout.engine, "engine libraries"
+    method = config.weight_sync.method.use
+    if engine.urls:
+        if method != "distributed":
+            return []
+        seen = "servers in rollout.engine.urls do not say which NCCL they have, and one communicator takes one version"
+        ask = "python -c 'import torch; print(torch.cuda.nccl.version())'"
+        return [Finding(name, "warn", seen, f"Compare what this prints with the servers' python and with ours: {ask}")]
     python = interpreter(engine)
-    if engine.urls or python == sys.executable:
+    if python == sys.executable:
         return []
     ours, theirs = torch_libraries(sys.executable), torch_libraries(python)
     seen = f"torch {theirs.torch} and NCCL {theirs.nccl}, the trainer has torch {ours.torch} and NCCL {ours.nccl}"
-    method = config.weight_sync.method.use
     if ours.nccl != theirs.nccl and method == "distributed":
         fix = 'Install one version, let both load one libnccl.so.2, or set weight_sync.method = "disk"'
         return [Finding(name, "fail", f"{seen}: one communicator takes one version", fix)]

@@ -137,11 +137,14 @@ class TorchLibraries:
 def torch_libraries(python: str) -> TorchLibraries:
     """Return the versions of torch and of NCCL that an interpreter loads. It imports torch, which takes seconds.
 
-    Raises RuntimeError with the end of its message when it cannot import torch.
+    Raises RuntimeError with the end of its message when it cannot import torch, or not within `ASK_TIMEOUT_S`.
     """
-    done = subprocess.run(
-        [python, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=False
-    )
+    try:
+        done = subprocess.run(
+            [python, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{python} cannot import torch within {ASK_TIMEOUT_S:g} s") from error
     if done.returncode:
         raise RuntimeError(f"{python} cannot import torch: {done.stderr.strip()[-400:]}")
     return TorchLibraries(*done.stdout.split())

@@ -13,6 +13,7 @@ import torch
 from fiberpo_megatron.config import Config
 from fiberpo_megatron.engines.addresses import local_address
 from fiberpo_megatron.engines.errors import EngineError, EngineStartError
+from fiberpo_megatron.engines.libraries import check_nccl
 from fiberpo_megatron.engines.registry import Registry
 from fiberpo_megatron.engines.servers import Offer, Servers, make_servers
 from fiberpo_megatron.engines.sizing import sized_engine
@@ -35,10 +36,13 @@ def serve(config: Config, folder: Path, host: str, clients: list[str], first_gpu
     registry = Registry(folder)
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, _end)
-    engine, reasons = sized_engine(config, torch.cuda.is_available())
+    on_gpus = torch.cuda.is_available()
+    engine, reasons = sized_engine(config, on_gpus)
     for reason in reasons:
         print(f"{host}: {reason}", flush=True)
     try:
+        if on_gpus:  # here and not where the ranks are: interpreters are compared on the machine that has both
+            check_nccl(config)
         with make_servers(
             engine.model_copy(update={"urls": []}),
             config.model.path,

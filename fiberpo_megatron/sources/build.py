@@ -18,6 +18,7 @@ from fiberpo_megatron.engines.answers import RoutingShape
 from fiberpo_megatron.engines.api_key import new_key, read_key
 from fiberpo_megatron.engines.client import EngineAddress, EngineClient, Sampling
 from fiberpo_megatron.engines.errors import EngineError
+from fiberpo_megatron.engines.libraries import check_nccl
 from fiberpo_megatron.engines.pool import EnginePool
 from fiberpo_megatron.engines.process import check_reachable
 from fiberpo_megatron.engines.registry import SLACK_S, Registry
@@ -375,6 +376,8 @@ def _unnoted(members: Sequence[Member]) -> None:
 def _servers(config: Config, engine: EngineConfig, layout: ParallelLayout) -> Servers:
     """Start servers on this machine, or look for the given ones."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
+    if layout.device.type == "cuda":  # `fiberpo` has done so before, other launchers have not
+        check_nccl(config)
     return make_servers(
         engine,
         config.model.path,

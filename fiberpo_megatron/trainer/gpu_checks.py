@@ -1,12 +1,11 @@
 """This module refuses what cannot work on GPUs, before any process starts."""
 
 import os
-import sys
 
 import torch
 
 from fiberpo_megatron.config import Config, ConfigError
-from fiberpo_megatron.engines.command import interpreter, torch_libraries
+from fiberpo_megatron.engines.libraries import check_nccl
 
 ENGINE_COMMANDS = ("train", "dump", "eval")
 
@@ -30,8 +29,8 @@ def check_gpus(config: Config, command: str, world_size: int, here: bool) -> Non
     _check_types(config, command, here)
     if here:
         _check_count(config, command, world_size, gpus)
-    if here and starts_engines(config, command) and config.weight_sync.method.use == "distributed":
-        _check_nccl(config)
+    if here and starts_engines(config, command):
+        check_nccl(config)
 
 
 def starts_engines(config: Config, command: str) -> bool:
@@ -73,18 +72,3 @@ def _check_count(config: Config, command: str, world_size: int, gpus: int) -> No
         beside = "" if engine.colocated else f" beside {ranks} training ranks"
         share = "" if engine.colocated else ", or let them share with rollout.engine.colocated = true"
         raise ConfigError(f"{what}{beside} need {needed} GPUs, this machine has {gpus}; start fewer{share}")
-
-
-def _check_nccl(config: Config) -> None:
-    """Refuse two versions of NCCL, which cannot share the communicator by which weights are sent."""
-    python = interpreter(config.rollout.engine)
-    if python == sys.executable:
-        return
-    ours, theirs = torch_libraries(sys.executable), torch_libraries(python)
-    if ours.nccl != theirs.nccl:
-        raise ConfigError(
-            f'weight_sync.method = "distributed": the trainer has NCCL {ours.nccl} (torch {ours.torch}), the engines\' '
-            f"{python} has NCCL {theirs.nccl} (torch {theirs.torch}), and one communicator takes one version; install "
-            "the same version in both, let both load one libnccl.so.2 through LD_LIBRARY_PATH, or set "
-            'weight_sync.method = "disk"'
-        )

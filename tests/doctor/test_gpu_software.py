@@ -97,6 +97,9 @@ def test_an_engine_with_a_torch_of_its_own(tmp_path: Path, monkeypatch, theirs, 
     monkeypatch.setattr(gpu_software, "torch_libraries", found.__getitem__)
     config = {"model": {"path": "m"}, "weight_sync": {"method": method}}
     assert gpu_software.engine_libraries(Config.model_validate(config)) == []
+    given = config | {"rollout": {"engine": {"urls": ["http://a:1"], "python": str(python)}}}
+    unknown = gpu_software.engine_libraries(Config.model_validate(given))
+    assert [one.status for one in unknown] == (["warn"] if method == "distributed" else [])
     own = config | {"rollout": {"engine": {"python": str(python)}}}
     finding = only(gpu_software.engine_libraries(Config.model_validate(own)))
     assert finding.status == status and theirs.nccl in finding.seen

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from examples.demo.make_model import write_model
 from fiberpo_megatron.cli.main import local_world_size
 from fiberpo_megatron.config import Config, ConfigError, load_config
-from fiberpo_megatron.engines import command
+from fiberpo_megatron.engines import command, libraries
 from fiberpo_megatron.engines.command import TorchLibraries, torch_libraries
 from fiberpo_megatron.trainer import gpu_checks
 from fiberpo_megatron.trainer.preflight import preflight
@@ -134,7 +134,7 @@ def test_two_versions_of_nccl_are_refused_for_the_way_that_needs_one(tmp_path, g
     other.chmod(0o755)
     gpus(2)
     found = {sys.executable: TorchLibraries("2.14.1", "2.30.7"), str(other): TorchLibraries("2.14.1", "2.28.3")}
-    monkeypatch.setattr(gpu_checks, "torch_libraries", found.__getitem__)
+    monkeypatch.setattr(libraries, "torch_libraries", found.__getitem__)
     config = shipped(tmp_path, "demo/train_gpu.toml", *words, "--rollout.engine.python", str(other))
     with pytest.raises(ConfigError, match=r"the trainer has NCCL 2.30.7 \(torch 2.14.1\).*has NCCL 2.28.3"):
         check(config)
