@@ -277,15 +277,16 @@ def test_engines_that_say_they_joined_but_did_not(model, one_group):
         publishing.publish(Tensors(WEIGHTS.items()), "1")
 
 
-def test_the_one_of_two_engines_that_did_not_join_is_named(model):
+@pytest.mark.parametrize("missing", [1, 2])
+def test_the_one_of_two_engines_that_did_not_join_is_named(model, missing):
     class Half(JoiningServers):
         def _join(self, host, body):
-            if host.endswith(":1"):
+            if not host.endswith(f":{missing}"):
                 super()._join(host, body)
 
     with (
         distributed(model, Half(), timeout_s=1) as publishing,
-        pytest.raises(EngineTimeout, match="engine http://127.0.0.1:2: the groups"),
+        pytest.raises(EngineTimeout, match=f"engine http://127.0.0.1:{missing}: the groups"),
     ):
         publishing.publish(Tensors(WEIGHTS.items()), "1")
 
