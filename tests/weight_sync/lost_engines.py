@@ -41,6 +41,7 @@ class Lost(JoiningServers):
 
     - dies: its sockets close, and its server ends a second later;
     - its scheduler dies: the server stays and answers nothing;
+    - rank 1 loses it: its connection to that rank alone breaks, and it answers nothing;
     - hangs: it answers nothing, and its sockets stay open;
     - refuses: it says so.
     """
@@ -64,7 +65,11 @@ class Lost(JoiningServers):
                 return await super()._usual(host, path, body)
             if self.fault == "refuses":
                 return httpx.Response(400, json={"success": False, "message": "not now"})
-            if self.fault != "hangs":
+            if self.fault == "rank 1 loses it":
+                if "w3" not in body["names"]:
+                    return await super()._usual(host, path, body)
+                del self.groups[host, body["group_name"]]
+            elif self.fault != "hangs":
                 self.end(host)
             if self.fault == "dies":
                 await asyncio.sleep(WATCHDOG_S)

@@ -13,6 +13,7 @@ ENDED = "ended the run"
 FAULTS = {
     "dies": ("EngineUnreachable", 4.0, True),
     "its scheduler dies": ("EngineUnreachable", 6.0, True),
+    "rank 1 loses it": ("EngineUnreachable", 6.0, True),
     "hangs": ("EngineTimeout", TIMEOUT_S + 4.0, True),
     "refuses": ("EngineRefused", 4.0, ENDED),
 }
@@ -39,8 +40,10 @@ def test_an_engine_that_is_lost_in_a_round_is_named_and_the_others_get_the_weigh
     for seen in (of_rank[fault] for of_rank in ranks):
         assert [seen["first"], seen["second"], seen["third"]] == [True, second, True], seen
         assert len(seen["errors"]) == 1 and max(seen["seconds"]) < within_s, seen
-        # one that hangs cannot leave a group; its scheduler does nothing
-        assert seen["engines"] == [0] and seen["left"] <= ({LOST} if fault == "hangs" else set()), seen
+        # one that says nothing cannot leave a group
+        assert seen["engines"] == [0] and seen["left"] <= (
+            {LOST} if fault in ("hangs", "rank 1 loses it") else set()
+        ), seen
     error = ranks[0][fault]["errors"][0]
     assert error.startswith(f"{kind}: engine http://{LOST}: "), error
 
