@@ -4,9 +4,10 @@
 
 The link is memory that processes share (ipc), gloo's broadcast over the loopback device (distributed), or files (disk).
 Its speed is measured with as many readers as there are engines, in rounds of the same size: the writer fills a round
-while the readers take the one before, or any file that is complete. The engines are stand-ins (tools/bench_publish_engine.py) that copy every tensor
-as a model's loader does, or with --real SGLang servers. Where torch sees a GPU, weights and engines lie on the first
-one, and the floor of ipc is that of copies on it; an empty CUDA_VISIBLE_DEVICES keeps everything in host memory.
+while the readers take the one before, or any file that is complete. The engines are stand-ins
+(tools/bench_publish_engine.py) that copy every tensor as a model's loader does, or with --real SGLang servers. Where
+torch sees a GPU, weights and engines lie on the first one, and the floor of ipc is that of copies on it; an empty
+CUDA_VISIBLE_DEVICES keeps everything in host memory.
 
 The last line is a JSON object with `ratio`, the time of a way over its floor; `bitwise`, whether every stand-in holds
 exactly the bytes that were published; and on a GPU `growth`, the bytes that torch's allocator in the trainer, and the
@@ -123,8 +124,9 @@ def _link_process(
 ) -> None:
     """Take part in moving rounds of these sizes over a link: process 0 writes, the others read.
 
-    Nobody waits for longer than the link demands. A broadcast waits for all; two buffers that take turns are filled in
-    step with those who read them; files are read as soon as they are written, which `written` counts for each reader.
+    No process waits for longer than the link demands. A broadcast waits for all; two buffers that take turns are
+    filled in step with those who read them; files are read as soon as they are written, which `written` counts for
+    each reader.
     """
     torch.set_num_threads(1)
     own = [torch.ones(size, dtype=torch.uint8) for size in sizes]
