@@ -24,15 +24,28 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bench, name, value)
 
 
-WORDS = ["--mib", "3", "--round-mib", "1", "--engines", "1", "--attempts", "1", "--ways", "ipc", "disk"]
+WORDS = ["--mib", "3", "--round-mib", "1", "--attempts", "1"]
 
 
 @pytest.mark.usefixtures("small")
-def test_stand_ins_hold_what_was_published_bit_for_bit(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    assert bench.main([*WORDS, "--folder", str(tmp_path)]) == 0
+@pytest.mark.parametrize(
+    ("engines", "ways"),
+    [
+        (1, ["ipc", "disk"]),
+        pytest.param(2, ["ipc", "distributed", "disk", "delta"], marks=pytest.mark.exhaustive),
+    ],
+)
+def test_stand_ins_hold_what_was_published_bit_for_bit(
+    engines: int, ways: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    words = ["--engines", str(engines), "--ways", *ways, "--folder", str(tmp_path)]
+    assert bench.main([*WORDS, *words]) == 0
     result = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert result["bitwise"] == {"ipc": True, "disk": True}
-    assert result["rounds"]["ipc"] > 1 and result["ratio"].keys() == {"ipc", "disk"}
+    assert result["bitwise"] == dict.fromkeys(ways, True)
+    whole = set(ways) - {"delta"}  # what `delta` writes is compared with the bytes of all weights, and has no floor
+    assert result["rounds"]["ipc"] > 1 and result["ratio"].keys() == whole
+    if "delta" in ways:
+        assert 0 < result["delta_share"] < 0.5
 
 
 @pytest.mark.usefixtures("small")
@@ -46,7 +59,7 @@ def test_an_engine_with_other_bytes_is_an_error(monkeypatch, tmp_path: Path, cap
         return real(changed)
 
     monkeypatch.setattr(bench, "checksum", of_others)
-    words = [*WORDS[:-1], "--folder", str(tmp_path)]
+    words = [*WORDS, "--engines", "1", "--ways", "ipc", "--folder", str(tmp_path)]
     assert bench.main(words) == 1
     captured = capfd.readouterr()
     assert json.loads(captured.out.splitlines()[-1])["bitwise"] == {"ipc": False}
