@@ -27,7 +27,6 @@ SUITES = {
     "layouts and objectives": "tests/distributed/test_layout_parity.py",
     "checkpoints": "tests/distributed/test_checkpoint_resume.py",
     "layers of a GPU": "tests/gpu_ready/test_te_build.py",
-    "arithmetic of a GPU's layers": "tests/gpu_ready/test_te_parity.py",
 }
 pytestmark = [
     pytest.mark.exhaustive,

@@ -5,9 +5,10 @@ have sent, so that a training step of a narrow model runs to its end and its col
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +34,9 @@ class Job:
     world_size: int
     narrow: bool = False
     """Whether the model has all its experts, but hardly any width and two layers in each pipeline stage."""
+    objective: str = "fiberpo-expert"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the config's [model]."""
 
     @property
     def model(self) -> dict[str, Any]:
@@ -49,7 +53,9 @@ class Job:
         sizes = self.parallel
         per_stage = self.world_size // sizes.pipeline
         stages = [stage * per_stage for stage in range(sizes.pipeline)]
-        neighbours = [1, sizes.tensor, sizes.tensor * sizes.context, sizes.tensor * sizes.context * sizes.expert]
+        expert_tensor = sizes.expert_tensor or 1
+        dense, experts = (1, sizes.tensor, sizes.tensor * sizes.context), (expert_tensor, expert_tensor * sizes.expert)
+        neighbours = [*dense, *experts]
         return sorted({*stages, *(rank for rank in neighbours if rank < per_stage), self.world_size - 1})
 
 
@@ -112,8 +118,12 @@ class FakeCollectives(Collectives):
     def _receive(self, call: Call, given: dict[str, Any]) -> None:
         me, size = call.ranks.index(dist.get_rank()), len(call.ranks)
         if call.name == "allgather_":
-            for out in given["output_tensors"][0]:
-                out.copy_(given["input_tensors"][0])
+            (mine,) = given["input_tensors"]
+            for at, out in enumerate(given["output_tensors"][0]):
+                out.copy_(mine)
+                if at != me and mine.dim() == 2 and mine.is_floating_point():
+                    # Experts of positions: the last one of a row is nobody's, and stands for a token of another rank.
+                    out[(mine == 0).all(1)] = 1
         elif call.name == "_allgather_base_":
             given["output_tensor"].view(size, -1).copy_(given["input_tensor"].reshape(1, -1).expand(size, -1).clone())
         elif call.name == "_reduce_scatter_base_":
@@ -280,19 +290,50 @@ def length_of(job: Job) -> int:
     return max(LENGTH, 4 * job.parallel.context)
 
 
-def order_of_ranks(job: Job, ranks: Sequence[int]) -> tuple[list[str], dict[int, int]]:
-    """Take a training step on each rank; return what their collectives disagree about, and how many each made."""
+@dataclass(frozen=True)
+class Order:
+    """Holds what the collectives of some ranks are like."""
+
+    problems: list[str]
+    """What the ranks disagree about."""
+    calls: dict[int, int]
+    """How many collectives and messages each rank made."""
+    used: set[str]
+    """Kinds of groups, as in `groups`, in which a rank made any."""
+    compared: set[str]
+    """Those of which two ranks were compared: where one call of one rank is left out, they disagree."""
+
+
+def order_of_ranks(job: Job, ranks: Sequence[int]) -> Order:
+    """Take a training step on each rank and compare their collectives."""
     from fiberpo_megatron.mcore.policy import build_policy
 
-    config = job_config(job)
-    case = Steps(objective="fiberpo", replay="none", parallel=job.parallel.model_dump(), length=length_of(job))
+    case = Steps(
+        objective=job.objective,
+        replay="none",
+        parallel=job.parallel.model_dump(),
+        options=job.options,
+        length=length_of(job),
+    )
     calls: dict[int, list[Call]] = {}
+    kinds: dict[int, dict[tuple[int, ...], list[str]]] = {}
     for rank in ranks:
-        with fake_rank(job, rank, config) as (layout, record):
-            policy = build_policy(config, job.model, layout)
-            train(case, config, layout, policy)
-            calls[rank] = record.calls
-    return disagreements(calls, complete=False), {rank: len(made) for rank, made in calls.items()}
+        with fake_rank(job, rank, case.config) as (layout, record):
+            policy = build_policy(case.config, job.model, layout)
+            train(case, case.config, layout, policy)
+            calls[rank], kinds[rank] = record.calls, defaultdict(list)
+            for kind, members in groups(layout).items():
+                kinds[rank][tuple(members)].append(kind)
+    used, compared = set(), set()
+    for rank, made in calls.items():
+        for group, members in {call.group: tuple(sorted(call.ranks)) for call in made if len(call.ranks) > 1}.items():
+            found = set(kinds[rank].get(members, ()))
+            used |= found
+            if not found <= compared:
+                inside = {other: [call for call in theirs if call.group == group] for other, theirs in calls.items()}
+                inside[rank].pop()
+                compared |= found if disagreements(inside, complete=False) else set()
+    return Order(disagreements(calls, complete=False), {r: len(made) for r, made in calls.items()}, used, compared)
 
 
 def model_file(name: str) -> Path:

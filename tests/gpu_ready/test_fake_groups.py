@@ -43,16 +43,20 @@ PLANNED = {
 
 def job(name: str, narrow: bool = False) -> Job:
     """The job of a shipped config, or of a planned layout."""
+    objective, options = "fiberpo-expert", {"recompute": "full"}
     if name in PLANNED:
         model, sizes, ranks = PLANNED[name]
         per_replica = sizes.get("tensor", 1) * sizes.get("pipeline", 1) * sizes.get("context", 1)
         parallel = {**sizes, "data": ranks // per_replica, "uneven_stages": True}
     else:
-        model, parallel = SHIPPED[name], tomllib.loads((EXAMPLES / name).read_text())["parallel"]
+        model, shipped = SHIPPED[name], tomllib.loads((EXAMPLES / name).read_text())
+        parallel, objective = shipped["parallel"], shipped["algorithm"]["objective"]
+        assert shipped["algorithm"].get("routing_replay", "none") == "none"
+        options = {key: value for key, value in shipped["model"].items() if key.startswith("recompute")}
         ranks = parallel.get("tensor", 1) * parallel.get("pipeline", 1) * parallel.get("context", 1) * parallel["data"]
     config = ParallelConfig(**{**parallel, "distributed_optimizer": True})
     hf_config = json.loads(model_file(model).read_text()) | {"num_nextn_predict_layers": 0}
-    return Job(hf_config, config, ranks, narrow)
+    return Job(hf_config, config, ranks, narrow, objective, options)
 
 
 def test_all_cluster_examples_are_here():
@@ -78,12 +82,14 @@ def test_groups_and_bytes(name: str):
 
 @pytest.mark.parametrize("name", varied([*SHIPPED, *PLANNED], ["30B on 32"]))
 def test_order_of_collectives(name: str):
-    """All ranks of a group make the same calls in a training step of a narrow model."""
+    """All ranks of a group make the same calls in a training step of a narrow model with the config's objective."""
     one = job(name, narrow=True)
-    (found,) = run_ranks(1, order_of_ranks, one, one.ranks if one.world_size > 64 else [0, 1], timeout_s=290)
-    problems, calls = found
-    assert problems == []
-    assert min(calls.values()) > 20
+    (found,) = run_ranks(1, order_of_ranks, one, one.ranks, timeout_s=290)
+    assert found.problems == []
+    assert min(found.calls.values()) > 20
+    larger = {kind for kind, ranks in expected_groups(0, one.parallel, one.world_size).items() if len(ranks) > 1}
+    assert found.compared == found.used
+    assert larger - found.used == set(), found.used
 
 
 def test_places_follow_megatrons_order():
