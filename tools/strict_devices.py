@@ -64,6 +64,9 @@ class Found:
     """How often the host waited, by kind and place."""
     operations: int = 0
     """Torch operations that start a kernel or a copy on the device."""
+    uploads: Counter[tuple[str, bool, str]] = field(default_factory=Counter)
+    """Bytes of copies to the device for which the host does not wait, by type, by whether the source is in pinned
+    memory, and by place. Out of other memory the driver copies them into memory of its own first."""
 
     @property
     def total(self) -> int:
@@ -74,6 +77,12 @@ class Found:
         """Return the waits as lines of text, the most frequent first."""
         rows = sorted(self.waits.items(), key=lambda item: (-item[1], item[0]))
         return "\n".join(f"{count:5d}  {kind:16s} {place}" for (kind, place), count in rows)
+
+    def upload(self, source: Tensor) -> None:
+        """Count one copy to the device for which the host does not wait."""
+        pinned = getattr(_storage(source), "pinned", False)
+        self.uploads[str(source.dtype).removeprefix("torch."), pinned, place()] += source.nbytes
+        self.operations += 1
 
     def wait(self, kind: str) -> None:
         """Count one wait of the host at the current place in the source."""
@@ -101,6 +110,12 @@ def on_device(tensor: Tensor) -> bool:
 def put_on_device(tensor: Tensor) -> Tensor:
     """Tag the storage of a tensor as the device's and return the tensor."""
     _storage(tensor).of_device = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """Tag the storage of a tensor of the host as pinned and return the tensor."""
+    _storage(tensor).pinned = True  # type: ignore[union-attr]
     return tensor
 
 
@@ -192,6 +207,8 @@ class _Operations(TorchDispatchMode):
         elif name == "copy_" and device[0] != device[-1]:
             if not (len(args) > 2 and args[2]) and not kwargs.get("non_blocking"):
                 self.found.wait("upload" if device[0] else "download")
+            elif device[0]:
+                self.found.upload(given[-1])
             else:
                 self.found.operations += 1
         elif name == "repeat_interleave" and kwargs.get("output_size") is None:
@@ -232,8 +249,8 @@ class _Devices(TorchFunctionMode):
         special = getattr(self, f"_{name}_", None)
         if special is not None:
             return special(func, args, kwargs)
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
+        if kwargs.pop("pin_memory", False):
+            return _pinned(self.__torch_function__(func, types, args, kwargs))
         if name == "new_tensor":
             kwargs.setdefault("device", args[0].device if not on_device(args[0]) else DEVICE)
         if "device" not in kwargs:
@@ -269,6 +286,8 @@ class _Devices(TorchFunctionMode):
             return tensor.to(**options) if options else tensor
         if not non_blocking:
             self.found.wait("upload" if side else "download")
+        elif side:
+            self.found.upload(tensor)
         else:
             self.found.operations += 1
         with torch._C.DisableTorchFunctionSubclass():
@@ -305,10 +324,10 @@ class _Devices(TorchFunctionMode):
     def _pin_memory_(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         if on_device(args[0]):
             raise DeviceError(f"only tensors of the host can be pinned, in {place()}")
-        return args[0].clone()
+        return _pinned(args[0].clone())
 
     def _is_pinned_(self, func: Any, args: Any, kwargs: Any) -> bool:
-        return False
+        return getattr(_storage(args[0]), "pinned", False)
 
     def _tolist_(self, func: Any, args: Any, kwargs: Any) -> Any:
         if on_device(args[0]):

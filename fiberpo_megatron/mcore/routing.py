@@ -20,6 +20,7 @@ from torch import Tensor
 from fiberpo_megatron.mcore.model import PolicyModel
 from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 from fiberpo_megatron.mcore.routing_table import RoutingTable
+from fiberpo_megatron.mcore.uploads import uploaded
 from fiberpo_megatron.types import MicroBatch, RoutingMode
 
 
@@ -125,9 +126,7 @@ class Routing:
         rows = self._share(batch)
         real = rows >= 0
         self._rows[index] = rows
-        if self._layout.device.type == "cuda":
-            real = real.pin_memory()
-        self._real[index] = real.to(self._layout.device, non_blocking=True)
+        self._real[index] = uploaded(real, self._layout.device)
         self._slices.pop(index, None)
         if self._mode == "replay":
             self._slots[index] = self._replayed.find(rows)
@@ -225,14 +224,14 @@ class Routing:
         rows, device = self._share(batch), self._layout.device
         counts = torch.zeros(len(rows), self.num_experts, device=device)
         chosen = table.rows(table.find(rows)).to(device, non_blocking=True)
-        real = (rows >= 0).to(device, non_blocking=True)[:, None].float().expand(len(rows), self.top_k).contiguous()
+        real = uploaded(rows >= 0, device)[:, None].float().expand(len(rows), self.top_k).contiguous()
         for position in self._position.values():
             counts.scatter_add_(1, chosen[:, position].long(), real)
         if self._layout.tensor_size > 1:
             parts = [torch.empty_like(counts) for _ in range(self._layout.tensor_size)]
             dist.all_gather(parts, counts, group=self._layout.tensor_group)
             counts = torch.cat(parts)
-        return counts[batch.response_positions.to(device, non_blocking=True)]
+        return counts[uploaded(batch.response_positions, device)]
 
     def agreement(self, micro_batches: Sequence[MicroBatch], bins: Tensor, count: int) -> Tensor:
         """Return float64 [layers of the model, count, 2]: (tokens whose expert set in the record equals the engine's,

@@ -18,6 +18,7 @@ from fiberpo_megatron.mcore.parallel.layout import ParallelLayout
 from fiberpo_megatron.mcore.platform import activate
 from fiberpo_megatron.mcore.routing import Routing
 from fiberpo_megatron.mcore.schedule_spans import named_passes
+from fiberpo_megatron.mcore.uploads import uploaded
 from fiberpo_megatron.mcore.weight_gradient import MainGradient
 from fiberpo_megatron.types import MicroBatch, TokenScores
 
@@ -154,8 +155,7 @@ class Schedule:
         layout, positions = self.layout, batch.response_positions
         parts = [batch.tokens, batch.position_ids, positions, batch.labels[positions], batch.cu_seqlens]
         ids = torch.cat([part.to(torch.int32) for part in parts])
-        if layout.device.type == "cuda":  # one copy, for which the host does not wait
-            ids = ids.pin_memory().to(layout.device, non_blocking=True)
+        ids = uploaded(ids, layout.device)  # one copy
         tokens, position_ids, positions, labels, bounds = ids.split([len(part) for part in parts])
         packed = self._platform.packed_sequences(bounds, batch.max_seqlen, layout.context_rank, layout.context_size)
         packed.micro_batch = index  # travels with every forward of the row, recomputed ones too

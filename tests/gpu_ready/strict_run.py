@@ -133,9 +133,12 @@ def training_steps(*cases: Steps) -> list[tuple[Found, list[Call]]]:
             policy = build_policy(case.config, case.hf_config, layout)
             for _ in range(case.steps):
                 found.waits.clear()
+                found.uploads.clear()
                 found.operations = 0
                 train(case, case.config, layout, policy)
-            results.append((replace(found, waits=found.waits.copy()), record.calls[begin:]))
+            results.append(
+                (replace(found, waits=found.waits.copy(), uploads=found.uploads.copy()), record.calls[begin:])
+            )
         return results
 
 

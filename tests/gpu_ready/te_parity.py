@@ -15,6 +15,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Trajectories are up to 64 tokens long, so that YaRN stretches part of the positions. The kernel of latent attention
 takes sizes that are powers of two; "deepseek" has others and goes without it."""
+LATENT_FUSED = ("deepseek fused", "deepseek yarn")
 
 
 def write_checkpoints(folder: Path) -> None:
@@ -24,9 +25,20 @@ def write_checkpoints(folder: Path) -> None:
 
 
 def run_cases(cases: list[Case], folder: Path, parallel: dict[str, int]) -> list[Run]:
-    """Return log-probs, gradients and trained parameters of every case on one layout."""
+    """Return log-probs, gradients and trained parameters of every case on one layout.
+
+    Raises AssertionError when latent attention of a GPU goes without its kernels where they take its sizes, or the
+    other way round.
+    """
+    from fiberpo_megatron.mcore import platform
+    from tests.gpu_ready.te_emulation import rope
+
     parity.MODELS.update(MODELS)
-    return parity.run_cases(cases, folder, parallel)
+    runs = parity.run_cases(cases, folder, parallel)
+    fused = platform.activate().name == "gpu" and any(case.model in LATENT_FUSED for case in cases)
+    called = {kernel for kernel, count in rope.latent_calls.items() if count}
+    assert called == ({"query", "key and value"} if fused else set()), f"{[case.model for case in cases]}: {called}"
+    return runs
 
 
 def run_as_one_sequence(cases: list[Case], folder: Path, parallel: dict[str, int]) -> list[Run]:

@@ -12,7 +12,7 @@ import torch
 from fiberpo_megatron.certify.processes import run_ranks
 from tests.gpu_ready.strict_run import Steps, training_steps
 from tests.variations import varied
-from tools.strict_devices import DEVICE, DeviceError, on_device, strict_devices
+from tools.strict_devices import DEVICE, DeviceError, Found, on_device, strict_devices
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU needs no stand-in")
 
@@ -160,3 +160,11 @@ def test_waits_of_a_training_step(kind: str):
     assert of_step <= PER_STEP, table
     assert of_micro_batch <= PER_MICRO_BATCH, table
     assert of_layer <= PER_LAYER + ("recompute" in case.options), table
+    assert_copied_ahead(found[0][0])
+
+
+def assert_copied_ahead(found: Found) -> None:
+    """The ids of a row travel as int32, and all that a row needs out of pinned memory, so that nothing waits."""
+    ours = [(kind, pinned, place) for kind, pinned, place in found.uploads if place.startswith("mcore/")]
+    assert {kind for kind, _, _ in ours} == {"int32", "bool", "uint8"}, ours
+    assert all(pinned for _, pinned, _ in ours), ours

@@ -1,4 +1,4 @@
-"""What the README installs on a GPU resolves, in one set of versions: proof 7 of docs/gpu.md.
+"""What the README installs on a GPU resolves, in one set of versions (docs/gpu.md).
 
 uv asks the package index for metadata alone, and installs nothing.
 """

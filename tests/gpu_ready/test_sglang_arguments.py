@@ -1,4 +1,4 @@
-"""SGLang's own parser takes every argument that we set on a GPU, and chooses what we expect: proof 6 of docs/gpu.md."""
+"""SGLang's own parser takes every argument that we set on a GPU, and chooses what we expect (docs/gpu.md)."""
 
 import json
 import os
@@ -77,6 +77,7 @@ def test_every_argument_arrives(chosen: dict[str, dict[str, object]]):
 def test_the_backends_of_a_hopper(chosen: dict[str, dict[str, object]]):
     for name in ("separate", "colocated"):
         assert (chosen[name]["attention_backend"], chosen[name]["sampling_backend"]) == ("fa3", "flashinfer")
+        assert chosen[name]["moe_runner_backend"] == "auto", "SGLang chooses the kernels of experts when it builds them"
     exact = chosen["deterministic"]
     assert (exact["attention_backend"], exact["sampling_backend"]) == ("fa3", "pytorch")
 

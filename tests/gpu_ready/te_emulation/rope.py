@@ -1,5 +1,6 @@
 """Rotary embeddings: Transformer Engine's for packed rows, and Megatron-Core's Triton kernels of latent attention."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.gpu_ready.te_emulation.attention import _positions
+
+latent_calls: Counter[str] = Counter()
+"""How often this process has called each kernel of latent attention. Without them Megatron-Core gives the same."""
 
 
 def unfused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -50,6 +54,7 @@ def latent_query(
     rotary_interleaved: bool = False,
 ) -> Tensor:
     """Return queries [t, h, plain + rotary] whose last elements are rotated."""
+    latent_calls["query"] += 1
     assert not rotary_interleaved and t.size(-1) == plain + rotary
     bounds = cu_seqlens_q
     return torch.cat([t[..., :plain], _rotated(t[..., plain:], cos, sin, bounds, cp_rank, cp_size)], dim=-1)
@@ -69,6 +74,7 @@ def latent_key_value(
     rotary_interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return keys [t, h, plain + rotary], values [t, h, v] from kv [t, h, plain + v] and k_pos_emb [t, 1, rotary]."""
+    latent_calls["key and value"] += 1
     assert not rotary_interleaved and kv.size(-1) == plain + v_size and k_pos_emb.size(-1) == rotary
     assert all(size & (size - 1) == 0 for size in (rotary, plain, v_size)), "arange's range must be a power of 2"
     turned = _rotated(k_pos_emb, cos, sin, cu_seqlens_kv, cp_rank, cp_size)
