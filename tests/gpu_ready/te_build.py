@@ -64,6 +64,30 @@ def build(hf_config: dict[str, Any], parallel: dict[str, int], model: dict[str, 
     )
 
 
+def fuses_weight_gradients(hf_config: dict[str, Any], parallel: dict[str, int], apex: bool) -> set[bool]:
+    """Build a policy where apex can be imported, or cannot; return whether its layers add weight gradients inside their
+    kernels. Called in a process of its own."""
+    import sys
+    from types import ModuleType
+
+    from megatron.core.tensor_parallel import layers
+
+    from fiberpo_megatron.mcore.parallel.layout import start_layout
+    from fiberpo_megatron.mcore.policy import build_policy
+    from tests.distributed.parity import make_config
+
+    if apex:  # the name of its kernel, which Megatron-Core looks for when it is imported
+        sys.modules["fused_weight_gradient_mlp_cuda"] = ModuleType("fused_weight_gradient_mlp_cuda")
+        layers._grad_accum_fusion_available = True
+    config = make_config(parallel=parallel)
+    policy = build_policy(config, hf_config, start_layout(hf_config, config.parallel, config.run))
+    modules = [module for chunk in policy.models for module in chunk.modules()]
+    found = [module.fuse_wgrad_accumulation for module in modules if hasattr(module, "fuse_wgrad_accumulation")]
+    found += [m.gradient_accumulation_fusion for m in modules if hasattr(m, "gradient_accumulation_fusion")]
+    assert len(found) > 4, "no layer was looked at"
+    return set(found)
+
+
 def save_after_fp8(hf_config: dict[str, Any], parallel: dict[str, int], model: dict[str, Any], folder: str) -> set[int]:
     """Save a policy whose layers are as after a step in FP8, read the checkpoint into it, and return the sizes of the
     FP8 states that its grouped layers gave, in bytes."""

@@ -13,7 +13,7 @@ import pytest
 
 from fiberpo_megatron.certify.processes import run_ranks
 from fiberpo_megatron.mcore.families import FAMILIES
-from tests.gpu_ready.te_build import KINDS, Built, build, save_after_fp8
+from tests.gpu_ready.te_build import KINDS, Built, build, fuses_weight_gradients, save_after_fp8
 from tests.gpu_ready.te_ranks import Driver, driver_of
 from tests.gpu_ready.te_stub import VERSIONS, folder_of
 from tests.variations import varied
@@ -101,3 +101,8 @@ def test_the_cpu_platform_does_not_see_the_package():
     assert all(folder_of(version).is_dir() for version in VERSIONS)
     assert importlib.util.find_spec("transformer_engine") is None
     assert on_cpu("qwen3").classes == set()
+
+
+@pytest.mark.parametrize("apex", [True, False])
+def test_weight_gradients_are_added_inside_kernels_where_apex_is_there(apex: bool, driver: Driver):
+    assert driver.run_ranks(1, fuses_weight_gradients, KINDS["qwen3_moe"], {}, apex) == [{apex}]
