@@ -89,7 +89,10 @@ def test_order_of_collectives(name: str):
     assert min(found.calls.values()) > 20
     larger = {kind for kind, ranks in expected_groups(0, one.parallel, one.world_size).items() if len(ranks) > 1}
     assert found.compared == found.used
-    assert larger - found.used == set(), found.used
+    # With context parallelism gradients are summed over "token", which holds "data". "replica" carries rollouts, which
+    # a training step has already; without context parallelism other groups have the same members.
+    idle = {"data", "replica"} if one.parallel.context > 1 else set()
+    assert larger - found.used <= idle, found.used
 
 
 def test_places_follow_megatrons_order():
