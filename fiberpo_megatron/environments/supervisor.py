@@ -32,16 +32,20 @@ def main() -> int:
     except OSError as error:
         print(f"{command[0]} could not be started: {error.strerror}", file=sys.stderr)
         return 127
-    threading.Thread(target=end_with, args=(pipe,), daemon=True).start()
+    closed = threading.Event()
+    threading.Thread(target=end_with, args=(pipe, closed), daemon=True).start()
     code = child.wait()
     kill_descendants()
+    if closed.is_set():  # the other thread may have reaped the program, and `wait` would then say 0
+        code = -signal.SIGKILL
     return code if code >= 0 else 128 - code
 
 
-def end_with(pipe: int) -> None:
-    """Wait until the other end of a pipe is closed, then kill all descendants and end this process."""
+def end_with(pipe: int, closed: threading.Event) -> None:
+    """Wait until the other end of a pipe is closed, say so, then kill all descendants and end this process."""
     while os.read(pipe, 1):
         pass
+    closed.set()
     kill_descendants()
     os._exit(128 + signal.SIGKILL)
 

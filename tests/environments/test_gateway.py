@@ -280,6 +280,38 @@ def test_all_that_a_program_has_started_ends_with_the_worker(tmp_path: Path) -> 
         os.kill(pid, 0)
 
 
+LATE_WAIT = """
+import runpy, subprocess, sys, threading, time
+
+supervisor = runpy.run_path(sys.argv.pop(1), run_name="supervisor")
+names, reaped = supervisor["main"].__globals__, threading.Event()
+kill, wait = names["kill_descendants"], subprocess.Popen.wait
+
+def kill_and_stay():
+    kill()
+    reaped.set()
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(30)
+
+def wait_late(process):
+    reaped.wait(30)
+    return wait(process)
+
+names["kill_descendants"], subprocess.Popen.wait = kill_and_stay, wait_late
+sys.exit(supervisor["main"]())
+"""
+
+
+def test_a_program_that_the_other_thread_has_reaped_does_not_count_as_one_that_succeeded() -> None:
+    """`Popen.wait` returns 0 for a process that something else has waited for."""
+    theirs, ours = os.pipe()
+    command = [sys.executable, "-IS", "-c", LATE_WAIT, str(SUPERVISOR), str(theirs), sys.executable, "-c"]
+    with subprocess.Popen([*command, "import time; time.sleep(60)"], pass_fds=[theirs]) as supervisor:
+        os.close(theirs)
+        os.close(ours)
+        assert supervisor.wait(20) == 128 + signal.SIGKILL
+
+
 def solve_with(agent: str) -> Outcome:
     """Let a function of `agents` solve one task."""
     gateway = Gateway(tasks=TASKS, agent=f"tests.environments.agents:{agent}")
