@@ -59,7 +59,7 @@ class Bench:
             {
                 "model": {"path": "unused", "random_init": True, "dtype": options.dtype},
                 "parallel": layout_options,
-                "batch": {"mini_batches": 1, "micro_batch_tokens": options.row_tokens},
+                "batch": {"micro_batch_tokens": options.row_tokens, "kept_forwards": options.kept_forwards},
             }
         )
         hf_config = architecture(options)
@@ -318,6 +318,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "rows": (4, "packed rows of each data-parallel rank"),
         "row-tokens": (1024, "tokens of a row"),
         "rounds": (8, "timed rounds"),
+        "kept-forwards": (1, "rows that pass the model once in two passes (batch.kept_forwards)"),
         "warm-up": (1, "rounds before them"),
     }
     for name, (usual, meaning) in numbers.items():

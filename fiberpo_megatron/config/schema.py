@@ -74,6 +74,28 @@ class Config(Section):
         return self.rollout.return_routing or "rollout" in (algorithm.expert_routing, algorithm.routing_replay)
 
     @property
+    def kept_forwards(self) -> int:
+        """This is the number of micro-batches whose forward pass serves the gates and the backward pass both: 0 where
+        `_one_forward_problem` says why there is none, otherwise `batch.kept_forwards`."""
+        return 0 if self._one_forward_problem else self.batch.kept_forwards
+
+    @property
+    def _one_forward_problem(self) -> str | None:
+        """This is the setting for whose sake every micro-batch passes the model once more for the gates.
+
+        Other stages of a pipeline take part in a pass. A pass with gradient counts the load of experts, and FP8 takes
+        scales from it: one that is followed by an error must not have been.
+        """
+        model, parallel = self.model, self.parallel
+        if parallel.pipeline > 1:
+            return f"parallel.pipeline = {parallel.pipeline}"
+        if model.router_aux_loss:
+            return f"model.router_aux_loss = {model.router_aux_loss}"
+        if model.router_bias_update_rate:
+            return f"model.router_bias_update_rate = {model.router_bias_update_rate}"
+        return f'model.fp8 = "{model.fp8}"' if model.fp8 != "none" else None
+
+    @property
     def running_requests(self) -> int:
         """This is the number of responses that one engine decodes at once: `rollout.engine.max_running_requests`, or if
         that is 0, one engine's share of the responses that the leaders keep in flight in a step."""
@@ -96,6 +118,16 @@ class Config(Section):
             "reference_log_probs": ("algorithm.kl.servers", algorithm.kl.servers),
         }
         return {fact: (section, servers) for fact, (section, servers) in found.items() if servers is not None}
+
+    @model_validator(mode="after")
+    def forwards_can_be_kept(self) -> "Config":
+        problem = self._one_forward_problem
+        if problem and self.batch.kept_forwards > 1:
+            raise ValueError(
+                f"batch.kept_forwards = {self.batch.kept_forwards} with {problem}: no forward pass can be kept there; "
+                "leave batch.kept_forwards out"
+            )
+        return self
 
     @model_validator(mode="after")
     def dumped_steps_exist(self) -> "Config":

@@ -16,6 +16,8 @@ from fiberpo_megatron.subprocesses import set_gpu_variables, without_launcher
 PLUGIN = Path(__file__).parent / "sglang_plugin" / "path"
 CPU_STAND_INS = Path(__file__).parent / "sglang_cpu" / "path"
 CPU_KV_TOKENS = 16384
+LARGEST_REUSED = 2**30
+"""Bytes of a tensor up to which a server without a GPU allocates from memory that it has used before."""
 ASK_TIMEOUT_S = 60.0
 SERVER_KEEP_ALIVE_S = 60
 """Seconds for which our servers keep idle connections open; clients drop theirs much sooner
@@ -180,6 +182,9 @@ def server_environment(
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": str(config.threads),
         "TORCH_COMPILE_DISABLE": "1",  # the first request would otherwise compile for 20 s
+        # glibc would map every tensor of more than 32 MiB anew, and the kernel would clear each page of it again
+        "MALLOC_MMAP_THRESHOLD_": str(LARGEST_REUSED),
+        "MALLOC_TRIM_THRESHOLD_": str(2 * LARGEST_REUSED),
         "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",  # with the core dump: 5 s between a crash and the exit
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
     }

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,9 +85,7 @@ class MegatronPolicy:
         chunk = config.model.log_prob_chunk_tokens
         self.schedule = Schedule(self.chunks, models, layout, chunk, self.routing)
         self._aux_loss = config.model.router_aux_loss
-        # A pass with gradient counts the load of experts for these, and FP8 takes scales from it: one that is followed
-        # by an error must not have been.
-        self._keeps_first = not (self._aux_loss or config.model.router_bias_update_rate or config.model.fp8 != "none")
+        self._kept_forwards = config.kept_forwards
         self._trust_others = config.checkpoint.trust_others
         self._reference: ReferenceWeights | None = None
 
@@ -182,7 +180,7 @@ class MegatronPolicy:
         With `model.router_bias_update_rate` Megatron moves the correction biases here, by the load of this pass.
         With the distributed optimizer each data-parallel rank's buffer is whole only in that rank's shard.
         """
-        with self.schedule.first_kept() if self._keeps_first else nullcontext():
+        with self.schedule.kept_forwards(self._kept_forwards):
             return self._accumulate(micro_batches, gate, temperature, log_probs, single_pass)
 
     def _accumulate(

@@ -74,8 +74,10 @@ class Schedule:
         self._platform = activate()
         self._wrapped = isinstance(self.chunks[-1], DistributedDataParallel)
         self._last: tuple[list[MicroBatch], list[_Row]] = [], []
-        self._keeping = False
-        self._kept: _Kept | None = None
+        self._keeping = 0
+        """Rows whose forward passes are kept."""
+        self._kept: dict[int, _Kept] = {}
+        """What is kept, by the number of its row."""
 
     def forward(
         self, micro_batches: Sequence[MicroBatch], temperature: float, *, entropy: bool = True
@@ -85,25 +87,27 @@ class Schedule:
         for chunk in self.chunks:
             chunk.eval()
         rows = self._prepared(micro_batches)
-        if self._keeping:
-            rows = [*rows[1:], rows[0]]  # what is kept takes memory: it is computed last here, and used first later
+        kept = min(self._keeping, len(rows))
         with torch.no_grad():
-            scores = self._run(rows, partial(self._scores, temperature, entropy), forward_only=True)
-        return [*scores[-1:], *scores[:-1]] if self._keeping else scores
+            # what is kept takes memory: it is computed last here, and used first later
+            order = [*rows[kept:], *rows[:kept]]
+            scores = self._run(order, partial(self._scores, temperature, entropy), forward_only=True)
+        first = len(scores) - kept if scores else 0
+        return [*scores[first:], *scores[:first]]
 
     @contextmanager
-    def first_kept(self) -> Iterator[None]:
-        """Let a pass with gradients in this block go on with the first micro-batch's forward pass from a pass without
-        gradients in this block, over the same micro-batches with the same weights.
+    def kept_forwards(self, count: int) -> Iterator[None]:
+        """Let a pass with gradients in this block go on with the forward passes of the first `count` micro-batches
+        from a pass without gradients in this block, over the same micro-batches with the same weights.
 
-        One of the forward passes is then saved. The activations of one micro-batch are kept, which the pass with
-        gradients takes anyway, later. Nothing is kept where other stages of a pipeline take part.
+        So many forward passes are then saved. The activations of one micro-batch are those that the pass with gradients
+        takes anyway, later; those of more take more memory. A pipeline has to have a `count` of 0.
         """
-        self._keeping = self.layout.pipeline_size == 1 and len(self.chunks) == 1
+        self._keeping = count
         try:
             yield
         finally:
-            self._keeping, self._kept = False, None
+            self._keeping, self._kept = 0, {}
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], temperature: float, loss: TokenLoss) -> None:
         """Add the gradient of the summed losses to the gradient buffers and reduce them over ranks."""
@@ -165,8 +169,8 @@ class Schedule:
         self, head: Callable[..., Any], data: Iterator[_Row], chunk: torch.nn.Module
     ) -> tuple[Tensor, Callable[..., Any]]:
         row = next(data)
-        if self._kept is not None and self._kept.row is row:
-            return self._kept.hidden, partial(head, row)
+        if self._is_kept(row):
+            return self._kept[row.index].hidden, partial(head, row)
         if self._keeps(row):
             chunk.train()
         with torch.enable_grad() if self._keeps(row) else nullcontext():
@@ -174,7 +178,10 @@ class Schedule:
         return hidden, partial(head, row)
 
     def _keeps(self, row: _Row) -> bool:
-        return self._keeping and row.index == 0
+        return row.index < self._keeping
+
+    def _is_kept(self, row: _Row) -> bool:
+        return row.index in self._kept and self._kept[row.index].row is row
 
     def log_probs_of(self, row: _Row, hidden: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
         """Return log-probs and entropy [n] of the row's response tokens; see `response_log_probs`."""
@@ -207,14 +214,14 @@ class Schedule:
             return TokenScores(*self.log_probs_of(row, hidden, temperature, entropy))
         with torch.enable_grad():
             scores = self.log_probs_of(row, hidden, temperature, entropy)
-        self._kept = _Kept(row, hidden, scores)
+        self._kept[row.index] = _Kept(row, hidden, scores)
         return TokenScores(scores[0].detach(), scores[1].detach())
 
     def _minimise(
         self, temperature: float, loss: TokenLoss, row: _Row, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        if self._kept is not None and self._kept.row is row:
-            (log_probs, entropy), self._kept = self._kept.scores, None
+        if self._is_kept(row):
+            log_probs, entropy = self._kept.pop(row.index).scores
         else:
             log_probs, entropy = self.log_probs_of(row, hidden, temperature, entropy=False)
         # With three outputs Megatron does not divide the loss (calculate_per_token_loss).

@@ -211,21 +211,27 @@ def activation_bytes(
     stage: int,
     micro_batches: int,
     implementation: Implementation,
+    kept: int = 1,
 ) -> int:
-    """Return the peak of what a rank of `stage` keeps for its backward passes; log-prob buffers are not included.
+    """Return the peak of what a rank of `stage` keeps for its backward passes.
 
-    `model.recompute = "selective"` is planned like "none", which is an upper bound.
+    `model.recompute = "selective"` is planned like "none", which is an upper bound. `kept` is `batch.kept_forwards`:
+    each micro-batch beyond the first keeps the log-probs of a chunk of its rows as well, and otherwise the buffers of
+    log-probs are not included.
     """
     chunks = range(parallel.virtual_pipeline)
     layers = [layer for chunk in chunks for layer in stage_layers(architecture, parallel, stage, chunk)]
-    kept = [layer_bytes(architecture, model, parallel, row, layer, implementation) for layer in layers]
+    of_layers = [layer_bytes(architecture, model, parallel, row, layer, implementation) for layer in layers]
+    kept = min(kept, micro_batches)
     # in units of the stage's whole share of the model
-    in_flight = micro_batches_in_flight(parallel, stage, micro_batches)
+    in_flight = max(kept, micro_batches_in_flight(parallel, stage, micro_batches))
     flying = in_flight / parallel.virtual_pipeline
     inputs = row.tokens // (parallel.context * parallel.tensor) * architecture.hidden_size * DTYPE_BYTES[model.dtype]
     outputs = in_flight * inputs if parallel.virtual_pipeline > 1 else 0  # only the interleaved schedule keeps them
     head = head_bytes(architecture, model, parallel, row) if stage == parallel.pipeline - 1 else 0
+    chunk = min(model.log_prob_chunk_tokens, row.responses) * vocabulary_rows(architecture, parallel) * 4
+    outputs += (kept - 1) * (head + chunk)
     if model.recompute != "full":
-        return int(flying * sum(kept)) + outputs + head
+        return int(flying * sum(of_layers)) + outputs + head
     # the head's tensors are freed before the first layer is recomputed
-    return int(flying * len(layers) * inputs) + outputs + max(*kept, head)
+    return int(flying * len(layers) * inputs) + outputs + max(*of_layers, head)

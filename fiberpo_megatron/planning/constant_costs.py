@@ -2,6 +2,7 @@
 
 from fiberpo_megatron.planning.overheads import Overheads
 from fiberpo_megatron.planning.scenario import Scenario
+from fiberpo_megatron.planning.training import gate_passes
 
 
 def constant_costs(scenario: Scenario, overheads: Overheads, rows: int) -> dict[str, float]:
@@ -24,7 +25,7 @@ def constant_costs(scenario: Scenario, overheads: Overheads, rows: int) -> dict[
         "generate": overheads.generate_s + scenario.generated / scenario.engines * overheads.response_s,
         "old_log_probs": whole_step if scenario.old_log_probs else 0.0,
         "reference": whole_step if scenario.reference else 0.0,
-        "train": scenario.optimiser_steps * slots * (forward + backward + again) + scenario.gate_passes * whole_step,
+        "train": scenario.optimiser_steps * slots * (forward + backward + again) + gate_passes(scenario) * whole_step,
         "optimizer": scenario.optimiser_steps * (overheads.optimizer_s + local * overheads.optimizer_layer_s),
         "publish": overheads.publish_s + layers * overheads.publish_layer_s + checked,
         "checkpoint": saved / scenario.checkpoint_every if scenario.checkpoint_every else 0.0,

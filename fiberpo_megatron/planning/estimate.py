@@ -250,6 +250,7 @@ def make_scenario(
         width=DTYPE_BYTES[config.model.dtype],
         engine_width=engine_dtype_bytes(config),
         gate_passes=(steps - 1) / batch.mini_batches if spans else 0.0,
+        kept_forwards=config.kept_forwards,
         gate_bytes=gates,
         reference=reference_in_memory(config),
         reference_copies=4,
@@ -326,6 +327,7 @@ def passing_bytes(
     tokens = config.batch.micro_batch_tokens
     share = work.response_tokens / (work.prompt_tokens + work.response_tokens)
     row = Row(tokens, int(tokens * share / parallel.context), assumptions.expert_imbalance)
+    kept = config.batch.kept_forwards if work.optimiser_steps > 1 and parallel.pipeline == 1 else 1
     activations = activation_bytes(
         architecture,
         model,
@@ -334,6 +336,7 @@ def passing_bytes(
         stage=stage,
         micro_batches=work.micro_batches,
         implementation=implementation,
+        kept=kept,
     )
     entropy = config.algorithm.entropy.coefficient > 0 or config.algorithm.entropy.target is not None
     on_last = stage == parallel.pipeline - 1

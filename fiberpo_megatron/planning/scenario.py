@@ -57,7 +57,9 @@ class Scenario:
     teacher: ModelShape | None = None
     """A teacher that scores every trajectory on the trainer's GPUs."""
     gate_passes: float = 0.0
-    """Forward passes over a step's tokens that the gates need beside the ordinary ones."""
+    """Forward passes over a step's tokens that the gates need beside the ordinary ones, if none is kept."""
+    kept_forwards: int = 0
+    """Micro-batches of an optimiser step that need no further forward pass for the gates; 0 in a pipeline."""
     gate_bytes: int = 0
     """Bytes that the gates all-reduce in an optimiser step."""
     pinned: bool = True

@@ -13,7 +13,14 @@ from fiberpo_megatron.planning.hardware import Assumptions
 from fiberpo_megatron.planning.publication import checkpoint_seconds, publish_seconds
 from fiberpo_megatron.planning.rollouts import Load, Schedule, alone, quick, simulate
 from fiberpo_megatron.planning.scenario import Scenario, running_requests
-from fiberpo_megatron.planning.training import host_bandwidth, optimizer_seconds, optimizer_state_bytes, packing, passes
+from fiberpo_megatron.planning.training import (
+    gate_passes,
+    host_bandwidth,
+    optimizer_seconds,
+    optimizer_state_bytes,
+    packing,
+    passes,
+)
 
 TERA = 1e12
 
@@ -75,7 +82,7 @@ def step_time(scenario: Scenario, assumptions: Assumptions, fast: bool = False) 
     swapped = scenario.reference_copies * sum(scenario.rank_parameters) * scenario.width / host
     reduced = assumptions.network_efficiency * scenario.gpu.network_gb_per_s * GIGA
     gates = scenario.optimiser_steps * 2 * scenario.gate_bytes / reduced
-    train = own.train * scenario.epochs + own.forward * scenario.gate_passes + gates
+    train = own.train * scenario.epochs + own.forward * gate_passes(scenario) + gates
     teacher = passes(scenario, scenario.teacher, assumptions).forward if scenario.teacher else 0.0
     turns = 0.0
     if scenario.colocated:

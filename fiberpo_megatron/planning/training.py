@@ -118,6 +118,13 @@ def packing(scenario: Scenario) -> Packing:
     return pack(scenario.lengths, each, scenario.row_tokens, scenario.data, bool(scenario.shape.moe_layers))
 
 
+def gate_passes(scenario: Scenario) -> float:
+    """Return the forward passes over a step's tokens that the gates take beside the ordinary ones."""
+    rows = packing(scenario).rows
+    kept = min(scenario.kept_forwards, rows) if scenario.parallel.pipeline == 1 else 0
+    return scenario.gate_passes * (1 - kept / rows)
+
+
 @dataclass(frozen=True)
 class Passes:
     """These are the seconds of a step's passes on the slowest data-parallel rank."""

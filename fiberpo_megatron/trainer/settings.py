@@ -185,6 +185,10 @@ class BatchConfig(Section):
     """Token budget of one packed row, padding included, over all context-parallel ranks."""
     oversized: Literal["error", "own_micro_batch"] = "error"
     """What happens to a trajectory longer than `micro_batch_tokens`."""
+    kept_forwards: int = Field(1, ge=1)
+    """Micro-batches of an optimiser step that pass the model once where the gates need the log-probs of all of them
+    first: their activations are kept from the pass that finds those until the backward pass. More than 1 takes the
+    memory of so many micro-batches' activations, which `fiberpo plan` counts, and changes no result."""
     filter: FilterConfig | None = None
 
     @property

@@ -78,6 +78,11 @@ def test_resolved_config_reads_back_equal(config_file: Path, tmp_path: Path):
         (["--nonsense", "1"], "nonsense: unknown key"),
         (["--parallel.tensor", "0"], r"parallel.tensor: .*greater than or equal to 1.*value seen: 0"),
         (
+            ["--batch.kept_forwards", "4", "--parallel.pipeline", "2"],
+            r"batch.kept_forwards = 4 with parallel.pipeline = 2: no forward pass can be kept there; leave .* out",
+        ),
+        (["--batch.kept_forwards", "2", "--model.fp8", "hybrid"], r'batch.kept_forwards = 2 with model.fp8 = "hybrid"'),
+        (
             ["--batch.mini_batches", "5"],
             r"batch.mini_batches = 5 does not divide batch.prompts = 32; use one of",
         ),

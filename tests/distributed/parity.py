@@ -101,6 +101,8 @@ class Case:
     all together 188."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of the config's [model]."""
+    kept_forwards: int = 1
+    """Of the config's [batch]."""
 
 
 @dataclass
@@ -235,6 +237,7 @@ def run_case(case: Case, folder: Path, parallel: dict[str, int], layout: Paralle
     config = make_config(
         parallel={**parallel, "distributed_optimizer": case.distributed_optimizer},
         model={"path": folder / case.model, "random_init": False, **case.options},
+        batch={"kept_forwards": case.kept_forwards},
     )
     check_layout(hf_config, config.parallel, layout.world_size)
     batch = make_batch(vocab=hf_config["vocab_size"], name=case.batch)

@@ -1,6 +1,8 @@
 """Command line and environment of a server."""
 
 import os
+import platform
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +92,35 @@ def test_a_server_without_a_gpu_has_as_many_ranks_as_asked_for(monkeypatch):
     assert server_environment({}, EngineConfig(tensor=4), where, key=None)[cores] == "1|3|5|1"
     assert server_environment({cores: "0|1"}, EngineConfig(tensor=2), where, key=None)[cores] == "0|1"
     assert cores not in server_environment({}, EngineConfig(), where, key=None)
+
+
+PAGES_OF_A_SECOND_BUFFER = """
+import ctypes, resource
+
+libc, size = ctypes.CDLL(None), 100 * 2**20
+libc.malloc.restype = ctypes.c_void_p
+libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: the pages are small ones everywhere
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    buffer = libc.malloc(ctypes.c_size_t(size))
+    ctypes.memset(buffer, 1, size)
+    libc.free(ctypes.c_void_p(buffer))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / (size / resource.getpagesize()))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the variables are those of glibc")
+def test_a_server_without_a_gpu_uses_the_memory_of_large_tensors_again():
+    """The kernel clears the pages of a new mapping: SGLang allocates a buffer for every round of new weights."""
+
+    def pages(environment: dict[str, str]) -> float:
+        command = [sys.executable, "-IS", "-c", PAGES_OF_A_SECOND_BUFFER]
+        return float(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, timeout=60).stdout)
+
+    assert pages({}) > 0.9
+    assert pages(server_environment({}, EngineConfig(), server(Path("/m")), key=None)) < 0.01
+    on_gpu = server_environment({}, EngineConfig(), server(Path("/m"), gpu=True), key=None)
+    assert not [name for name in on_gpu if name.startswith("MALLOC_")]
 
 
 def test_engines_and_ranks_have_the_same_variables_for_nccl(monkeypatch):

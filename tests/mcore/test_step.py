@@ -11,6 +11,7 @@ from fiberpo_megatron.mcore.optimizers import build
 from fiberpo_megatron.mcore.parallel.layout import start_layout
 from fiberpo_megatron.mcore.policy import MegatronPolicy, build_policy
 from tests.distributed.parity import MODELS, TEMPERATURE, coupled_gate, make_batch, make_config, micro_batches_for
+from tests.distributed.test_routing import fill, foreign_routes
 from tests.mcore.test_log_probs import Fresh
 
 
@@ -29,11 +30,19 @@ def gradients(policy: MegatronPolicy) -> Tensor:
     return torch.cat([buffer.grad_data for buffer in buffers])
 
 
-def two_passes(kept: bool) -> tuple[int, Tensor, list[float]]:
-    """(forward passes of the model, gradients, norms of two steps)"""
-    policy, micro_batches, gate = prepared(model={"recompute": "full"})
-    assert policy._keeps_first
-    policy._keeps_first = kept
+RECOMPUTED: dict[str, Any] = {
+    "full": {"recompute": "full"},
+    "selective": {"recompute": "selective", "recompute_modules": ["core_attn", "layernorm", "moe"]},
+}
+
+
+def two_passes(kept: int, recompute: str) -> tuple[int, Tensor, list[float]]:
+    """(forward passes of the model, gradients, norms of two steps), with routes that are not the router's own"""
+    sections: dict[str, Any] = {"batch": {"kept_forwards": max(1, kept)}, "algorithm": {"routing_replay": "old"}}
+    policy, micro_batches, gate = prepared(model=RECOMPUTED[recompute], **sections)
+    assert policy._kept_forwards == max(1, kept)
+    policy._kept_forwards = kept
+    fill(policy, micro_batches, foreign_routes(len(make_batch().tokens)))
     passes: list[int] = []
     policy.models[0].register_forward_hook(lambda *_: passes.append(1))
     policy.accumulate(micro_batches, gate, TEMPERATURE)
@@ -41,20 +50,23 @@ def two_passes(kept: bool) -> tuple[int, Tensor, list[float]]:
     return *found, [policy.step(micro_batches, gate, TEMPERATURE).gradient_norm for _ in range(2)]
 
 
-def test_the_second_pass_goes_on_with_a_micro_batch_of_the_first():
-    ((passes, gradient, norms),) = run_ranks(1, two_passes, True)
-    ((more, wanted, wanted_norms),) = run_ranks(1, two_passes, False)
-    assert (passes, more) == (5, 6)
-    assert torch.equal(gradient, wanted) and norms == wanted_norms
+@pytest.mark.parametrize(("recompute", "wanted_passes"), [("full", {1: 5, 8: 3}), ("selective", {2: 4})])
+def test_the_second_pass_goes_on_with_micro_batches_of_the_first(recompute: str, wanted_passes: dict[int, int]):
+    ((more, wanted, wanted_norms),) = run_ranks(1, two_passes, 0, recompute)
+    assert more == 6
+    for kept, passes in wanted_passes.items():
+        ((found, gradient, norms),) = run_ranks(1, two_passes, kept, recompute)
+        assert found == passes
+        assert torch.equal(gradient, wanted) and norms == wanted_norms
 
 
-def balanced() -> bool:
+def balanced() -> int:
     policy, _, _ = prepared(model={"router_aux_loss": 0.1})
-    return policy._keeps_first
+    return policy._kept_forwards
 
 
 def test_no_pass_is_kept_where_it_would_count_the_load_of_experts():
-    assert run_ranks(1, balanced) == [False]
+    assert run_ranks(1, balanced) == [0]
 
 
 def not_finite(value: float, dtype: str) -> tuple[str, bool, float, str]:

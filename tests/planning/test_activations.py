@@ -73,10 +73,10 @@ def measure(cases: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[in
         policy = build_policy(config, hf_config, layout)
         (row,) = micro_batches_for(make_batch(), layout, None)
         own = {p.untyped_storage().data_ptr() for model in policy.models for p in model.parameters()}
-        live = LiveBytes(own)
+        live, single = LiveBytes(own), config.batch.kept_forwards == 1
         with torch.autograd.graph.saved_tensors_hooks(live.pack, lambda kept: kept.tensor):
             policy.step(
-                [row] * 4, lambda log_probs, where: Coefficients(log_probs.double().exp()), 1.0, single_pass=True
+                [row] * 4, lambda log_probs, where: Coefficients(log_probs.double().exp()), 1.0, single_pass=single
             )
         tokens = len(row.tokens) * layout.context_size
         squares = int(row.cu_seqlens.diff().square().sum())
@@ -84,8 +84,9 @@ def measure(cases: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[in
     return found
 
 
-def case(hf_config: dict[str, Any], dtype: str, recompute: str = "none", **parallel: int) -> Any:
-    return hf_config, {"model": {"dtype": dtype, "recompute": recompute}, "parallel": parallel}
+def case(hf_config: dict[str, Any], dtype: str, recompute: str = "none", kept: int = 1, **parallel: int) -> Any:
+    model = {"dtype": dtype, "recompute": recompute}
+    return hf_config, {"model": model, "parallel": parallel, "batch": {"kept_forwards": kept}}
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,11 @@ def case(hf_config: dict[str, Any], dtype: str, recompute: str = "none", **paral
                 for hf_config in (MOE, WIDE, DENSE, LATENT)
                 for dtype in ("float32", "bfloat16")
                 for recompute in ("none", "full")
+            ]
+            + [
+                case(MOE, "bfloat16", "none", 3),
+                case(DENSE, "float32", "full", 3),
+                case(LATENT, "bfloat16", "full", 8),
             ],
         ),
         (
@@ -136,6 +142,7 @@ def test_within_15_percent(ranks: int, cases: list[tuple[dict[str, Any], dict[st
                     stage=stage,
                     micro_batches=4,
                     implementation="local",
+                    kept=sections["batch"]["kept_forwards"],
                 )
             )
         if parallel.expert > 1:  # which expert a token goes to is chance; all ranks together get every token

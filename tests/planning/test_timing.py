@@ -140,7 +140,11 @@ def test_phases_that_a_run_has_or_has_not():
     assert offloaded.memory_turns == A.wake_s and offloaded.optimizer > plain.optimizer
     stale = step_time(scenario(staleness=1.0), A)
     assert stale.hidden > 0 and stale.total < plain.total and stale.total >= stale.training
-    assert step_time(scenario(gate_passes=0.75), A).train > plain.train
+    gates = step_time(scenario(gate_passes=0.75), A).train
+    assert gates > plain.train
+    assert plain.train < step_time(scenario(gate_passes=0.75, kept_forwards=1), A).train < gates
+    all_kept = step_time(scenario(gate_passes=0.75, kept_forwards=1000), A)
+    assert all_kept.train == pytest.approx(plain.train)
 
 
 def test_publications():
