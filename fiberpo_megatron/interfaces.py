@@ -167,11 +167,17 @@ class Passes(Protocol):
     def layout(self) -> Layout: ...
 
     def log_probs(
-        self, micro_batches: Sequence[MicroBatch], temperature: float, *, routing: RoutingMode = "off"
+        self,
+        micro_batches: Sequence[MicroBatch],
+        temperature: float,
+        *,
+        routing: RoutingMode = "off",
+        keep: bool = False,
     ) -> TokenScores | None:
         """Run a forward pass without gradient; return scores on the last pipeline stage, None elsewhere.
 
-        `routing` says whether the experts of every token are recorded, or taken from the record.
+        `routing` says whether the experts of every token are recorded, or taken from the record. With `keep` the next
+        pass is that of an optimiser step over these micro-batches with these weights, which may go on from here.
         """
         ...
 

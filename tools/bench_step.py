@@ -8,10 +8,10 @@ Both use the same model in the same process groups, the same packed rows and the
 Megatron's: a forward and a backward pass over all rows with its own output layer and cross-entropy on every token, the
 reduction of the gradients, and the optimizer. With `--fused-loss` it is timed with a fused loss of Megatron's as well.
 Beside it run `MegatronPolicy.step` with a real objective in a single
-pass, and the same in two passes. Every token but the first of a sequence is a response token, so that all of them pass
-the output layer in either case.
+pass, the same in two passes, and the first step on a fresh batch after the pass that finds its old log-probs. Every
+token but the first of a sequence is a response token, so that all of them pass the output layer in either case.
 
-The three are timed in turn, in an order that changes from round to round. A machine that is also used by others only
+All are timed in turn, in an order that changes from round to round. A machine that is also used by others only
 ever adds time, so that the figures are those of the fastest round of each; beside the time on the clock stands the
 time of the processors, of all ranks together. A further round says where the difference goes. The last line is a JSON
 object with the ratios to the bare step, the tokens of all ranks in a second of each step, and the peak of the memory
@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from fiberpo_megatron.certify.processes import run_ranks
 
 BARE, FUSED, SINGLE, TWO = "bare Megatron", "fused loss", "single pass", "two passes"
+FRESH = "with old log-probs"
 TEMPERATURE = 1.0
 
 
@@ -78,6 +79,7 @@ class Bench:
             **({FUSED: partial(self.bare_step, options.fused_loss)} if options.fused_loss else {}),
             SINGLE: partial(self.step, True),
             TWO: partial(self.step, False),
+            FRESH: self.fresh_step,
         }
 
     def step(self, single: bool) -> None:
@@ -86,6 +88,15 @@ class Bench:
 
         gate = ObjectiveGate(self.objective, self.part, self.old, None if single else self.layout.sum_over_tokens)
         self.policy.step(self.part.micro_batches, gate, TEMPERATURE, single_pass=single)
+
+    def fresh_step(self) -> None:
+        """Find the log-probs and take the first optimiser step on them, as the trainer does with a fresh batch."""
+        from fiberpo_megatron.trainer.optimise import ObjectiveGate
+
+        scores = self.policy.log_probs(self.part.micro_batches, TEMPERATURE, keep=True)
+        old = torch.zeros(0) if scores is None else scores.log_probs
+        gate = ObjectiveGate(self.objective, self.part, old, self.layout.sum_over_tokens)
+        self.policy.step(self.part.micro_batches, gate, TEMPERATURE, log_probs=old)
 
     def bare_step(self, fused_loss: str | None = None) -> None:
         """Take an optimiser step with Megatron-Core alone, with its usual loss or with a fused one of its own."""
@@ -281,10 +292,10 @@ def report(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         times = f"{clock[name] * 1e3:>16.1f}{clock[name] / clock[BARE]:>8.3f}"
         print(f"{name:<34}{times}{processor[name] * 1e3:>18.1f}{processor[name] / processor[BARE]:>8.3f}")
     parts = found[0]["parts"]
-    print(f"\n{'where it goes on rank 0, ms':<34}" + "".join(f"{name:>16}" for name in parts))
+    print(f"\n{'where it goes on rank 0, ms':<34}" + "".join(f"{name:>20}" for name in parts))
     for part in dict.fromkeys(part for seconds in parts.values() for part in seconds):
         values = [seconds.get(part) for seconds in parts.values()]
-        print(f"{part:<34}" + "".join(f"{'-' if v is None else f'{v * 1e3:.1f}':>16}" for v in values))
+        print(f"{part:<34}" + "".join(f"{'-' if v is None else f'{v * 1e3:.1f}':>20}" for v in values))
     fused = (
         {}
         if FUSED not in clock
@@ -296,6 +307,7 @@ def report(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "single_pass_ratio": clock[SINGLE] / clock[BARE],
         "two_pass_ratio": clock[TWO] / clock[BARE],
+        "with_old_log_probs_ratio": clock[FRESH] / clock[BARE],
         "single_pass_processor_ratio": processor[SINGLE] / processor[BARE],
         "two_pass_processor_ratio": processor[TWO] / processor[BARE],
         **fused,

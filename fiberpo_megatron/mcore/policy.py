@@ -96,16 +96,19 @@ class MegatronPolicy:
         *,
         routing: RoutingMode = "off",
         entropy: bool = True,
+        keep: bool = False,
     ) -> TokenScores | None:
         """Run a forward pass without gradient. The last stage returns the scores of this rank's response tokens.
 
         `routing`: "record" adds the experts of every token to `self.routing`, "replay" takes them from there. Without
-        `entropy` the entropies are zeros, which saves their computation.
+        `entropy` the entropies are zeros, which saves their computation. With `keep` the first `batch.kept_forwards`
+        forward passes are kept for the next pass, which is that of an optimiser step over these micro-batches.
         Raises ValueError on every rank when a token to be replayed has no route.
         """
         self._require_routes(routing, micro_batches)
         with self.routing.use(routing):
-            scores = self.schedule.forward(micro_batches, temperature, entropy=entropy)
+            kept = self._kept_forwards if keep else 0
+            scores = self.schedule.forward(micro_batches, temperature, entropy=entropy, keep=kept)
         if not self.layout.is_last_stage:
             return None
         return TokenScores(torch.cat([s.log_probs for s in scores]), torch.cat([s.entropy for s in scores]))
@@ -180,8 +183,10 @@ class MegatronPolicy:
         With `model.router_bias_update_rate` Megatron moves the correction biases here, by the load of this pass.
         With the distributed optimizer each data-parallel rank's buffer is whole only in that rank's shard.
         """
-        with self.schedule.kept_forwards(self._kept_forwards):
+        try:
             return self._accumulate(micro_batches, gate, temperature, log_probs, single_pass)
+        finally:
+            self.schedule.forget()
 
     def _accumulate(
         self,
@@ -197,7 +202,7 @@ class MegatronPolicy:
         self._require_routes(routing, micro_batches)
         if not single_pass:
             if log_probs is None:
-                scores = self.log_probs(micro_batches, temperature, routing=routing, entropy=False)
+                scores = self.log_probs(micro_batches, temperature, routing=routing, entropy=False, keep=True)
                 log_probs = scores.log_probs if scores else None
             last = self.layout.is_last_stage
             self.layout.agree(calls.check(log_probs) if last else None, _UNCHANGED, raises=FloatingPointError)
@@ -247,6 +252,7 @@ class MegatronPolicy:
     def release_memory(self) -> None:
         """Drop the gradients and park the optimizer's state in host memory; log-probs and exports still work."""
         self.gather.finish()
+        self.schedule.forget()
         self.memory.release()
 
     def restore_memory(self) -> None:

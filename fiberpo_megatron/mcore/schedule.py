@@ -1,7 +1,7 @@
 """This module passes micro-batches through Megatron's pipeline schedules."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -75,46 +75,49 @@ class Schedule:
         self._wrapped = isinstance(self.chunks[-1], DistributedDataParallel)
         self._last: tuple[list[MicroBatch], list[_Row]] = [], []
         self._keeping = 0
-        """Rows whose forward passes are kept."""
+        """Rows whose forward passes the running pass keeps."""
         self._kept: dict[int, _Kept] = {}
-        """What is kept, by the number of its row."""
+        """What the last pass has kept, by the number of its row."""
 
     def forward(
-        self, micro_batches: Sequence[MicroBatch], temperature: float, *, entropy: bool = True
+        self, micro_batches: Sequence[MicroBatch], temperature: float, *, entropy: bool = True, keep: int = 0
     ) -> list[TokenScores]:
         """Return the scores of every micro-batch without gradient, in order; none if the last stage is on another
-        rank. Without `entropy` the entropies are zeros, and their computation is saved."""
+        rank. Without `entropy` the entropies are zeros, and their computation is saved.
+
+        The forward passes of the first `keep` micro-batches have their graphs, and are kept for the next pass. If that
+        is one with gradients over the same micro-batches, with the same weights, it goes on from there, and so many
+        forward passes are saved. The activations of one micro-batch are those that a pass with gradients takes anyway,
+        later; those of more take more memory. In a pipeline `keep` has to be 0.
+        """
+        self.forget()
         for chunk in self.chunks:
             chunk.eval()
         rows = self._prepared(micro_batches)
-        kept = min(self._keeping, len(rows))
-        with torch.no_grad():
-            # what is kept takes memory: it is computed last here, and used first later
-            order = [*rows[kept:], *rows[:kept]]
-            scores = self._run(order, partial(self._scores, temperature, entropy), forward_only=True)
-        first = len(scores) - kept if scores else 0
+        keep = min(keep, len(rows))
+        # what is kept takes memory: it is computed last here, and used first later
+        order, self._keeping = [*rows[keep:], *rows[:keep]], keep
+        try:
+            with torch.no_grad():
+                scores = self._run(order, partial(self._scores, temperature, entropy), forward_only=True)
+        finally:
+            self._keeping = 0
+        first = len(scores) - keep if scores else 0
         return [*scores[first:], *scores[:first]]
 
-    @contextmanager
-    def kept_forwards(self, count: int) -> Iterator[None]:
-        """Let a pass with gradients in this block go on with the forward passes of the first `count` micro-batches
-        from a pass without gradients in this block, over the same micro-batches with the same weights.
-
-        So many forward passes are then saved. The activations of one micro-batch are those that the pass with gradients
-        takes anyway, later; those of more take more memory. A pipeline has to have a `count` of 0.
-        """
-        self._keeping = count
-        try:
-            yield
-        finally:
-            self._keeping, self._kept = 0, {}
+    def forget(self) -> None:
+        """Release the activations that the last pass has kept."""
+        self._kept = {}
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], temperature: float, loss: TokenLoss) -> None:
         """Add the gradient of the summed losses to the gradient buffers and reduce them over ranks."""
         for chunk in self.chunks:
             chunk.train()
         rows = self._prepared(micro_batches)
-        self._run(rows, partial(self._minimise, temperature, loss), forward_only=False)
+        try:
+            self._run(rows, partial(self._minimise, temperature, loss), forward_only=False)
+        finally:
+            self.forget()
 
     def _run(self, rows: Sequence[_Row], head: Callable[..., Any], forward_only: bool) -> list[Any]:
         run = get_forward_backward_func()

@@ -2,7 +2,7 @@
 
 from fiberpo_megatron.planning.overheads import Overheads
 from fiberpo_megatron.planning.scenario import Scenario
-from fiberpo_megatron.planning.training import gate_passes
+from fiberpo_megatron.planning.training import further_passes
 
 
 def constant_costs(scenario: Scenario, overheads: Overheads, rows: int) -> dict[str, float]:
@@ -19,13 +19,14 @@ def constant_costs(scenario: Scenario, overheads: Overheads, rows: int) -> dict[
     backward = overheads.backward_pass_s + local * overheads.backward_layer_s
     again = local * overheads.layer_s if scenario.recompute else 0.0
     whole_step = batches * slots * forward
+    further = further_passes(scenario) * whole_step
     checked = parallel.pipeline * forward + overheads.generate_s if scenario.checked else 0.0
     saved = overheads.checkpoint_s + layers * overheads.checkpoint_layer_s
     return {
         "generate": overheads.generate_s + scenario.generated / scenario.engines * overheads.response_s,
         "old_log_probs": whole_step if scenario.old_log_probs else 0.0,
         "reference": whole_step if scenario.reference else 0.0,
-        "train": scenario.optimiser_steps * slots * (forward + backward + again) + gate_passes(scenario) * whole_step,
+        "train": scenario.optimiser_steps * slots * (forward + backward + again) + further,
         "optimizer": scenario.optimiser_steps * (overheads.optimizer_s + local * overheads.optimizer_layer_s),
         "publish": overheads.publish_s + layers * overheads.publish_layer_s + checked,
         "checkpoint": saved / scenario.checkpoint_every if scenario.checkpoint_every else 0.0,

@@ -327,7 +327,7 @@ def passing_bytes(
     tokens = config.batch.micro_batch_tokens
     share = work.response_tokens / (work.prompt_tokens + work.response_tokens)
     row = Row(tokens, int(tokens * share / parallel.context), assumptions.expert_imbalance)
-    kept = config.batch.kept_forwards if work.optimiser_steps > 1 and parallel.pipeline == 1 else 1
+    kept = config.batch.kept_forwards if parallel.pipeline == 1 else 1
     activations = activation_bytes(
         architecture,
         model,

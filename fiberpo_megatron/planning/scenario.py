@@ -59,7 +59,8 @@ class Scenario:
     gate_passes: float = 0.0
     """Forward passes over a step's tokens that the gates need beside the ordinary ones, if none is kept."""
     kept_forwards: int = 0
-    """Micro-batches of an optimiser step that need no further forward pass for the gates; 0 in a pipeline."""
+    """Micro-batches of an optimiser step whose forward pass is the one that found the log-probs before it; a pipeline
+    has none."""
     gate_bytes: int = 0
     """Bytes that the gates all-reduce in an optimiser step."""
     pinned: bool = True

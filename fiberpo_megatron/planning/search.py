@@ -25,7 +25,7 @@ from fiberpo_megatron.planning.reductions import gate_bytes
 from fiberpo_megatron.planning.scenario import Scenario
 from fiberpo_megatron.planning.states import GRADIENT_BYTES
 from fiberpo_megatron.planning.timing import GIGA, step_time
-from fiberpo_megatron.planning.training import gate_passes, optimizer_seconds, optimizer_state_bytes, passes
+from fiberpo_megatron.planning.training import further_passes, optimizer_seconds, optimizer_state_bytes, passes
 
 _SIZES = (1, 2, 4, 8, 16)
 _TENSOR = (1, 2, 4, 8)
@@ -289,7 +289,7 @@ class Search:
         """Return the time of the passes and the optimizer in a step."""
         self.looked_at += 1
         own = passes(scenario, scenario.shape, self.assumptions)
-        forwards = gate_passes(scenario) + scenario.old_log_probs + scenario.reference
+        forwards = further_passes(scenario) + scenario.old_log_probs + scenario.reference
         steps = scenario.optimiser_steps * optimizer_seconds(scenario, self.assumptions)
         return own.train * scenario.epochs + own.forward * forwards + steps
 

@@ -14,7 +14,7 @@ from fiberpo_megatron.planning.publication import checkpoint_seconds, publish_se
 from fiberpo_megatron.planning.rollouts import Load, Schedule, alone, quick, simulate
 from fiberpo_megatron.planning.scenario import Scenario, running_requests
 from fiberpo_megatron.planning.training import (
-    gate_passes,
+    further_passes,
     host_bandwidth,
     optimizer_seconds,
     optimizer_state_bytes,
@@ -82,7 +82,7 @@ def step_time(scenario: Scenario, assumptions: Assumptions, fast: bool = False) 
     swapped = scenario.reference_copies * sum(scenario.rank_parameters) * scenario.width / host
     reduced = assumptions.network_efficiency * scenario.gpu.network_gb_per_s * GIGA
     gates = scenario.optimiser_steps * 2 * scenario.gate_bytes / reduced
-    train = own.train * scenario.epochs + own.forward * gate_passes(scenario) + gates
+    train = own.train * scenario.epochs + own.forward * further_passes(scenario) + gates
     teacher = passes(scenario, scenario.teacher, assumptions).forward if scenario.teacher else 0.0
     turns = 0.0
     if scenario.colocated:

@@ -118,11 +118,14 @@ def packing(scenario: Scenario) -> Packing:
     return pack(scenario.lengths, each, scenario.row_tokens, scenario.data, bool(scenario.shape.moe_layers))
 
 
-def gate_passes(scenario: Scenario) -> float:
-    """Return the forward passes over a step's tokens that the gates take beside the ordinary ones."""
+def further_passes(scenario: Scenario) -> float:
+    """Return the forward passes over a step's tokens that its optimiser steps take beside one each: those for the gates
+    less those that are kept, for which the first optimiser step goes on from the old log-probs."""
     rows = packing(scenario).rows
-    kept = min(scenario.kept_forwards, rows) if scenario.parallel.pipeline == 1 else 0
-    return scenario.gate_passes * (1 - kept / rows)
+    kept = min(scenario.kept_forwards, rows) / rows if scenario.parallel.pipeline == 1 else 0.0
+    batches = max(1, scenario.optimiser_steps // scenario.epochs)
+    goes_on = scenario.old_log_probs and not scenario.reference
+    return scenario.gate_passes * (1 - kept) - (kept / batches if goes_on else 0.0)
 
 
 @dataclass(frozen=True)

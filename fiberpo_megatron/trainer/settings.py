@@ -186,9 +186,10 @@ class BatchConfig(Section):
     oversized: Literal["error", "own_micro_batch"] = "error"
     """What happens to a trajectory longer than `micro_batch_tokens`."""
     kept_forwards: int = Field(1, ge=1)
-    """Micro-batches of an optimiser step that pass the model once where the gates need the log-probs of all of them
-    first: their activations are kept from the pass that finds those until the backward pass. More than 1 takes the
-    memory of so many micro-batches' activations, which `fiberpo plan` counts, and changes no result."""
+    """Micro-batches of an optimiser step whose activations are kept from the forward pass that finds their log-probs
+    (the old ones of the first step, or those that gates need of all micro-batches) until the backward pass, so that
+    they pass the model once. More than 1 takes the memory of so many micro-batches' activations, which `fiberpo plan`
+    counts, and changes no result."""
     filter: FilterConfig | None = None
 
     @property

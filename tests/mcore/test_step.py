@@ -60,6 +60,59 @@ def test_the_second_pass_goes_on_with_micro_batches_of_the_first(recompute: str,
         assert torch.equal(gradient, wanted) and norms == wanted_norms
 
 
+def fresh_steps(keep: bool, replay: str, recompute: str) -> tuple[list[int], list[Tensor], bool]:
+    """(forward passes of log-probs and of the step on them, for two steps; old log-probs and gradients; whether
+    activations are still there)"""
+    options = RECOMPUTED.get(recompute, {})
+    sections: dict[str, Any] = {"batch": {"kept_forwards": 2}, "algorithm": {"routing_replay": replay}}
+    policy, micro_batches, gate = prepared(model=options, **sections)
+    routing: Any = {"none": "off", "old": "record", "rollout": "replay"}[replay]
+    if replay == "rollout":
+        fill(policy, micro_batches, foreign_routes(len(make_batch().tokens)))
+    passes: list[int] = []
+    policy.models[0].register_forward_hook(lambda *_: passes.append(1))
+    counts, found = [], []
+    for _ in range(2):
+        if replay == "old":
+            policy.routing.clear()
+        scores = policy.log_probs(micro_batches, TEMPERATURE, routing=routing, keep=keep)
+        assert scores is not None
+        policy.step(micro_batches, gate, TEMPERATURE, log_probs=scores.log_probs)
+        counts.append(len(passes))
+        found += [scores.log_probs, scores.entropy, gradients(policy).clone()]
+    return counts, found, bool(policy.schedule._kept)
+
+
+@pytest.mark.parametrize(
+    ("replay", "recompute"), [("none", "none"), ("old", "none"), ("old", "selective"), ("rollout", "full")]
+)
+def test_the_first_step_goes_on_from_the_old_log_probs(replay: str, recompute: str):
+    ((counts, found, left),) = run_ranks(1, fresh_steps, True, replay, recompute)
+    ((more, wanted, _),) = run_ranks(1, fresh_steps, False, replay, recompute)
+    assert (counts, more, left) == ([4, 8], [6, 12], False)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def another_pass_between() -> tuple[list[int], bool]:
+    """(forward passes so far, whether gradients are those of a step on what was kept) with a pass between"""
+    policy, micro_batches, gate = prepared(batch={"kept_forwards": 2})
+    passes: list[int] = []
+    policy.models[0].register_forward_hook(lambda *_: passes.append(1))
+    scores = policy.log_probs(micro_batches, TEMPERATURE, keep=True)
+    assert scores is not None and policy.schedule._kept
+    policy.log_probs(micro_batches[:1], TEMPERATURE)
+    counts = [len(passes)]
+    policy.accumulate(micro_batches, gate, TEMPERATURE, log_probs=scores.log_probs)
+    counts.append(len(passes))
+    policy.log_probs(micro_batches, TEMPERATURE, keep=True)
+    policy.release_memory()
+    return counts, bool(policy.schedule._kept)
+
+
+def test_nothing_is_kept_beyond_the_next_pass():
+    assert run_ranks(1, another_pass_between) == [([4, 7], False)]
+
+
 def balanced() -> int:
     policy, _, _ = prepared(model={"router_aux_loss": 0.1})
     return policy._kept_forwards

@@ -22,13 +22,15 @@ def test_the_last_line_has_the_ratios_and_the_speeds(ranks: int):
     done = bench(ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    for key in ("single_pass_ratio", "two_pass_ratio"):
+    for key in ("single_pass_ratio", "two_pass_ratio", "with_old_log_probs_ratio"):
         assert isinstance(found[key], float) and 0 < found[key] < 1000
     assert found["ranks"] == ranks and found["device"] == "cpu"
     speeds = found["tokens_per_second"]
-    assert speeds.keys() == {"bare Megatron", "single pass", "two passes"} and all(speeds.values())
-    # the ratio is that of the times, which the speeds are made from
-    assert found["two_pass_ratio"] == pytest.approx(speeds["bare Megatron"] / speeds["two passes"], rel=0.01)
+    assert speeds.keys() == {"bare Megatron", "single pass", "two passes", "with old log-probs"}
+    assert all(speeds.values())
+    # the ratio is that of the times, which the speeds are made from; those are rounded, and small on a busy machine
+    rounding = 1 / min(speeds.values())
+    assert found["two_pass_ratio"] == pytest.approx(speeds["bare Megatron"] / speeds["two passes"], rel=2 * rounding)
     assert "where it goes on rank 0, ms" in done.stdout
 
 

@@ -140,7 +140,12 @@ class TablePolicy:
         return self._scores(micro_batch, temperature).gather(1, labels[:, None])[:, 0]
 
     def log_probs(
-        self, micro_batches: Sequence[MicroBatch], temperature: float, *, routing: RoutingMode = "off"
+        self,
+        micro_batches: Sequence[MicroBatch],
+        temperature: float,
+        *,
+        routing: RoutingMode = "off",
+        keep: bool = False,
     ) -> TokenScores:
         self.forwards += 1
         if routing == "record":
