@@ -56,6 +56,19 @@ def test_every_phase_has_its_peak():
     assert all(peak.leader >= peak.host for peak in found.values())
 
 
+def test_old_log_probs_keep_the_activations_that_the_first_step_goes_on_from():
+    """A pass without them holds a layer's activations at a time."""
+
+    def device(*words: str) -> int:
+        found = peaks(plan(*words))
+        assert found["log-probs"].device <= found["train"].device
+        return found["log-probs"].device
+
+    without = device("--model.fp8", "hybrid")
+    assert without < device() < device("--batch.kept_forwards", "2") < device("--batch.kept_forwards", "3")
+    assert device("--batch.kept_forwards", "2", "--algorithm.kl.coefficient", "0.1") == without
+
+
 def test_saving_copies_what_a_rank_writes_only_beside_the_training():
     held, copied = (
         peaks(plan("--checkpoint.asynchronous", value))["save"].host - peaks(plan())["train"].host
