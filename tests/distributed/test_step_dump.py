@@ -66,8 +66,15 @@ def train_one_step(words: list[str], folder: Path, name: str) -> None:
     importance, unlimited = ImportanceConfig(method="levels"), MismatchConfig(warn=0, mask=0)
     weighing = Weighing(5, "levels", importance, unlimited, objective.weighting, None, rollouts)
     options = {"epochs": 2, "temperature": 0.8, "timers": PhaseTimers(), "dump": dump, "records": tokens}
+    forwards: list[int] = []
+    policy.models[-1].register_forward_hook(lambda *_: forwards.append(1))
     metrics = optimise(policy, objective, parts, routing, weighing=weighing, **options)
     assert not layout.is_logger or 0.0 < metrics["importance/weight"] < 2.0
+    if layout.pipeline_size == 1:  # the first step goes on from the old log-probs, another one from its own first pass
+        first, second = (len(part.micro_batches) for part in parts)
+        twice = objective.spans_micro_batches or layout.context_size > 1
+        steps = [2 * count - 1 if twice else count for count in (second, first, second)]
+        assert len(forwards) == (first + second) + (first - 1) + sum(steps)
 
 
 def pieces(ids: Sequence[int]) -> list[str]:
