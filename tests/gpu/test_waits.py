@@ -8,7 +8,7 @@ import torch
 from tests.gpu.alone import alone
 from tests.gpu.waits import counted_waits
 from tests.gpu_ready.strict_run import Steps, train
-from tests.gpu_ready.test_devices import PER_LAYER, PER_MICRO_BATCH, PER_STEP
+from tests.gpu_ready.test_devices import PER_MICRO_BATCH, PER_PASS, PER_STEP, shares
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -63,16 +63,14 @@ def test_waits_of_a_training_step(replay: str) -> None:
     found = alone(waits_of_steps, *cases)
     kept = [{place: n for place, n in one.items() if not place.startswith(OF_THE_OBJECTIVE)} for one in found]
     base, deeper, longer = (sum(one.values()) for one in kept)
-    of_layer = (deeper - base) / (2 * cases[0].micro_batches)
-    of_micro_batch = (longer - base) / 2 - of_layer * cases[0].layers
-    of_step = base - cases[0].micro_batches * (of_micro_batch + of_layer * cases[0].layers)
+    of_step, of_micro_batch, of_pass = shares(cases[0], base, deeper, longer)
     of_gate = sum(found[0].values()) - base
     table = "\n".join(f"{count:5d} {place}" for place, count in sorted(found[1].items()))
     print(
-        f"waits: {of_step:g} a step, {of_micro_batch:g} a micro-batch, {of_layer:g} a layer, {of_gate} of the gate\n"
-        f"{table}"
+        f"waits: {of_step:g} a step, {of_micro_batch:g} a micro-batch, {of_pass:g} a pass through a layer, "
+        f"{of_gate} of the gate\n{table}"
     )
     assert of_step <= PER_STEP, table
     assert of_micro_batch <= PER_MICRO_BATCH, table
-    assert of_layer <= PER_LAYER, table
+    assert of_pass <= PER_PASS, table
     assert of_gate <= PER_GATE, table

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from fiberpo_megatron.certify.processes import collect_ranks, run_ranks
 from tests.gpu_ready.strict_run import Steps, publication, save_and_load, training_steps
-from tests.gpu_ready.test_devices import PER_LAYER, counted
+from tests.gpu_ready.test_devices import PER_PASS, counted, forward_passes
 from tests.variations import varied
 from tools.checked_collectives import Call, Collectives, disagreements, recorded_collectives
 from tools.strict_devices import put_on_device, strict_devices
@@ -67,8 +67,8 @@ def test_training_steps(name: str, grown: str):
     assert disagreements(calls) == []
     of_step, of_micro_batch = WAITS[name]
     experts = 0 if case.model == "dense" else case.layers - case.hf_config.get("first_k_dense_replace", 0)
-    of_layers = PER_LAYER * experts // case.parallel.get("pipeline", 1)
-    most = of_step + case.micro_batches * (of_micro_batch + of_layers)
+    of_layers = forward_passes(case) * PER_PASS * experts // case.parallel.get("pipeline", 1)
+    most = of_step + case.micro_batches * of_micro_batch + of_layers
     for rank, ((asked, _),) in enumerate(found):
         waits = counted(asked.waits)
         table = "\n".join(f"{count:5d} {place}" for place, count in sorted(waits.items()))
