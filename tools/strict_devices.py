@@ -64,6 +64,19 @@ class Found:
     """How often the host waited, by kind and place."""
     operations: int = 0
     """Torch operations that start a kernel or a copy on the device."""
+    on_host: bool = False
+    """Whether Python is making a tensor without naming a device, which it does in a backward pass, too: a layer that is
+    computed again runs there."""
+
+    @contextmanager
+    def making_on_host(self) -> Iterator[None]:
+        """Say inside the block that what is made of no tensors is on the host."""
+        self.on_host = True
+        try:
+            yield
+        finally:
+            self.on_host = False
+
     uploads: Counter[tuple[str, bool, str]] = field(default_factory=Counter)
     """Bytes of copies to the device for which the host does not wait, by type, by whether the source is in pinned
     memory, and by place. Out of other memory the driver copies them into memory of its own first."""
@@ -167,7 +180,8 @@ class _Operations(TorchDispatchMode):
             self._count(name, given, device, args, kwargs)
         result = func(*args, **kwargs)
         # Autograd makes zeros for gradients that are missing, on the device of what they belong to.
-        if any(device) or (not given and _zeros_of_the_device(result)):
+        of_autograd = not given and not self.found.on_host
+        if any(device) or (of_autograd and _zeros_of_the_device(result)):
             inputs = {id(_storage(tensor)) for tensor in given}
             for made in _tensors(result):
                 if id(_storage(made)) not in inputs:
@@ -254,7 +268,10 @@ class _Devices(TorchFunctionMode):
         if name == "new_tensor":
             kwargs.setdefault("device", args[0].device if not on_device(args[0]) else DEVICE)
         if "device" not in kwargs:
-            return func(*args, **kwargs)
+            if _tensors((args, kwargs)):
+                return func(*args, **kwargs)
+            with self.found.making_on_host():
+                return func(*args, **kwargs)
         side = _side(kwargs.pop("device"))
         if side is None:
             return func(*args, **kwargs)

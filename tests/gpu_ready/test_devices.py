@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from fiberpo_megatron.certify.processes import run_ranks
 from tests.gpu_ready.strict_run import Steps, training_steps
@@ -106,6 +107,23 @@ def test_tensors_say_where_they_are():
         assert device.view(3, 1).device == device.exp().device == DEVICE
         assert device.to("cpu").device == host.device == torch.device("cpu")
         assert host.cuda()[1:].is_cuda
+
+
+def test_what_a_recomputed_layer_makes_on_the_host_is_there():
+    """Autograd itself makes tensors out of nothing in a backward pass, which are on the device."""
+    found_on_host: list[bool] = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        rows = torch.empty(3, 2, dtype=torch.uint8, pin_memory=True)
+        torch.index_select(torch.ones(5, 2, dtype=torch.uint8), 0, torch.tensor([0, 1, 4]), out=rows)
+        found_on_host.append(not on_device(rows))
+        return x * rows.to("cuda", non_blocking=True).sum()
+
+    with strict_devices():
+        device, _ = both()
+        checkpoint(layer, device.requires_grad_(), use_reentrant=True).sum().backward()
+    assert found_on_host == [True, True]
+    assert device.grad is not None and on_device(device.grad)
 
 
 PER_STEP = 11
