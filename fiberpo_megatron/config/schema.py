@@ -75,13 +75,13 @@ class Config(Section):
 
     @property
     def kept_forwards(self) -> int:
-        """This is the number of micro-batches whose forward pass serves the gates and the backward pass both: 0 where
-        `_one_forward_problem` says why there is none, otherwise `batch.kept_forwards`."""
+        """This is the number of micro-batches of an optimiser step whose forward pass both finds log-probs and serves
+        the backward pass: 0 where `_one_forward_problem` says why there is none, otherwise `batch.kept_forwards`."""
         return 0 if self._one_forward_problem else self.batch.kept_forwards
 
     @property
     def _one_forward_problem(self) -> str | None:
-        """This is the setting for whose sake every micro-batch passes the model once more for the gates.
+        """This is the setting for whose sake no micro-batch can pass the model once for both.
 
         Other stages of a pipeline take part in a pass. A pass with gradient counts the load of experts, and FP8 takes
         scales from it: one that is followed by an error must not have been.
