@@ -311,7 +311,7 @@ def report(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "single_pass_processor_ratio": processor[SINGLE] / processor[BARE],
         "two_pass_processor_ratio": processor[TWO] / processor[BARE],
         **fused,
-        "tokens_per_second": {name: round(found[0]["tokens"] / seconds) for name, seconds in clock.items()},
+        "tokens_per_second": {name: round(found[0]["tokens"] / seconds, 2) for name, seconds in clock.items()},
         "peak_gib": found[0]["peak_gib"],
     }
 

@@ -184,7 +184,7 @@ def parity_figure(place: Place, output: str) -> str:
 
 def throughput_figure(place: Place, output: str) -> str:
     found = last_json(output)
-    speeds = [f"{name} {speed:,} tokens/s" for name, speed in found["tokens_per_second"].items()]
+    speeds = [f"{name} {speed:,.0f} tokens/s" for name, speed in found["tokens_per_second"].items()]
     ratios, wrong = [], []
     for key, bound in STEP_BOUNDS.items():
         ratios.append(f"{key} {float(found[key]):.2f}, goal {bound:.2f}")

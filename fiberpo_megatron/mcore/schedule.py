@@ -114,10 +114,7 @@ class Schedule:
         for chunk in self.chunks:
             chunk.train()
         rows = self._prepared(micro_batches)
-        try:
-            self._run(rows, partial(self._minimise, temperature, loss), forward_only=False)
-        finally:
-            self.forget()
+        self._run(rows, partial(self._minimise, temperature, loss), forward_only=False)
 
     def _run(self, rows: Sequence[_Row], head: Callable[..., Any], forward_only: bool) -> list[Any]:
         run = get_forward_backward_func()

@@ -94,7 +94,8 @@ def test_the_first_step_goes_on_from_the_old_log_probs(replay: str, recompute: s
 
 
 def another_pass_between() -> tuple[list[int], bool]:
-    """(forward passes so far, whether gradients are those of a step on what was kept) with a pass between"""
+    """(forward passes before and after a step that another pass has come before, whether activations are left when
+    memory has been released)"""
     policy, micro_batches, gate = prepared(batch={"kept_forwards": 2})
     passes: list[int] = []
     policy.models[0].register_forward_hook(lambda *_: passes.append(1))

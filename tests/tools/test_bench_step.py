@@ -28,9 +28,8 @@ def test_the_last_line_has_the_ratios_and_the_speeds(ranks: int):
     speeds = found["tokens_per_second"]
     assert speeds.keys() == {"bare Megatron", "single pass", "two passes", "with old log-probs"}
     assert all(speeds.values())
-    # the ratio is that of the times, which the speeds are made from; those are rounded, and small on a busy machine
-    rounding = 1 / min(speeds.values())
-    assert found["two_pass_ratio"] == pytest.approx(speeds["bare Megatron"] / speeds["two passes"], rel=2 * rounding)
+    # the ratio is that of the times, which the speeds are made from
+    assert found["two_pass_ratio"] == pytest.approx(speeds["bare Megatron"] / speeds["two passes"], rel=0.01)
     assert "where it goes on rank 0, ms" in done.stdout
 
 
