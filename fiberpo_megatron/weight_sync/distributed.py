@@ -38,6 +38,8 @@ class DistributedPublisher(RoundPublisher):
     the engines may hold a mixture. The groups are then given up; the next publication makes new ones.
     """
 
+    pauses_beside = True
+
     def __init__(self, context: PublisherContext, bucket_mib: int = 256, backend: str | None = None) -> None:
         if bucket_mib < 1:
             raise ValueError(f"bucket_mib = {bucket_mib} must be at least 1")

@@ -41,6 +41,8 @@ class IpcPublisher(RoundPublisher):
     have to clear every page again.
     """
 
+    pauses_beside = True
+
     def __init__(self, context: PublisherContext, bucket_mib: int = 256) -> None:
         if bucket_mib < 1:
             raise ValueError(f"bucket_mib = {bucket_mib} must be at least 1")

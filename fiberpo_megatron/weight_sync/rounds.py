@@ -7,9 +7,10 @@ next one, so that a publication takes as long as the slower of the two.
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -20,7 +21,8 @@ from fiberpo_megatron.weight_sync.base import Deadline, Publisher, PublisherCont
 from fiberpo_megatron.weight_sync.buckets import Bucket, bucket
 from fiberpo_megatron.weight_sync.manifest import Manifest
 from fiberpo_megatron.weight_sync.ranks import Ranks
-from fiberpo_megatron.weight_sync.waiting import GRACE_S, Sending
+from fiberpo_megatron.weight_sync.session import QUICK_S
+from fiberpo_megatron.weight_sync.waiting import GRACE_S, Sending, in_thread
 
 POLL_S = 0.2
 """How often a rank that waits for the engines looks whether another rank has failed."""
@@ -52,6 +54,10 @@ class RoundPublisher(Publisher):
     sampled from it, until a publication succeeds.
     """
 
+    pauses_beside = False
+    """Whether the engines are paused while the ranks prepare the first round, and not after it: for a way whose rounds
+    are prepared about as quickly as engines are paused."""
+
     def __init__(self, context: PublisherContext, limit: int) -> None:
         super().__init__(context)
         self.limit = limit
@@ -67,6 +73,8 @@ class RoundPublisher(Publisher):
         self.plan: list[Round] = []
         self._known: list[EngineClient] = []
         """The engines of the last publication."""
+        self._pausing: Future[None] | None = None
+        """The engines' pause for this publication, once it has begun (rank 0)."""
         self._on_their_way: list[Future[None]] = []
         """Those rounds of this publication of which it is not known yet that the engines have loaded them."""
 
@@ -85,7 +93,7 @@ class RoundPublisher(Publisher):
         share = source.share(self.limit)
         before: Sending | None = None
         began = time.perf_counter()
-        paused, self.sent, self._on_their_way = False, False, []
+        self._pausing, self.sent, self._on_their_way = None, False, []
         what = f"publishing weights {version}"
         try:
             with self.ranks.step(f"{what}: beginning", deadline):
@@ -100,10 +108,13 @@ class RoundPublisher(Publisher):
                     except BaseException:
                         self.not_prepared(this)
                         raise
+                    pauses = self.leads and not this.number
+                    if pauses and self.pauses_beside:
+                        self._pausing = in_thread(partial(self.pause, deadline))
                     self.prepare(this, tensors, version, deadline)
-                    if self.leads and not this.number:
-                        paused = True
-                        self.pause(deadline)
+                    if pauses and not self.pauses_beside:
+                        self._pausing = in_thread(partial(self.pause, deadline))
+                    self.wait_for(self._pausing if pauses else None, what, deadline)
                     self.wait_for(before.passed if before else None, what, deadline)
                 sent = self.send(this, version, deadline)
                 before = sent if isinstance(sent, Sending) else Sending(sent, sent)
@@ -121,7 +132,7 @@ class RoundPublisher(Publisher):
                     self.checksums = self.check_alike(deadline.left())
                     self.resume()
         except BaseException as error:
-            self._abandon(error, paused)
+            self._abandon(error)
             raise
         finally:
             self.released()
@@ -191,13 +202,15 @@ class RoundPublisher(Publisher):
         """Let the engines generate again (rank 0)."""
         self.engines.on_all(lambda client: client.resume())
 
-    def _abandon(self, error: BaseException, paused: bool) -> None:
+    def _abandon(self, error: BaseException) -> None:
         for sent in self._on_their_way:
             sent.cancel()
+        if self._pausing is not None:  # what it has begun on the engines is undone below
+            wait([self._pausing], QUICK_S)
         self.give_up()
         if self.sent:
             error.add_note("the engines may hold a mixture of weights; they stay paused until a publication succeeds")
-        elif self.leads and paused:
+        elif self._pausing is not None:
             with suppress(EngineError):  # the first error is the one to raise
                 self.resume()
 

@@ -6,9 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 
 from fiberpo_megatron.engines.answers import RESPONSE_BYTES, Asked, RoutingShape
@@ -126,6 +128,39 @@ def test_abort_pause_and_checksum(engine, checkpoint):
             assert await client.tensor_parallel_size() == 1
             assert await client.checksum() == await client.checksum()
             await client.health()
+
+    asyncio.run(run())
+
+
+def cpu_seconds(engine: EngineAddress) -> float:
+    """Return the CPU time of all processes of a server."""
+    port = urlsplit(engine.url).port
+    (server,) = {
+        process
+        for process in psutil.Process().children(recursive=True)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+    }
+    times = [process.cpu_times() for process in (server, *server.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
+def test_a_paused_engine_waits_for_requests_and_leaves_the_cores_alone(engine):
+    """SGLang's own loop would use a core for as long as the pause lasts."""
+
+    async def run() -> None:
+        async with EngineClient(engine, timeout_s=60) as client:
+            await client.pause("retract")
+            try:
+                before = cpu_seconds(engine)
+                await asyncio.sleep(2.0)
+                assert cpu_seconds(engine) - before < 0.7
+                began = asyncio.get_running_loop().time()
+                for _ in range(5):  # the scheduler itself answers; one that slept on would take a second for each
+                    await client.checksum()
+                assert asyncio.get_running_loop().time() - began < 3.0
+            finally:
+                await client.resume()
 
     asyncio.run(run())
 

@@ -390,6 +390,39 @@ def test_an_engine_that_takes_no_part_does_not_hang_the_broadcast(model, one_gro
     assert time.monotonic() - began < 20
 
 
+def test_engines_pause_beside_the_first_round_and_go_on_when_it_cannot_be_prepared(model, monkeypatch):
+    """The pause takes longer than the preparation that fails: it must not come to an engine that was let go."""
+    done = {"success": True, "message": "Success"}
+    servers = JoiningServers({"/begin_weight_update": lambda host, body: done})
+    servers.delay_s = 0.5
+    prepared: list[int] = []
+
+    def fails(this, tensors, version, deadline):
+        end = time.monotonic() + 5
+        while servers.paths().count("/begin_weight_update") < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        prepared.append(servers.paths().count("/begin_weight_update"))
+        raise ValueError("the copy failed")
+
+    with distributed(model, servers) as publishing:
+        monkeypatch.setattr(publishing, "prepare", fails)
+        weights = Counted()
+        began = time.monotonic()
+        with pytest.raises(ValueError, match="the copy failed"):
+            publishing.publish(weights, "1")
+        assert prepared == [2] and weights.drained
+        assert time.monotonic() - began >= 0.5, "the engines' answers were waited for"
+        of_pauses = [path for path in servers.paths() if "group" not in path]
+        assert of_pauses == [
+            path
+            for path in ("/pause_generation", "/begin_weight_update", "/end_weight_update", "/continue_generation")
+            for _ in ENGINES
+        ]
+        monkeypatch.undo()
+        publishing.publish(Tensors(WEIGHTS.items()), "2")
+    assert servers.held["127.0.0.1:1"].keys() == WEIGHTS.keys()
+
+
 @ONE_GROUP
 def test_a_failure_in_a_later_round_ends_the_publication_and_the_next_one_is_whole(model, one_group):
     """A broadcast that was refused may hang and read its buffer, which the next publication must not write into."""

@@ -49,6 +49,16 @@ def _rendezvous_on_loopback(server_args: Any) -> None:
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # all ranks are clients
 
 
+def _sleep_while_paused(result: Any, scheduler: Any) -> Any:
+    """Wait for the next request in every turn of the loop of a paused engine, as SGLang does in an idle one.
+
+    SGLang's loop would only look for requests, again and again, and so take a core from the trainer, which prepares
+    weights meanwhile, and from the server's own process for HTTP.
+    """
+    scheduler.maybe_sleep_on_idle()  # with --sleep-on-idle; until a request comes, but at most 1 s
+    return result
+
+
 def register() -> None:
     """Register the hooks; SGLang calls this entry point."""
     import fiberpo_delta
@@ -61,6 +71,11 @@ def register() -> None:
         HookRegistry.register("sglang.srt.server_args.prepare_server_args", _with_key, HookType.AFTER)
         HookRegistry.register("sglang.srt.entrypoints.engine._server_args_for_logging", _without_key, HookType.AFTER)
         HookRegistry.register("sglang.srt.utils.auth.decide_request_auth", _key_for_health, HookType.AROUND)
+    HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler._record_scheduler_state_for_paused_engine",
+        _sleep_while_paused,
+        HookType.AFTER,
+    )
     HookRegistry.register(
         "sglang.srt.entrypoints.engine._set_envs_and_config", _rendezvous_on_loopback, HookType.BEFORE
     )
