@@ -123,17 +123,18 @@ class EnginePool(Closeable):
 
     def on_all(self, call: Callable[[EngineClient], Awaitable[Result]]) -> list[Result]:
         """Return the call's result from every engine. The first error is raised when all have answered."""
-        return self.run(self._all(call))
+        return self.run(self.each(call))
 
     def begin_on_all(self, call: Callable[[EngineClient], Awaitable[None]]) -> "Future[None]":
         """Begin a call to every engine. The future has the first error when all have answered."""
 
         async def all_engines() -> None:
-            await self._all(call)
+            await self.each(call)
 
         return self.submit(all_engines())
 
-    async def _all(self, call: Callable[[EngineClient], Awaitable[Result]]) -> list[Result]:
+    async def each(self, call: Callable[[EngineClient], Awaitable[Result]]) -> list[Result]:
+        """Return the call's result from every engine, for a coroutine on the pool's loop; as `on_all` otherwise."""
         found = await asyncio.gather(*(call(client) for client in self.clients), return_exceptions=True)
         return [_raised(item) for item in found]
 

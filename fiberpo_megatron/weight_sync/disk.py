@@ -117,10 +117,10 @@ class DiskPublisher(RoundPublisher):
             lambda client: client.update_weights_from_disk(folder, reported, deadline.left())
         )
 
-    def pause(self, deadline: Deadline) -> None:
+    async def pause(self, deadline: Deadline) -> None:
         """Pause the engines, unless they generate on until everything is written."""
         if self._differences is None:
-            super().pause(deadline)
+            await super().pause(deadline)
 
     def conclude(self, version: str, deadline: Deadline) -> None:
         """Describe a publication of differences in delta.json, with the checksums of all ranks' tensors."""
@@ -145,7 +145,7 @@ class DiskPublisher(RoundPublisher):
     def finish(self, version: str, deadline: Deadline) -> None:
         """Have the engines load differences; complete the folder and remove older ones."""
         if self._differences is not None:
-            super().pause(deadline)
+            self.engines.run(super().pause(deadline))
             folder, self.sent = self.folder / version, True
             self.engines.on_all(lambda client: client.update_weights_from_disk(folder, version, deadline.left()))
         with durable.explained(self.folder):

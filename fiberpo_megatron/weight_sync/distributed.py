@@ -203,10 +203,10 @@ class DistributedPublisher(RoundPublisher):
             # The broadcast runs in another stream. Other streams are not waited for: the round before may fail there.
             torch.cuda.current_stream(self._flat.device).synchronize()
 
-    def pause(self, deadline: Deadline) -> None:
+    async def pause(self, deadline: Deadline) -> None:
         """Pause the engines and open an update on each."""
-        super().pause(deadline)
-        open_update(self.engines, deadline)
+        await super().pause(deadline)
+        await open_update(self.engines, deadline)
 
     def send(self, this: Round, version: str, deadline: Deadline) -> Sending:
         """Broadcast this rank's bucket; rank 0 asks the engines to receive the buckets of all ranks, in rank order.

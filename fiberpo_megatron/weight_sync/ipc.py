@@ -116,10 +116,10 @@ class IpcPublisher(RoundPublisher):
             work.wait()
         torch.cuda.synchronize(self.device)
 
-    def pause(self, deadline: Deadline) -> None:
+    async def pause(self, deadline: Deadline) -> None:
         """Pause the engines and open an update on each."""
-        super().pause(deadline)
-        open_update(self.engines, deadline)
+        await super().pause(deadline)
+        await open_update(self.engines, deadline)
 
     def send(self, this: Round, version: str, deadline: Deadline) -> "Future[None] | None":
         """Have every engine load the round."""

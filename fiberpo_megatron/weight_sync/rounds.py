@@ -7,10 +7,9 @@ next one, so that a publication takes as long as the slower of the two.
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from fiberpo_megatron.weight_sync.buckets import Bucket, bucket
 from fiberpo_megatron.weight_sync.manifest import Manifest
 from fiberpo_megatron.weight_sync.ranks import Ranks
 from fiberpo_megatron.weight_sync.session import QUICK_S
-from fiberpo_megatron.weight_sync.waiting import GRACE_S, Sending, in_thread
+from fiberpo_megatron.weight_sync.waiting import GRACE_S, Sending
 
 POLL_S = 0.2
 """How often a rank that waits for the engines looks whether another rank has failed."""
@@ -110,10 +109,10 @@ class RoundPublisher(Publisher):
                         raise
                     pauses = self.leads and not this.number
                     if pauses and self.pauses_beside:
-                        self._pausing = in_thread(partial(self.pause, deadline))
+                        self._pausing = self.engines.submit(self.pause(deadline))
                     self.prepare(this, tensors, version, deadline)
                     if pauses and not self.pauses_beside:
-                        self._pausing = in_thread(partial(self.pause, deadline))
+                        self._pausing = self.engines.submit(self.pause(deadline))
                     self.wait_for(self._pausing if pauses else None, what, deadline)
                     self.wait_for(before.passed if before else None, what, deadline)
                 sent = self.send(this, version, deadline)
@@ -174,9 +173,9 @@ class RoundPublisher(Publisher):
         """Make the collective calls of `prepare` on a rank whose export failed, so that the others come to the end of
         theirs, and learn of it."""
 
-    def pause(self, deadline: Deadline) -> None:
-        """Make the engines ready for the first round (rank 0)."""
-        self.engines.on_all(lambda client: client.pause("retract"))
+    async def pause(self, deadline: Deadline) -> None:
+        """Make the engines ready for the first round; rank 0 runs it on the pool's loop."""
+        await self.engines.each(lambda client: client.pause("retract"))
 
     @abstractmethod
     def send(self, this: Round, version: str, deadline: Deadline) -> "Sending | Future[None] | None":
@@ -206,7 +205,8 @@ class RoundPublisher(Publisher):
         for sent in self._on_their_way:
             sent.cancel()
         if self._pausing is not None:  # what it has begun on the engines is undone below
-            wait([self._pausing], QUICK_S)
+            self.engines.wait([self._pausing], QUICK_S)
+            self._pausing.cancel()
         self.give_up()
         if self.sent:
             error.add_note("the engines may hold a mixture of weights; they stay paused until a publication succeeds")

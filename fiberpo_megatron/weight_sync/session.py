@@ -12,17 +12,18 @@ QUICK_S = 10.0
 """Seconds that a call may take that only tidies up."""
 
 
-def open_update(engines: EnginePool, deadline: Deadline) -> None:
+async def open_update(engines: EnginePool, deadline: Deadline) -> None:
     """Open the update on every engine before anything is sent: a refusal must not leave one waiting.
 
     An engine refuses while an update is open, which a trainer leaves behind that was killed in the middle of one. Then
     the update is closed on all engines and opened once more.
     """
     try:
-        engines.on_all(lambda client: client.begin_weight_update(deadline.left()))
+        await engines.each(lambda client: client.begin_weight_update(deadline.left()))
     except EngineRefused:
-        end_quietly(engines)
-        engines.on_all(lambda client: client.begin_weight_update(deadline.left()))
+        with suppress(EngineError):
+            await engines.each(lambda client: client.end_weight_update(QUICK_S))
+        await engines.each(lambda client: client.begin_weight_update(deadline.left()))
 
 
 def end_quietly(engines: EnginePool) -> None:
