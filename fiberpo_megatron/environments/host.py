@@ -35,12 +35,11 @@ from fiberpo_megatron.environments.requests import (
 )
 from fiberpo_megatron.environments.results import Description, EnvironmentFailed, Failure, FailureKind
 from fiberpo_megatron.environments.settings import EnvironmentConfig
-from fiberpo_megatron.environments.slots import Doom, Slot
+from fiberpo_megatron.environments.slots import TICK_S, Doom, Slot
 from fiberpo_megatron.environments.wire import Kind
 from fiberpo_megatron.plugins import PluginError
 from fiberpo_megatron.printable import printable
 
-TICK_S = 0.05
 MEMORY_TICKS = 5
 """Ticks between two looks at the memory of the workers."""
 CLOSE_S = 2.0

@@ -15,8 +15,11 @@ from fiberpo_megatron.environments.settings import EnvironmentConfig
 from fiberpo_megatron.environments.wire import Kind
 from fiberpo_megatron.plugins import PluginError
 
-TRACEBACK_S = 0.3
-"""How long a worker that is to be killed may take to write where it stands."""
+TICK_S = 0.05
+"""Time between two looks at a worker."""
+TRACEBACK_S = 3.0
+"""How long a worker that is to be killed may take to write where it stands. It needs some milliseconds, but a busy
+machine may leave it without a processor for much longer."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ class Slot:
         self.late = False
         """Whether the call that the process works on takes so long that no other should wait behind it."""
         self._doom: Doom | None = None
+        self._asked_at = 0
+        self._place = ""
+        """What the process that was asked had written about where it stands at the last look."""
         self._first: tuple[Job, int] | None = None
         self._ready: asyncio.Future[dict[str, Any]] | None = None
         self._ready_at = 0
@@ -120,8 +126,9 @@ class Slot:
         return description
 
     async def _why_late(self, process: WorkerProcess) -> str:
-        process.ask_where()
-        await asyncio.sleep(TRACEBACK_S)
+        self._ask_where(process)
+        while self.process is process and not self._told(process, monotonic_ns()):
+            await asyncio.sleep(TICK_S)
         place = process.last_output() if self.process is None else process.page.traceback()
         return (
             f"environment {self._config.name!r}: {self._config.use} was not ready in start_timeout_s = "
@@ -170,8 +177,16 @@ class Slot:
         """End the process because of a job (0: which one is unknown), once it has written where it is."""
         if self._doom is None and self.process is not None:
             self._doom = Doom(job, kind, message)
-            self.process.ask_where()
-            asyncio.get_running_loop().call_later(TRACEBACK_S, self.process.kill)
+            self._ask_where(self.process)  # `look_after` kills it when it has answered
+
+    def _ask_where(self, process: WorkerProcess) -> None:
+        self._asked_at, self._place = monotonic_ns(), ""
+        process.ask_where()
+
+    def _told(self, process: WorkerProcess, now: int) -> bool:
+        """Return whether a process has written where it stands, or has had its time for that. Ask at every tick."""
+        before, self._place = self._place, process.page.traceback()
+        return bool(before and before == self._place) or now - self._asked_at > TRACEBACK_S * 1e9
 
     def stop(self, job: Job, message: str) -> bool:
         """Have the process end a job that was cut; return whether the process itself has to end for that.
@@ -203,7 +218,10 @@ class Slot:
         process.read_output()
         if process.exit_code() is not None:
             self._bury(process)
-        elif self._doom is None and self.usable:
+        elif self._doom is not None:
+            if self._told(process, now):
+                process.kill()
+        elif self.usable:
             if self.retiring and not self.calls and not self.runs:
                 process.kill()
             else:

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from fiberpo_megatron.environments import Outcome, Turn
+from fiberpo_megatron.environments import Outcome, Turn, slots
 from fiberpo_megatron.environments.host import EnvironmentFailed, EnvironmentPool, Failure
+from fiberpo_megatron.environments.process import WorkerProcess
 from fiberpo_megatron.rollout.environments import RunningEnvironment
 from fiberpo_megatron.trainer.loop import train
 from tests.environments.pools import failures_in, policy, pool_of, run_all, settings, task
@@ -103,6 +104,36 @@ def test_every_failure_of_a_score_is_written_with_its_task(scored):
     assert loop["seed"] == 7 and loop["kind"] == "deadline" and "deadline_s" in loop["message"]
     assert "misbehaving.py" in loop["traceback"] and " in do" in loop["traceback"], "where it hung"
     assert "KeyError" in records["raise"]["traceback"]
+
+
+def test_a_worker_without_a_processor_gets_the_time_to_write_where_it_hung(monkeypatch):
+    """A busy machine stands for as long as it likes between the question and the answer; here it is 0.8 s."""
+    ask_where = WorkerProcess.ask_where
+
+    def ask_a_stopped_process(process):
+        os.kill(process.pid, signal.SIGSTOP)
+        ask_where(process)
+        asyncio.get_running_loop().call_later(0.8, os.kill, process.pid, signal.SIGCONT)
+
+    async def scenario():
+        async with pool_of("Scored", workers=1) as pool:
+            return await pool.score(task("loop"), Turn("x"), seed=0)
+
+    monkeypatch.setattr(WorkerProcess, "ask_where", ask_a_stopped_process)
+    failure = asyncio.run(scenario())
+    assert failure.kind == "deadline" and "misbehaving.py" in failure.traceback and " in do" in failure.traceback
+
+
+def test_a_worker_that_does_not_say_where_it_hung_is_ended_all_the_same(monkeypatch):
+    async def scenario():
+        async with pool_of("Scored", workers=1) as pool:
+            failure = await pool.score(task("loop"), Turn("x"), seed=0)
+            return failure, await pool.score(task("fine"), Turn("x"), seed=0)
+
+    monkeypatch.setattr(WorkerProcess, "ask_where", lambda process: None)
+    monkeypatch.setattr(slots, "TRACEBACK_S", 0.3)
+    failure, after = asyncio.run(scenario())
+    assert failure.kind == "deadline" and failure.traceback == "" and after == Outcome(1.0)
 
 
 def test_the_logs_are_bounded(scored):
