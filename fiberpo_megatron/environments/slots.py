@@ -127,7 +127,7 @@ class Slot:
 
     async def _why_late(self, process: WorkerProcess) -> str:
         self._ask_where(process)
-        while self.process is process and not self._told(process, monotonic_ns()):
+        while self.process is process and not self._answered(process, monotonic_ns()):
             await asyncio.sleep(TICK_S)
         place = process.last_output() if self.process is None else process.page.traceback()
         return (
@@ -183,7 +183,7 @@ class Slot:
         self._asked_at, self._place = monotonic_ns(), ""
         process.ask_where()
 
-    def _told(self, process: WorkerProcess, now: int) -> bool:
+    def _answered(self, process: WorkerProcess, now: int) -> bool:
         """Return whether a process has written where it stands, or has had its time for that. Ask at every tick."""
         before, self._place = self._place, process.page.traceback()
         return bool(before and before == self._place) or now - self._asked_at > TRACEBACK_S * 1e9
@@ -219,7 +219,7 @@ class Slot:
         if process.exit_code() is not None:
             self._bury(process)
         elif self._doom is not None:
-            if self._told(process, now):
+            if self._answered(process, now):
                 process.kill()
         elif self.usable:
             if self.retiring and not self.calls and not self.runs:

@@ -177,9 +177,9 @@ def test_everything_that_is_wrong_with_a_call_is_said_to_the_policy(options):
 
 def test_calls_of_one_turn_run_at_the_same_time(options):
     began = time.monotonic()
-    naps = Turn("", tool_calls=tuple(call("nap", {"seconds": 0.5}) for _ in range(6)))
+    naps = Turn("", tool_calls=tuple(call("nap", {"seconds": 1.0}) for _ in range(6)))
     result_of(options | {"tools": [f"{HERE}:nap"]}, naps, "42")
-    assert 0.5 <= time.monotonic() - began < 2.5
+    assert 1.0 <= time.monotonic() - began < 5.0
 
 
 def test_a_tool_that_loops_is_cut_and_the_policy_reads_it(options):
@@ -359,4 +359,4 @@ def test_the_calculator_refuses_what_is_no_arithmetic_or_too_large(expression):
     began = time.monotonic()
     with pytest.raises((ValueError, OverflowError)):
         calculator(expression)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5

@@ -214,7 +214,7 @@ class Receiver(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         if self.path.startswith("/slow"):
-            time.sleep(2.0)
+            time.sleep(4.0)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.send_response(404 if self.path.startswith("/gone") else 200)
         self.end_headers()
@@ -264,9 +264,9 @@ def test_a_webhook_gets_every_alarm(tmp_path: Path, address: str):
 def test_a_webhook_that_fails_is_a_warning_without_its_address(
     tmp_path: Path, address: str, path: str, why: str, capfd: pytest.CaptureFixture[str]
 ):
-    took = send(tmp_path, address + path, timeout_s=0.5)
+    took = send(tmp_path, address + path, timeout_s=1.5)
     said = capfd.readouterr().err
-    assert took < 0.5, "a run does not wait for it"
+    assert took < 1.2, "a run does not wait for it"
     assert re.search(why, said) and "WARNING: the webhook at 127.0.0.1" in said
     assert "SECRET" not in said and read_alarms(tmp_path)
 
