@@ -54,7 +54,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from fiberpo_megatron.mcore.families import read_hf_config
     from fiberpo_megatron.planning import show
     from fiberpo_megatron.planning.calibration import calibrated
-    from fiberpo_megatron.planning.estimate import make_plan
+    from fiberpo_megatron.planning.estimate import keeping, make_plan
     from fiberpo_megatron.planning.hardware import GPUS
     from fiberpo_megatron.planning.timing import GIGA
 
@@ -90,8 +90,13 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.search:
         return _search(options, *arguments)
     staleness = config.rollout.staleness if options.staleness is None else options.staleness
-    plan = make_plan(*arguments, staleness=staleness, drain=not staleness or config.rollout.partial == "drain")
-    print(json.dumps(show.plan_json(plan), indent=1) if options.json else show.plan_text(plan))
+    drain = not staleness or config.rollout.partial == "drain"
+    plan = make_plan(*arguments, staleness=staleness, drain=drain)
+    fuller = None
+    if not plan.problems and plan.most_kept_forwards > config.kept_forwards:
+        changed = keeping(config, plan.most_kept_forwards)
+        fuller = make_plan(changed, *arguments[1:], staleness=staleness, drain=drain)
+    print(json.dumps(show.plan_json(plan), indent=1) if options.json else show.plan_text(plan, fuller))
     _draw(options, plan, arguments[-1])
     return 1 if plan.problems else 0
 

@@ -33,6 +33,9 @@ from fiberpo_megatron.planning.training import packing
 _PUBLICATIONS: dict[str, Publication] = {"distributed": "broadcast", "disk": "disk", "ipc": "device"}
 """The built-in ways of weight_sync.method; a custom one is planned as one that sends shards."""
 
+KEPT_SHARE = 0.95
+"""Share of a GPU's memory up to which further forward passes are kept: what saves time alone must not risk the run."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -70,6 +73,8 @@ class StagePlan:
     """Expert routing that is recorded or came from the engines."""
     forward: int = 0
     """What a pass without gradient holds at a time: one layer."""
+    further: int = 0
+    """Activations of each further micro-batch that `batch.kept_forwards` could keep; 0 where there is none."""
 
     @property
     def host(self) -> int:
@@ -82,6 +87,13 @@ class StagePlan:
         passes = self.activations + self.log_probs + self.routes.device
         moving = max(passes, self.states.optimizer) if self.offloaded else passes + self.states.optimizer
         return self.states.parameters + self.states.gradients + moving + self.reserved
+
+    def further_forwards(self, memory: float) -> int:
+        """Return how many further micro-batches' activations fit beside what the plan counts, on a GPU of `memory`
+        bytes that is filled up to KEPT_SHARE."""
+        resident = self.states.parameters + self.states.gradients + (0 if self.offloaded else self.states.optimizer)
+        room = KEPT_SHARE * memory - resident - self.reserved - self.activations - self.log_probs - self.routes.device
+        return max(0, int(room // self.further)) if self.further else 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,16 @@ class Plan:
     @property
     def largest(self) -> StagePlan:
         return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def most_kept_forwards(self) -> int:
+        """Return the largest useful `batch.kept_forwards` that fits, or 0 where no forward pass can be kept.
+
+        More than an optimiser step's micro-batches would change nothing.
+        """
+        kept = min(self.config.kept_forwards, self.work.micro_batches)
+        more = min(stage.further_forwards(self.memory) for stage in self.stages)
+        return min(kept + more, self.work.micro_batches) if kept else 0
 
     @property
     def problems(self) -> list[str]:
@@ -290,6 +312,8 @@ def plan_stage(
     optimizer = _optimizer(config.optimizer.model_dump_json(), type(config.optimizer))
     parallel, model = config.parallel, config.model
     activations, log_probs = passing_bytes(config, architecture, stage, work, assumptions, implementation)
+    more = keeping(config, config.batch.kept_forwards + 1)
+    further = passing_bytes(more, architecture, stage, work, assumptions, implementation)[0] - activations
     chunks = range(parallel.virtual_pipeline)
     layers = [layer for chunk in chunks for layer in stage_layers(architecture, parallel, stage, chunk)]
     row = Row(config.batch.micro_batch_tokens, 0, assumptions.expert_imbalance)
@@ -306,7 +330,13 @@ def plan_stage(
         forward=max(
             layer_bytes(architecture, model, parallel, row, layer, implementation) for layer in (layers[0], layers[-1])
         ),
+        further=further if config.kept_forwards else 0,
     )
+
+
+def keeping(config: Config, count: int) -> Config:
+    """Return a config that keeps `count` forward passes (`batch.kept_forwards`)."""
+    return config.model_copy(update={"batch": config.batch.model_copy(update={"kept_forwards": count})})
 
 
 @lru_cache(maxsize=16)  # a search asks for the same one beside every layout

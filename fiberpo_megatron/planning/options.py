@@ -18,6 +18,7 @@ def settings(plan: Plan) -> list[str]:
         "parallel.uneven_stages": parallel.uneven_stages,
         "model.dtype": plan.config.model.dtype,
         "model.recompute": plan.config.model.recompute,
+        "batch.kept_forwards": plan.config.batch.kept_forwards,
         "optimizer.cpu_offload": plan.config.optimizer.cpu_offload,
         "rollout.max_concurrent_requests": plan.config.rollout.max_concurrent_requests,
         "rollout.engine.urls": "[]",

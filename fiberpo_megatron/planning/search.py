@@ -1,10 +1,11 @@
 """This module searches the fastest plan for a number of GPUs: layout, placement of engines, staleness, recomputation,
-offloading and precision.
+kept forward passes, offloading and precision.
 
 The search is exact about what fits and ordered by bounds. For each number of training GPUs the layouts are looked at by
-ascending time without recomputation and offloading, which is a bound for their other variants, until enough are found
-that fit. The fastest trainers then meet every kind of engine. Generation and training that overlap are first estimated
-by a closed form, and the best candidates by the simulated queue.
+ascending time without recomputation and offloading and with all forward passes kept, which is a bound for their other
+variants, until enough are found that fit. Each variant keeps as many forward passes as fit. The fastest trainers then
+meet every kind of engine. Generation and training that overlap are first estimated by a closed form, and the best
+candidates by the simulated queue.
 """
 
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,8 @@ class Trainer:
     parallel: ParallelConfig
     recompute: str
     offload: bool
+    kept: int
+    """`batch.kept_forwards`: as many as fit, and 1 where no forward pass can be kept."""
     seconds: float
     """Time of the passes and the optimizer in a step."""
     parameters: int
@@ -125,6 +128,9 @@ class Search:
         self.goal = goal
         self.architecture: Architecture = read_architecture(hf_config)
         self.looked_at = 0
+        alone = self.config.parallel.model_copy(update={"pipeline": 1})
+        self._keeps = self.config.model_copy(update={"parallel": alone}).kept_forwards > 0
+        """Whether layouts without a pipeline can keep forward passes."""
         self._base: Scenario | None = None
         self._gates: dict[int, int] = {}
         self._engine = {
@@ -189,7 +195,7 @@ class Search:
         yield from self._colocated(gpus)
         machine = self.gpu.host_gpus if gpus >= 4 * self.gpu.host_gpus else 1  # whole machines in large runs
         for share in sorted({round(gpus * sixteenths / 16 / machine) * machine for sixteenths in _SHARES}):
-            trainers = self._trainers(share) if 0 < share < gpus else []
+            trainers = self._trainers(share, colocated=False) if 0 < share < gpus else []
             for trainer, tensor in product(trainers, self._engine_sizes(gpus - share)):
                 engines = self._engines(gpus - share, tensor)
                 for staleness in self.goal.staleness:
@@ -197,12 +203,19 @@ class Search:
 
     def _colocated(self, gpus: int) -> Iterator[Candidate]:
         """Yield synchronous candidates whose engines share the trainer's GPUs."""
-        for trainer, tensor in product(self._trainers(gpus), self._engine_sizes(gpus)):
-            engines = self._engines(gpus, tensor)
-            config = self._with(trainer, True, engines, tensor)
+        for trainer in self._trainers(gpus, colocated=True):
+            for tensor in self._sizes_beside(trainer):
+                yield self._candidate(gpus, trainer, True, self._engines(gpus, tensor), tensor, 0)
+
+    def _sizes_beside(self, trainer: Trainer) -> list[int]:
+        """Return the sizes of engines that fit beside the parameters of a trainer on the same GPUs."""
+        found = []
+        for tensor in self._engine_sizes(trainer.gpus):
+            config = self._with(trainer, True, self._engines(trainer.gpus, tensor), tensor)
             taken = trainer.parameters + kept_buffers(config)
             if plan_engine(config, self.architecture, self.memory, taken).fits:
-                yield self._candidate(gpus, trainer, True, engines, tensor, 0)
+                found.append(tensor)
+        return found
 
     def _engine_sizes(self, gpus: int) -> list[int]:
         """Return the sizes of engines that hold the model: those of one machine if any do, else larger ones."""
@@ -229,6 +242,7 @@ class Search:
             engine_tensor=tensor,
             recompute=trainer.recompute == "full",
             cpu_offload=trainer.offload,
+            kept_forwards=self._kept(trainer.parallel, trainer.kept),
             staleness=float(staleness),
             drain=staleness == 0,
             cache_gb=plan_engine(config, self.architecture, self.memory, taken).cache / GIGA,
@@ -244,8 +258,9 @@ class Search:
         needed = -(-engines * self.config.running_requests // (trainer.parallel.data or 1))
         return max(rollout.max_concurrent_requests, needed)
 
-    def _trainers(self, gpus: int) -> list[Trainer]:
-        """Return the fastest trainers on `gpus` GPUs that fit, one for each layout."""
+    def _trainers(self, gpus: int, *, colocated: bool) -> list[Trainer]:
+        """Return the fastest trainers on `gpus` GPUs that fit, with engines on the same GPUs if they are colocated; one
+        for each layout."""
         bounds: list[tuple[float, int, int, ParallelConfig]] = []
         for parallel in self._layouts(gpus):
             scenario = self._scenario(gpus, parallel)
@@ -257,18 +272,18 @@ class Search:
             slowest = kept[_KEPT - 1].seconds if len(kept) >= _KEPT else None
             if slowest is not None and bound >= slowest:
                 break
-            trainer = self._fitting(gpus, parallel)
-            if trainer is not None:
+            trainer = self._fitting(gpus, parallel, colocated)
+            if trainer is not None and (not colocated or self._sizes_beside(trainer)):
                 kept = sorted([*kept, trainer], key=lambda found: (found.seconds, found.parallel.model_ranks))[:_KEPT]
         return kept
 
-    def _fitting(self, gpus: int, parallel: ParallelConfig) -> Trainer | None:
+    def _fitting(self, gpus: int, parallel: ParallelConfig, colocated: bool) -> Trainer | None:
         """Return the fastest variant of a layout that fits, or None."""
         fitting = []
         for recompute, offload in _VARIANTS:
             scenario = replace(self._scenario(gpus, parallel), recompute=recompute == "full", cpu_offload=offload)
-            draft = Trainer(gpus, parallel, recompute, offload, self._training_seconds(scenario), 0)
-            config = self._with(draft, False, 1, 1)
+            draft = Trainer(gpus, parallel, recompute, offload, kept=1, seconds=0.0, parameters=0)
+            config = self._with(draft, colocated, 1, 1)
             work = workload(scenario)
             ends = sorted({0, parallel.pipeline - 1})
             state = optimizer_state_bytes(scenario)
@@ -280,8 +295,11 @@ class Search:
             stages = [plan_stage(config, self.architecture, gpus, stage, work, self.assumptions) for stage in ends]
             if max(stage.total for stage in stages) <= self.memory:
                 parameters = max(stage.states.parameters for stage in stages)
-                fitting.append(replace(draft, parameters=parameters))
-                if (recompute, offload) == _VARIANTS[0]:
+                more = min(stage.further_forwards(self.memory) for stage in stages)
+                kept = min(1 + more, work.micro_batches)
+                seconds = self._training_seconds(replace(scenario, kept_forwards=self._kept(parallel, kept)))
+                fitting.append(replace(draft, kept=kept, seconds=seconds, parameters=parameters))
+                if (recompute, offload) == _VARIANTS[0] and self._kept(parallel, kept) in (0, work.micro_batches):
                     break  # the others are slower
         return min(fitting, key=lambda trainer: trainer.seconds, default=None)
 
@@ -293,16 +311,22 @@ class Search:
         steps = scenario.optimiser_steps * optimizer_seconds(scenario, self.assumptions)
         return own.train * scenario.epochs + own.forward * forwards + steps
 
+    def _kept(self, parallel: ParallelConfig, count: int) -> int:
+        """Return how many of `count` forward passes a layout keeps: none in a pipeline."""
+        return count if self._keeps and parallel.pipeline == 1 else 0
+
     def _scenario(self, gpus: int, parallel: ParallelConfig) -> Scenario:
-        """Return the scenario of a layout with an engine of one GPU, without recomputation and offloading."""
+        """Return the scenario of a layout with an engine of one GPU, without recomputation and offloading, and with all
+        forward passes kept where any can be."""
         config = self.config.model_copy(update={"parallel": parallel})
         if parallel.expert not in self._gates:  # the one size of a layout on which the gates depend
             self._gates[parallel.expert] = sum(gate_bytes(config))
         gates = self._gates[parallel.expert]
         if self._base is None:
-            draft = self._with(Trainer(gpus, parallel, "none", False, 0.0, 0), False, 1, 1)
+            draft = self._with(Trainer(gpus, parallel, "none", False, 1, 0.0, 0), False, 1, 1)
             self._base = make_scenario(draft, self.architecture, gpus, 1, self.gpu, self.assumptions, gates, 0.0, True)
-        return replace(self._base, trainer_gpus=gpus, parallel=parallel, gate_bytes=gates)
+        scenario = replace(self._base, trainer_gpus=gpus, parallel=parallel, gate_bytes=gates)
+        return replace(scenario, kept_forwards=self._kept(parallel, workload(scenario).micro_batches))
 
     def _with(self, trainer: Trainer | None, colocated: bool, engines: int, tensor: int) -> Config:
         """Return the config of a choice."""
@@ -322,6 +346,7 @@ class Search:
             changed["parallel"] = trainer.parallel
             changed["model"] = self.config.model.model_copy(update={"recompute": trainer.recompute})
             changed["optimizer"] = self.config.optimizer.model_copy(update={"cpu_offload": trainer.offload})
+            changed["batch"] = self.config.batch.model_copy(update={"kept_forwards": trainer.kept})
         return self.config.model_copy(update=changed)
 
     def _layouts(self, gpus: int) -> Iterator[ParallelConfig]:
@@ -362,12 +387,14 @@ class Search:
             same = [c for c in found if c.gpus == best.gpus and differs(c)]
             for _, other in self._plans(same[:1], 1):
                 yield words, other
-        for words, changed in (
-            ("without recomputation", {"recompute": "none"}),
-            ("without offloading the optimizer", {"offload": False}),
-        ):
-            trainer = replace(best.trainer, **changed)
-            if trainer != best.trainer:
+        variants: list[tuple[str, str, Any]] = [
+            ("without recomputation", "recompute", "none"),
+            ("without offloading the optimizer", "offload", False),
+            ("that keeps one forward pass", "kept", 1),
+        ]
+        for words, name, value in variants:
+            if getattr(best.trainer, name) != value:
+                trainer = replace(best.trainer, **{"kept": 1, name: value})
                 yield words, self.plan(replace(best, trainer=trainer))
         if best.trainer.parallel.model_ranks > 1:
             smaller = [c for c in found if c.trainer.parallel.model_ranks < best.trainer.parallel.model_ranks]
@@ -387,7 +414,7 @@ def propose(
 ) -> Found:
     """Return at most `count` plans that fit, the best first, and what they were compared with.
 
-    Layout, placement, number and size of engines, staleness, recomputation and offloading vary, and the trainer
-    computes in bfloat16; the rest of the config stays.
+    Layout, placement, number and size of engines, staleness, recomputation, kept forward passes and offloading vary,
+    and the trainer computes in bfloat16; the rest of the config stays.
     """
     return Search(config, hf_config, memory, gpu, assumptions, goal or Goal()).run(gpus, count)

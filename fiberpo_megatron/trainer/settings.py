@@ -188,8 +188,8 @@ class BatchConfig(Section):
     kept_forwards: int = Field(1, ge=1)
     """Micro-batches of an optimiser step whose activations are kept from the forward pass that finds their log-probs
     (the old ones of the first step, or those that gates need of all micro-batches) until the backward pass, so that
-    they pass the model once. More than 1 takes the memory of so many micro-batches' activations, which `fiberpo plan`
-    counts, and changes no result."""
+    they pass the model once. More than 1 takes the memory of so many micro-batches' activations and changes no result.
+    `fiberpo plan` says how many fit, and what they save."""
     filter: FilterConfig | None = None
 
     @property

@@ -1,9 +1,11 @@
 """Plans as a whole: what is counted against what runs, sums, refusals, and the command."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +129,27 @@ def test_the_command(capsys: pytest.CaptureFixture[str]):
     assert json.loads(capsys.readouterr().out)["fits"] is False
     assert main(["plan", str(TRAIN), "--gpus", "32"]) == 2  # its model.path is not on this machine
     assert "a plan needs config.json alone" in capsys.readouterr().err
+
+
+def test_the_command_says_how_many_forward_passes_can_be_kept(capsys: pytest.CaptureFixture[str]):
+    words = ["plan", str(TRAIN), "--model.path", str(MODELS / "qwen3_30b_a3b"), "--gpus", "32"]
+
+    def said(*more: str) -> dict[str, Any]:
+        main([*words, "--json", *more])
+        return json.loads(capsys.readouterr().out)
+
+    assert main(words) == 0
+    line = re.search(r"batch\.kept_forwards = (\d+) fits .* saves (\d+\.\d) s of a step", capsys.readouterr().out)
+    assert line, "there is room for more than one"
+    most = int(line[1])
+    plain, full = said(), said("--batch.kept_forwards", str(most))
+    assert (plain["kept_forwards"], plain["most_kept_forwards"], full["kept_forwards"]) == (1, most, most)
+    assert full["fits"] and full["most_kept_forwards"] == most
+    assert plain["seconds"]["total"] - full["seconds"]["total"] == pytest.approx(float(line[2]), abs=0.06)
+    assert full["stages"][0]["total"] - plain["stages"][0]["total"] == (most - 1) * plain["stages"][0]["further"]
+    main([*words, "--batch.kept_forwards", str(most)])
+    assert "kept_forwards" not in capsys.readouterr().out, "there is nothing to say"
+    assert said("--parallel.pipeline", "2", "--parallel.data", "4")["most_kept_forwards"] == 0
 
 
 def test_committed_plans_are_what_the_tool_writes():

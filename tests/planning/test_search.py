@@ -8,7 +8,7 @@ import pytest
 
 from fiberpo_megatron.cli.main import main
 from fiberpo_megatron.config import load_config
-from fiberpo_megatron.planning.estimate import make_plan
+from fiberpo_megatron.planning.estimate import KEPT_SHARE, keeping, make_plan
 from fiberpo_megatron.planning.explain import found_text, reason_lines
 from fiberpo_megatron.planning.hardware import GPUS, Assumptions
 from fiberpo_megatron.planning.options import settings
@@ -21,6 +21,22 @@ TRAIN = ROOT / "examples/qwen3_30b_a3b/train.toml"
 MODELS = ROOT / "fiberpo_megatron/planning/data/models"
 GPU = GPUS["H100"]
 SHORT = ["--rollout.max_response_tokens", "2048", "--batch.micro_batch_tokens", "4096", "--batch.prompts", "64"]
+
+
+DENSE = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+"""Qwen3-4B"""
 
 
 def search(gpus: int, *words: str, model: str = "qwen3_30b_a3b", goal: Goal | None = None) -> Found:
@@ -85,6 +101,37 @@ def test_no_neighbour_of_the_best_layout_is_faster(synchronous: Found):
             tried += 1
             assert planned.problems or planned.time.total >= plan.time.total * 0.999, (name, size)
     assert tried
+
+
+def test_as_many_forward_passes_are_kept_as_fit():
+    words = ["--model.path", str(MODELS / "qwen3_30b_a3b"), *SHORT, "--parallel.expert", "1"]
+    config = load_config(TRAIN, words)
+    memory = GPU.memory_gb * 1e9
+    found = propose(config, DENSE, 4, memory, GPU, Assumptions(), goal=Goal(staleness=(0,)))
+    kept = {plan.config.kept_forwards for plan in found.plans}
+    assert len(kept) > 1 and max(kept) > 1
+    assert all(plan.config.kept_forwards == plan.most_kept_forwards for plan in found.plans)
+    assert all(plan.largest.total <= KEPT_SHARE * memory for plan in found.plans if plan.config.kept_forwards > 1)
+    first = found.plans[0]
+    assert "--batch.kept_forwards" in settings(first)
+    (fewer,) = [plan for words, plan in found.others if words == "that keeps one forward pass"]
+    assert fewer.config.kept_forwards == 1 and fewer.time.total > first.time.total
+    assert fewer.config.parallel == first.config.parallel
+    # what the planner says of a further one is what the plan with it takes
+    one_more = make_plan(keeping(first.config, first.most_kept_forwards + 1), DENSE, 4, memory, GPU, Assumptions())
+    assert one_more.largest.total == first.largest.total + first.largest.further > KEPT_SHARE * memory
+
+
+@pytest.mark.parametrize("word", ["model.router_aux_loss=0.001", "batch.kept_forwards=4"])
+def test_a_proposal_keeps_no_forward_pass_where_none_can_be_kept(word: str):
+    """Its settings are valid: a pipeline keeps none, and an auxiliary loss forbids it."""
+    name, value = word.split("=")
+    found = search(16, f"--{name}", value)
+    for plan in found.plans:
+        assert plan.config.parallel.pipeline > 1 or name != "batch.kept_forwards"
+        assert plan.config.batch.kept_forwards == 1 and plan.most_kept_forwards == 0
+    path = ["--model.path", str(MODELS / "qwen3_30b_a3b")]
+    load_config(TRAIN, [*path, *SHORT, f"--{name}", value, *settings(found.plans[0])])
 
 
 def test_a_price_finds_a_cheaper_run_on_fewer_gpus():
