@@ -127,8 +127,8 @@ def _of_stage(plan: "Plan", stage: "StagePlan") -> list[PhaseBytes]:
     away = states.optimizer if stage.offloaded else 0
     resident = states.parameters + states.gradients + states.optimizer - away + stage.reserved
     generating = states.parameters + stage.reserved if colocated else resident
-    goes_on = config.kept_forwards and not stage.reference  # the first optimiser step goes on from the old log-probs
-    passing = (stage.activations if goes_on else stage.forward) + stage.log_probs + stage.routes.device
+    # the first optimiser step goes on from the old log-probs
+    passing = (stage.activations if config.kept_forwards else stage.forward) + stage.log_probs + stage.routes.device
     sync = config.weight_sync
     bucket = publication_buffers(config) - kept_buffers(config)  # those that are kept are reserved
     device = {

@@ -124,8 +124,7 @@ def further_passes(scenario: Scenario) -> float:
     rows = packing(scenario).rows
     kept = min(scenario.kept_forwards, rows) / rows if scenario.parallel.pipeline == 1 else 0.0
     batches = max(1, scenario.optimiser_steps // scenario.epochs)
-    goes_on = scenario.old_log_probs and not scenario.reference
-    return scenario.gate_passes * (1 - kept) - (kept / batches if goes_on else 0.0)
+    return scenario.gate_passes * (1 - kept) - (kept / batches if scenario.old_log_probs else 0.0)
 
 
 @dataclass(frozen=True)

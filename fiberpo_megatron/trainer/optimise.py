@@ -195,20 +195,18 @@ def optimise(
     """
     layout = policy.layout
     terms, passes = terms or Terms(), 0
-    with_reference = terms.needs_reference and any(part.reference_log_probs is None for part in parts)
+    if terms.needs_reference and any(part.reference_log_probs is None for part in parts):
+        with timers("reference"):  # before the pass that the first optimiser step goes on from: it moves the weights
+            parts, passes = _with_reference(policy, parts, temperature), len(parts)
     with timers("old_log_probs"):
         routing.begin(parts)
         # The first optimiser step is that on the first part, and goes on from the pass before it.
         first, *others = parts
         further = [policy.log_probs(part.micro_batches, temperature, routing=routing.mode) for part in others]
-        keep = not with_reference
-        scores = [policy.log_probs(first.micro_batches, temperature, routing=routing.mode, keep=keep), *further]
+        scores = [policy.log_probs(first.micro_batches, temperature, routing=routing.mode, keep=True), *further]
         parts = routing.attach(parts)
         parts, metrics = weighed(layout, parts, scores, weighing)
         metrics |= routing.agreement(parts)
-    if with_reference:
-        with timers("reference"):
-            parts, passes = _with_reference(policy, parts, temperature), len(parts)
     if terms:
         with together(layout, "preparing the terms"):
             if layout.is_last_stage:

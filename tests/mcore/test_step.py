@@ -60,21 +60,28 @@ def test_the_second_pass_goes_on_with_micro_batches_of_the_first(recompute: str,
         assert torch.equal(gradient, wanted) and norms == wanted_norms
 
 
-def fresh_steps(keep: bool, replay: str, recompute: str) -> tuple[list[int], list[Tensor], bool]:
+def fresh_steps(keep: bool, replay: str, recompute: str, reference: bool) -> tuple[list[int], list[Tensor], bool]:
     """(forward passes of log-probs and of the step on them, for two steps; old log-probs and gradients; whether
-    activations are still there)"""
+    activations are still there). A pass with reference weights comes before, as in training."""
     options = RECOMPUTED.get(recompute, {})
     sections: dict[str, Any] = {"batch": {"kept_forwards": 2}, "algorithm": {"routing_replay": replay}}
     policy, micro_batches, gate = prepared(model=options, **sections)
     routing: Any = {"none": "off", "old": "record", "rollout": "replay"}[replay]
     if replay == "rollout":
         fill(policy, micro_batches, foreign_routes(len(make_batch().tokens)))
+    if reference:
+        policy.keep_reference(None)
     passes: list[int] = []
     policy.models[0].register_forward_hook(lambda *_: passes.append(1))
     counts, found = [], []
     for _ in range(2):
         if replay == "old":
             policy.routing.clear()
+        if reference:
+            with policy.reference():
+                theirs = policy.log_probs(micro_batches, TEMPERATURE)
+            assert theirs is not None
+            found.append(theirs.log_probs)
         scores = policy.log_probs(micro_batches, TEMPERATURE, routing=routing, keep=keep)
         assert scores is not None
         policy.step(micro_batches, gate, TEMPERATURE, log_probs=scores.log_probs)
@@ -84,12 +91,19 @@ def fresh_steps(keep: bool, replay: str, recompute: str) -> tuple[list[int], lis
 
 
 @pytest.mark.parametrize(
-    ("replay", "recompute"), [("none", "none"), ("old", "none"), ("old", "selective"), ("rollout", "full")]
+    ("replay", "recompute", "reference"),
+    [
+        ("none", "none", False),
+        ("old", "none", True),
+        ("old", "selective", False),
+        ("rollout", "full", False),
+    ],
 )
-def test_the_first_step_goes_on_from_the_old_log_probs(replay: str, recompute: str):
-    ((counts, found, left),) = run_ranks(1, fresh_steps, True, replay, recompute)
-    ((more, wanted, _),) = run_ranks(1, fresh_steps, False, replay, recompute)
-    assert (counts, more, left) == ([4, 8], [6, 12], False)
+def test_the_first_step_goes_on_from_the_old_log_probs(replay: str, recompute: str, reference: bool):
+    ((counts, found, left),) = run_ranks(1, fresh_steps, True, replay, recompute, reference)
+    ((more, wanted, _),) = run_ranks(1, fresh_steps, False, replay, recompute, reference)
+    theirs = 3 * reference
+    assert (counts, more, left) == ([4 + theirs, 8 + 2 * theirs], [6 + theirs, 12 + 2 * theirs], False)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 

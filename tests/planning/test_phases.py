@@ -66,7 +66,7 @@ def test_old_log_probs_keep_the_activations_that_the_first_step_goes_on_from():
 
     without = device("--model.fp8", "hybrid")
     assert without < device() < device("--batch.kept_forwards", "2") < device("--batch.kept_forwards", "3")
-    assert device("--batch.kept_forwards", "2", "--algorithm.kl.coefficient", "0.1") == without
+    assert device("--batch.kept_forwards", "2", "--algorithm.kl.coefficient", "0.1") > device()
 
 
 def test_saving_copies_what_a_rank_writes_only_beside_the_training():

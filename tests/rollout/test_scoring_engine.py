@@ -177,8 +177,10 @@ def test_pure_distillation_moves_a_policy_towards_the_teacher(engine, checkpoint
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1500)
 def test_distillation_goes_on_towards_the_teacher(engine, checkpoint):
-    (before, after), memory = distilled(engine, checkpoint, steps=20, samples=8)
+    """With 8 samples the noise of the gradient ends the progress after six steps; 32 go on."""
+    (before, after), memory = distilled(engine, checkpoint, steps=14, samples=32)
     measured = memory.values("train", "distillation/reverse_kl")
-    print(before, after, measured[:3], measured[-3:])
-    assert after < 0.38 * before, "six steps come that far"
-    assert sum(measured[-5:]) / 5 < 0.7 * sum(measured[:3]) / 3
+    print(before, after, measured)
+    assert after < 0.3 * before
+    first, middle, last = (sum(measured[at : at + 3]) / 3 for at in (0, 4, 11))
+    assert middle < 0.8 * first and last < 0.8 * middle

@@ -150,6 +150,26 @@ def test_the_reference_costs_a_pass_a_mini_batch():
     assert counts[1][0] == [count + 2 for count in counts[0][0]] and counts[1][1] == counts[0][1] + 4 * 2
 
 
+def test_the_first_step_follows_the_pass_that_it_goes_on_from():
+    """The reference moves the weights, and so it computes before the pass whose activations are kept."""
+    run, _ = trained(algorithm={"kl": {"coefficient": 0.1}}, trainer={"steps": 1})
+    policy, passes = run.policy, []
+    log_probs, reference, step = policy.log_probs, policy.reference, policy.step
+
+    def noted(name: str, call: Any) -> Any:
+        def also(*given: Any, **named: Any) -> Any:
+            passes.append(f"{name} kept" if named.get("keep") else name)
+            return call(*given, **named)
+
+        return also
+
+    policy.log_probs, policy.step = noted("log-probs", log_probs), noted("step", step)  # type: ignore[method-assign]
+    policy.reference = noted("reference", reference)  # type: ignore[method-assign]
+    train(run)
+    before = passes[passes.index("reference") : passes.index("step")]
+    assert before == ["reference", *["log-probs"] * 3, "log-probs kept"]
+
+
 def test_steered_coefficients_are_kept_in_checkpoints():
     sections = {
         "kl": {"coefficient": 0.1, "target": 1e-3, "horizon": 500.0},
