@@ -582,6 +582,8 @@ class OptimizerStep:
     """One per call of the gate; empty on ranks that are not on the last pipeline stage."""
     extra_forward: bool
     """Whether the no-gradient pass was run."""
+    kept_forwards: int = 0
+    """Micro-batches of this rank that went on from the pass before, so that they took no forward pass of their own."""
 
 
 def response_slices(micro_batches: Sequence[MicroBatch]) -> list[slice]:

@@ -49,6 +49,8 @@ class AccumulatedGradient:
     """One per call of the gate; empty on ranks that are not on the last pipeline stage."""
     error: str | None
     """What this rank saw that is not finite."""
+    kept_forwards: int
+    """Micro-batches that went on from the pass before."""
 
 
 class MegatronPolicy:
@@ -167,6 +169,7 @@ class MegatronPolicy:
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             coefficients=gradient.coefficients,
             extra_forward=log_probs is None and not single_pass,
+            kept_forwards=gradient.kept_forwards,
         )
 
     def accumulate(
@@ -213,11 +216,11 @@ class MegatronPolicy:
         if self._aux_loss:
             self._scale_aux_loss(micro_batches)
         with self.routing.use(routing):
-            self.schedule.forward_backward(micro_batches, temperature, calls.loss)
+            kept = self.schedule.forward_backward(micro_batches, temperature, calls.loss)
         if single_pass:
             self.layout.agree(calls.error, _UNCHANGED, raises=FloatingPointError)
             self.layout.agree(calls.failure, "the objective")
-        return AccumulatedGradient(tuple(calls.coefficients), calls.error)
+        return AccumulatedGradient(tuple(calls.coefficients), calls.error, kept)
 
     def _scale_aux_loss(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Scale the auxiliary loss to a mean over tokens: Megatron weighs that of a micro-batch by its tokens."""

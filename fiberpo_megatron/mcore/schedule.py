@@ -109,12 +109,17 @@ class Schedule:
         """Release the activations that the last pass has kept."""
         self._kept = {}
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], temperature: float, loss: TokenLoss) -> None:
-        """Add the gradient of the summed losses to the gradient buffers and reduce them over ranks."""
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], temperature: float, loss: TokenLoss) -> int:
+        """Add the gradient of the summed losses to the gradient buffers and reduce them over ranks.
+
+        Return the number of micro-batches that went on from the pass before.
+        """
         for chunk in self.chunks:
             chunk.train()
         rows = self._prepared(micro_batches)
+        kept = sum(self._is_kept(row) for row in rows)
         self._run(rows, partial(self._minimise, temperature, loss), forward_only=False)
+        return kept
 
     def _run(self, rows: Sequence[_Row], head: Callable[..., Any], forward_only: bool) -> list[Any]:
         run = get_forward_backward_func()

@@ -137,6 +137,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("gradient_norm", "gradient norm before clipping", ""),
     Metric("gradient_norm_max", "largest gradient norm before clipping", "", "max"),
     Metric("extra_forwards", "extra forward passes", "", "sum"),
+    Metric("kept_forward_share", "old log-probs whose forward pass an optimiser step goes on from", "share", "last"),
     Metric("learning_rate", "learning rate", "", "last"),
     Metric("loss", "loss", "nats"),
     Metric("tokens_per_second", "throughput", "tokens/s", "last"),

@@ -344,6 +344,7 @@ def _other(panels: PanelMaker) -> Iterator[Panel | None]:
         "token/count",
         "token/weight",
         "extra_forwards",
+        "kept_forward_share",
         "amplification/",
         "slowest/",
     )

@@ -81,17 +81,20 @@ class Figures:
         if self.meters:
             self.gpu.energy()  # what was used before the first step is not the run's
 
-    def __call__(self, step: int, rollouts: RolloutBatch, seconds: Mapping[str, float]) -> dict[str, float]:
+    def __call__(
+        self, step: int, rollouts: RolloutBatch, seconds: Mapping[str, float], kept: float
+    ) -> dict[str, float]:
         """Return the metrics of a step on the rank that logs, and an empty mapping on the others.
 
-        `seconds` are what the timers have read at its end. Every rank calls this at the same place.
+        `seconds` are what the timers have read at its end, and `kept` is the share of the old log-probs' forward pass
+        that training went on from. Every rank calls this at the same place.
         """
         rows = self.layout.gather_numbers(self._mine())
         if not rows:
             return {}
         phases = {name: [row[place] for row in rows] for place, name in enumerate(PHASES)}
         facts = {name: [row[len(PHASES) + place] for row in rows] for place, name in enumerate(FACTS)}
-        found = throughput(self._work(rollouts), self.devices, seconds)
+        found = throughput(self._work(rollouts, kept), self.devices, seconds)
         for name, values in phases.items():
             found |= slowest(name, values, self._leading if name in LEADERS else self._stages)
         if max(facts["memory"]) > 0:
@@ -131,13 +134,13 @@ class Figures:
     def _trained_tokens(self, rollouts: RolloutBatch) -> float:
         return float(self._trained(rollouts).sum()) * self.config.batch.epochs
 
-    def _work(self, rollouts: RolloutBatch) -> Work:
+    def _work(self, rollouts: RolloutBatch, kept: float) -> Work:
         lengths = self._trained(rollouts)
         forward = forward_operations(self.shape, lengths)
         operations = {
             "old_log_probs": forward,
             "reference": forward,
-            "train": TRAINING * forward * self.config.batch.epochs,
+            "train": (TRAINING * self.config.batch.epochs - kept) * forward,
         }
         sampled = float(rollouts.response_lengths.sum())
         if self.devices.engines:
@@ -180,11 +183,11 @@ def probe_seconds(device: str) -> float:
     return median(times)
 
 
-MakeFigures = Callable[[int, RolloutBatch, Mapping[str, float]], Mapping[str, float]]
-"""Returns the figures of a step with these trajectories and seconds, as metrics."""
+MakeFigures = Callable[[int, RolloutBatch, Mapping[str, float], float], Mapping[str, float]]
+"""Returns the figures of a step with these trajectories, seconds, and share of kept forward passes, as metrics."""
 
 
-def no_figures(step: int, rollouts: RolloutBatch, seconds: Mapping[str, float]) -> Mapping[str, float]:
+def no_figures(step: int, rollouts: RolloutBatch, seconds: Mapping[str, float], kept: float) -> Mapping[str, float]:
     """Return no metrics: this run measures no figures."""
     return {}
 

@@ -112,7 +112,8 @@ def train(run: Training, start: int = 0) -> None:
         source.publish(done)
         metrics |= source.observe(rollouts)
         expected, seconds = run.expected(rollouts), run.timers.read()
-        figures = {**_throughput(rollouts, seconds), **run.figures(step, rollouts, seconds)}
+        measured_work = run.figures(step, rollouts, seconds, metrics.get("kept_forward_share", 0.0))
+        figures = {**_throughput(rollouts, seconds), **measured_work}
         run.recorder.record("train", step, {**metrics, **figures, **expected})
         # one without trajectories has not measured by what a checkpoint may be the best
         measured = {f"train/{name}": value for name, value in metrics.items()} if len(rollouts.lengths) else {}

@@ -332,5 +332,7 @@ def _summary(
         **combine(outcomes),
         "gradient_norm_max": max(norms),
         "extra_forwards": float(sum(outcome.extra_forward for outcome, _ in steps)),
+        # the first optimiser step follows the pass for the old log-probs, later ones that of the gates
+        "kept_forward_share": steps[0][0].kept_forwards / max(1, sum(len(part.micro_batches) for part in parts)),
         **packing_metrics([part.packing for part in parts]),
     }

@@ -106,6 +106,7 @@ def test_expert_objective_on_the_engines_own_routing(model: Path, engine: Any, t
         assert record["routing_agreement/mean"] > 0.99  # an exact tie of two router scores may fall either way
         assert record["routing_agreement/layer_1"] > 0.99
         assert record["extra_forwards"] == 1  # 2 optimiser steps; the first has x = 0 by definition
+        assert 0 < record["kept_forward_share"] <= 1
         assert record["expert/mass/p0"] + record["expert/mass/p1"] == pytest.approx(1)
     assert found["old"][0]["expert/mass/p0"] == pytest.approx(found["rollout"][0]["expert/mass/p0"], abs=1e-2)
 

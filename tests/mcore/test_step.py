@@ -84,7 +84,8 @@ def fresh_steps(keep: bool, replay: str, recompute: str, reference: bool) -> tup
             found.append(theirs.log_probs)
         scores = policy.log_probs(micro_batches, TEMPERATURE, routing=routing, keep=keep)
         assert scores is not None
-        policy.step(micro_batches, gate, TEMPERATURE, log_probs=scores.log_probs)
+        step = policy.step(micro_batches, gate, TEMPERATURE, log_probs=scores.log_probs)
+        assert step.kept_forwards == (2 if keep else 0)
         counts.append(len(passes))
         found += [scores.log_probs, scores.entropy, gradients(policy).clone()]
     return counts, found, bool(policy.schedule._kept)

@@ -326,7 +326,7 @@ def straggling(slow: int | None, steps: int = 12, late_s: float = LATE_S) -> lis
             time.sleep(STEP_S + (late_s if layout.rank == slow and step >= 4 else 0.0))
             layout.barrier()  # the others wait here for the slow one, in the same phase
         seconds = timers.read()
-        found = figures(step, rollouts, seconds)
+        found = figures(step, rollouts, seconds, 0.0)
         records += [{"step": step, "kind": "train", **seconds, **found}] if found else []
     stop_layout()
     return records

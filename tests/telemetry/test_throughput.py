@@ -19,8 +19,8 @@ from fiberpo_megatron.telemetry.gpu import GpuMonitor
 from fiberpo_megatron.telemetry.throughput import Devices, Work, slowest, throughput
 from fiberpo_megatron.trainer.expectation import peak_tflops
 from fiberpo_megatron.trainer.figures import FACTS, PHASES, probe_seconds
-from tests.telemetry.record_runs import straggling
-from tests.trainer.test_loop import toy_config
+from tests.telemetry.record_runs import batches, measured, straggling
+from tests.trainer.test_loop import toy_config, training
 
 QWEN = read_shape(read_object(Path("examples/planning/qwen3_30b_a3b/config.json")))
 
@@ -97,6 +97,19 @@ def test_what_a_rank_sends_is_small():
 
 def test_the_probe_takes_little():
     assert 0 < probe_seconds("cpu") < 1.0
+
+
+def test_a_forward_pass_that_serves_twice_counts_once():
+    """Half of the old log-probs' forward pass is that of training too, in the first of two epochs."""
+    run, _ = training("grpo")
+    rollouts = next(iter(batches()))
+    seconds = {f"seconds/{name}": 1.0 for name in ("train", "old_log_probs")} | {"seconds/total": 4.0}
+    figures = measured(run).figures
+    twice, once = (figures(0, rollouts, seconds, kept) for kept in (0.0, 0.5))
+    forward = twice["tflops_per_gpu/old_log_probs"]
+    assert once["tflops_per_gpu/old_log_probs"] == forward
+    assert twice["tflops_per_gpu/train"] == pytest.approx(6 * forward)
+    assert once["tflops_per_gpu/train"] == pytest.approx(5.5 * forward)
 
 
 A, B = Session(0, 100.0, 110.0), Session(3, 200.0, 220.0)
