@@ -117,6 +117,8 @@ def test_as_many_forward_passes_are_kept_as_fit():
     (fewer,) = [plan for words, plan in found.others if words == "that keeps one forward pass"]
     assert fewer.config.kept_forwards == 1 and fewer.time.total > first.time.total
     assert fewer.config.parallel == first.config.parallel
+    for bound in bounds(first, Assumptions()):
+        assert sum(seconds for _, seconds in bound.parts) == pytest.approx(bound.seconds)
     # what the planner says of a further one is what the plan with it takes
     one_more = make_plan(keeping(first.config, first.most_kept_forwards + 1), DENSE, 4, memory, GPU, Assumptions())
     assert one_more.largest.total == first.largest.total + first.largest.further > KEPT_SHARE * memory
