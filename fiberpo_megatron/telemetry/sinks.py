@@ -125,11 +125,13 @@ def read_records(path: Path, odd: list[int] | None = None) -> list[dict[str, Any
     """Return the records of a metrics file: JSON objects with a text `kind` and a `step` from 0 to LAST_STEP.
 
     An incomplete last line is left out: the run was killed while writing it. The numbers of other lines that are no
-    records are appended to `odd`. Without `odd` the first of them is a ValueError. Without a file there are no records.
+    records are appended to `odd`. Without `odd` the first of them is a ValueError. Without a file there are no
+    records. Raises OSError naming the file and the fix when it cannot be read.
     """
     if not path.is_file():
         return []
-    lines = path.read_bytes().split(b"\n")
+    with durable.explained(path):  # it may vanish at any time
+        lines = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

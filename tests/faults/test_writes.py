@@ -32,6 +32,10 @@ IMPORTANT = [
     Site("write", "rollouts/.step_N.jsonl.partial"),
     Site("write", "tokens/.step_N.jsonl.gz.partial"),
     Site("write", "traces/.step_N.json.gz.partial"),
+    Site("write", "solve_rates.jsonl"),
+    Site("write", ".engines.json.partial"),
+    Site("sync", "dump/step_N.unfinished/rank_N.N"),
+    Site("read", "metrics.jsonl"),
     Site("write", "dump/step_N.unfinished/rank_N.N"),
     Site("write", "checkpoints/.step-N.partial/table.pt"),
     Site("rename", "checkpoints/step-N"),
@@ -54,10 +58,16 @@ ERRORS = {
 EITHER = re.compile(r"\w.* (lock/|tensorboard)")
 """The first write decides here: it stops a run, later ones do not."""
 GOES_ON = re.compile(
-    r"\w.* (rollouts|tokens|traces)(/|$)|remove (checkpoints|dump/step_N\.unfinished)"
-    r"|read checkpoints/step-N/checkpoint\.json"
+    r"\w.* (rollouts|tokens|traces)(/|$)"
+    r"|\w.* (\.engines\.json\.partial|engines\.json|alarms\.jsonl|solve_rates\.jsonl)$"
+    r"|(remove|sync) dump/step_N\.unfinished|remove checkpoints|read checkpoints/step-N/checkpoint\.json"
 )
-"""What a run goes on without, with a warning: samples for people, room on the disk, an older checkpoint."""
+"""What a run goes on without, with a warning: what people read beside the metrics, room on the disk, an older
+checkpoint, and that finished rollouts outlive a lost machine."""
+WARNED = re.compile(
+    r"tensorboard|could not be deleted|skipped: |perhaps not on the disk|is not in alarms\.jsonl"
+    r"|(sample rollouts|token records|trace|solve rates|states of the engines) .* (are|is) not written"
+)
 FIX = re.compile(r"Make room|make room|make it writable|bring it back|look at the file system")
 
 
@@ -136,10 +146,7 @@ def problem(
     elif GOES_ON.match(" ".join(site)):
         if said is not None:
             return f"the run stopped: {said!r}"
-        if not re.search(
-            "tensorboard|could not be deleted|(sample rollouts|token records|trace) .* (are|is) not written|skipped: ",
-            warned,
-        ):
+        if not WARNED.search(warned):
             return "the run went on without a word"
     elif said is None:
         return "the run went on"
