@@ -60,7 +60,8 @@ EITHER = re.compile(r"\w.* (lock/|tensorboard)")
 GOES_ON = re.compile(
     r"\w.* (rollouts|tokens|traces)(/|$)"
     r"|\w.* (\.engines\.json\.partial|engines\.json|alarms\.jsonl|solve_rates\.jsonl)$"
-    r"|(remove|sync) dump/step_N\.unfinished|remove checkpoints|read checkpoints/step-N/checkpoint\.json"
+    r"|sync dump/step_N\.unfinished/|remove (checkpoints|dump/step_N\.unfinished)"
+    r"|read checkpoints/step-N/checkpoint\.json"
 )
 """What a run goes on without, with a warning: what people read beside the metrics, room on the disk, an older
 checkpoint, and that finished rollouts outlive a lost machine."""
