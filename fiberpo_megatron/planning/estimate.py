@@ -1,7 +1,7 @@
 """This module makes a plan: memory of every stage's fullest rank and of the engines, time of a step, bytes
 transferred."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -96,6 +96,14 @@ class StagePlan:
         return max(0, int(room // self.further)) if self.further else 0
 
 
+def most_kept_forwards(config: Config, stages: Sequence[StagePlan], work: Workload, memory: float) -> int:
+    """Return the largest useful `batch.kept_forwards` that fits on GPUs of `memory` bytes, beside what the stages of
+    this config hold, or 0 where no forward pass can be kept. More than an optimiser step's micro-batches change
+    nothing."""
+    more = min(stage.further_forwards(memory) for stage in stages)
+    return min(config.kept_forwards + more, work.micro_batches) if config.kept_forwards else 0
+
+
 @dataclass(frozen=True)
 class Plan:
     """This is what a config needs."""
@@ -124,13 +132,8 @@ class Plan:
 
     @property
     def most_kept_forwards(self) -> int:
-        """Return the largest useful `batch.kept_forwards` that fits, or 0 where no forward pass can be kept.
-
-        More than an optimiser step's micro-batches would change nothing.
-        """
-        kept = min(self.config.kept_forwards, self.work.micro_batches)
-        more = min(stage.further_forwards(self.memory) for stage in self.stages)
-        return min(kept + more, self.work.micro_batches) if kept else 0
+        """Return the largest useful `batch.kept_forwards` that fits, or 0 where no forward pass can be kept."""
+        return most_kept_forwards(self.config, self.stages, self.work, self.memory)
 
     @property
     def problems(self) -> list[str]:
@@ -312,8 +315,10 @@ def plan_stage(
     optimizer = _optimizer(config.optimizer.model_dump_json(), type(config.optimizer))
     parallel, model = config.parallel, config.model
     activations, log_probs = passing_bytes(config, architecture, stage, work, assumptions, implementation)
-    more = keeping(config, config.batch.kept_forwards + 1)
-    further = passing_bytes(more, architecture, stage, work, assumptions, implementation)[0] - activations
+    further = 0
+    if config.kept_forwards:
+        more = keeping(config, config.batch.kept_forwards + 1)
+        further = passing_bytes(more, architecture, stage, work, assumptions, implementation)[0] - activations
     chunks = range(parallel.virtual_pipeline)
     layers = [layer for chunk in chunks for layer in stage_layers(architecture, parallel, stage, chunk)]
     row = Row(config.batch.micro_batch_tokens, 0, assumptions.expert_imbalance)
@@ -330,7 +335,7 @@ def plan_stage(
         forward=max(
             layer_bytes(architecture, model, parallel, row, layer, implementation) for layer in (layers[0], layers[-1])
         ),
-        further=further if config.kept_forwards else 0,
+        further=further,
     )
 
 

@@ -18,7 +18,15 @@ from fiberpo_megatron.mcore.families import Architecture, read_architecture
 from fiberpo_megatron.mcore.parallel.checks import layout_problems
 from fiberpo_megatron.mcore.settings import ParallelConfig
 from fiberpo_megatron.planning.engines import plan_engine
-from fiberpo_megatron.planning.estimate import Plan, make_plan, make_scenario, passing_bytes, plan_stage, workload
+from fiberpo_megatron.planning.estimate import (
+    Plan,
+    make_plan,
+    make_scenario,
+    most_kept_forwards,
+    passing_bytes,
+    plan_stage,
+    workload,
+)
 from fiberpo_megatron.planning.hardware import Assumptions, Gpu
 from fiberpo_megatron.planning.options import COLOCATED_METHOD
 from fiberpo_megatron.planning.phases import kept_buffers
@@ -295,11 +303,10 @@ class Search:
             stages = [plan_stage(config, self.architecture, gpus, stage, work, self.assumptions) for stage in ends]
             if max(stage.total for stage in stages) <= self.memory:
                 parameters = max(stage.states.parameters for stage in stages)
-                more = min(stage.further_forwards(self.memory) for stage in stages)
-                kept = min(1 + more, work.micro_batches)
-                seconds = self._training_seconds(replace(scenario, kept_forwards=self._kept(parallel, kept)))
-                fitting.append(replace(draft, kept=kept, seconds=seconds, parameters=parameters))
-                if (recompute, offload) == _VARIANTS[0] and self._kept(parallel, kept) in (0, work.micro_batches):
+                kept = most_kept_forwards(config, stages, work, self.memory)
+                seconds = self._training_seconds(replace(scenario, kept_forwards=kept))
+                fitting.append(replace(draft, kept=max(1, kept), seconds=seconds, parameters=parameters))
+                if (recompute, offload) == _VARIANTS[0] and kept in (0, work.micro_batches):
                     break  # the others are slower
         return min(fitting, key=lambda trainer: trainer.seconds, default=None)
 
